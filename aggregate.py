@@ -1,0 +1,104 @@
+"""Put the workers' files together: retrieval shards -> one file, in the order of the questions before splitting.
+
+Reads output/retrieval_split_0.json, _1, ... as retriever.py wrote them. Every shard must be there and complete; where
+the parts that split_data.py wrote are still there, each shard must have been made from its part. Rows are never
+merged, and an id that occurs twice is refused.
+
+    python aggregate.py
+"""
+
+import glob
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynamicrag import stage
+from dynamicrag.stage import UserError
+
+ROWS_A_CHUNK = 1000
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = stage.ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, a quoted glob")
+    group.add_argument("--output_file", default="output/retrieval_data.jsonl", help="all rows")
+    group.add_argument("--splits_dir", default="data/splits", help="split_data.py's folder, checked where it exists")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def numbered(pattern: str) -> dict[int, Path]:
+    """The files of a glob by the last number in their name, in numerical order: 10 follows 9, not 1."""
+    found: dict[int, Path] = {}
+    for path in map(Path, sorted(glob.glob(pattern))):
+        if path.name.endswith(".manifest.json"):
+            continue
+        numbers = re.findall(r"\d+", path.stem)
+        if not numbers:
+            raise UserError(f"{path}: has no shard number in its name; narrow --input_files")
+        other = found.setdefault(int(numbers[-1]), path)
+        if other != path:
+            raise UserError(f"{path}: has the same shard number as {other}; narrow --input_files")
+    return dict(sorted(found.items()))
+
+
+def find_shards(pattern: str, splits_dir: str) -> list[Path]:
+    """All shards in order. Raises UserError naming the first that is missing, unfinished or of another split."""
+    unfinished = {number: path for number, path in numbered(f"{pattern}.partial").items()}
+    for path in unfinished.values():
+        raise UserError(f"{path}: this shard is unfinished; run its retriever.py again, it continues")
+    shards, splits = numbered(pattern), numbered(f"{splits_dir}/split_*.json")
+    if not shards:
+        raise UserError(f"{pattern}: no shards; make them with retriever.py")
+    example = next(iter(shards.values()))
+    for number in range(max([*shards, *splits]) + 1):
+        if number not in shards:
+            name = re.sub(r"\d+(?=\D*$)", str(number), example.stem) + example.suffix
+            raise UserError(f"{example.with_name(name)}: this shard is missing; run retriever.py for it")
+        manifest = stage.read_manifest(shards[number])
+        if manifest is None:
+            raise UserError(f"{shards[number]}: has no manifest, so it is incomplete; run its retriever.py again")
+        if not splits:
+            continue
+        if number not in splits:
+            raise UserError(f"{shards[number]}: there is no split_{number}.json in {splits_dir}; remove the shard if it is "
+                            "of an earlier run, or give --splits_dir")
+        if stage.fingerprint(splits[number]) not in manifest["inputs"].values():
+            raise UserError(f"{shards[number]}: was not made from {splits[number]} as it is now; run its retriever.py "
+                            "again with --overwrite")
+    return list(shards.values())
+
+
+def read_shards(paths: list[Path]) -> Iterator[dict]:
+    """The rows of all shards, one file after the other; an id in two of them is refused."""
+    from dynamicrag.records import read_rows
+
+    seen: dict[str, int] = {}
+    for shard, path in enumerate(paths):
+        for row in read_rows(path, needs=("docs",)):
+            if row["id"] in seen:
+                raise UserError(f"{path}: id {row['id']!r} is also in {paths[seen[row['id']]]}; ids must be unique")
+            seen[row["id"]] = shard
+            yield row
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    shards = find_shards(args.input_files, args.splits_dir)
+    output = stage.Output(args, [args.output_file], list(map(str, shards)))
+    if output.finished:
+        return
+
+    from tqdm import tqdm
+
+    with tqdm(desc="aggregating", unit=" questions") as progress:
+        for chunk in output.chunks(read_shards(shards), ROWS_A_CHUNK):
+            output.write(chunk)
+            progress.update(len(chunk))
+    output.finish(shards=len(shards))
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,60 @@
+"""Write the generator's SFT set: question and its relevant documents in, the gold answer out.
+
+Reads    training_data/training_data_sft.jsonl          rows with docs, true_id and answers
+Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: instruction, input, output, system
+
+    python construct_generator_sft.py
+"""
+
+from collections.abc import Iterator
+
+from dynamicrag import stage
+from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
+from dynamicrag.records import Row, read_rows
+from dynamicrag.stage import log
+from dynamicrag.tasks import target_answer, task_of
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--input_file", default="training_data/training_data_sft.jsonl", help="labelled rows")
+    files.add_argument("--output_file", default="training_data/generator_sft_training.json", help="SFT set")
+    add_prompts_flag(files)
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--max_docs", type=int, default=14, help="most relevant documents shown, best rerank score first")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
+    """One SFT example. A question none of whose documents is relevant is answered without documents."""
+    relevant = sorted((row["docs"][position - 1] for position in row["true_id"]), key=lambda doc: -doc["rerank_score"])
+    instruction = task_of(row.get("dataset")).instruction
+    return training_row(prompts.generator(row["question"], relevant[:max_docs], instruction), output=target_answer(row))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = stage.Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    if out.finished:
+        return
+    prompts = Prompts(args.prompts)
+    unanswered = 0
+
+    def examples() -> Iterator[dict[str, str]]:
+        nonlocal unanswered
+        for row in read_rows(args.input_file, ("docs", "true_id", "answers"), reject=out.reject):
+            if any(answer.strip() for answer in row["answers"]):
+                yield sft_row(row, prompts, args.max_docs)
+            else:
+                unanswered += 1
+
+    count = out.publish(args.output_file, examples())
+    if unanswered:
+        log.warning("%d rows have no gold answer and train nothing", unanswered)
+    out.finish(examples=count)
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,102 @@
+"""The two LLM calls of DynamicRAG, as requests: choose documents, then answer from them.
+
+Sampling, inference and top-N inference build their requests here and nowhere else.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+
+from dynamicrag.engine import ApiEngine, Request, VllmEngine
+from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
+from dynamicrag.records import Doc, Row
+from dynamicrag.selection import ids_pattern
+from dynamicrag.stage import UserError, derive_seed, log
+from dynamicrag.tasks import task_of
+
+
+def add_call_flags(parser: ArgumentParser) -> None:
+    """The flags of every stage that lets an LLM choose documents."""
+    group = parser.add_argument_group("calls")
+    add_prompts_flag(group)
+    group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers")
+    group.add_argument(
+        "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/tasks.py)"
+    )
+    group.add_argument(
+        "--constrain-ids", choices=["on", "off"], default="on",
+        help="let the reranker write nothing but None or identifiers of the documents shown",
+    )
+    group.add_argument("--dataset", help="data set of every row, over what the rows say")
+    group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
+
+
+def documents_that_fit(
+    engine: VllmEngine | ApiEngine, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
+) -> list[Doc]:
+    """The longest beginning of `docs` whose prompt leaves max_tokens in the window; whole documents go, from the end.
+
+    Raises UserError where not even the question fits.
+    """
+    if engine.fits(build(docs), max_tokens):
+        return list(docs)
+    fitting, too_many = 0, len(docs)
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if engine.fits(build(docs[:middle]), max_tokens):
+            fitting = middle
+        else:
+            too_many = middle
+    if fitting == 0 and not engine.fits(build([]), max_tokens):
+        raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
+    log.warning("%d of %d documents fit the window; the others are left out", fitting, len(docs))
+    return list(docs[:fitting])
+
+
+class Caller:
+    """Builds the requests of one run from its flags."""
+
+    def __init__(self, engine: VllmEngine | ApiEngine, args: Namespace):
+        self._args = args
+        self.engine = engine
+        self.prompts = Prompts(args.prompts)
+
+    def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
+        """Those of `docs` that fit the reranker's prompt."""
+        return documents_that_fit(
+            self.engine, lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens
+        )
+
+    def select(
+        self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float = 0.0, top_p: float = 1.0
+    ) -> Request:
+        """Choose among `docs`; `n` samples of it. `purpose` tells apart the seeds of one row's several requests."""
+        return Request(
+            messages=self.prompts.reranker(row["question"], docs),
+            seed=derive_seed(self._args.seed, row["id"], purpose),
+            max_tokens=self._args.selection_max_tokens,
+            n=n, temperature=temperature, top_p=top_p,
+            pattern=ids_pattern(len(docs)) if self._args.constrain_ids == "on" else None,
+        )
+
+    def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
+        """Answer from `docs`, greedily."""
+        task = task_of(row.get("dataset"))
+        max_tokens = self._args.answer_max_tokens or task.max_tokens
+
+        def build(some: Sequence[Doc]) -> Messages:
+            return self.prompts.generator(row["question"], some, task.instruction)
+
+        return Request(
+            messages=build(documents_that_fit(self.engine, build, docs, max_tokens)),
+            seed=derive_seed(self._args.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
+            max_tokens=max_tokens,
+        )
+
+    def judge_document(self, row: Row, doc: Doc) -> Request:
+        """Ask whether one document is needed: Yes or No (the pointwise baseline)."""
+        return Request(
+            messages=self.prompts.pointwise(row["question"], doc),
+            seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),
+            max_tokens=4,
+            pattern="(Yes|No)",
+        )

@@ -1,0 +1,39 @@
+"""Where a model runs and in which precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamicrag.stage import log
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = "auto, cpu, cuda, cuda:1, ..."
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def pick_device(name: str) -> str:
+    """The device to run on; `auto` is a GPU where there is one. Without one, `cuda` is the CPU, with a warning."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("--device %s: no GPU here; running on the CPU", name)
+        return "cpu"
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """float32 or bfloat16; `auto` is bfloat16 where the hardware multiplies in it (elsewhere it is emulated, slowly)."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,218 @@
+"""The LLM: vLLM in this process, on GPUs and on the CPU alike, or any OpenAI-compatible server.
+
+Requests go in as one large batch. Each carries its own seed (see stage.derive_seed), so that what comes back depends
+on the request and not on what it was batched with.
+"""
+
+import asyncio
+import os
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dynamicrag.prompts import Messages
+from dynamicrag.stage import UserError, log
+
+API_CONCURRENCY = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `pattern` is a regular expression the output must match; None leaves it free."""
+
+    messages: Messages
+    seed: int
+    max_tokens: int
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    pattern: str | None = None
+
+
+@dataclass
+class Usage:
+    """What a row has cost so far."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    def add(self, completion: "Completion") -> None:
+        self.calls += 1
+        self.prompt_tokens += completion.prompt_tokens
+        self.generated_tokens += completion.generated_tokens
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came back for one request: `n` texts (stripped), and the tokens they cost."""
+
+    texts: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+def add_engine_flags(parser: ArgumentParser) -> None:
+    """The flags of every stage that calls an LLM."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
+    group.add_argument("--template", default="template/llama3.jinja", help="chat template, one of template/*.jinja")
+    group.add_argument("--api-base", metavar="URL", help="use an OpenAI-compatible server instead; it applies its own template")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs one model is spread over")
+    group.add_argument("--max-model-len", type=int, default=8192, help="window in tokens, prompt and answer together")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory vLLM may take")
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="weights' type")
+
+
+def resolve_model(name: str) -> str:
+    """The checkpoint a model name stands for.
+
+    A folder with a config.json is itself. The output folder of the recipes, `NAME/sft` and `NAME/dpo`, stands for its
+    newest stage: DPO where that has finished, else SFT. Anything else is taken for a hub name.
+    """
+    folder = Path(name)
+    for stage_folder in (folder, folder / "dpo", folder / "sft"):
+        if (stage_folder / "config.json").is_file():
+            return str(stage_folder)
+    if folder.is_dir() or name.startswith("DynamicRAG_") or name.startswith(("/", ".")):
+        raise UserError(
+            f"{name}: no model there (neither it nor its sft/ or dpo/ has a config.json); "
+            "train it with llamafactory-cli train recipes/<model>/sft.yaml, or give --llm-model a checkpoint folder"
+        )
+    return name
+
+
+def load_engine(args: Namespace, model: str | None = None) -> "VllmEngine | ApiEngine":
+    """The engine the flags of add_engine_flags ask for; `model` overrides --llm-model."""
+    if args.api_base:
+        return ApiEngine(args.api_base, model or args.llm_model)
+    return VllmEngine(resolve_model(model or args.llm_model), args)
+
+
+class VllmEngine:
+    """vLLM in process. Prompts are rendered with our own template and handed over as token ids."""
+
+    def __init__(self, model: str, args: Namespace):
+        self._chat_template = read_template(args.template)
+        self.max_model_len = args.max_model_len
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            cores = len(os.sched_getaffinity(0))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores - 1}")  # by default vLLM leaves one idle
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
+        self._llm = LLM(
+            model=model,
+            tensor_parallel_size=args.tensor_parallel_size,
+            max_model_len=args.max_model_len,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
+            enable_prefix_caching=True,
+            enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
+            generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
+        )
+        self._tokenizer = self._llm.get_tokenizer()
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The token ids of a prompt, up to where the answer begins."""
+        rendered = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
+        )
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+    def fits(self, messages: Messages, max_tokens: int) -> bool:
+        """Whether the prompt leaves room for an answer of max_tokens in the window."""
+        return len(self.prompt_ids(messages)) + max_tokens <= self.max_model_len
+
+    def complete(self, requests: list[Request]) -> list[Completion]:
+        """Run all requests as one batch, in order. Raises UserError for a prompt longer than the window."""
+        if not requests:
+            return []
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        prompts, params = [], []
+        for request in requests:
+            ids = self.prompt_ids(request.messages)
+            if len(ids) + request.max_tokens > self.max_model_len:
+                raise UserError(
+                    f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} for the answer within "
+                    f"--max-model-len {self.max_model_len}; its question begins {request.messages[-1]['content'][:80]!r}"
+                )
+            prompts.append({"prompt_token_ids": ids})
+            params.append(SamplingParams(
+                n=request.n, temperature=request.temperature, top_p=request.top_p,
+                max_tokens=request.max_tokens, seed=request.seed,
+                structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+            ))
+        outputs = self._llm.generate(prompts, params, use_tqdm=True)
+        return [
+            Completion(
+                texts=[sample.text.strip() for sample in output.outputs],
+                prompt_tokens=len(output.prompt_token_ids),
+                generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
+            )
+            for output in outputs
+        ]
+
+
+class ApiEngine:
+    """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY alone."""
+
+    def __init__(self, base_url: str, model: str):
+        self._base_url = base_url
+        self._model = model
+
+    def fits(self, messages: Messages, max_tokens: int) -> bool:
+        """The server's window is not known here: whatever it refuses ends the run with its own message."""
+        return True
+
+    def complete(self, requests: list[Request]) -> list[Completion]:
+        """Run all requests, at most API_CONCURRENCY at a time, in order. Raises UserError where the server refuses."""
+        return asyncio.run(self._complete_all(requests))
+
+    async def _complete_all(self, requests: list[Request]) -> list[Completion]:
+        import openai
+        from tqdm.asyncio import tqdm
+
+        slots = asyncio.Semaphore(API_CONCURRENCY)
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=5) as client:
+
+            async def complete(request: Request) -> Completion:
+                async with slots:
+                    reply = await client.chat.completions.create(
+                        model=self._model, messages=request.messages, n=request.n, seed=request.seed,
+                        max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
+                        extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
+                    )
+                return Completion(
+                    texts=[(choice.message.content or "").strip() for choice in reply.choices],
+                    prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
+                    generated_tokens=reply.usage.completion_tokens if reply.usage else 0,
+                )
+
+            try:
+                return await tqdm.gather(*map(complete, requests), unit="request")
+            except openai.OpenAIError as error:
+                raise UserError(f"{self._base_url}: {error}") from error
+
+
+def read_template(path: str) -> str:
+    """A chat template's text. Raises UserError where it cannot be read or is not Jinja."""
+    import jinja2
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        jinja2.Environment().parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the chat template cannot be read: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
+    return text

@@ -1,0 +1,154 @@
+"""Pointwise rerankers: the probability that a document is relevant to a question.
+
+MonoT5 (Nogueira et al., 2020, arXiv 2003.06713): a T5 reads `Query: q Document: d Relevant:` and the first token it
+would write is compared over `true` and `false`. CrossEncoder: a sequence classifier over the pair, the same outputs.
+Which of the two a checkpoint is, its configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dynamicrag.batches import length_batches, pad
+from dynamicrag.device import pick_device, pick_dtype
+from dynamicrag.stage import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Pair = tuple[str, str]  # question, document: title and text
+
+# A longer text is cut before it is tokenised: no tokenizer here makes one token of more characters than this.
+CHARACTERS_PER_TOKEN = 100
+
+
+class _Pointwise:
+    """What both rerankers share: batches of similar length over many pairs."""
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        self.model = model.to(device).eval()
+        self.tokenizer, self.device, self.max_length = tokenizer, device, max_length
+        self.pad_id = tokenizer.pad_token_id or 0
+
+    def score(
+        self, pairs: list[Pair], batch_tokens: int = 16384, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """P(relevant) of each pair, float32 [len(pairs)] in [0, 1], in the order of the pairs.
+
+        `batch_tokens` bounds the padded tokens of a batch; `progress` is called with the size of every finished one.
+        """
+        import numpy as np
+        import torch
+
+        inputs = self.tokenize(pairs) if pairs else []
+        scores = np.empty(len(pairs), dtype=np.float32)
+        with torch.inference_mode():
+            for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens):
+                ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device)
+                types, _ = pad([inputs[position][1] for position in batch], 0, self.device)
+                scores[batch] = self.forward(ids, mask, types).cpu().numpy()
+                if progress is not None:
+                    progress(len(batch))
+        return scores
+
+    def _cut(self, text: str) -> str:
+        return text[: self.max_length * CHARACTERS_PER_TOKEN]
+
+
+class MonoT5(_Pointwise):
+    """A sequence-to-sequence checkpoint, judged by its first token."""
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        super().__init__(model, tokenizer, device, max_length)
+        self.true_false = [self._one_token(word) for word in ("true", "false")]
+
+    def _one_token(self, word: str) -> int:
+        tokens = self._tokens(word)
+        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
+            raise UserError(f"the tokenizer writes {word!r} as the tokens {tokens}; monoT5 needs a T5 tokenizer, in which "
+                            "it is a single one")
+        return tokens[0]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize(self, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Tokens of each prompt. Only the document is cut (and a question beyond half the window): `Relevant:` stays."""
+        document, relevant = self._tokens("Document:"), [*self._tokens("Relevant:"), self.tokenizer.eos_token_id]
+        questions = self.tokenizer([f"Query: {self._cut(question)}" for question, _ in pairs], add_special_tokens=False)
+        texts = self.tokenizer([self._cut(text) for _, text in pairs], add_special_tokens=False)
+        inputs = []
+        for question, text in zip(questions["input_ids"], texts["input_ids"], strict=True):
+            start = question[: self.max_length // 2] + document
+            tokens = start + text[: self.max_length - len(start) - len(relevant)] + relevant
+            inputs.append((tokens, []))
+        return inputs
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """One forward pass with a single decoder token; softmax over the logits of true and false, in float32."""
+        import torch
+
+        start = torch.full((len(ids), 1), self.model.config.decoder_start_token_id, device=ids.device)
+        logits = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, 0]
+        return logits[:, self.true_false].float().log_softmax(dim=-1)[:, 0].exp()
+
+
+class CrossEncoder(_Pointwise):
+    """A sequence classifier: one label (sigmoid) or two, the second being `relevant` (softmax)."""
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        super().__init__(model, tokenizer, device, max_length)
+        if model.config.num_labels > 2:
+            raise UserError(f"the classifier has {model.config.num_labels} labels; a reranker has one or two")
+
+    def tokenize(self, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Tokens and segments of each pair. Only the document is cut (and a question beyond half the window)."""
+        questions = [self._first_half(question) for question, _ in pairs]
+        texts = [self._cut(text) for _, text in pairs]
+        encoded = self.tokenizer(
+            questions, texts, truncation="only_second", max_length=self.max_length, return_token_type_ids=True
+        )
+        return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
+
+    def _first_half(self, question: str) -> str:
+        question = self._cut(question)
+        encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+        kept = encoded["offset_mapping"][: self.max_length // 2]
+        return question[: kept[-1][1]] if kept else question
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Logits to [0, 1], in float32."""
+        segments = {"token_type_ids": types} if "token_type_ids" in self.tokenizer.model_input_names else {}
+        logits = self.model(input_ids=ids, attention_mask=mask, **segments).logits.float()
+        return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=-1)[:, 1]
+
+
+def load_reranker(
+    path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512
+) -> MonoT5 | CrossEncoder:
+    """The reranker in a Hugging Face folder (or of a hub name). Raises UserError where it is neither of the two."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = pick_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if any("ForSequenceClassification" in name for name in config.architectures or []):
+            kind, auto = CrossEncoder, AutoModelForSequenceClassification
+        elif config.is_encoder_decoder:
+            kind, auto = MonoT5, AutoModelForSeq2SeqLM
+        else:
+            raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5 or a sequence classifier")
+        model = auto.from_pretrained(path, dtype=pick_dtype(dtype, device))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be loaded as a reranker ({str(error).splitlines()[0]}); give the folder of a "
+                        "Hugging Face model") from error
+    window = getattr(config, "max_position_embeddings", None) or max_length  # a T5 has relative positions, no limit
+    try:
+        return kind(model, tokenizer, device, min(max_length, window))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

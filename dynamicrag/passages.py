@@ -1,0 +1,228 @@
+"""The corpus: reading it, and a memory-mapped store of it.
+
+Retrieval needs the text of a few passages out of 21 million. The corpus is therefore converted once into an Arrow
+file, memory-mapped through HF `datasets` and shared by all workers of a machine, with a sorted table of hashed ids
+beside it (12 bytes a passage) instead of a dictionary. The store lies in `<corpus>.store/` and is made anew when the
+corpus changes.
+"""
+
+from __future__ import annotations
+
+import array
+import codecs
+import csv
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from dynamicrag.jsonio import read_json
+from dynamicrag.stage import UserError, exclusive, fingerprint, log
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ID_KEYS = ("id", "_id", "docid")
+TEXT_KEYS = ("text", "contents")
+TSV, JSON, PARQUET = (".tsv",), (".jsonl", ".json"), (".parquet",)
+# A record batch of the store: small enough to read a passage from, far below the 2 GB that Arrow's strings allow.
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 24
+
+Passage = tuple[str, str, str]  # id, title, text
+
+
+def read_passages(path: str | Path) -> Iterator[Passage]:
+    """Stream (id, title, text) from a TSV, JSONL, JSON or Parquet file, or from a folder of them in sorted order.
+
+    TSV is DPR's: a header with id, text and title, fields quoted where they hold a tab, a newline or a quote. JSON
+    has id (or _id, docid), text (or contents) and title; `contents` without a title has it in its first line.
+    Raises UserError naming file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in TSV + JSON + PARQUET)
+        if not files:
+            raise UserError(f"{path}: holds no .tsv, .jsonl or .parquet file")
+        yield from chain.from_iterable(map(read_passages, files))
+    elif path.suffix in TSV:
+        yield from _read_tsv(path)
+    elif path.suffix in PARQUET:
+        yield from _read_parquet(path)
+    elif path.suffix in JSON:
+        for line, record in read_json(path):
+            yield _passage(record, f"{path}:{line}")
+    else:
+        raise UserError(f"{path}: expected a corpus named .tsv, .jsonl, .json or .parquet")
+
+
+def _read_tsv(path: Path) -> Iterator[Passage]:
+    csv.field_size_limit(1 << 30)
+    with path.open("rb") as file:
+
+        def lines() -> Iterator[str]:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason})") from error
+
+        # strict: a lone quotation mark is an error here, instead of swallowing the passages that follow it
+        reader = csv.reader(lines(), delimiter="\t", strict=True)
+        try:
+            header = next(reader, [])
+            if "id" not in header or "text" not in header:
+                raise UserError(f"{path}:1: expected the header id, text, title (separated by tabs), found {header[:4]}")
+            line = reader.line_num + 1
+            for fields in reader:
+                if fields:
+                    if len(fields) != len(header):
+                        raise UserError(f"{path}:{line}: expected {len(header)} fields, found {len(fields)}")
+                    yield _passage(dict(zip(header, fields, strict=True)), f"{path}:{line}")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line}: {error}; a field that starts with a quotation mark must be quoted: \"\"\"like\"\" this\""
+            ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Passage]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _passage(record, f"{path}: row {number}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _passage(record: object, where: str) -> Passage:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with id, title and text")
+    passage_id = next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
+    if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
+        raise UserError(f"{where}: key 'id': expected a non-empty string or an integer, found {passage_id!r}")
+    key = next((key for key in TEXT_KEYS if record.get(key) is not None), "text")
+    text, title = record.get(key), record.get("title")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: key '{key}': expected a string, found {type(text).__name__}")
+    if title is None and key == "contents" and "\n" in text:
+        title, text = text.split("\n", 1)
+        title = title.strip().removeprefix('"').removesuffix('"')
+    if not isinstance(title or "", str):
+        raise UserError(f"{where}: key 'title': expected a string, found {type(title).__name__}")
+    return str(passage_id), title or "", text
+
+
+class PassageStore:
+    """The passages of a corpus by position, and the position of a passage by its id (always a string)."""
+
+    def __init__(self, folder: str | Path):
+        import numpy as np
+        from datasets import Dataset
+
+        folder = Path(folder)
+        self.table = Dataset.from_file(str(folder / "passages.arrow"))
+        self._keys = np.load(folder / "keys.npy", mmap_mode="r")
+        self._order = np.load(folder / "order.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def slice(self, start: int, stop: int) -> dict[str, list[str]]:
+        """The columns id, title and text of the passages at start..stop-1."""
+        return self.table[start:stop]
+
+    def docs(self, positions: list[int]) -> list[dict[str, str]]:
+        """The passages at these positions, as documents of a row."""
+        columns = self.table[positions] if positions else {"id": [], "title": [], "text": []}
+        return [
+            {"id": doc_id, "title": title, "text": text}
+            for doc_id, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
+        ]
+
+    def positions(self, ids: Iterable[str]) -> np.ndarray:
+        """The position of each id, int64 [n]; -1 for an id the corpus does not have."""
+        import numpy as np
+
+        keys = np.array([_key(passage_id) for passage_id in ids], dtype=np.uint64)
+        if len(self) == 0 or len(keys) == 0:
+            return np.full(len(keys), -1, dtype=np.int64)
+        found = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        return np.where(self._keys[found] == keys, self._order[found].astype(np.int64), -1)
+
+
+def _key(passage_id: str) -> int:
+    """64 bits of an id: among 21 million, two different ids share them with a probability of 1 in 80,000."""
+    return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
+
+
+def open_passages(path: str | Path, store: str | Path | None = None) -> PassageStore:
+    """The store of a corpus, built first where there is none or the corpus has changed since."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such corpus")
+    folder = Path(store or f"{path}.store")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder):
+            content = fingerprint(path)
+            made_from = folder / "store.json"
+            if not made_from.is_file() or orjson.loads(made_from.read_bytes())["passages"] != content:
+                _build(path, folder, content)
+    except OSError as error:
+        raise UserError(f"{folder}: the passage store cannot be written ({error}); give --passage_store") from error
+    return PassageStore(folder)
+
+
+def _build(path: Path, folder: Path, content: str) -> None:
+    import numpy as np
+    import pyarrow
+    from tqdm import tqdm
+
+    log.info("building the passage store %s (once)", folder)
+    building = Path(f"{folder}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "title", "text")])
+    keys = array.array("Q")
+    batch: list[Passage] = []
+    characters = 0
+    with pyarrow.OSFile(str(building / "passages.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+
+        def flush() -> None:
+            columns = [pyarrow.array(column, pyarrow.string()) for column in zip(*batch, strict=True)]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+            batch.clear()
+
+        for passage in tqdm(read_passages(path), desc="passages", unit=" passages", unit_scale=True):
+            keys.append(_key(passage[0]))
+            batch.append(passage)
+            characters += len(passage[1]) + len(passage[2])
+            if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+                flush()
+                characters = 0
+        if batch:
+            flush()
+    if not keys:
+        raise UserError(f"{path}: holds no passage")
+    unsorted = np.frombuffer(keys, dtype=np.uint64)
+    order = np.argsort(unsorted, kind="stable").astype(np.uint32 if len(unsorted) < 1 << 32 else np.uint64)
+    np.save(building / "keys.npy", unsorted[order])
+    np.save(building / "order.npy", order)
+    repeated = np.flatnonzero(unsorted[order][1:] == unsorted[order][:-1])
+    if len(repeated):
+        first, second = (int(order[repeated[0] + offset]) for offset in (0, 1))
+        shown = PassageStore(building).slice(first, first + 1)["id"][0]
+        raise UserError(f"{path}: passages {first + 1} and {second + 1} have the same id {shown!r}; ids must be unique")
+    (building / "store.json").write_bytes(orjson.dumps({"passages": content, "count": len(unsorted)}))
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)

@@ -1,0 +1,139 @@
+"""Every prompt of the project, once. Training rows, sampling and inference all call these functions, so that what a
+model is trained on and what it is asked later are the same bytes.
+
+A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`).
+"""
+
+import string
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamicrag.records import Doc
+from dynamicrag.stage import UserError
+
+Messages = list[dict[str, str]]
+
+DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
+    "reranker": {
+        "system": "You choose the documents that are needed to answer a question.",
+        "user": (
+            "Question: {question}\n\n{documents}\n\n"
+            "Which documents are needed to answer the question: {question}\n"
+            "Write their identifiers, the most important first, as in [2], [1]. Write None if no document is needed."
+        ),
+        # The identifier stands on both sides of the text: a small model copies it more reliably from the near side.
+        "document": "[{n}] {title}\n{text} [{n}]",
+    },
+    "pointwise": {
+        "system": "You judge whether a document is needed to answer a question.",
+        "user": "Question: {question}\n\n{documents}\n\nIs this document needed to answer the question? Write Yes or No.",
+        "document": "{title}\n{text}",
+    },
+    "generator": {
+        "system": "You answer questions, using the documents where they help.",
+        "user": "{documents}\n\nQuestion: {question}\n{instruction}",
+        "user_without_documents": "Question: {question}\n{instruction}",
+        "document": "[{n}] {title}\n{text}",
+    },
+    "judge": {
+        "system": "You grade answers strictly and fairly.",
+        "user": (
+            "Question: {question}\nReference answers: {answers}\nAnswer to grade: {response}\n\n"
+            "Give 0 to 20 points for each of: correctness against the reference, completeness, relevance to the question, "
+            "absence of unsupported claims, clarity. Reply with a JSON object with the integer keys "
+            "correctness, completeness, relevance, support, clarity."
+        ),
+    },
+}
+PLACEHOLDERS = {
+    ("reranker", "user"): {"question", "documents"},
+    ("reranker", "document"): {"n", "title", "text"},
+    ("pointwise", "user"): {"question", "documents"},
+    ("pointwise", "document"): {"n", "title", "text"},
+    ("generator", "user"): {"question", "documents", "instruction"},
+    ("generator", "user_without_documents"): {"question", "instruction"},
+    ("generator", "document"): {"n", "title", "text"},
+    ("judge", "user"): {"question", "answers", "response"},
+}
+
+
+def add_prompts_flag(parser: ArgumentParser) -> None:
+    parser.add_argument("--prompts", metavar="FILE", help="YAML file of other prompts; keys as in dynamicrag/prompts.py")
+
+
+class Prompts:
+    """The prompts in use: the project's own, or those of a YAML file over them."""
+
+    def __init__(self, path: str | None = None):
+        """Raises UserError for a file that is not YAML, an unknown key, or a placeholder the prompt does not have."""
+        self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
+        if path is not None:
+            self._override(Path(path))
+
+    def _override(self, path: Path) -> None:
+        import yaml
+
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: not a readable YAML file of prompts: {error}") from error
+        if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
+            raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
+        for name, parts in given.items():
+            for part, text in parts.items():
+                where = f"{path}: {name}.{part}"
+                if part not in self._texts.get(name, {}):
+                    raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
+                if not isinstance(text, str):
+                    raise UserError(f"{where}: expected a text")
+                try:
+                    used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+                except ValueError as error:
+                    raise UserError(f"{where}: {error}; a literal brace is written twice") from error
+                unknown = used - PLACEHOLDERS.get((name, part), set())
+                if unknown:
+                    raise UserError(f"{where}: unknown placeholder {{{sorted(unknown)[0]}}}")
+                self._texts[name][part] = text
+
+    def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
+        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1."""
+        return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
+
+    def pointwise(self, question: str, doc: Doc) -> Messages:
+        """Asks whether one document is needed."""
+        return self._messages("pointwise", "user", question=question, documents=self._documents("pointwise", [doc]))
+
+    def generator(self, question: str, docs: Sequence[Doc], instruction: str) -> Messages:
+        """Asks for the answer from `docs`, numbered from 1 in the order given, or from no document."""
+        if not docs:
+            return self._messages("generator", "user_without_documents", question=question, instruction=instruction)
+        documents = self._documents("generator", docs)
+        return self._messages("generator", "user", question=question, documents=documents, instruction=instruction)
+
+    def judge(self, question: str, answers: Sequence[str], response: str) -> Messages:
+        """Asks for five grades of 0 to 20 points."""
+        return self._messages("judge", "user", question=question, answers="; ".join(answers), response=response)
+
+    def _documents(self, name: str, docs: Sequence[Doc]) -> str:
+        block = self._texts[name]["document"]
+        return "\n\n".join(block.format(n=n, title=doc["title"], text=doc["text"]) for n, doc in enumerate(docs, start=1))
+
+    def _messages(self, name: str, user: str, **fields: str) -> Messages:
+        return [
+            {"role": "system", "content": self._texts[name]["system"].format()},
+            {"role": "user", "content": self._texts[name][user].format(**fields)},
+        ]
+
+
+def _names() -> list[str]:
+    return [f"{name}.{part}" for name, parts in DEFAULT_PROMPTS.items() for part in parts]
+
+
+def training_row(messages: Messages, **targets: str) -> dict[str, str]:
+    """A LLaMA-Factory row: the user turn is the instruction, the system prompt has its own column, input is empty.
+
+    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO.
+    """
+    system, user = messages
+    return {"instruction": user["content"], "input": "", **targets, "system": system["content"]}

@@ -1,0 +1,185 @@
+"""The contract between the stages: what a row is, read leniently and handed on in one form.
+
+A row is one question. Every stage reads rows through `read_rows`, which accepts the names the field's data sets use
+(`ctxs` for `docs`, `answer` or `golden_answers` for `answers`, `sample_id` for `id`), checks what the stage needs,
+and passes keys it does not know through untouched.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypedDict
+
+from dynamicrag.jsonio import read_json
+from dynamicrag.stage import UserError
+from dynamicrag.tasks import derive_dataset
+
+ID_KEYS = ("id", "sample_id")
+ANSWER_KEYS = ("answers", "answer", "golden_answers", "output")
+DOCS_KEYS = ("docs", "ctxs")
+
+
+class Doc(TypedDict, total=False):
+    """A retrieved passage, as a row carries it."""
+
+    id: str
+    title: str
+    text: str
+    score: float  # the retriever's
+    rerank_score: float  # P(relevant), in [0, 1]
+    rerank_label: str  # "true" iff rerank_score > 0.5, else "false"
+
+
+class Row(TypedDict, total=False):
+    """A question and what the stages so far have added to it. Positions are 1-based into the documents shown."""
+
+    id: str
+    dataset: str
+    question: str
+    answers: list[str]
+    docs: list[Doc]
+    true_id: list[int]
+    false_id: list[int]
+    true_count: int
+    sequence: list[int]
+    sequence_length: int
+    id_lists: list[list[int]]
+    responses: list[str]
+    response_scores: list[float]
+    score_terms: list[dict[str, float]]
+    id_list: list[int]
+    response: str
+    final_docs: list[str]
+    usage: dict[str, int]
+
+
+class RowError(ValueError):
+    """What is wrong with one row: the key, and what was expected of it."""
+
+    def __init__(self, key: str, expected: str):
+        super().__init__(f"key '{key}': {expected}")
+
+
+def read_rows(
+    path: str | Path,
+    needs: tuple[str, ...] = (),
+    dataset: str | None = None,
+    reject: Callable[[dict], None] | None = None,
+) -> Iterator[Row]:
+    """Stream the rows of a JSON or JSONL file in the project's own form.
+
+    `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
+    say. Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
+    skipped. (A line that is not JSON always raises: nothing after it can be trusted.)
+    """
+    seen: dict[str, int] = {}
+    for line, value in read_json(path):
+        try:
+            row = normalise_row(value, needs, dataset, Path(path).stem)
+            if row["id"] in seen:
+                raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
+        except RowError as error:
+            if reject is None:
+                raise UserError(f"{path}:{line}: {error}") from error
+            reject({"file": str(path), "line": line, "error": str(error), "row": value})
+            continue
+        seen[row["id"]] = line
+        yield row
+
+
+def count_rows(path: str | Path, needs: tuple[str, ...] = (), skip_malformed: bool = False) -> int:
+    """Check every row of a file before hours are spent on the first ones; returns how many there are."""
+    count = sum(1 for _ in read_rows(path, needs, reject=(lambda _: None) if skip_malformed else None))
+    if count == 0:
+        raise UserError(f"{path}: holds no usable row")
+    return count
+
+
+def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | None = None, stem: str = "") -> Row:
+    """One decoded JSON value as a row. Raises RowError."""
+    if not isinstance(value, dict):
+        raise RowError("(the whole row)", f"expected a JSON object, found {_kind(value)}")
+    row = dict(value)
+    row["id"] = _identifier(row)
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise RowError("question", f"expected a non-empty string, found {_kind(question)}")
+    answers = _answers(row)
+    if answers is not None:
+        row["answers"] = answers
+    docs_key = next((key for key in DOCS_KEYS if key in row), None)
+    if docs_key is not None:
+        docs = row.pop(docs_key)
+        if not isinstance(docs, list):
+            raise RowError(docs_key, f"expected a list of documents, found {_kind(docs)}")
+        row["docs"] = [normalise_doc(doc, position, docs_key) for position, doc in enumerate(docs, start=1)]
+    named = dataset or row.get("dataset") or derive_dataset(row["id"], stem)
+    if named is not None:
+        if not isinstance(named, str):
+            raise RowError("dataset", f"expected a string, found {_kind(named)}")
+        row["dataset"] = named
+    for key in needs:
+        if key not in row:
+            raise RowError(key, "missing; it is written by an earlier stage or is part of the data set")
+    return row
+
+
+def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
+    """One document of a row: ids and texts are strings, scores finite numbers. Raises RowError."""
+    where = f"{key}[{position - 1}]"
+    if not isinstance(value, dict):
+        raise RowError(where, f"expected an object with id, title and text, found {_kind(value)}")
+    doc = dict(value)
+    text = doc.get("text")
+    if not isinstance(text, str):
+        raise RowError(f"{where}.text", f"expected a string, found {_kind(text)}")
+    doc["id"] = str(doc["id"]) if doc.get("id") is not None else f"doc{position}"
+    doc["title"] = doc.get("title") or ""
+    if not isinstance(doc["title"], str):
+        raise RowError(f"{where}.title", f"expected a string, found {_kind(doc['title'])}")
+    for score in ("score", "rerank_score"):
+        if doc.get(score) is not None:
+            doc[score] = _finite(doc[score], f"{where}.{score}")
+    return doc
+
+
+def _identifier(row: dict) -> str:
+    key = next((key for key in ID_KEYS if row.get(key) is not None), None)
+    if key is None:
+        raise RowError("id", "missing; every row needs a unique id")
+    if isinstance(row[key], bool) or not isinstance(row[key], str | int) or row[key] == "":
+        raise RowError(key, f"expected a non-empty string, found {_kind(row[key])}")
+    return str(row[key])
+
+
+def _answers(row: dict) -> list[str] | None:
+    """Gold answers from whichever key the data set uses; a lone string is one answer, never its characters."""
+    key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
+    if key is None:
+        if "qa_pairs" not in row:
+            return None
+        try:
+            return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
+        except (TypeError, KeyError) as error:
+            raise RowError("qa_pairs", "expected a list of objects with short_answers") from error
+    answers = [row[key]] if isinstance(row[key], str) else row[key]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise RowError(key, f"expected a string or a list of strings, found {_kind(row[key])}")
+    return answers
+
+
+def _finite(value: object, where: str) -> float:
+    try:
+        number = float(value)  # published files carry scores as strings
+    except (TypeError, ValueError) as error:
+        raise RowError(where, f"expected a number, found {_kind(value)}") from error
+    if not math.isfinite(number):
+        raise RowError(where, f"expected a finite number, found {number}")
+    return number
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"

@@ -1,0 +1,61 @@
+"""Identifiers: how a selection of documents is written, and how what a model wrote is read.
+
+A selection is an ordered list of 1-based positions into the documents shown: `[3], [1]`, or `None` for no document.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NO_DOCUMENT = "None"
+_IDENTIFIER = re.compile(r"\[\s*(\d+)\s*\]", re.ASCII)
+_NONE = re.compile(r"\bnone\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was read from a model's output. `valid` is False where it named no document shown and did not say None."""
+
+    ids: list[int]
+    valid: bool
+    out_of_range: int = 0
+    repeated: int = 0
+
+
+def format_ids(ids: Sequence[int]) -> str:
+    """Write a selection the way models are trained to write it."""
+    return ", ".join(f"[{position}]" for position in ids) or NO_DOCUMENT
+
+
+def parse_ids(text: str, n_docs: int) -> Selection:
+    """Read a selection among `n_docs` documents from any text; the inverse of format_ids on what that writes.
+
+    Identifiers `[n]` are taken in order; repeats and anything outside 1..n_docs are dropped and counted. Without any
+    identifier the word None is the empty selection. Everything else is invalid, which is not the same as None.
+    """
+    ids: list[int] = []
+    out_of_range = repeated = 0
+    for match in _IDENTIFIER.finditer(text):
+        digits = match[1].lstrip("0")
+        # More digits than n_docs has cannot be in range, and int() refuses thousands of them.
+        position = int(digits) if digits and len(digits) <= len(str(n_docs)) else 0
+        if not 1 <= position <= n_docs:
+            out_of_range += 1
+        elif position in ids:
+            repeated += 1
+        else:
+            ids.append(position)
+    says_none = not out_of_range and _NONE.search(text) is not None
+    return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
+
+
+def ids_pattern(n_docs: int, max_ids: int | None = None) -> str:
+    """A regular expression of every well-formed selection among `n_docs` documents, for constrained decoding.
+
+    Repeats are not excluded (a regular expression that does is exponential in n_docs); parse_ids drops them.
+    """
+    if n_docs == 0:
+        return NO_DOCUMENT
+    identifier = rf"\[({'|'.join(map(str, range(1, n_docs + 1)))})\]"
+    more = min(n_docs, max_ids or n_docs) - 1
+    return rf"({NO_DOCUMENT}|{identifier}(, {identifier}){{0,{more}}})"

@@ -1,0 +1,220 @@
+"""Embedding shards: the vectors of a part of the corpus, float16, in the order of their ids.
+
+Own shards are `passages_00.npy` ([n, width]) with `passages_00.ids.npy` (UTF-8 bytes, [n]) beside it, both
+memory-mapped, so that the workers of a machine share one copy. Published Contriever shards are pickles of
+(list of ids, float16 array); they are converted once to the same form, through an unpickler that admits nothing else.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamicrag.passages import PassageStore
+from dynamicrag.stage import UserError, exclusive, fingerprint, log, read_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PICKLED = ("", ".pkl", ".pickle")
+NUMPY_TYPES = {"f2": "<f2", "f4": "<f4"}
+
+
+@dataclass
+class Shard:
+    """One file of embeddings: ids as bytes [n], vectors float16 or float32 [n, width]."""
+
+    path: Path
+    ids: np.ndarray
+    vectors: np.ndarray
+
+
+def ids_path(shard: str | Path) -> Path:
+    return Path(shard).with_suffix(".ids.npy")
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The shards a glob (or folder) names, sorted. Raises UserError where one is unfinished or its numbering has a gap."""
+    if Path(pattern).is_dir():
+        pattern = f"{pattern}/*"
+    names = sorted(map(Path, glob.glob(pattern)))
+    partial = next((name for name in names if name.suffix == ".partial"), None)
+    if partial is not None:
+        raise UserError(f"{partial}: this shard is unfinished; run generate_passage_embeddings.py again to complete it")
+    own = [name for name in names if name.suffix == ".npy" and not name.name.endswith(".ids.npy")]
+    pickled = [name for name in names if name.suffix in PICKLED and name.is_file()]
+    converted = {name.with_suffix(".npy") for name in pickled}
+    shards = sorted([*pickled, *(name for name in own if name not in converted)])
+    if not shards:
+        raise UserError(f"{pattern}: no embedding shards; make them with generate_passage_embeddings.py")
+    made = [manifest["arguments"] for manifest in map(read_manifest, shards) if manifest]
+    expected = max((arguments.get("num_shards", 1) for arguments in made), default=1)
+    missing = sorted(set(range(expected)) - {arguments.get("shard_id", 0) for arguments in made})
+    if missing:
+        raise UserError(f"{pattern}: shard {missing[0]} of {expected} is missing; run generate_passage_embeddings.py "
+                        f"--shard_id {missing[0]} --num_shards {expected}")
+    return shards
+
+
+def open_shards(paths: list[Path]) -> list[Shard]:
+    """Memory-map shards, converting pickled ones first."""
+    return [_open_npy(path if path.suffix == ".npy" else _convert(path), path) for path in paths]
+
+
+def _open_npy(path: Path, named: Path) -> Shard:
+    import numpy as np
+
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids = np.load(ids_path(path), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{named}: not a shard of embeddings ({error})") from error
+    if vectors.ndim != 2 or vectors.dtype.kind != "f" or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
+        raise UserError(f"{named}: expected float vectors [n, width] and n ids, found {vectors.dtype} "
+                        f"{list(vectors.shape)} and {ids.dtype} {list(ids.shape)}")
+    return Shard(named, ids, vectors)
+
+
+def check_shards(shards: list[Shard], width: int, store: PassageStore, model: str) -> np.ndarray:
+    """The position in the corpus of every vector of all shards, int64 [total].
+
+    Raises UserError, naming the shard, where its width is not the model's or it has an id the corpus has not.
+    """
+    import numpy as np
+
+    positions = []
+    for shard in shards:
+        if shard.vectors.shape[1] != width:
+            raise UserError(f"{shard.path}: its vectors have {shard.vectors.shape[1]} dimensions, those of {model} "
+                            f"have {width}; give the model that made the shards")
+        found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+        unknown = np.flatnonzero(found < 0)
+        if len(unknown):
+            raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the first "
+                            f"is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
+        positions.append(found)
+        manifest = read_manifest(shard.path) or {"inputs": {}}
+        if Path(model).exists() and manifest["inputs"] and fingerprint(model) not in manifest["inputs"].values():
+            log.warning("%s was made by another model than %s", shard.path, model)
+    together = np.concatenate(positions)
+    distinct = len(np.unique(together))
+    if distinct < len(together):
+        raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
+                        "more than once; give each shard once")
+    if distinct < len(store):
+        log.warning("%d of %d passages have no embedding and are never found", len(store) - distinct, len(store))
+    return together
+
+
+# ---------------------------------------------------------------- published shards
+
+
+class _Type:
+    """Stands in for numpy.dtype while unpickling: keeps the code, admits nothing but float16 and float32."""
+
+    def __init__(self, code: str, *_: object):
+        if code not in NUMPY_TYPES:
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        self.code = NUMPY_TYPES[code]
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise pickle.UnpicklingError("a big-endian array")
+
+
+class _Array:
+    """Stands in for numpy.ndarray while unpickling: keeps shape and bytes."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.type, self.fortran, self.raw = state
+
+    def array(self) -> np.ndarray:
+        import numpy as np
+
+        if not isinstance(self.raw, bytes) or not isinstance(self.type, _Type):
+            raise pickle.UnpicklingError("an array without plain bytes")
+        return np.frombuffer(self.raw, dtype=self.type.code).reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle protocols 0 to 2 write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+class _ShardUnpickler(pickle.Unpickler):
+    """Admits strings, numbers, lists, tuples and float arrays. No name in the file ever reaches an import."""
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"a reference to {module}.{name}") from None
+
+
+def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and vectors of a published shard. Raises UserError for anything else, without executing any of it."""
+    try:
+        with path.open("rb") as file:
+            ids, vectors = _ShardUnpickler(file).load()
+        if not isinstance(ids, list) or not all(isinstance(passage_id, str | int) for passage_id in ids):
+            raise pickle.UnpicklingError("no list of ids")
+        if not isinstance(vectors, _Array):
+            raise pickle.UnpicklingError("no array of vectors")
+        return [str(passage_id) for passage_id in ids], vectors.array()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: not a shard of embeddings, a pickle of (list of ids, float16 array); "
+                        f"refused: {error}") from error
+
+
+def _convert(path: Path) -> Path:
+    """Write a pickled shard as .npy beside itself, once; the ids come last and mark it complete."""
+    converted = path.with_suffix(".npy")
+    try:
+        with exclusive(path):
+            done = ids_path(converted)
+            if not done.is_file() or done.stat().st_mtime < path.stat().st_mtime:
+                ids, vectors = read_pickled(path)
+                log.info("converting %s to %s (once)", path, converted)
+                save_array(converted, vectors)
+                save_ids(done, ids)
+    except OSError as error:
+        raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
+    return converted
+
+
+def save_ids(path: Path, ids: list[str]) -> None:
+    """Write ids as UTF-8 bytes of one width, [n], to be memory-mapped."""
+    import numpy as np
+
+    save_array(path, np.array([passage_id.encode() for passage_id in ids], dtype=np.bytes_))
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    import numpy as np
+
+    writing = Path(f"{path}.writing")
+    with writing.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    writing.replace(path)
+

@@ -1,0 +1,167 @@
+"""Score result files against their gold answers, with 95 % bootstrap intervals, and what the answers cost.
+
+Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). Rows that could not be
+answered (the remain file of the run) and rows of --eval_file that are missing from the results count as wrong. Several
+result files make one table, a row each.
+
+Reads    results/llama3_8b_nq.json                       rows with answers and response, and the remain file beside it
+Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interval, n, documents, calls, tokens
+         standard output                                 the table, in Markdown
+
+    python evaluate.py --results_file results/llama3_8b_nq.json --metric match
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import orjson
+
+from dynamicrag import stage
+from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
+from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.stage import UserError, log
+from dynamicrag.tasks import task_of
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--results_file", nargs="+", default=["results/llama3_8b_nq.json"], help="answered rows, of one or more runs")
+    files.add_argument("--remain_file", help="rows without an answer (default: the one the run's manifest names)")
+    files.add_argument("--eval_file", help="the questions asked; those missing from the results count as wrong")
+    files.add_argument("--output_file", help="metrics as JSON (default: <results_file>.metrics.json)")
+    files.add_argument("--table_file", help="also write the Markdown table here")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
+    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are broken down")
+    scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int, missing: int = 0) -> dict:
+    """Scores on 0 to 100, and cost a question. `missing` rows were never answered: wrong, with no documents and no cost.
+
+    Rows without `response` are wrong as well; rows without any gold answer are left out and counted.
+    """
+    scores: list[float] = [0.0] * missing
+    by_group: dict[str, list[float]] = defaultdict(list)
+    documents_by_group: dict[str, list[int]] = defaultdict(list)
+    documents: list[int] = []
+    usage: dict[str, list[int]] = defaultdict(list)
+    seen: dict[str, int] = defaultdict(int)
+    metrics = set()
+    for row in rows:
+        row_metric = metric or task_of(row.get("dataset")).metric
+        answered = isinstance(row.get("response"), str)
+        score = score_row(row_metric, row["response"] if answered else "", row)
+        if score is None:
+            seen["without_gold_answer"] += 1
+            continue
+        metrics.add(row_metric)
+        scores.append(score)
+        by_group[str(row.get(group_by, ""))].append(score)
+        seen["unanswered"] += not answered
+        if answered:
+            chosen = len(row.get("id_list", ()))
+            documents.append(chosen)
+            documents_by_group[str(row.get(group_by, ""))].append(chosen)
+            seen["none"] += not chosen
+            for key, value in row.get("usage", {}).items():
+                usage[key].append(value)
+    if not scores:
+        raise UserError("no row has a gold answer to score against")
+
+    def cell(values: list[float]) -> dict:
+        low, high = bootstrap_interval(values, seed)
+        return {"n": len(values), "score": 100 * statistics.fmean(values), "low": 100 * low, "high": 100 * high}
+
+    return {
+        "metric": "+".join(sorted(metrics)),
+        **cell(scores),
+        "unanswered": seen["unanswered"] + missing,
+        "without_gold_answer": seen["without_gold_answer"],
+        "documents": statistics.fmean(documents) if documents else 0.0,
+        "none_share": seen["none"] / len(documents) if documents else 0.0,
+        **{key: statistics.fmean(values) for key, values in usage.items()},
+        "groups": {
+            group: {**cell(values), "documents": statistics.fmean(documents_by_group[group] or [0])}
+            for group, values in sorted(by_group.items())
+        },
+    }
+
+
+def markdown_table(summaries: dict[str, dict]) -> str:
+    """One line a system: score with interval, documents, cost; then score and documents by group."""
+    columns: dict[str, Callable[[dict], str]] = {
+        "n": lambda s: str(s["n"]),
+        "score": lambda s: f"{s['score']:.1f}",
+        "95 %": lambda s: f"{s['low']:.1f} to {s['high']:.1f}",
+        "documents": lambda s: f"{s['documents']:.2f}",
+        "None": lambda s: f"{100 * s['none_share']:.0f} %",
+        "unanswered": lambda s: str(s["unanswered"]),
+        "calls": lambda s: f"{s.get('calls', 0):.1f}",
+        "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
+        "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
+    }
+    tables = [_table(["system", *columns], [[name, *(show(s) for show in columns.values())] for name, s in summaries.items()])]
+    groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
+    if len(groups) > 1:
+        def group_cell(summary: dict, group: str) -> str:
+            found = summary["groups"].get(group)
+            return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
+
+        rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
+        tables.append("Score, and mean documents used in brackets:\n\n" + _table(["system", *groups], rows))
+    return "\n\n".join(tables)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def result_rows(results_file: str, remain_file: str | None, dataset: str | None) -> Iterable[Row]:
+    """Answered rows, then those of the remain file; a row answered in both is taken once."""
+    seen = set()
+    manifest = stage.read_manifest(results_file)
+    if remain_file is None and manifest and len(manifest["outputs"]) > 1:
+        remain_file = str(Path(results_file).with_name(Path(manifest["outputs"][1]).name))
+    for path in filter(None, [results_file, remain_file]):
+        if path == results_file or not _is_empty_array(Path(path)):
+            for row in read_rows(path, dataset=dataset):
+                if row["id"] not in seen:
+                    seen.add(row["id"])
+                    yield row
+
+
+def _is_empty_array(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < 16 and path.read_bytes().strip() in (b"[]", b"")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    asked = count_rows(args.eval_file) if args.eval_file else None
+    summaries = {}
+    for results_file in args.results_file:
+        found = sum(1 for _ in result_rows(results_file, args.remain_file, args.dataset))
+        missing = max(0, asked - found) if asked is not None else 0
+        if missing:
+            log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, missing, asked)
+        rows = result_rows(results_file, args.remain_file, args.dataset)
+        summaries[Path(results_file).stem] = summarise(rows, args.metric, args.group_by, args.seed, missing)
+    output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries}, option=orjson.OPT_INDENT_2))
+    table = markdown_table(summaries)
+    if args.table_file:
+        Path(args.table_file).write_text(table + "\n", encoding="utf-8")
+    print(table)
+    log.info("metrics in %s%s", output, f", table in {args.table_file}" if args.table_file else "")
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,242 @@
+"""Train the demo's reranker: a cross-encoder that says whether a passage is needed for a question.
+
+Starts from the sentence encoder of models.py. Reads the questions of reranker.jsonl after retrieval (`docs`, best
+first, and `gold_docs`); rows marked `held_out` are only measured on. Writes a sequence-classification checkpoint whose
+sigmoid is above 0.5 for passages that are needed.
+
+    python examples/factbook/train_cross_encoder.py --input_file output/factbook/reranker_retrieval.jsonl \\
+        --encoder models/minilm --output_dir models/cross-encoder
+"""
+
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from dynamicrag.jsonio import read_json
+from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
+
+# (question, passage, whether it is needed)
+Pair = tuple[str, str, bool]
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_file", required=True, help="retrieval output for reranker.jsonl")
+    group.add_argument("--encoder", default="models/minilm", help="checkpoint to start from")
+    group.add_argument("--output_dir", default="models/cross-encoder", help="folder of the trained checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    group = parser.add_argument_group("pairs")
+    group.add_argument("--max_pairs", type=int, default=3500, help="question-passage pairs to train on, at most")
+    group.add_argument("--negatives", type=int, default=3, help="passages not needed for each that is")
+    group.add_argument("--max_length", type=int, default=256, help="tokens of a pair; the passage is cut, not the question")
+    group.add_argument("--eval_rows", type=int, default=100, help="held-out questions to measure on, at most")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=1, help="passes over the pairs")
+    group.add_argument("--batch_size", type=int, default=16, help="pairs a step")
+    group.add_argument("--learning_rate", type=float, default=2e-4, help="peak of the linear schedule")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="arithmetic of the forward pass")
+    group.add_argument("--device", default="cpu", help="cpu or cuda")
+    group.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    return parser.parse_args(argv)
+
+
+def read_rows(path: str) -> list[dict]:
+    rows = []
+    for line, row in read_json(path):
+        for key in ("question", "docs", "gold_docs", "held_out"):
+            if key not in row:
+                raise UserError(f"{path}:{line}: no {key!r}; run the retriever on data/factbook/reranker.jsonl, which "
+                                "questions.py writes")
+        rows.append(row)
+    return rows
+
+
+def passage_text(doc: dict) -> str:
+    return f"{doc['title']} {doc['text']}"
+
+
+def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Random) -> list[Pair]:
+    """Every needed passage that was retrieved, and beside it others, the higher ranked the likelier."""
+    pairs = []
+    for row in rng.sample(rows, len(rows)):
+        gold = set(row["gold_docs"])
+        needed = [doc for doc in row["docs"] if doc["id"] in gold]
+        others = [(rank, doc) for rank, doc in enumerate(row["docs"], start=1) if doc["id"] not in gold]
+        # Weighted sampling without replacement: the largest of u^(1/w), here with the weight 1/rank.
+        others.sort(key=lambda ranked: rng.random() ** ranked[0], reverse=True)
+        chosen = [doc for _, doc in others[:negatives * max(1, len(needed))]]
+        pairs += [(row["question"], passage_text(doc), True) for doc in needed]
+        pairs += [(row["question"], passage_text(doc), False) for doc in chosen]
+        if len(pairs) >= limit:
+            break
+    return pairs[:limit]
+
+
+def batches_by_length(lengths: list[int], size: int, rng: random.Random) -> list[list[int]]:
+    """Random batches whose members are alike in length: sorted within chunks of 32 batches, then shuffled."""
+    order = rng.sample(range(len(lengths)), len(lengths))
+    chunks = [sorted(order[at:at + 32 * size], key=lambda i: lengths[i]) for at in range(0, len(order), 32 * size)]
+    batches = [chunk[at:at + size] for chunk in chunks for at in range(0, len(chunk), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def learning_rate_at(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak: linear up, linear down."""
+    rise = max(1, math.ceil(steps * warmup))
+    return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
+
+
+def ranking_quality(rows: list[dict], orders: list[list[dict]]) -> tuple[float, float]:
+    """(MRR@10, R@1) of the first needed passage, over the questions that need any; 0 where none was retrieved."""
+    reciprocal, first, count = 0.0, 0, 0
+    for row, docs in zip(rows, orders, strict=True):
+        if row["gold_docs"]:
+            count += 1
+            rank = next((rank for rank, doc in enumerate(docs[:10], start=1) if doc["id"] in row["gold_docs"]), None)
+            reciprocal += 1 / rank if rank else 0.0
+            first += rank == 1
+    return reciprocal / max(1, count), first / max(1, count)
+
+
+def train(model, encoded: dict, labels: list[bool], args, rng: random.Random):
+    """One pass of AdamW after the other over the pairs, binary cross-entropy on the single logit."""
+    import torch
+    from tqdm import tqdm
+
+    decayed = [weight for name, weight in model.named_parameters() if weight.ndim > 1]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    plan = [batch for _ in range(args.epochs) for batch in batches_by_length(lengths, args.batch_size, rng)]
+    model.train()
+    running = None
+    with tqdm(total=args.epochs * len(labels), unit="pair", desc="training", mininterval=2) as progress:
+        for step, batch in enumerate(plan):
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * learning_rate_at(step, len(plan), args.warmup)
+            logits = score(model, encoded, batch, args)
+            target = torch.tensor([float(labels[i]) for i in batch], device=logits.device)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+            progress.set_postfix(loss=f"{running:.3f}", refresh=False)
+            progress.update(len(batch))
+    model.eval()
+
+
+def score(model, encoded: dict, batch: list[int], args):
+    """The logits of some pairs, padded to the longest of them."""
+    import torch
+
+    width = max(len(encoded["input_ids"][i]) for i in batch)
+    inputs = {
+        key: torch.tensor([encoded[key][i] + [0] * (width - len(encoded[key][i])) for i in batch], device=args.device)
+        for key in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        return model(**inputs).logits.squeeze(-1).float()
+
+
+def encode(tokenizer, pairs: list[Pair], max_length: int) -> dict:
+    return tokenizer(
+        [question for question, _, _ in pairs], [passage for _, passage, _ in pairs],
+        truncation="only_second", max_length=max_length, return_token_type_ids=True,
+    )
+
+
+def rerank(model, tokenizer, rows: list[dict], args) -> list[list[tuple[float, dict]]]:
+    """(probability, document) of every document of every row, best first."""
+    import torch
+
+    pairs = [(row["question"], passage_text(doc), False) for row in rows for doc in row["docs"]]
+    encoded = encode(tokenizer, pairs, args.max_length)
+    order = sorted(range(len(pairs)), key=lambda i: len(encoded["input_ids"][i]))
+    scores = [0.0] * len(pairs)
+    with torch.inference_mode():
+        for at in range(0, len(order), 64):
+            batch = order[at:at + 64]
+            for i, value in zip(batch, score(model, encoded, batch, args).sigmoid().tolist(), strict=True):
+                scores[i] = value
+    remaining = iter(scores)
+    return [sorted(((next(remaining), doc) for doc in row["docs"]), key=lambda pair: -pair[0]) for row in rows]
+
+
+def label_quality(rows: list[dict], ranked: list[list[tuple[float, dict]]]) -> tuple[float, float]:
+    """(precision, recall) of "needed where above 0.5", over all retrieved documents."""
+    hits = said = needed = 0
+    for row, docs in zip(rows, ranked, strict=True):
+        for probability, doc in docs:
+            is_needed, is_said = doc["id"] in row["gold_docs"], probability > 0.5
+            hits, said, needed = hits + (is_needed and is_said), said + is_said, needed + is_needed
+    return hits / max(1, said), hits / max(1, needed)
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """All files or none: written beside the folder, then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    folder = Path(args.output_dir)
+    if (folder / "config.json").exists() and not args.overwrite:
+        log.info("%s is there already; nothing to do (--overwrite trains it anew)", folder)
+        return
+    rows = read_rows(args.input_file)
+    held_out = [row for row in rows if row["held_out"]][:args.eval_rows]
+    rng = random.Random(derive_seed(args.seed, "pairs"))
+    pairs = sample_pairs([row for row in rows if not row["held_out"]], args.negatives, args.max_pairs, rng)
+    positives = sum(needed for _, _, needed in pairs)
+    if not positives:
+        raise UserError(f"{args.input_file}: no gold document is among the retrieved ones; were these passages indexed?")
+    if not (Path(args.encoder) / "config.json").exists():
+        raise UserError(f"{args.encoder}: no checkpoint there; python examples/factbook/models.py makes it")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    # The classification head is new, as it should be; transformers would warn of it at length.
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(args.encoder, num_labels=1, dtype=torch.float32).to(args.device)
+    log.info("training on %d pairs, %d of them needed; measuring on %d held-out questions", len(pairs), positives, len(held_out))
+    started = time.monotonic()
+    train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], args, rng)
+    seconds = time.monotonic() - started
+    save(model, tokenizer, folder)
+    if held_out:
+        ranked = rerank(model, tokenizer, held_out, args)
+        log.info("held out, as retrieved: MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [row["docs"] for row in held_out]))
+        log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [[doc for _, doc in docs] for docs in ranked]))
+        log.info("held out, label above 0.5: precision %.3f, recall %.3f", *label_quality(held_out, ranked))
+    log.info("%s: trained in %.0f s (%.1f pairs a second)", folder, seconds, args.epochs * len(pairs) / seconds)
+
+
+if __name__ == "__main__":
+    run(main)

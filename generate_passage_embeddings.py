@@ -1,0 +1,123 @@
+"""Embed a corpus: passages -> shards of vectors for the retriever.
+
+Mean-pooled embeddings as in Contriever (Izacard et al., 2022, arXiv 2112.09118). Reads a corpus as DPR publishes it
+(TSV with the header id, text, title), JSONL or Parquet. Writes OUTPUT_DIR/passages_00.npy (float16, one row a
+passage) and passages_00.ids.npy; an interrupted run continues where it stopped. Several machines or GPUs share a
+corpus with --num_shards N, each with its own --shard_id.
+
+    python generate_passage_embeddings.py --model_name_or_path models/retriever --passages data/psgs_w100.tsv \\
+        --output_dir data/wikipedia_embeddings
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynamicrag import stage
+from dynamicrag.device import DEVICES, DTYPES
+
+# Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
+WINDOW = 2048
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = stage.ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
+    group.add_argument("--passages", default="data/psgs_w100.tsv", help="corpus: TSV, JSONL or Parquet, or a folder")
+    group.add_argument("--passage_store", default=None, help="folder of the memory-mapped corpus (<passages>.store)")
+    group.add_argument("--output_dir", default="data/wikipedia_embeddings", help="folder of the shards")
+    group.add_argument("--shard_id", type=int, default=0, help="which part of the corpus this run embeds, from 0")
+    group.add_argument("--num_shards", type=int, default=1, help="how many parts there are")
+    group = parser.add_argument_group("encoder")
+    group.add_argument("--normalize", action="store_true", help="vectors of length 1 (sentence-transformers models)")
+    group.add_argument("--max_length", type=int, default=512, help="tokens of a passage that are read")
+    group.add_argument("--batch_tokens", type=int, default=16384, help="padded tokens in a batch")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
+    group.add_argument("--device", default="auto", help=DEVICES)
+    stage.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    if not 0 <= args.shard_id < args.num_shards:
+        parser.error(f"--shard_id must be in 0..{args.num_shards - 1}")
+    return args
+
+
+def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
+    """The first passage of a shard and the one after its last: contiguous parts that differ by one at most."""
+    return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
+
+
+def windows(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut start..stop into windows at fixed positions."""
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+def open_rows(file, count: int, width: int) -> int:
+    """Prepare a partial .npy of [count, width] float16 for appending; returns how many rows of whole windows it holds."""
+    import numpy as np
+
+    header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+    except ValueError:  # empty, or torn within the header
+        file.truncate(0)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        return 0
+    done = (size - file.tell()) // (2 * width) // WINDOW * WINDOW
+    file.truncate(file.tell() + done * 2 * width)
+    return done
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from dynamicrag.shards import ids_path, save_ids
+
+    shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
+    inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
+    output = stage.Output(args, [str(shard), str(ids_path(shard))], inputs)
+    if output.finished:
+        return
+
+    import time
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from dynamicrag.dense import Encoder
+    from dynamicrag.passages import open_passages
+
+    store = open_passages(args.passages, args.passage_store)
+    start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)
+    if start == stop:
+        raise stage.UserError(f"{args.passages}: {len(store)} passages cannot fill {args.num_shards} shards")
+    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    file = output.begin()
+    done = open_rows(file, stop - start, encoder.hidden_size)
+    began = time.monotonic()
+    with tqdm(total=stop - start, initial=done, desc=shard.name, unit=" passages", unit_scale=True) as progress:
+        for first, last in windows(start + done, stop, WINDOW):
+            columns = store.slice(first, last)
+            texts = [f"{title} {text}".strip() for title, text in zip(columns["title"], columns["text"], strict=True)]
+            vectors = encoder.encode(texts, args.batch_tokens, progress.update).astype(np.float16)
+            if not np.isfinite(vectors).all():
+                row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+                raise stage.UserError(f"{args.model_name_or_path}: gives no finite float16 vector for passage "
+                                      f"{columns['id'][row]!r}; try --normalize or --dtype float32")
+            file.write(vectors.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    save_ids(ids_path(shard), store.slice(start, stop)["id"])
+    output.rows = stop - start
+    rate = (stop - start - done) / (time.monotonic() - began)
+    padding = 1 - encoder.seen_tokens / max(encoder.padded_tokens, 1)
+    output.finish(width=encoder.hidden_size, rate=f"{rate:.1f} passages/s", padding=f"{padding:.1%}")
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,135 @@
+"""Turn reranked retrieval results into expert sequences for behaviour cloning (DynamicRAG, first training stage).
+
+The reranker's labels say which of the documents shown are relevant. A seeded sample of the questions becomes expert
+rows, each with the sequence of identifiers the LLM is to write; all other questions go on to generator SFT and DPO.
+Every row is labelled, used or not: a row without labels would teach the generator that nothing was found.
+
+Reads    output/retrieval_data_rerank.jsonl                       rows with docs, rerank_score and rerank_label
+Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, false_id, true_count, sequence, sequence_length
+         training_data/retrieval_data_rerank_normal.jsonl         + true_id, false_id, true_count
+
+    python process_training_data.py
+"""
+
+import random
+from collections import Counter
+
+from dynamicrag import stage
+from dynamicrag.records import Doc, Row, read_rows
+from dynamicrag.stage import UserError, log
+
+PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
+EXPERT_SHARE = 5  # a smaller data set gives a fifth
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--input_file", default="output/retrieval_data_rerank.jsonl", help="reranked rows")
+    files.add_argument(
+        "--sequence_file", default="training_data/retrieval_data_rerank_sequence.jsonl", help="expert rows"
+    )
+    files.add_argument("--normal_file", default="training_data/retrieval_data_rerank_normal.jsonl", help="all other rows")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--targets", choices=["expert", "padded"], default="expert",
+        help="one sequence a question, or the published recipe: one a length, filled up with irrelevant documents",
+    )
+    recipe.add_argument("--n_docs", type=int, default=20, help="documents shown to the LLM, here and in every later stage")
+    recipe.add_argument("--max_length", type=int, default=14, help="longest sequence")
+    recipe.add_argument("--max_per_length", type=int, default=2000, help="most expert rows of one length")
+    recipe.add_argument("--max_rows", type=int, help="most expert rows (default: 30,000, or a fifth of a smaller data set)")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def label(row: Row, n_docs: int) -> Row:
+    """Add the 1-based positions of the relevant and irrelevant documents among the first n_docs."""
+    labels = [doc["rerank_label"] == "true" for doc in row["docs"][:n_docs]]
+    true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
+    false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
+    return {**row, "true_id": true_id, "false_id": false_id, "true_count": len(true_id)}
+
+
+def expert_sequence(docs: list[Doc], true_id: list[int], max_length: int) -> list[int]:
+    """The relevant documents, best rerank score first; equal scores keep the retriever's order."""
+    return sorted(true_id, key=lambda position: -docs[position - 1]["rerank_score"])[:max_length]
+
+
+def padded_sequence(true_id: list[int], false_id: list[int], length: int, rng: random.Random) -> list[int]:
+    """The published recipe's target: shuffled relevant documents, then random irrelevant ones up to `length`."""
+    return rng.sample(true_id, len(true_id)) + rng.sample(false_id, length - len(true_id))
+
+
+def lengths_of(row: Row, targets: str, max_length: int) -> list[int]:
+    """The sequence lengths a labelled row has a target for."""
+    if targets == "expert":
+        return [min(row["true_count"], max_length)]
+    return list(range(row["true_count"], min(max_length, len(row["true_id"]) + len(row["false_id"])) + 1))
+
+
+def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_length: int, rng: random.Random) -> set:
+    """A random subset of (row id, length) within both caps."""
+    per_length: Counter[int] = Counter()
+    chosen = set()
+    for row_id, length in rng.sample(candidates, len(candidates)):
+        if len(chosen) == max_rows:
+            break
+        if per_length[length] < max_per_length:
+            per_length[length] += 1
+            chosen.add((row_id, length))
+    return chosen
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = stage.Output(args, [args.sequence_file, args.normal_file], [args.input_file])
+    if out.finished:
+        return
+
+    def labelled(reject=None):
+        for row in read_rows(args.input_file, ("docs",), reject=reject):
+            unlabelled = [doc["id"] for doc in row["docs"][: args.n_docs] if "rerank_label" not in doc]
+            if unlabelled:
+                raise UserError(
+                    f"{args.input_file}: row {row['id']}: document {unlabelled[0]} has no rerank_label; run reranker.py first"
+                )
+            yield label(row, args.n_docs)
+
+    # The file is read three times; malformed rows are recorded the first time only.
+    again = out.reject and (lambda _: None)
+    candidates, rows = [], 0
+    for row in labelled(out.reject):
+        rows += 1
+        candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
+    max_rows = args.max_rows
+    if max_rows is None:
+        max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
+        if max_rows < PUBLISHED_EXPERT_ROWS:
+            log.warning("%d rows are fewer than the published 150,000: a fifth of them, %d, become expert rows", rows, max_rows)
+    chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
+    expert_ids = {row_id for row_id, _ in chosen}
+
+    def sequences():
+        for row in labelled(again):
+            for length in lengths_of(row, args.targets, args.max_length):
+                if (row["id"], length) not in chosen:
+                    continue
+                if args.targets == "expert":
+                    sequence = expert_sequence(row["docs"], row["true_id"], args.max_length)
+                    yield {**row, "sequence": sequence, "sequence_length": length}
+                else:
+                    rng = random.Random(stage.derive_seed(args.seed, row["id"], length))
+                    sequence = padded_sequence(row["true_id"], row["false_id"], length, rng)
+                    yield {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
+
+    expert = out.publish(args.sequence_file, sequences())
+    others = (row for row in labelled(again) if row["id"] not in expert_ids)
+    normal = out.publish(args.normal_file, others)
+    lengths = Counter(length for _, length in chosen)
+    log.info("expert rows by length: %s", ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)))
+    out.finish(expert=expert, others=normal)
+
+
+if __name__ == "__main__":
+    stage.run(main)

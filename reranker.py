@@ -1,0 +1,107 @@
+"""Judge every retrieved document: rows with docs -> the same with rerank_score and rerank_label.
+
+The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713), or a cross-encoder where the
+checkpoint is a sequence classifier. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. Reads
+what aggregate.py writes. The documents stay in the retriever's order unless --sort is given. An interrupted run
+continues where it stopped.
+
+    python reranker.py --model_name_or_path models/reranker/monot5 --input_file output/retrieval_data.jsonl \\
+        --output_file output/retrieval_data_rerank.jsonl --device cuda
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dynamicrag import stage
+from dynamicrag.device import DEVICES, DTYPES
+
+# Documents are sorted by length across the questions of a chunk, and a whole chunk is what a resumed run keeps.
+QUESTIONS_A_CHUNK = 64
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = stage.ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_file", default="output/retrieval_data.jsonl", help="rows with docs, JSON or JSONL")
+    group.add_argument("--output_file", default="output/retrieval_data_rerank.jsonl", help="the same, judged")
+    group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
+    group = parser.add_argument_group("documents")
+    group.add_argument("--n_docs", type=int, default=None, help="keep and judge the first n documents only (all)")
+    group.add_argument("--sort", action="store_true", help="best rerank_score first; ties keep the retriever's order")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name_or_path", default="models/reranker/monot5", help="a folder or a hub name")
+    group.add_argument("--max_length", type=int, default=512, help="tokens of question and document that are read")
+    group.add_argument("--batch_tokens", type=int, default=16384, help="padded tokens in a batch")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
+    group.add_argument("--device", default="auto", help=DEVICES)
+    stage.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    if args.n_docs is not None and args.n_docs < 1:
+        parser.error("--n_docs must be at least 1")
+    return args
+
+
+def document_text(doc: dict) -> str:
+    """How a document is shown to the reranker."""
+    return f"{doc['title']} {doc['text']}".strip()
+
+
+def rerank(
+    rows: list[dict], score: Callable[[list[tuple[str, str]]], Iterable[float]], n_docs: int | None, sort: bool
+) -> list[dict]:
+    """The rows with a rerank_score and a rerank_label on each of their first n_docs documents, all judged in one call."""
+    shown = [row["docs"][:n_docs] for row in rows]
+    pairs = [(row["question"], document_text(doc)) for row, docs in zip(rows, shown, strict=True) for doc in docs]
+    scores = map(float, score(pairs))
+    reranked = []
+    for row, docs in zip(rows, shown, strict=True):
+        judged = []
+        for doc, value in zip(docs, scores, strict=False):
+            if not 0 <= value <= 1:
+                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document {doc['id']!r}; "
+                                      "try --dtype float32")
+            judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
+        if sort:
+            judged.sort(key=lambda doc: -doc["rerank_score"])
+        reranked.append({**row, "docs": judged})
+    return reranked
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from dynamicrag.records import count_rows, read_rows
+
+    inputs = [args.input_file] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
+    output = stage.Output(args, [args.output_file], inputs)
+    if output.finished:
+        return
+    skip = args.on_error == "skip"
+    count = count_rows(args.input_file, ("docs",), skip)
+
+    from tqdm import tqdm
+
+    from dynamicrag.monot5 import load_reranker
+
+    model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length)
+    rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject if skip else None)
+    judged = relevant = 0
+    with (
+        tqdm(total=count, desc="reranking", unit=" questions") as questions,
+        tqdm(desc="documents", unit=" documents", unit_scale=True) as documents,
+    ):
+        for chunk in output.chunks(rows, QUESTIONS_A_CHUNK):
+            questions.update(output.rows - questions.n)
+            done = rerank(
+                chunk, lambda pairs: model.score(pairs, args.batch_tokens, documents.update), args.n_docs, args.sort
+            )
+            output.write(done)
+            questions.update(len(chunk))
+    for row in output.written():
+        judged += len(row["docs"])
+        relevant += sum(doc["rerank_label"] == "true" for doc in row["docs"])
+    output.finish(documents=judged, relevant=relevant)
+
+
+if __name__ == "__main__":
+    stage.run(main)

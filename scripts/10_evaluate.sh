@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Answers -> one table an evaluation set, a line a model and selector.
+source "$(dirname "$0")/common.sh"
+
+for questions in $EVAL_QUESTIONS; do
+    name=$(basename "${questions%.*}")
+    results=()
+    for stage in sft dpo; do
+        for selector in $SELECTORS; do
+            file=$WORK/results/${name}_${stage}_${selector/:/}.json
+            [[ -f $file ]] && results+=("$file")
+        done
+    done
+    ((${#results[@]})) || { echo "error: no results for $name; make them with: bash scripts/09_infer.sh $CONFIG" >&2; exit 2; }
+    python evaluate.py --results_file "${results[@]}" --eval_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \
+        --output_file "$WORK/results/$name.metrics.json" --table_file "$WORK/results/$name.md"
+done

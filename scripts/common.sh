@@ -1,0 +1,84 @@
+# shellcheck shell=bash
+# What the numbered scripts share; sourced by each. Settings come from one env file, configs/*.env:
+#     bash scripts/02_retrieve.sh configs/demo.env
+# and a variable set in the environment wins over the file.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+CONFIG=${1:-${CONFIG:-configs/llama3_8b.env}}
+[[ -f $CONFIG ]] || { echo "error: $CONFIG: no such settings file; see configs/" >&2; exit 2; }
+# shellcheck source=configs/llama3_8b.env
+source "$CONFIG"
+
+PATH="$PWD/.venv/bin:$PATH"
+LLAMAFACTORY=${LLAMAFACTORY:-.venv-train/bin/llamafactory-cli}
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+# Models in folders never need a hub; HF_HUB_OFFLINE=0 lets hub names be looked up.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+
+gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+NUM_SHARDS=${NUM_SHARDS:-$(gpus)}
+((NUM_SHARDS > 0)) || NUM_SHARDS=1
+MODEL_DIR=$WORK/DynamicRAG_$MODEL
+
+# needs FILE SCRIPT: end here, naming the script that makes FILE, where it is missing.
+needs() {
+    [[ -e $1 ]] || { echo "error: $1 is missing; make it with: bash $2 $CONFIG" >&2; exit 2; }
+}
+
+# sharded INPUT OUTPUT COMMAND...: run COMMAND, with {in} and {out} in it replaced, on one part of INPUT a GPU at the
+# same time, and put the parts together. A part that fails is named with its log; the others finish, and running again
+# does only what is missing.
+sharded() {
+    local input=$1 output=$2 parts=$2.parts pids=() failed=0 part shard
+    shift 2
+    if ((NUM_SHARDS == 1)); then
+        run_part "$input" "$output" "$@"
+        return
+    fi
+    [[ -f $output && -f $output.manifest.json ]] && { echo "$output is complete already" >&2; return; }
+    mkdir -p "$parts"
+    python split_data.py --input_file "$input" --output_dir "$parts/in" --num_splits "$NUM_SHARDS"
+    for part in "$parts"/in/split_*.json; do
+        [[ $part == *.manifest.json ]] && continue
+        shard=$(basename "$part" .json)
+        shard=${shard#split_}
+        CUDA_VISIBLE_DEVICES=$shard run_part "$part" "$parts/out_$shard.jsonl" "$@" >"$parts/$shard.log" 2>&1 &
+        pids+=("$!:$shard")
+    done
+    for part in "${pids[@]}"; do
+        wait "${part%%:*}" || { echo "error: part ${part##*:} failed; its log is $parts/${part##*:}.log" >&2; failed=1; }
+    done
+    ((failed == 0)) || exit 1
+    python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
+}
+
+run_part() {
+    local in=$1 out=$2
+    shift 2
+    local command=("${@//\{in\}/$in}")
+    "${command[@]//\{out\}/$out}"
+}
+
+# train STAGE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/STAGE.yaml on the data of this run. The checksums of
+# what it was trained on are written last and mark completion.
+train() {
+    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$1.yaml data=()
+    shift
+    case $stage in
+        sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
+        dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json") ;;
+    esac
+    if [[ -f $folder/trained_on.sha256 ]]; then
+        sha256sum --check --status "$folder/trained_on.sha256" && { echo "$folder is trained already" >&2; return; }
+        echo "error: $folder was trained on other data or another recipe; move it away to train anew" >&2
+        exit 2
+    fi
+    [[ -x $LLAMAFACTORY ]] || { echo "error: $LLAMAFACTORY is missing; make it with: bash scripts/setup.sh" >&2; exit 2; }
+    mkdir -p "$WORK/recipes"
+    [[ $WORK == . ]] || cp recipes/dataset_info.json "$WORK/recipes/"
+    env DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" \
+        dataset_dir="$WORK/recipes" output_dir="$folder" "$@"
+    rm -rf "$folder"/checkpoint-*
+    sha256sum "$recipe" "${data[@]}" >"$folder/trained_on.sha256"
+}

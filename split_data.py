@@ -1,0 +1,74 @@
+"""Split the questions: one file of questions -> one file a retrieval worker.
+
+Reads questions (JSON or JSONL). Writes OUTPUT_DIR/split_0.json, split_1.json, ...: contiguous parts that differ by one
+row at most, so that the workers finish together and aggregate.py can restore the order.
+
+    python split_data.py --input_file data/rag_training_data.json --output_dir data/splits --num_splits 8
+"""
+
+import re
+from argparse import Namespace
+from itertools import islice
+from pathlib import Path
+
+from dynamicrag import stage
+
+SPLIT_NAME = re.compile(r"split_(\d+)\.json")
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = stage.ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_file", default="data/rag_training_data.json", help="questions, JSON or JSONL")
+    group.add_argument("--output_dir", default="data/splits", help="folder of the parts")
+    group.add_argument("--num_splits", type=int, default=8, help="how many parts, one a worker")
+    group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
+    stage.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    if args.num_splits < 1:
+        parser.error("--num_splits must be at least 1")
+    return args
+
+
+def split_sizes(rows: int, num_splits: int) -> list[int]:
+    """Sizes of the parts: 9 rows over 8 give 2,1,1,1,1,1,1,1; no part is empty."""
+    parts = min(rows, num_splits)
+    return [rows // parts + (part < rows % parts) for part in range(parts)]
+
+
+def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
+    """Remove parts of an earlier, larger split: a worker would retrieve for them too."""
+    stale = [path for path in folder.glob("split_*.json") if (name := SPLIT_NAME.fullmatch(path.name))
+             and int(name[1]) >= parts]
+    if stale and not overwrite:
+        raise stage.UserError(f"{min(stale)}: left over from an earlier split into more than {parts} parts; "
+                              "give --overwrite to remove it and replace the others")
+    for path in stale:
+        path.unlink()
+        stage.manifest_path(path).unlink(missing_ok=True)
+        stage.log.info("removed %s, left over from a larger split", path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from dynamicrag.records import count_rows, read_rows
+
+    skip = args.on_error == "skip"
+    sizes = split_sizes(count_rows(args.input_file, skip_malformed=skip), args.num_splits)
+    if len(sizes) < args.num_splits:
+        stage.log.warning("%d questions fill %d parts, not %d", sum(sizes), len(sizes), args.num_splits)
+    paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
+    output = stage.Output(args, list(map(str, paths)), [args.input_file])
+    remove_stale(Path(args.output_dir), len(paths), args.overwrite)
+    if output.finished:
+        return
+    rows = read_rows(args.input_file, dataset=args.dataset, reject=output.reject if skip else None)
+    for path, size in zip(paths, sizes, strict=True):
+        output.publish(path, islice(rows, size))
+    for _ in rows:  # malformed rows after the last good one are counted too
+        pass
+    output.finish(questions=sum(sizes), parts=len(sizes))
+
+
+if __name__ == "__main__":
+    stage.run(main)

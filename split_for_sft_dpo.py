@@ -1,0 +1,68 @@
+"""Divide the questions that are not expert rows between generator SFT and DPO, at random.
+
+The published sizes are 70,000 for SFT and the rest, 50,000, for DPO. A smaller data set divides in about the same
+proportion, three fifths and two fifths, so that neither part is empty.
+
+Reads    training_data/retrieval_data_rerank_normal.jsonl
+Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.jsonl      rows unchanged
+
+    python split_for_sft_dpo.py
+"""
+
+import random
+
+from dynamicrag import stage
+from dynamicrag.records import count_rows, read_rows
+from dynamicrag.stage import UserError, log
+
+PUBLISHED_SFT_ROWS = 70_000
+PUBLISHED_ROWS = 120_000
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--input_file", default="training_data/retrieval_data_rerank_normal.jsonl", help="labelled rows")
+    files.add_argument("--sft_file", default="training_data/training_data_sft.jsonl", help="rows for generator SFT")
+    files.add_argument("--dpo_file", default="training_data/training_data_dpo.jsonl", help="rows for DPO")
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--sft_size", type=int, help="rows for SFT (default: 70,000, or three fifths of a smaller data set)")
+    sizes.add_argument("--dpo_size", type=int, help="most rows for DPO (default: all others)")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def divide(rows: int, sft_size: int | None, dpo_size: int | None, seed: int) -> tuple[set[int], set[int]]:
+    """Row numbers of the SFT part and of the DPO part. Raises UserError where a part would be empty."""
+    if sft_size is None:
+        sft_size = PUBLISHED_SFT_ROWS
+        if rows < PUBLISHED_ROWS:
+            sft_size = min(max(1, round(rows * 3 / 5)), rows - 1)
+            log.warning("%d rows are fewer than the published 120,000: %d for SFT, the rest for DPO", rows, sft_size)
+    order = random.Random(seed).sample(range(rows), rows)
+    sft, rest = order[:sft_size], order[sft_size:]
+    dpo = rest if dpo_size is None else rest[:dpo_size]
+    if not sft or not dpo:
+        raise UserError(f"{rows} rows cannot be divided into {len(sft)} for SFT and {len(dpo)} for DPO; lower --sft_size")
+    return set(sft), set(dpo)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = stage.Output(args, [args.sft_file, args.dpo_file], [args.input_file])
+    if out.finished:
+        return
+    needs = ("docs", "true_id", "false_id")
+    rows = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    sft, dpo = divide(rows, args.sft_size, args.dpo_size, args.seed)
+
+    def part(numbers, reject):
+        return (row for number, row in enumerate(read_rows(args.input_file, needs, reject=reject)) if number in numbers)
+
+    out.publish(args.sft_file, part(sft, out.reject))
+    out.publish(args.dpo_file, part(dpo, out.reject and (lambda _: None)))
+    out.finish(sft=len(sft), dpo=len(dpo))
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,150 @@
+"""Tiny models, made here: random weights, their own vocabulary, a fraction of a second each.
+
+They compute with the same code as the real ones; what they compute is noise, which is enough to compare against.
+"""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = (
+    "river mountain country population export import capital border area climate oil gas farming religion language "
+    "president court election which of the longest has true false Query Document Relevant Title : ?"
+).split()
+LETTERS = "abcdefghijklmnopqrstuvwxyzéü0123456789"
+
+
+def make_text(rng: random.Random, least: int = 3, most: int = 40) -> str:
+    return " ".join(rng.choices(WORDS[:18], k=rng.randint(least, most)))
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tests measure nothing: they leave the other cores to others, and sums do not depend on a thread count."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _bert_tokenizer():
+    from transformers import BertTokenizer
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str.lower, WORDS), *LETTERS, *(f"##{c}" for c in LETTERS)]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return BertTokenizer(vocab=vocab, do_lower_case=True)
+
+
+def _bert_config(vocab_size: int, **changes):
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128, initializer_range=0.5, **changes,
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory) -> Path:
+    """A BERT of width 32."""
+    import torch
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = _bert_tokenizer()
+    torch.manual_seed(1)
+    BertModel(_bert_config(len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cross_encoder_dirs(tmp_path_factory) -> dict[int, Path]:
+    """BERT classifiers with one label and with two."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    folders = {}
+    for labels in (1, 2):
+        folders[labels] = tmp_path_factory.mktemp(f"cross_encoder_{labels}")
+        tokenizer = _bert_tokenizer()
+        torch.manual_seed(2)
+        BertForSequenceClassification(_bert_config(len(tokenizer), num_labels=labels)).save_pretrained(folders[labels])
+        tokenizer.save_pretrained(folders[labels])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def monot5_dir(tmp_path_factory) -> Path:
+    """A T5 of width 32, with a unigram vocabulary trained on our words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+    raw = Tokenizer(models.Unigram())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", initial_alphabet=list(LETTERS)
+    )
+    raw.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    vocab = dict(json.loads(raw.to_str())["model"]["vocab"])
+    vocab = list({**vocab, "▁true": -2.0, "▁false": -2.0}.items())  # single tokens, as in every T5
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    folder = tmp_path_factory.mktemp("monot5")
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        initializer_factor=3.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[dict]:
+    """120 passages, several of them with the same text."""
+    rng = random.Random(7)
+    passages = [{"id": f"p{number}", "title": f"Title {number % 9}", "text": make_text(rng)} for number in range(120)]
+    passages[40]["text"], passages[40]["title"] = passages[3]["text"], passages[3]["title"]
+    return passages
+
+
+@pytest.fixture(scope="session")
+def corpus_tsv(tmp_path_factory, corpus) -> Path:
+    """The corpus as DPR publishes one."""
+    path = tmp_path_factory.mktemp("corpus") / "passages.tsv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["id", "text", "title"])
+        writer.writerows([passage["id"], passage["text"], passage["title"]] for passage in corpus)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards_dir(tmp_path_factory, encoder_dir, corpus_tsv) -> Path:
+    """The corpus embedded, in two shards."""
+    import generate_passage_embeddings
+
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in (0, 1):
+        generate_passage_embeddings.main([
+            "--model_name_or_path", str(encoder_dir), "--passages", str(corpus_tsv), "--output_dir", str(folder),
+            "--shard_id", str(shard), "--num_shards", "2", "--dtype", "float32", "--device", "cpu",
+        ])
+    return folder

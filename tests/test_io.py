@@ -1,0 +1,346 @@
+"""Files: what is read, what is refused, and that an interruption loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamicrag import jsonio, stage
+from dynamicrag.jsonio import read_json, write_json
+from dynamicrag.records import count_rows, normalise_row, read_rows
+from dynamicrag.stage import Output, UserError
+from dynamicrag.tasks import derive_dataset
+
+
+def values(path):
+    return [value for _, value in read_json(path)]
+
+
+def put(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---------------------------------------------------------------- jsonio
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.txt"])
+@pytest.mark.parametrize("content", [
+    '[{"a": 1}, {"a": "é\\n"}]', '\n [\n{"a": 1}\n,{"a": "é\\n"}\n]\n', '{"a": 1}\n{"a": "é\\n"}', '{"a": 1}\r\n\r\n{"a": "é\\n"}\r\n',
+    '\ufeff{"a": 1}\n{"a": "é\\n"}\n', '\ufeff[{"a": 1},\r\n{"a": "é\\n"}]\r\n',
+])
+def test_reads_by_content_not_by_suffix(tmp_path, name, content):
+    assert values(put(tmp_path / name, content)) == [{"a": 1}, {"a": "é\n"}]
+
+
+def test_lines_are_where_a_value_starts(tmp_path):
+    assert list(read_json(put(tmp_path / "a", '[\n{"a":\n1},\n\n{"a": 2},{"a": 3}]'))) == [(2, {"a": 1}), (5, {"a": 2}), (5, {"a": 3})]
+    assert list(read_json(put(tmp_path / "b", '{"a": 1}\n\n{"a": 2}\n'))) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize("content, line", [
+    ("", None), ("\ufeff \n", None), ('{"a": 1}\n{"a": NaN}\n', 2), ('{"a": 1}\n{"a": \n', 2), (b'{"a": 1}\n{"a": "\xff"}\n', 2),
+    ('[{"a": 1},\n{"a": NaN}]', 2), ('[{"a": 1},\n{"a": -Infinity}]', 2), ('[{"a": 1}\n{"a": 2}]', 2), ('[{"a": 1},\n', 2), ('[{"a": 1},\n]', 2),
+    ('[{"a": 1}]\n[2]', None), ('[{"a": 1},\n{"a": "', 2), (b'[{"a": 1},\n{"a": "\xff"}]', None), ('[{"a": 1},\n{"a": "\\ud800"}]', 2),
+    ('{"a": 1}\n{"a": "\\ud800"}\n', 2), ("[" * 100_000, None), ("hello\n", 1),
+])
+def test_broken_files_are_named_with_the_line(tmp_path, content, line):
+    path = put(tmp_path / "rows.json", content)
+    with pytest.raises(UserError, match=f"rows.json:{line}:" if line else "rows.json"):
+        values(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="nothing_here"):
+        values(tmp_path / "nothing_here")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(JSON, min_size=1, max_size=8), indent=st.sampled_from([None, 1]), size=st.integers(1, 40))
+def test_arrays_cut_anywhere_read_the_same(tmp_path_factory, rows, indent, size):
+    """Elements straddle the reads of the file in every possible way."""
+    path = put(tmp_path_factory.mktemp("cut") / "a.json", json.dumps(rows, indent=indent, ensure_ascii=False))
+    original, jsonio.READ_BYTES = jsonio.READ_BYTES, size
+    try:
+        assert values(path) == rows
+    finally:
+        jsonio.READ_BYTES = original
+
+
+def test_elements_larger_than_a_read(tmp_path):
+    rows = [{"text": "x" * 3_000_000}, {"text": "é" * 1_200_000, "n": 1}, {"text": ""}]
+    assert values(put(tmp_path / "a.json", json.dumps(rows))) == rows
+    assert values(put(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows)))) == rows
+
+
+def test_long_arrays_do_not_cost_more_a_row(tmp_path):
+    """A megabyte of short elements takes well under a second: no element copies the rest of what was read."""
+    import time
+
+    path = put(tmp_path / "a.json", json.dumps([{"id": number} for number in range(60_000)]))
+    began = time.process_time()
+    assert len(values(path)) == 60_000
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("rows", [[], [{"a": 1}], [{"b": "é", "a": 1}, {"a": None}]])
+def test_writes_by_suffix(tmp_path, rows):
+    assert write_json(tmp_path / "a.json", iter(rows)) == write_json(tmp_path / "a.jsonl", iter(rows)) == len(rows)
+    assert json.loads((tmp_path / "a.json").read_text()) == rows
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.jsonl"]
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_rows_come_in_one_form(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        {"id": 7, "question": "q", "answer": "Paris", "ctxs": [{"id": 12, "text": "t", "score": "1.5"}], "extra": [1]},
+        {"sample_id": "s", "question": "q", "golden_answers": ["a", "b"], "docs": [{"title": None, "text": "t"}]},
+        {"id": "r", "question": "q", "qa_pairs": [{"short_answers": ["x", "y"]}, {"short_answers": ["y", "z"]}]},
+        {"id": "t", "question": "q", "output": "a", "dataset": "nq"},
+    ])
+    first, second, third, fourth = read_rows(path)
+    assert first["id"] == "7" and first["answers"] == ["Paris"] and first["extra"] == [1] and "ctxs" not in first
+    assert first["docs"] == [{"id": "12", "title": "", "text": "t", "score": 1.5}]
+    assert second["id"] == "s" and second["answers"] == ["a", "b"] and second["docs"][0]["id"] == "doc1"
+    assert third["answers"] == ["x", "y", "z"]
+    assert fourth["answers"] == ["a"] and fourth["dataset"] == "nq"
+    assert "dataset" not in first
+
+
+@pytest.mark.parametrize("row, key", [
+    ({"question": "q"}, "id"), ({"id": "", "question": "q"}, "id"), ({"id": True, "question": "q"}, "id"), ({"id": "a"}, "question"),
+    ({"id": "a", "question": " "}, "question"), ({"id": "a", "question": 3}, "question"), ([1], "whole row"),
+    ({"id": "a", "question": "q", "answers": [1]}, "answers"), ({"id": "a", "question": "q", "answer": {"x": 1}}, "answer"),
+    ({"id": "a", "question": "q", "docs": "d"}, "docs"), ({"id": "a", "question": "q", "ctxs": [{"title": "t"}]}, r"ctxs\[0\].text"),
+    ({"id": "a", "question": "q", "docs": [{"text": "t", "title": 4}]}, r"docs\[0\].title"),
+    ({"id": "a", "question": "q", "docs": [{"text": "t", "score": "nan"}]}, r"docs\[0\].score"),
+    ({"id": "a", "question": "q", "docs": [{"text": "t", "score": "high"}]}, r"docs\[0\].score"),
+    ({"id": "a", "question": "q", "docs": ["t"]}, r"docs\[0\]"), ({"id": "a", "question": "q", "qa_pairs": [3]}, "qa_pairs"),
+    ({"id": "a", "question": "q", "dataset": 3}, "dataset"),
+])
+def test_malformed_rows_are_named_or_set_aside(tmp_path, row, key):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": "good", "question": "q"}, row])
+    with pytest.raises(UserError, match=f"rows.jsonl:2: key '\\(?(the )?{key}"):
+        list(read_rows(path))
+    aside = []
+    assert [row["id"] for row in read_rows(path, reject=aside.append)] == ["good"]
+    assert aside[0]["line"] == 2 and aside[0]["row"] == row
+    assert count_rows(path, skip_malformed=True) == 1
+
+
+def test_repeated_ids_and_missing_keys(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": 1, "question": "q"}, {"id": "2", "question": "q"}, {"id": "1", "question": "q"}])
+    with pytest.raises(UserError, match="rows.jsonl:3: key 'id': '1' is already used on line 1"):
+        list(read_rows(path))
+    with pytest.raises(UserError, match="rows.jsonl:1: key 'docs'"):
+        list(read_rows(path, needs=("docs",)))
+
+
+def test_no_usable_row(tmp_path):
+    with pytest.raises(UserError, match="no usable row"):
+        count_rows(put(tmp_path / "a.json", "[]"))
+
+
+def test_data_set_is_never_a_guess():
+    assert derive_dataset("nq_17") == "nq" and derive_dataset("tc_17") == "triviaqa" and derive_dataset("x", "hotpotqa") == "hotpotqa"
+    assert derive_dataset("batch_3") is None and derive_dataset("etc_1") is None and derive_dataset("a", "nq_train_archive") is None
+
+
+def test_data_set_of_a_path_with_research(tmp_path):
+    folder = tmp_path / "research"
+    folder.mkdir()
+    path = write_jsonl(folder / "search_arc.jsonl", [{"id": "batch_3", "question": "q"}])
+    assert "dataset" not in next(read_rows(path))
+    assert next(read_rows(path, dataset="arc"))["dataset"] == "arc"
+    assert normalise_row({"id": "nq_1", "question": "q", "dataset": "popqa"})["dataset"] == "popqa"
+
+
+# ---------------------------------------------------------------- stage
+
+
+ROWS = [{"id": str(number), "question": f"question {number}"} for number in range(10)]
+
+
+def arguments(**changes):
+    return Namespace(**{"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", **changes})
+
+
+class Killed(Exception):
+    pass
+
+
+def run_stage(folder, suffix=".jsonl", stop_after=None, rows=ROWS, tear=b"", **changes):
+    """A stage that copies rows in chunks of 3; returns how many rows it computed."""
+    source, target = folder / "in.jsonl", folder / f"out{suffix}"
+    if not source.exists():
+        write_jsonl(source, rows)
+    output = Output(arguments(**changes), [str(target)], [str(source)])
+    computed = 0
+    if output.finished:
+        return 0
+    for number, chunk in enumerate(output.chunks(read_rows(source), 3)):
+        if number == stop_after:
+            output._file.write(tear)
+            output._file.close()
+            raise Killed
+        output.write([{**row, "length": len(row["question"])} for row in chunk])
+        computed += len(chunk)
+    output.finish()
+    return computed
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("tear", [b"", b'{"id": "9', b'{"id":"x"}\n{"id":"y"}\n', b'{"id":"x"}\n{"id":"y"}\n{"id'])
+def test_killed_anywhere_the_bytes_are_the_same(tmp_path, suffix, tear):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir()
+    torn.mkdir()
+    assert run_stage(whole, suffix) == 10
+    for stop_after in (2, 1):
+        with pytest.raises(Killed):
+            run_stage(torn, suffix, stop_after, tear=tear)
+    assert not (torn / f"out{suffix}").exists() and not (torn / f"out{suffix}.manifest.json").exists()
+    assert run_stage(torn, suffix) == 1, "three whole chunks were kept"
+    assert (torn / f"out{suffix}").read_bytes() == (whole / f"out{suffix}").read_bytes()
+    assert sorted(os.listdir(torn)) == ["in.jsonl", f"out{suffix}", f"out{suffix}.manifest.json"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_killed_before_the_manifest(tmp_path, suffix, monkeypatch):
+    def fail():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_versions", fail)
+        with pytest.raises(Killed):
+            run_stage(tmp_path, suffix)
+    assert (tmp_path / f"out{suffix}").exists()
+    assert run_stage(tmp_path, suffix) == 1, "only the last, short chunk is done again"
+    assert len(list(read_json(tmp_path / f"out{suffix}"))) == 10
+
+
+def test_killed_between_whole_files(tmp_path):
+    """A stage that publishes several files and dies after the first starts again without --overwrite."""
+    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    names = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    Output(arguments(), names, [str(source)]).publish(names[0], ROWS[:5])
+    again = Output(arguments(), names, [str(source)])
+    for name in names:
+        again.publish(name, ROWS[:5])
+    again.finish()
+    assert Output(arguments(), names, [str(source)]).finished
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.json.manifest.json", "b.json", "b.json.manifest.json", "in.jsonl"]
+
+
+def test_a_finished_output_is_left_alone(tmp_path):
+    run_stage(tmp_path)
+    before = (tmp_path / "out.jsonl").stat().st_mtime_ns
+    assert run_stage(tmp_path) == 0 and run_stage(tmp_path, device="cuda") == 0
+    assert (tmp_path / "out.jsonl").stat().st_mtime_ns == before
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert manifest["counts"] == {"rows": 10} and manifest["arguments"]["flag"] == "x" and manifest["versions"]["python"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_arguments_or_inputs_are_refused(tmp_path, finished):
+    if finished:
+        run_stage(tmp_path)
+    else:
+        with pytest.raises(Killed):
+            run_stage(tmp_path, stop_after=2)
+    with pytest.raises(UserError, match=r"other arguments: flag \('x' then, 'y' now\)"):
+        run_stage(tmp_path, flag="y")
+    write_jsonl(tmp_path / "in.jsonl", ROWS[:5])
+    with pytest.raises(UserError, match="other inputs"):
+        run_stage(tmp_path)
+    assert run_stage(tmp_path, overwrite=True, flag="y") == 5
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
+
+
+def test_a_foreign_file_is_not_replaced(tmp_path):
+    put(tmp_path / "out.jsonl", "precious")
+    with pytest.raises(UserError, match="not as the finished output"):
+        run_stage(tmp_path)
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_two_runs_do_not_write_one_output(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
+    next(first.chunks(iter(ROWS), 3))
+    with pytest.raises(UserError, match="another run is writing"):
+        run_stage(tmp_path)
+
+
+def test_missing_input_and_bad_folder(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
+        Output(arguments(), [str(tmp_path / "new" / "out")], [str(tmp_path / "nothing.jsonl")])
+    put(tmp_path / "file", "x")
+    with pytest.raises(UserError, match="output folder"):
+        Output(arguments(), [str(tmp_path / "file" / "out")], [])
+
+
+def test_malformed_rows_set_aside_are_not_doubled_by_a_restart(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": "bad"}, *ROWS])
+    for stop_after in (2, None):
+        output = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
+        for number, chunk in enumerate(output.chunks(read_rows(source, reject=output.reject), 3)):
+            if number == stop_after:
+                output._file.close()
+                break
+            output.write(chunk)
+    output.finish()
+    assert len(read_jsonl(tmp_path / "out.jsonl.rejected.jsonl")) == 1 and len(read_jsonl(tmp_path / "out.jsonl")) == 10
+    assert stage.read_manifest(tmp_path / "out.jsonl")["counts"]["rejected"] == 1
+
+
+def test_flags_are_whole_and_dashes_are_underscores():
+    parser = stage.ArgumentParser("A stage.")
+    parser.add_argument("--input_file", default="a")
+    stage.add_common_flags(parser)
+    assert parser.parse_args(["--input-file", "b"]).input_file == parser.parse_args(["--input_file=b"]).input_file == "b"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--input", "b"])
+
+
+def test_seeds_depend_on_what_they_are_for():
+    assert stage.derive_seed(1, "row", "purpose") == stage.derive_seed(1, "row", "purpose") < 2**31
+    assert len({stage.derive_seed(seed, row) for seed in range(50) for row in "abc"}) == 150
+
+
+SCRIPT = "from dynamicrag import stage\ndef main():\n    {}\nstage.run(main)"
+
+
+@pytest.mark.parametrize("body, status, said", [
+    ("raise stage.UserError('in.jsonl:3: broken')", 2, "error: in.jsonl:3: broken\n"),
+    ("raise KeyboardInterrupt", 130, "run the same command again to continue"),
+])
+def test_errors_are_one_line_and_a_status(body, status, said):
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
+    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["split_data", "generate_passage_embeddings", "retriever", "aggregate", "reranker"])
+def test_help_needs_no_heavy_import(script, request):
+    """--help is quick because nothing heavy is imported; counted instead of timed, machines differ."""
+    code = (f"import sys, {script}\ntry: {script}.parse_args(['--help'])\nexcept SystemExit: pass\n"
+            "sys.stderr.write(' '.join({'torch', 'transformers', 'faiss', 'datasets', 'numpy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath)
+    assert done.stderr == "" and "(default: " in done.stdout
