@@ -71,9 +71,12 @@ def generator_pair(row: Row, prompts: Prompts, chosen_from: str) -> dict[str, st
     if ends is None or not wrong:
         return None
     best, _ = ends
-    rejected = row["responses"][min(wrong, key=lambda t: (row["response_scores"][t], t))]
+    worst = min(wrong, key=lambda t: (row["response_scores"][t], t))
+    rejected = row["responses"][worst]
     chosen = target_answer(row) if chosen_from == "gold" else row["responses"][best]
     if chosen.strip() == rejected.strip() or not chosen.strip():
+        return None
+    if chosen_from == "best" and row["response_scores"][best] == row["response_scores"][worst]:
         return None
     docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
     messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)

@@ -44,8 +44,8 @@ def main(argv=None):
 
     def examples() -> Iterator[dict[str, str]]:
         nonlocal unanswered
-        for row in read_rows(args.input_file, ("docs", "true_id", "answers"), reject=out.reject):
-            if any(answer.strip() for answer in row["answers"]):
+        for row in read_rows(args.input_file, ("docs", "true_id"), reject=out.reject):
+            if any(answer.strip() for answer in row.get("answers") or ()):
                 yield sft_row(row, prompts, args.max_docs)
             else:
                 unanswered += 1

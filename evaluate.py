@@ -20,7 +20,7 @@ import orjson
 
 from dynamicrag import stage
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
-from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import task_of
 
@@ -41,12 +41,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int, missing: int = 0) -> dict:
-    """Scores on 0 to 100, and cost a question. `missing` rows were never answered: wrong, with no documents and no cost.
+def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int) -> dict:
+    """Scores on 0 to 100, and cost a question.
 
-    Rows without `response` are wrong as well; rows without any gold answer are left out and counted.
+    Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
+    counted.
     """
-    scores: list[float] = [0.0] * missing
+    scores: list[float] = []
     by_group: dict[str, list[float]] = defaultdict(list)
     documents_by_group: dict[str, list[int]] = defaultdict(list)
     documents: list[int] = []
@@ -81,7 +82,7 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int,
     return {
         "metric": "+".join(sorted(metrics)),
         **cell(scores),
-        "unanswered": seen["unanswered"] + missing,
+        "unanswered": seen["unanswered"],
         "without_gold_answer": seen["without_gold_answer"],
         "documents": statistics.fmean(documents) if documents else 0.0,
         "none_share": seen["none"] / len(documents) if documents else 0.0,
@@ -124,35 +125,48 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def result_rows(results_file: str, remain_file: str | None, dataset: str | None) -> Iterable[Row]:
-    """Answered rows, then those of the remain file; a row answered in both is taken once."""
+def result_rows(results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None) -> Iterable[Row]:
+    """Answered rows, then those of the remain file (a row in both is taken once), then what else was asked.
+
+    Raises UserError for a row that is not among those asked: results of another file would look like missing answers.
+    """
     seen = set()
+    asked = {row["id"] for row in read_rows(eval_file)} if eval_file else None
     manifest = stage.read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
         remain_file = str(Path(results_file).with_name(Path(manifest["outputs"][1]).name))
     for path in filter(None, [results_file, remain_file]):
-        if path == results_file or not _is_empty_array(Path(path)):
-            for row in read_rows(path, dataset=dataset):
-                if row["id"] not in seen:
-                    seen.add(row["id"])
-                    yield row
+        if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
+            continue
+        for row in read_rows(path, dataset=dataset):
+            if asked is not None and row["id"] not in asked:
+                raise UserError(f"{path}: row {row['id']} is not in {eval_file}; these are not the answers to its questions")
+            if row["id"] not in seen:
+                seen.add(row["id"])
+                yield row
+    if asked is not None and len(seen) < len(asked):
+        log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
+        for row in read_rows(eval_file, dataset=dataset):
+            if row["id"] not in seen:
+                yield {key: value for key, value in row.items() if key != "response"}
 
 
-def _is_empty_array(path: Path) -> bool:
+def _holds_no_row(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < 16 and path.read_bytes().strip() in (b"[]", b"")
+
+
+def system_names(results_files: list[str]) -> list[str]:
+    """File names without suffix, or whole paths where several are called the same."""
+    stems = [Path(path).stem for path in results_files]
+    return stems if len(set(stems)) == len(stems) else results_files
 
 
 def main(argv=None):
     args = parse_args(argv)
-    asked = count_rows(args.eval_file) if args.eval_file else None
     summaries = {}
-    for results_file in args.results_file:
-        found = sum(1 for _ in result_rows(results_file, args.remain_file, args.dataset))
-        missing = max(0, asked - found) if asked is not None else 0
-        if missing:
-            log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, missing, asked)
-        rows = result_rows(results_file, args.remain_file, args.dataset)
-        summaries[Path(results_file).stem] = summarise(rows, args.metric, args.group_by, args.seed, missing)
+    for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
+        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset)
+        summaries[name] = summarise(rows, args.metric, args.group_by, args.seed)
     output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries}, option=orjson.OPT_INDENT_2))

@@ -24,7 +24,7 @@ from argparse import Namespace
 from functools import cache
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags
+from dynamicrag.calls import Caller, add_call_flags, unanswered
 from dynamicrag.engine import Usage, add_engine_flags, load_engine
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids, parse_ids
@@ -61,9 +61,10 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     if selector.startswith("top:"):
         return list(range(1, min(int(selector.removeprefix("top:")), len(docs)) + 1))
     key = "rerank_score" if all("rerank_score" in doc for doc in docs) else "score"
-    unscored = next((doc["id"] for doc in docs if doc.get(key) is None), None)
-    if unscored is not None or (selector == "monot5" and docs and key == "score"):
-        raise UserError(f"--selector {selector}: document {unscored or docs[0]['id']} has no score; run reranker.py first")
+    needed = ("rerank_score", "rerank_label") if selector == "monot5" else (key,)
+    unscored = next((doc["id"] for doc in docs if any(doc.get(score) is None for score in needed)), None)
+    if unscored is not None:
+        raise UserError(f"--selector {selector}: document {unscored} has no {' and '.join(needed)}; run reranker.py first")
     best_first = sorted(range(1, len(docs) + 1), key=lambda position: -docs[position - 1][key])
     if selector == "monot5":
         return [position for position in best_first if docs[position - 1]["rerank_label"] == "true"]
@@ -109,7 +110,7 @@ def answer_chunk(rows: list[Row], selector: str, chooser: Caller, generator: Cal
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, docs, choice, usage) in enumerate(zip(rows, shown, choices, usages, strict=True)):
-        result = {**row, "docs_shown": len(docs)}
+        result = {**unanswered(row), "docs_shown": len(docs)}
         if number in answers:
             usage.add(answers[number])
             result |= {
@@ -123,15 +124,16 @@ def answer_chunk(rows: list[Row], selector: str, chooser: Caller, generator: Cal
     return results
 
 
-def run_selector(args: Namespace, selector: str, total: int, callers) -> None:
-    """Answer the whole file with one selector."""
+def open_output(args: Namespace, selector: str) -> stage.Output:
+    """The output files of one selector."""
     name = selector.replace(":", "")
     paths = {key: getattr(args, key).replace("{selector}", name) for key in ("output_json", "remain_output_json")}
-    args = Namespace(**{**vars(args), **paths, "selector": selector})
     inputs = [args.input_json, args.template, *filter(None, [args.prompts])]
-    out = stage.Output(args, [args.output_json, args.remain_output_json], inputs)
-    if out.finished:
-        return
+    return stage.Output(Namespace(**{**vars(args), **paths, "selector": selector}), list(paths.values()), inputs)
+
+
+def run_selector(args: Namespace, selector: str, out: stage.Output, total: int, callers) -> None:
+    """Answer the whole file with one selector."""
     generator, chooser = callers()
     rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
     out.process(
@@ -147,17 +149,21 @@ def main(argv=None):
             raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive or pointwise")
     if len(args.selector) > 1 and not ("{selector}" in args.output_json and "{selector}" in args.remain_output_json):
         raise UserError("several selectors need {selector} in --output-json and --remain-output-json")
+    outputs = {selector: open_output(args, selector) for selector in args.selector}
+    unfinished = {selector: out for selector, out in outputs.items() if not out.finished}
+    if not unfinished:
+        return
     total = count_rows(args.input_json, ("docs",), skip_malformed=args.on_error == "skip")
 
     @cache
     def callers() -> tuple[Caller, Caller]:
         """(generator, chooser), loaded when the first selector has something to do."""
         generator = Caller(load_engine(args), args)
-        chooses = args.reranker_model and any(selector in BY_LLM for selector in args.selector)
+        chooses = args.reranker_model and any(selector in BY_LLM for selector in unfinished)
         return generator, Caller(load_engine(args, args.reranker_model), args) if chooses else generator
 
-    for selector in args.selector:
-        run_selector(args, selector, total, callers)
+    for selector, out in unfinished.items():
+        run_selector(args, selector, out, total, callers)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,10 @@ def main(argv=None):
 
     def labelled(reject=None):
         for row in read_rows(args.input_file, ("docs",), reject=reject):
-            unlabelled = [doc["id"] for doc in row["docs"][: args.n_docs] if "rerank_label" not in doc]
+            unlabelled = [doc["id"] for doc in row["docs"][: args.n_docs] if "rerank_label" not in doc or doc.get("rerank_score") is None]
             if unlabelled:
                 raise UserError(
-                    f"{args.input_file}: row {row['id']}: document {unlabelled[0]} has no rerank_label; run reranker.py first"
+                    f"{args.input_file}: row {row['id']}: document {unlabelled[0]} has no rerank_label and rerank_score; run reranker.py first"
                 )
             yield label(row, args.n_docs)
 

@@ -76,27 +76,21 @@ def main(argv: list[str] | None = None) -> None:
     output = stage.Output(args, [args.output_file], inputs)
     if output.finished:
         return
-    skip = args.on_error == "skip"
-    count = count_rows(args.input_file, ("docs",), skip)
+    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject))
 
     from tqdm import tqdm
 
     from dynamicrag.monot5 import load_reranker
 
     model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length)
-    rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject if skip else None)
+    rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
+    with tqdm(desc="judging", unit=" documents", unit_scale=True) as documents:
+
+        def score(pairs: list[tuple[str, str]]) -> Iterable[float]:
+            return model.score(pairs, args.batch_tokens, documents.update)
+
+        output.process(rows, QUESTIONS_A_CHUNK, lambda chunk: rerank(chunk, score, args.n_docs, args.sort), count, "reranking")
     judged = relevant = 0
-    with (
-        tqdm(total=count, desc="reranking", unit=" questions") as questions,
-        tqdm(desc="documents", unit=" documents", unit_scale=True) as documents,
-    ):
-        for chunk in output.chunks(rows, QUESTIONS_A_CHUNK):
-            questions.update(output.rows - questions.n)
-            done = rerank(
-                chunk, lambda pairs: model.score(pairs, args.batch_tokens, documents.update), args.n_docs, args.sort
-            )
-            output.write(done)
-            questions.update(len(chunk))
     for row in output.written():
         judged += len(row["docs"])
         relevant += sum(doc["rerank_label"] == "true" for doc in row["docs"])

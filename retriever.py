@@ -87,10 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     output = stage.Output(args, [args.output_dir], inputs)
     if output.finished:
         return
-    skip = args.on_error == "skip"
-    count = count_rows(args.query, skip_malformed=skip)
-
-    from tqdm import tqdm
+    count = count_rows(args.query, skip_malformed=bool(output.reject))
 
     from dynamicrag.dense import Encoder, hidden_size
     from dynamicrag.device import pick_device
@@ -102,14 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     corpus = check_shards(shards, hidden_size(args.model_name_or_path), store, args.model_name_or_path)
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
     index = open_index(shards, args.index, args.index_path, pick_device(args.device), args.seed)
-    rows = read_rows(args.query, dataset=args.dataset, reject=output.reject if skip else None)
-    with tqdm(total=count, desc="retrieving", unit=" questions") as progress:
-        for chunk in output.chunks(rows, QUESTIONS_A_CHUNK):
-            progress.update(output.rows - progress.n)
-            queries = encoder.encode(list(map(search_text, chunk)), args.batch_tokens)
-            scores, found = index.search(queries, args.n_docs)
-            output.write(attach_docs(chunk, scores, found, corpus, store))
-            progress.update(len(chunk))
+
+    def retrieve(rows: list[dict]) -> list[dict]:
+        queries = encoder.encode(list(map(search_text, rows)), args.batch_tokens)
+        scores, found = index.search(queries, args.n_docs)
+        return attach_docs(rows, scores, found, corpus, store)
+
+    rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
+    output.process(rows, QUESTIONS_A_CHUNK, retrieve, count, "retrieving")
     output.finish(docs_a_question=min(args.n_docs, index.count))
 
 

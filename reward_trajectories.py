@@ -80,15 +80,6 @@ def score_chunk(
     return scored
 
 
-def check_row(row: Row, path: str) -> Row:
-    """Raises UserError where a row's parallel lists disagree or it has nothing to compare with."""
-    if len(row["id_lists"]) != len(row["responses"]):
-        raise UserError(f"{path}: row {row['id']}: {len(row['id_lists'])} id_lists but {len(row['responses'])} responses")
-    if not any(answer.strip() for answer in row["answers"]):
-        raise UserError(f"{path}: row {row['id']}: key 'answers': no gold answer to score against")
-    return row
-
-
 def collect(rows: Iterable[Row]) -> dict[str, list[float]]:
     """Every term, the reward and k, over all trajectories."""
     collected: dict[str, list[float]] = defaultdict(list)
@@ -119,7 +110,7 @@ def main(argv=None):
 
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device))
     prompts = Prompts(args.prompts)
-    rows = (check_row(row, args.input_file) for row in read_rows(args.input_file, NEEDS, reject=out.reject))
+    rows = read_rows(args.input_file, NEEDS, reject=out.reject)
     out.process(
         rows, args.chunk_size, lambda chunk: score_chunk(chunk, bert, judge, prompts, weights, args.answer_match), total, "reward"
     )

@@ -65,7 +65,8 @@ def sample_trajectories(rows: list[Row], caller: Caller, args) -> list[Row]:
             "usage": usage,
         })
         for _, ids in valid:
-            distinct.setdefault((row["id"], tuple(ids)), caller.answer(row, [docs[position - 1] for position in ids]))
+            if (row["id"], tuple(ids)) not in distinct:
+                distinct[row["id"], tuple(ids)] = caller.answer(row, [docs[position - 1] for position in ids])
     answers = dict(zip(distinct, caller.engine.complete(list(distinct.values())), strict=True))
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}

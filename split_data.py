@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.records import count_rows, read_rows
 
-    skip = args.on_error == "skip"
-    sizes = split_sizes(count_rows(args.input_file, skip_malformed=skip), args.num_splits)
+    sizes = split_sizes(count_rows(args.input_file, skip_malformed=args.on_error == "skip"), args.num_splits)
     if len(sizes) < args.num_splits:
         stage.log.warning("%d questions fill %d parts, not %d", sum(sizes), len(sizes), args.num_splits)
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)
     if output.finished:
         return
-    rows = read_rows(args.input_file, dataset=args.dataset, reject=output.reject if skip else None)
+    rows = read_rows(args.input_file, dataset=args.dataset, reject=output.reject)
     for path, size in zip(paths, sizes, strict=True):
         output.publish(path, islice(rows, size))
     for _ in rows:  # malformed rows after the last good one are counted too

@@ -17,7 +17,7 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags
+from dynamicrag.calls import Caller, add_call_flags, unanswered
 from dynamicrag.engine import Usage, add_engine_flags, load_engine
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import Selection, parse_ids
@@ -73,7 +73,10 @@ def reduce_to_window(
 
 def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
     """Documents by id, the first of equals."""
-    return list({doc["id"]: doc for doc in reversed(docs)}.values())[::-1]
+    first: dict[str, Doc] = {}
+    for doc in docs:
+        first.setdefault(doc["id"], doc)
+    return list(first.values())
 
 
 def answer_chunk(rows: list[Row], caller: Caller, args) -> list[Row]:
@@ -101,7 +104,7 @@ def answer_chunk(rows: list[Row], caller: Caller, args) -> list[Row]:
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):
-        result = {**row, "candidates": [doc["id"] for doc in candidates[number]]}
+        result = {**unanswered(row), "candidates": [doc["id"] for doc in candidates[number]]}
         if number in answers:
             usage.add(answers[number])
             positions = {doc["id"]: position for position, doc in reversed(list(enumerate(row["docs"], start=1)))}

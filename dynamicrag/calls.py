@@ -13,6 +13,9 @@ from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of
 
+# What inference.py and top_inference.py add to a row.
+ANSWER_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
+
 
 def add_call_flags(parser: ArgumentParser) -> None:
     """The flags of every stage that lets an LLM choose documents."""
@@ -28,6 +31,11 @@ def add_call_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument("--dataset", help="data set of every row, over what the rows say")
     group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
+
+
+def unanswered(row: Row) -> Row:
+    """The row without what an earlier run answered: result and remain files are usable inputs."""
+    return {key: value for key, value in row.items() if key not in ANSWER_KEYS}
 
 
 def documents_that_fit(

@@ -106,6 +106,8 @@ class VllmEngine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
+        # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset").
+        whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": args.max_model_len} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
         self._llm = LLM(
             model=model,
@@ -116,6 +118,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
             generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
+            **whole_prompts,
         )
         self._tokenizer = self._llm.get_tokenizer()
 

@@ -56,9 +56,16 @@ class ExactIndex:
             block_scores, block_positions = best(block, queries, min(k, len(block)))
             scores = np.concatenate([scores, block_scores], axis=1)
             positions = np.concatenate([positions, block_positions + offset], axis=1)
-            order = np.lexsort((positions, -scores), axis=1)[:, :k]
-            scores, positions = np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+            scores, positions = _best_first(scores, positions, k)
         return scores, positions
+
+
+def _best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of each row; equal scores by position, so that the result does not depend on blocks or threads."""
+    import numpy as np
+
+    order = np.lexsort((positions, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
 
 
 def _search_mapped(block: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +109,8 @@ class FaissIndex:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
-        scores, positions = self.index.search(queries, min(k, self.count))
-        return scores, positions
+        k = min(k, self.count)
+        return _best_first(*self.index.search(queries, k), k)
 
 
 def open_index(

@@ -7,6 +7,7 @@ suffix: `.json` is an array with one element a line, anything else JSONL. Memory
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dynamicrag.stage import UserError
 READ_BYTES = 1 << 20
 # A decoder that runs into the end of its buffer reports an error this close to it; further away, the JSON is broken.
 CUT_MARGIN = 32
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -54,56 +56,73 @@ def _refuse_constant(name: str) -> None:
 def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     """Decode one element at a time, holding no more than the element and one read of the file."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    line = 1
+    buffer, position, line = "", 0, 1
     with path.open(encoding="utf-8-sig", newline="") as file:
 
         def broken(reason: str) -> UserError:
             return UserError(f"{path}:{line}: not a valid JSON array: {reason}")
 
-        def read(size: int) -> str:
+        def read(size: int) -> bool:
+            nonlocal buffer, position
             try:
-                return file.read(size)
+                more = file.read(size)
             except UnicodeDecodeError as error:
                 raise broken(f"invalid UTF-8 after this line ({error.reason})") from error
+            if more:
+                buffer, position = buffer[position:] + more, 0
+            return bool(more)
 
-        buffer = read(READ_BYTES)
-        expected = "["  # then an element or "]", then "," or "]"
-        while True:
-            stripped = buffer.lstrip()
-            line += buffer.count("\n", 0, len(buffer) - len(stripped))
-            buffer = stripped or read(READ_BYTES)
-            if not buffer:
-                raise broken("the file ends before the closing ]")
-            if stripped == "":
-                continue
-            if expected == "[":
-                buffer, expected = buffer[1:], "element or ]"
-            elif buffer[0] == "]" and expected != "element":
-                if (buffer[1:] + read(READ_BYTES)).strip():
-                    raise broken("something follows the closing ]")
-                return
-            elif expected == ", or ]":
-                if buffer[0] != ",":
-                    raise broken(f"expected , or ] between elements, found {buffer[:20]!r}")
-                buffer, expected = buffer[1:], "element"
-            else:
-                size = READ_BYTES
-                while True:
-                    try:
-                        value, end = decoder.raw_decode(buffer)
-                        break
-                    except json.JSONDecodeError as error:
-                        cut = error.msg.startswith("Unterminated") or error.pos > len(buffer) - CUT_MARGIN
-                        more = read(size) if cut else ""
-                        if not more:
-                            line += buffer.count("\n", 0, error.pos)
-                            raise broken(error.msg) from error
-                        buffer, size = buffer + more, size * 2
-                    except (ValueError, RecursionError) as error:
-                        raise broken(str(error)) from error
-                yield line, value
-                line += buffer.count("\n", 0, end)
-                buffer, expected = buffer[end:], ", or ]"
+        def advance(end: int) -> None:
+            nonlocal position, line
+            line += buffer.count("\n", position, end)
+            position = end
+
+        def next_character() -> str:
+            """The next one that is not white space, left unread; empty at the end of the file."""
+            while True:
+                advance(WHITE_SPACE.match(buffer, position).end())
+                if position < len(buffer):
+                    return buffer[position]
+                if not read(READ_BYTES):
+                    return ""
+
+        def element() -> object:
+            size = READ_BYTES
+            while True:
+                try:
+                    _, end = decoder.raw_decode(buffer, position)
+                    # a number at the end of the buffer may go on behind it: 1, then .5 or e+5
+                    if end < len(buffer) - 2 or buffer[end - 1] in "}]\"" or not read(size):
+                        value = orjson.loads(buffer[position:end])  # strict about what json lets pass: lone surrogates
+                        advance(end)
+                        return value
+                except json.JSONDecodeError as error:
+                    cut = error.msg.startswith("Unterminated") or error.pos > len(buffer) - CUT_MARGIN
+                    if not (cut and read(size)):
+                        advance(min(max(error.pos, position), len(buffer)))
+                        raise broken(error.msg) from error
+                except (ValueError, RecursionError) as error:
+                    raise broken(str(error)) from error
+                size *= 2
+
+        next_character()
+        advance(position + 1)  # the [ that brought us here
+        if next_character() == "]":
+            advance(position + 1)
+        else:
+            while True:
+                if not next_character():
+                    raise broken("the file ends before the closing ]")
+                start = line
+                yield start, element()
+                found = next_character()
+                if found not in (",", "]"):
+                    raise broken(f"expected , or ] after an element, found {buffer[position : position + 20]!r}")
+                advance(position + 1)
+                if found == "]":
+                    break
+        if next_character():
+            raise broken("something follows the closing ]")
 
 
 def dump_line(value: object) -> bytes:

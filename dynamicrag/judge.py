@@ -21,6 +21,8 @@ CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 POINTS = 20
 ATTEMPTS = 6
 TIMEOUT_SECONDS = 60
+MAX_WAIT_SECONDS = 30
+PASSING_STATUSES = (408, 409, 429)  # and all from 500
 
 
 class UnreadableGrade(ValueError):
@@ -68,24 +70,31 @@ class Judge:
 
     async def _grade_all(self, missing: dict[str, Messages]) -> None:
         import openai
-        from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+        from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
         from tqdm.asyncio import tqdm
 
-        passing = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, UnreadableGrade)
+        def passes(error: BaseException) -> bool:
+            if isinstance(error, openai.APIStatusError):
+                return error.status_code in PASSING_STATUSES or error.status_code >= 500
+            return isinstance(error, openai.APIConnectionError | UnreadableGrade)
+
         slots = asyncio.Semaphore(self._concurrency)
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
         client = openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=0, timeout=TIMEOUT_SECONDS)
 
         @retry(
-            retry=retry_if_exception_type(passing), stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.5, max=30), reraise=True,
+            retry=retry_if_exception(passes), stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS), reraise=True,
         )
         async def ask(messages: Messages) -> tuple[float, str]:
-            reply = await client.chat.completions.create(
-                model=self._model, messages=messages, temperature=0, max_tokens=200,
-                response_format={"type": "json_object"},
-            )
-            text = (reply.choices[0].message.content if reply.choices else None) or ""
+            try:
+                reply = await client.chat.completions.create(
+                    model=self._model, messages=messages, temperature=0, max_tokens=200,
+                    response_format={"type": "json_object"},
+                )
+                text = reply.choices[0].message.content or ""
+            except (ValueError, TypeError, AttributeError, IndexError, openai.APIResponseValidationError) as error:
+                raise UnreadableGrade(f"not a chat completion: {error!r}") from error
             return parse_grade(text), text
 
         async def grade(key: str, messages: Messages) -> None:

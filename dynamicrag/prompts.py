@@ -85,15 +85,18 @@ class Prompts:
                 where = f"{path}: {name}.{part}"
                 if part not in self._texts.get(name, {}):
                     raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
-                if not isinstance(text, str):
-                    raise UserError(f"{where}: expected a text")
+                if not isinstance(text, str) or not text.strip():
+                    # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
+                    raise UserError(f"{where}: expected a text that is not empty")
                 try:
-                    used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+                    fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
                 except ValueError as error:
                     raise UserError(f"{where}: {error}; a literal brace is written twice") from error
-                unknown = used - PLACEHOLDERS.get((name, part), set())
-                if unknown:
-                    raise UserError(f"{where}: unknown placeholder {{{sorted(unknown)[0]}}}")
+                known = PLACEHOLDERS.get((name, part), set())
+                for _, field, form, conversion in fields:
+                    if field not in known or form or conversion:
+                        known_names = ", ".join(f"{{{placeholder}}}" for placeholder in sorted(known)) or "none"
+                        raise UserError(f"{where}: unknown placeholder {{{field}}}; there are {known_names}, without format")
                 self._texts[name][part] = text
 
     def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:

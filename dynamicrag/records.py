@@ -17,6 +17,8 @@ from dynamicrag.tasks import derive_dataset
 ID_KEYS = ("id", "sample_id")
 ANSWER_KEYS = ("answers", "answer", "golden_answers", "output")
 DOCS_KEYS = ("docs", "ctxs")
+POSITION_KEYS = ("true_id", "false_id", "sequence")
+TRAJECTORY_KEYS = {"id_lists": list, "responses": str, "response_scores": float | int, "score_terms": dict}  # parallel
 
 
 class Doc(TypedDict, total=False):
@@ -121,6 +123,7 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
     for key in needs:
         if key not in row:
             raise RowError(key, "missing; it is written by an earlier stage or is part of the data set")
+    _check_written(row, needs)
     return row
 
 
@@ -140,7 +143,48 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
     for score in ("score", "rerank_score"):
         if doc.get(score) is not None:
             doc[score] = _finite(doc[score], f"{where}.{score}")
+    if "rerank_label" in doc:
+        label = str(doc["rerank_label"]).lower()  # a JSON true is "true": taken for anything else it would mean "false"
+        if label not in ("true", "false"):
+            raise RowError(f"{where}.rerank_label", f'expected "true" or "false", found {_kind(doc["rerank_label"])}')
+        doc["rerank_label"] = label
     return doc
+
+
+def _check_written(row: Row, needs: tuple[str, ...]) -> None:
+    """The keys that earlier stages wrote, those a stage needs: positions name documents, parallel lists are parallel."""
+    documents = len(row["docs"]) if "docs" in row else None
+    for key in needs:
+        if key == "answers" and not any(answer.strip() for answer in row["answers"] or ()):
+            raise RowError(key, "holds no gold answer")
+        if key == "docs_shown" and (type(row[key]) is not int or not 0 <= row[key] <= (documents or 0)):
+            raise RowError(key, f"expected an integer from 0 to {documents}, found {_kind(row[key])}")
+        if key in POSITION_KEYS:
+            _check_positions(row[key], key, documents)
+        elif key in TRAJECTORY_KEYS:
+            lists, kind = row[key], TRAJECTORY_KEYS[key]
+            if not isinstance(lists, list) or not all(isinstance(value, kind) for value in lists):
+                raise RowError(key, f"expected a list of one {kind} a trajectory, found {_kind(lists)}")
+            if len(lists) != len(row["id_lists"]):
+                raise RowError(key, f"has {len(lists)} entries for {len(row['id_lists'])} id_lists")
+            if key == "id_lists":
+                shown = row["docs_shown"] if "docs_shown" in needs else documents
+                for trajectory, ids in enumerate(lists):
+                    _check_positions(ids, f"id_lists[{trajectory}]", shown)
+            if key == "response_scores":
+                for trajectory, score in enumerate(lists):
+                    _finite(score, f"response_scores[{trajectory}]")
+            if key == "score_terms":
+                for trajectory, terms in enumerate(lists):
+                    _finite(terms.get("em"), f"score_terms[{trajectory}].em")
+
+
+def _check_positions(value: object, key: str, documents: int | None) -> None:
+    if not isinstance(value, list) or not all(type(position) is int for position in value):
+        raise RowError(key, f"expected a list of integers, found {_kind(value)}")
+    outside = next((p for p in value if p < 1 or (documents is not None and p > documents)), None)
+    if outside is not None:
+        raise RowError(key, f"{outside} is not the position of a document; there are {documents}, counted from 1")
 
 
 def _identifier(row: dict) -> str:

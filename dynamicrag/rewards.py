@@ -7,27 +7,30 @@ length    1 / (1 + k) for k documents
 judge     an LLM's grade out of 100, divided by 100
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
-from dynamicrag.metrics import accuracy, exact_match, match, str_em
+from dynamicrag.metrics import exact_match, match, score_row
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import task_of
 
+UNLIMITED = 1_000_000
 TERMS = ("em", "bert", "rouge", "length", "judge")
 ANSWER_MATCHES = {"exact": exact_match, "contains": match}
 
 
 def parse_weights(text: str) -> dict[str, float]:
     """Weights from `em=.2,bert=.2,...`; a term left out weighs nothing. Raises UserError."""
-    weights = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
-        term, _equals, value = part.strip().partition("=")
+        term, _equals, value = map(str.strip, part.partition("="))
         try:
-            weights[term] = float(value)
+            weight = float(value)
         except ValueError as error:
             raise UserError(f"--weights: {part!r} is not TERM=NUMBER") from error
-        if term not in TERMS or weights[term] < 0:
-            raise UserError(f"--weights: {part!r}: terms are {', '.join(TERMS)}, weights are not negative")
+        if term not in TERMS or term in weights or not 0 <= weight < math.inf:
+            raise UserError(f"--weights: {part!r}: terms are {', '.join(TERMS)}, each once; weights are finite and not negative")
+        weights[term] = weight
     if sum(weights.values()) <= 0:
         raise UserError("--weights: at least one term needs a positive weight")
     return weights
@@ -48,11 +51,11 @@ def correctness(response: str, row: Mapping, answer_match: str) -> float:
     Labels are compared as labels, and ASQA's readings are averaged: neither can equal a whole answer.
     """
     metric = task_of(row.get("dataset")).metric
-    if metric == "accuracy":
-        return accuracy(response, row["answers"])
-    if metric == "str_em" and row.get("qa_pairs"):
-        return str_em(response, [pair["short_answers"] for pair in row["qa_pairs"]])
-    return ANSWER_MATCHES[answer_match](response, row["answers"])
+    if metric == "accuracy" or (metric == "str_em" and row.get("qa_pairs")):
+        score = score_row(metric, response, row)
+        if score is not None:
+            return score
+    return ANSWER_MATCHES[answer_match](response, [answer for answer in row["answers"] if answer.strip()])
 
 
 def length_term(k: int) -> float:
@@ -69,10 +72,14 @@ class BertScore:
         from transformers import AutoConfig
 
         try:
-            layer = layer or AutoConfig.from_pretrained(model).num_hidden_layers
+            config = AutoConfig.from_pretrained(model)
+            layer = layer or config.num_hidden_layers
             self._scorer = BERTScorer(model_type=model, num_layers=layer, lang="en", device=device, batch_size=batch_size)
         except (OSError, ValueError, AssertionError) as error:
             raise UserError(f"--bert_model {model}: no encoder could be loaded: {error}") from error
+        tokenizer = self._scorer._tokenizer
+        if tokenizer.model_max_length > UNLIMITED:  # not in its files; RoBERTa does not use two of its positions
+            tokenizer.model_max_length = config.max_position_embeddings - 2
 
     def score(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
         """F1 of each (response, gold answers), best gold answer, clipped to [0, 1]; an empty response scores 0."""

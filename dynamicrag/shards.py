@@ -52,7 +52,7 @@ def find_shards(pattern: str) -> list[Path]:
     if not shards:
         raise UserError(f"{pattern}: no embedding shards; make them with generate_passage_embeddings.py")
     made = [manifest["arguments"] for manifest in map(read_manifest, shards) if manifest]
-    expected = max((arguments.get("num_shards", 1) for arguments in made), default=1)
+    expected = max((arguments.get("num_shards", 1) for arguments in made), default=0)  # 0: published shards
     missing = sorted(set(range(expected)) - {arguments.get("shard_id", 0) for arguments in made})
     if missing:
         raise UserError(f"{pattern}: shard {missing[0]} of {expected} is missing; run generate_passage_embeddings.py "
@@ -71,7 +71,7 @@ def _open_npy(path: Path, named: Path) -> Shard:
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         ids = np.load(ids_path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{named}: not a shard of embeddings ({error})") from error
     if vectors.ndim != 2 or vectors.dtype.kind != "f" or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
         raise UserError(f"{named}: expected float vectors [n, width] and n ids, found {vectors.dtype} "

@@ -330,6 +330,14 @@ class Output:
         shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
         log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
 
+    def finish_answers(self) -> None:
+        """finish() for rows some of which carry `error`: those go to the second output, the answered to the first."""
+        answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
+        unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
+        if unanswered:
+            log.warning("%d questions could not be answered: %s", unanswered, self.paths[1])
+        self.finish(answered=answered, unanswered=unanswered)
+
 
 def _identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
     """What decides the content of an output: the stage, its arguments, and the content of its inputs."""

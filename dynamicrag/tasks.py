@@ -66,5 +66,7 @@ def derive_dataset(row_id: str, file_stem: str = "") -> str | None:
 def target_answer(row: dict) -> str:
     """The gold answer a generator is trained to write: the first one, or every reading's where there are several."""
     if task_of(row.get("dataset")).metric == "str_em" and row.get("qa_pairs"):
-        return "; ".join(pair["short_answers"][0] for pair in row["qa_pairs"])
-    return next(answer for answer in row["answers"] if answer.strip())
+        readings = [next(filter(str.strip, pair["short_answers"]), None) for pair in row["qa_pairs"]]
+        if any(readings):
+            return "; ".join(filter(None, readings))
+    return next(filter(str.strip, row["answers"]))

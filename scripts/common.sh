@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # Models in folders never need a hub; HF_HUB_OFFLINE=0 lets hub names be looked up.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
-gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 NUM_SHARDS=${NUM_SHARDS:-$(gpus)}
 ((NUM_SHARDS > 0)) || NUM_SHARDS=1
 MODEL_DIR=$WORK/DynamicRAG_$MODEL

@@ -27,7 +27,7 @@ step() { # TITLE COMMAND...
 }
 
 corpus() {
-    [[ -f $PASSAGES ]] || python examples/factbook/corpus.py --output_file "$PASSAGES"
+    [[ -f $PASSAGES ]] || python examples/factbook/corpus.py --output_file "$PASSAGES" --max_words 30
     [[ -f $EVAL_QUESTIONS ]] || python examples/factbook/questions.py --passages "$PASSAGES" \
         --output_dir "$(dirname "$EVAL_QUESTIONS")" --train "$TRAIN_SIZE" --reranker "$RERANKER_SIZE" --test "$TEST_SIZE"
 }

@@ -207,9 +207,10 @@ def test_large_sizes_can_be_made(folder, tmp_path):
     assert [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "reranker", "test")] == [5000, 6000, 1000]
 
 
-def test_too_many_questions_is_an_error_that_names_the_flag(folder, tmp_path):
+def test_too_many_questions_is_an_error_that_names_the_flag(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "PATIENCE", 20)
     with pytest.raises(UserError, match="--test"):
-        make(folder, tmp_path, "--test", "50000")
+        make(folder, tmp_path, "--test", "8000")
     assert not list(tmp_path.iterdir())
 
 
@@ -319,6 +320,15 @@ def test_pairs_hold_every_needed_passage_and_mostly_high_ranked_others():
     assert others["T text 1"] > 2 * others["T text 10"] > 0
     assert not any(needed for _, passage, needed in pairs if passage not in ("T text 2", "T text 9"))
     assert len(trainer.sample_pairs(rows, 2, 100, random.Random(0))) == 100
+
+
+def test_easy_pairs_set_needed_passages_against_any_others():
+    rows = [retrieved(["d2"]) for _ in range(100)] + [retrieved([]) for _ in range(20)]
+    pairs = trainer.sample_easy_pairs(rows, 10_000, random.Random(0))
+    assert {passage for _, passage, needed in pairs if needed} == {"T text 2"}
+    assert "T text 2" not in {passage for _, passage, needed in pairs if not needed}
+    assert sum(needed for _, _, needed in pairs) == 100 and 150 < len(pairs) < 200
+    assert len(trainer.sample_easy_pairs(rows, 30, random.Random(0))) == 30
 
 
 def test_ranking_quality_counts_what_was_not_retrieved():

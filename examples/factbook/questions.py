@@ -43,18 +43,18 @@ TWO = (
     "Is the {bare}{when} {more} in {a} or in {b}?", "Of {a} and {b}, which has the {more} {bare}{when}?",
     "Compare {a} and {b}: where is the {bare} {more}{when}?", "Tell me whether {a} or {b} has the {more} {bare}{when}.",
 )
+# Both steps are named, so that one search can find the passages of both.
 BRIDGE = (
-    "What is {noun} of the country {hook}{when}?", "Tell me {noun} of the country {hook}{when}.",
-    "Think of the country {hook}: what is its {bare}{when}?", "For the country {hook}, what is {noun}{when}?",
-    "There is a country {hook}. What is its {bare}{when}?", "Which value is {noun} of the country {hook}{when}?",
-    "Find the country {hook} and give {noun}{when}.", "I need {noun} of the country {hook}{when}.",
+    "{x} is {hook} of which country, and what is its {bare}{when}?", "Of which country is {x} {hook}, and what is its {bare}{when}?",
+    "Which country has {x} as {hook}, and what is its {bare}{when}?", "Find the country that has {x} as {hook}, and give its {bare}{when}.",
+    "{x} is {hook} of a country. Which one is it, and what is its {bare}{when}?",
+    "Take the country that has {x} as {hook}: which one is it, and what is its {bare}{when}?",
+    "If {x} is {hook} of a country, which country is it and what is its {bare}{when}?",
+    "{x} -- of which country is it {hook}, and what is its {bare}{when}?",
 )
-HOOKS = {
-    "capital": "whose capital is {x}", "anthem": 'whose national anthem is "{x}"', "peak": "whose highest point is {x}",
-    "domain": "with the internet country code {x}", "legislature": "whose legislature is called {x}",
-    "chief": "whose chief of state is {x}", "head": "whose head of government is {x}",
-    "local_name": "whose local short name is {x}", "aircraft": "whose civil aircraft carry the prefix {x}",
-}
+HOOKS = ("capital", "adjective", "demonym", "currency", "local_name")
+# A nationality or a currency mostly sounds like its country; a capital or a local name that does would give it away.
+TELLING_HOOKS = ("capital", "local_name")
 MOST = (
     "Which of {names} has the {most} {bare}{when}?", "Of {names}, which has the {most} {bare}{when}?",
     "Among {names}, where is the {bare} {most}{when}?", "{choices}: which has the {most} {bare}{when}?",
@@ -170,10 +170,13 @@ class Pool:
         for key in sorted(self.holders):
             by_field[key.split()[0]].append(key)
         self.keys = [keys for _, keys in sorted(by_field.items())]
+        self.keys_of = {
+            country: [mine for keys in self.keys if (mine := [key for key in keys if key in known])]
+            for country, known in facts.items()
+        }
 
     def fact(self, country: str) -> Fact:
-        keys = [known for keys in self.keys if (known := [key for key in keys if key in self.facts[country]])]
-        return self.facts[country][self.rng.choice(self.rng.choice(keys))]
+        return self.facts[country][self.rng.choice(self.rng.choice(self.keys_of[country]))]
 
     def comparable(self, count: int, wanted) -> list[Fact]:
         """One wanted field of several countries; an empty list where too few have it."""
@@ -268,14 +271,13 @@ def make_bridge(pool: Pool) -> dict | None:
     hook, fact = pool.facts[country][pool.rng.choice(hooks)], pool.fact(country)
     if hook.passage == fact.passage or fact.value == hook.value or country.lower() in fact.value.lower():
         return None
-    question = pool.rng.choice(BRIDGE).format(
-        noun=fact.noun, bare=bare(fact.noun), hook=HOOKS[hook.key].format(x=hook.value), when=fact.when)
+    question = pool.rng.choice(BRIDGE).format(x=hook.value, hook=hook.noun, bare=bare(fact.noun), when=fact.when)
     return draft("bridge", (country, hook.key, fact.key), question, fact.answers, [hook, fact], "value")
 
 
 def make_many(pool: Pool) -> dict | None:
     choice = pool.rng.random()
-    count = pool.rng.choice((3, 3, 4)) if choice < 0.7 else 3
+    count = pool.rng.choice((3, 3, 3, 4)) if choice < 0.7 else 3
     facts = pool.comparable(count, lambda field: field.plural if choice >= 0.7 else field.scale)
     if not facts:
         return None
@@ -399,7 +401,7 @@ def draw(pool: Pool, size: int) -> list[dict]:
 
 
 def find_unique(facts: dict[str, dict[str, Fact]]) -> set[tuple[str, str]]:
-    """(country, hook) where the hook's value tells the country from all others and does not contain its name."""
+    """(country, hook) where the hook's value tells the country from all others without naming it."""
     owners = defaultdict(set)
     for country, known in facts.items():
         for key in HOOKS:
@@ -407,7 +409,7 @@ def find_unique(facts: dict[str, dict[str, Fact]]) -> set[tuple[str, str]]:
                 owners[key, normalise(known[key].value)].add(country)
     return {
         (country, key) for (key, value), (country, *others) in owners.items()
-        if not others and normalise(country) not in value and value not in normalise(country)
+        if not others and (key not in TELLING_HOOKS or (normalise(country) not in value and value not in normalise(country)))
     }
 
 

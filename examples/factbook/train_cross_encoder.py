@@ -1,6 +1,8 @@
 """Train the demo's reranker: a cross-encoder that says whether a passage is needed for a question.
 
-Starts from the sentence encoder of models.py. Reads the questions of reranker.jsonl after retrieval (`docs`, best
+Starts from the sentence encoder of models.py. Trains on easy pairs first (a passage that is needed against one that
+was retrieved for another question), then on hard ones (against its own neighbours in the ranking): on hard pairs alone
+the loss stays where it starts for thousands of pairs. Reads the questions of reranker.jsonl after retrieval (`docs`, best
 first, and `gold_docs`); rows marked `held_out` are only measured on. Writes a sequence-classification checkpoint whose
 sigmoid is above 0.5 for passages that are needed.
 
@@ -19,6 +21,8 @@ from pathlib import Path
 from dynamicrag.jsonio import read_json
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
+# How much faster the new classification head learns than the encoder beneath it.
+HEAD_RATE = 5.0
 # (question, passage, whether it is needed)
 Pair = tuple[str, str, bool]
 
@@ -32,11 +36,12 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     group = parser.add_argument_group("pairs")
     group.add_argument("--max_pairs", type=int, default=3500, help="question-passage pairs to train on, at most")
-    group.add_argument("--negatives", type=int, default=3, help="passages not needed for each that is")
+    group.add_argument("--easy_share", type=float, default=0.3, help="share of --max_pairs that are easy, and come first")
+    group.add_argument("--negatives", type=int, default=3, help="passages not needed for each that is, among hard pairs")
     group.add_argument("--max_length", type=int, default=256, help="tokens of a pair; the passage is cut, not the question")
     group.add_argument("--eval_rows", type=int, default=100, help="held-out questions to measure on, at most")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=1, help="passes over the pairs")
+    group.add_argument("--epochs", type=int, default=1, help="passes over the hard pairs")
     group.add_argument("--batch_size", type=int, default=16, help="pairs a step")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="peak of the linear schedule")
     group.add_argument("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises")
@@ -79,6 +84,20 @@ def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Rando
     return pairs[:limit]
 
 
+def sample_easy_pairs(rows: list[dict], limit: int, rng: random.Random) -> list[Pair]:
+    """Every needed passage that was retrieved, and beside it one that was retrieved for some question or other."""
+    others = [doc for row in rows for doc in row["docs"]]
+    pairs = []
+    for row in rng.sample(rows, len(rows)):
+        for doc in row["docs"]:
+            if doc["id"] in row["gold_docs"]:
+                pairs.append((row["question"], passage_text(doc), True))
+                other = rng.choice(others)
+                if other["id"] not in row["gold_docs"]:
+                    pairs.append((row["question"], passage_text(other), False))
+    return pairs[:limit]
+
+
 def batches_by_length(lengths: list[int], size: int, rng: random.Random) -> list[list[int]]:
     """Random batches whose members are alike in length: sorted within chunks of 32 batches, then shuffled."""
     order = rng.sample(range(len(lengths)), len(lengths))
@@ -106,23 +125,25 @@ def ranking_quality(rows: list[dict], orders: list[list[dict]]) -> tuple[float, 
     return reciprocal / max(1, count), first / max(1, count)
 
 
-def train(model, encoded: dict, labels: list[bool], args, rng: random.Random):
-    """One pass of AdamW after the other over the pairs, binary cross-entropy on the single logit."""
+def train(model, encoded: dict, labels: list[bool], easy: int, args, rng: random.Random) -> None:
+    """AdamW on the first `easy` pairs, then on the others, binary cross-entropy on the single logit."""
     import torch
     from tqdm import tqdm
 
-    decayed = [weight for name, weight in model.named_parameters() if weight.ndim > 1]
-    others = [weight for name, weight in model.named_parameters() if weight.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
+    # The head starts from nothing, the encoder does not.
+    head = [weight for name, weight in model.named_parameters() if "encoder" not in name and "embeddings" not in name]
+    body = [weight for name, weight in model.named_parameters() if "encoder" in name or "embeddings" in name]
+    optimizer = torch.optim.AdamW([{"params": body, "rate": 1.0}, {"params": head, "rate": HEAD_RATE}], weight_decay=0.01)
     lengths = [len(ids) for ids in encoded["input_ids"]]
-    plan = [batch for _ in range(args.epochs) for batch in batches_by_length(lengths, args.batch_size, rng)]
+    plan = batches_by_length(lengths[:easy], args.batch_size, rng)
+    for _ in range(args.epochs):
+        plan += [[easy + i for i in batch] for batch in batches_by_length(lengths[easy:], args.batch_size, rng)]
     model.train()
     running = None
-    with tqdm(total=args.epochs * len(labels), unit="pair", desc="training", mininterval=2) as progress:
+    with tqdm(total=sum(map(len, plan)), unit="pair", desc="training", mininterval=2) as progress:
         for step, batch in enumerate(plan):
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * learning_rate_at(step, len(plan), args.warmup)
+                group["lr"] = args.learning_rate * group["rate"] * learning_rate_at(step, len(plan), args.warmup)
             logits = score(model, encoded, batch, args)
             target = torch.tensor([float(labels[i]) for i in batch], device=logits.device)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
@@ -209,7 +230,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.input_file)
     held_out = [row for row in rows if row["held_out"]][:args.eval_rows]
     rng = random.Random(derive_seed(args.seed, "pairs"))
-    pairs = sample_pairs([row for row in rows if not row["held_out"]], args.negatives, args.max_pairs, rng)
+    seen = [row for row in rows if not row["held_out"]]
+    pairs = sample_easy_pairs(seen, int(args.easy_share * args.max_pairs), rng)
+    easy = len(pairs)
+    pairs += sample_pairs(seen, args.negatives, args.max_pairs - easy, rng)
     positives = sum(needed for _, _, needed in pairs)
     if not positives:
         raise UserError(f"{args.input_file}: no gold document is among the retrieved ones; were these passages indexed?")
@@ -224,10 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(args.encoder, num_labels=1, dtype=torch.float32).to(args.device)
-    log.info("training on %d pairs, %d of them needed; measuring on %d held-out questions", len(pairs), positives, len(held_out))
+    # Without dropout: nothing is seen twice, and it would make attention several times slower on a CPU.
+    model = AutoModelForSequenceClassification.from_pretrained(
+        args.encoder, num_labels=1, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(args.device)
+    log.info("training on %d pairs, %d of them easy, %d needed; measuring on %d held-out questions", len(pairs), easy, positives, len(held_out))
     started = time.monotonic()
-    train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], args, rng)
+    train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], easy, args, rng)
     seconds = time.monotonic() - started
     save(model, tokenizer, folder)
     if held_out:
@@ -235,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         log.info("held out, as retrieved: MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [row["docs"] for row in held_out]))
         log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [[doc for _, doc in docs] for docs in ranked]))
         log.info("held out, label above 0.5: precision %.3f, recall %.3f", *label_quality(held_out, ranked))
-    log.info("%s: trained in %.0f s (%.1f pairs a second)", folder, seconds, args.epochs * len(pairs) / seconds)
+    log.info("%s: trained in %.0f s (%.1f pairs a second)", folder, seconds, (easy + args.epochs * (len(pairs) - easy)) / seconds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""The whole chain, end to end, by the README's own commands: real faiss, real vLLM, real LLaMA-Factory, tiny models."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import make_text, read_jsonl, write_jsonl
+
+REPO = Path(__file__).parents[1]
+# What a machine with two cores and no hub adds to a command of the README.
+TRAIN_ON_CPU = (
+    "deepspeed=null use_cpu=true flash_attn=sdpa disable_gradient_checkpointing=true preprocessing_num_workers=1 "
+    "max_steps=2 gradient_accumulation_steps=1 cutoff_len=2048 plot_loss=false"
+)
+ADDED = {
+    "reward_trajectories.py": "--bert_model models/retriever",
+    "llamafactory-cli train recipes/llama3_8b/sft.yaml": f"model_name_or_path=models/tiny-llama {TRAIN_ON_CPU}",
+    "llamafactory-cli train recipes/llama3_8b/dpo.yaml": TRAIN_ON_CPU,
+    "sampling_dpo_trajectories.py": "--num-samples 4",
+    # An untrained model answers with 32 tokens of noise; a few will do.
+    "inference.py": "--answer-max-tokens 8",
+    "top_inference.py": "--answer-max-tokens 8",
+}
+
+
+def readme_commands() -> list[str]:
+    """The stage commands of the README, in order, backslash-newlines joined."""
+    stages = (REPO / "README.md").read_text(encoding="utf-8").split("## The stages")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", stages, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def make_tiny_llama(folder: Path) -> None:
+    """A Llama of width 128 with random weights, and a byte-level tokenizer with LLaMA-3's special tokens."""
+    import random
+
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    raw = ByteLevelBPETokenizer()
+    rng = random.Random(0)
+    texts = [f"[{n}] Title {n}\n{make_text(rng)} [{n}], " for n in range(300)]
+    raw.train_from_iterator(texts, vocab_size=700, special_tokens=special, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw._tokenizer, bos_token=special[0], eos_token=special[4], pad_token=special[1]
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=0, eos_token_id=4, pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
+    """A folder in which every stage command of the README has been run as printed, plus ADDED."""
+    import random
+
+    folder = tmp_path_factory.mktemp("chain")
+    for script in REPO.glob("*.py"):
+        (folder / script.name).symlink_to(script)
+    for name in ("template", "recipes"):
+        shutil.copytree(REPO / name, folder / name)
+    (folder / "models/reranker").mkdir(parents=True)
+    (folder / "models/retriever").symlink_to(encoder_dir)
+    (folder / "models/reranker/monot5").symlink_to(monot5_dir)
+    make_tiny_llama(folder / "models/tiny-llama")
+    (folder / "data").mkdir()
+    (folder / "data/psgs_w100.tsv").symlink_to(corpus_tsv)
+    rng = random.Random(5)
+    questions = [
+        {"id": f"nq_{n}", "question": f"which {make_text(rng, 3, 8)} ?", "answer": make_text(rng, 1, 2), "note": n}
+        for n in range(40)
+    ]
+    (folder / "data/rag_training_data.json").write_text(json.dumps(questions), encoding="utf-8")
+    train_bin = REPO / ".venv-train/bin"
+    environment = {
+        **os.environ, "PATH": f"{REPO}/.venv/bin:{train_bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
+        "DISABLE_VERSION_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    for command in readme_commands():
+        if command.startswith("python aggregate.py"):  # one retriever.py a part, as the README says
+            for part in range(1, 8):
+                _run(retrieve.replace("split_0", f"split_{part}"), folder, environment)
+        if command.startswith("python retriever.py"):
+            retrieve = command
+        if command.startswith("python inference.py"):  # evaluation files are retrieved and reranked like any other
+            shutil.copytree(folder / "output", folder / "eval_data")
+            rows = read_jsonl(folder / "output/retrieval_data_rerank.jsonl")[:12]
+            write_jsonl(folder / "eval_data/nq.jsonl", rows)
+            write_jsonl(folder / "eval_data/nq_top500.jsonl", rows)
+        extra = next((flags for key, flags in ADDED.items() if key in command.split(" --")[0]), "")
+        _run(f"{command} {extra}", folder, environment)
+    return folder
+
+
+def _run(command: str, folder: Path, environment: dict) -> None:
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.mark.slow
+def test_every_stage_wrote_its_rows(chain):
+    labelled = read_jsonl(chain / "training_data/retrieval_data_rerank_normal.jsonl")
+    expert = read_jsonl(chain / "training_data/retrieval_data_rerank_sequence.jsonl")
+    assert len(labelled) + len(expert) == 40
+    assert all(row["dataset"] == "nq" and row["answers"] == [row["answer"]] and "note" in row for row in labelled + expert)
+    assert all(len(row["docs"]) == 50 and len(row["true_id"]) + len(row["false_id"]) == 20 for row in labelled + expert)
+    sampled = json.loads((chain / "results/training_data_dpo_sampling.json").read_text())
+    assert all(len(row["id_lists"]) == len(row["responses"]) == 4 and row["usage"]["calls"] >= 2 for row in sampled)
+    rewarded = read_jsonl(chain / "training_data/llama3_8b_output_dpo.jsonl")
+    assert all(0 <= score <= 1 for row in rewarded for score in row["response_scores"])
+    assert {"em", "bert", "rouge", "length"} == set(rewarded[0]["score_terms"][0])
+
+
+@pytest.mark.slow
+def test_training_wrote_an_sft_model_and_a_dpo_model_that_differ(chain):
+    from safetensors.torch import load_file
+
+    stages = ["models/tiny-llama", "DynamicRAG_llama3_8b/sft", "DynamicRAG_llama3_8b/dpo"]
+    weights = [load_file(chain / stage / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] for stage in stages]
+    assert not weights[0].float().equal(weights[1].float())
+    assert not weights[1].float().equal(weights[2].float())
+
+
+@pytest.mark.slow
+def test_trainer_read_the_prompt_and_the_system_prompt(chain):
+    """The columns of dataset_info.json exist in what the stages write, for SFT and for DPO alike."""
+    info = json.loads((chain / "recipes/dataset_info.json").read_text())
+    for name in ("reranker_bc", "generator_sft", "llama3_8b_reranker_dpo", "llama3_8b_generator_dpo"):
+        rows = json.loads((chain / "recipes" / info[name]["file_name"]).read_text())
+        assert rows
+        for row in rows:
+            assert set(info[name]["columns"].values()) == set(row)
+            assert row["system"] and row["instruction"] and row["input"] == ""
+            assert row.get("chosen", "x") != row.get("rejected", "y")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("results", ["results/llama3_8b_nq", "results/llama3_8b_top_500_nq"])
+def test_inference_answered_every_question_from_documents_shown(chain, results):
+    rows = json.loads((chain / f"{results}.json").read_text())
+    assert len(rows) == 12 and json.loads((chain / f"{results}_remain.json").read_text()) == []
+    for row in rows:
+        assert isinstance(row["response"], str)
+        assert row["final_docs"] == [row["docs"][position - 1]["id"] for position in row["id_list"]]
+    manifest = json.loads((chain / f"{results}.json.manifest.json").read_text())
+    assert manifest["counts"]["answered"] == 12 and manifest["seed"] == 42
+
+
+@pytest.mark.slow
+def test_evaluation_scored_every_question(chain):
+    metrics = json.loads((chain / "results/llama3_8b_nq.json.metrics.json").read_text())
+    summary = metrics["results"]["llama3_8b_nq"]
+    assert summary["n"] == 12 and summary["metric"] == "match" and summary["calls"] == 2

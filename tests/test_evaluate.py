@@ -1,0 +1,226 @@
+"""evaluate.py: what is counted, under which metric, and what the table says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from dynamicrag.stage import UserError
+
+
+def make_row(number: int, response: str | None = "gold", **more) -> dict:
+    row = {"id": f"q{number}", "question": "?", "answers": ["gold"], **more}
+    return row if response is None else {"id_list": [1], **row, "response": response}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path: str, rows: list[dict], remain: list[dict] | None = None) -> str:
+    """A result file, with its remain file and manifest where there is one."""
+    Path(path).write_text(json.dumps(rows) if path.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows))
+    if remain is not None:
+        write(f"remain_{path}", remain)
+        Path(f"{path}.manifest.json").write_text(json.dumps({"outputs": [path, f"elsewhere/remain_{path}"]}))
+    return path
+
+
+def run(*files: str, **flags) -> dict:
+    """The metrics file's results; keyword arguments are flags."""
+    given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    evaluate.main(["--results_file", *files, *given])
+    return json.loads(Path(flags.get("output_file", f"{files[0]}.metrics.json")).read_text())["results"]
+
+
+# ---------------------------------------------------------------- the denominator (behaviour 26)
+
+
+RIGHT, WRONG = [make_row(n) for n in range(1, 7)], [make_row(n, "bad") for n in range(7, 9)]
+FAILED = [make_row(n, None, error="no selection") for n in range(9, 11)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "remain", "asked", "n", "score", "unanswered"),
+    [
+        (RIGHT + WRONG, None, None, 8, 75.0, 0),
+        (RIGHT + WRONG, [], None, 8, 75.0, 0),
+        (RIGHT + WRONG, FAILED, None, 10, 60.0, 2),
+        (RIGHT + WRONG, FAILED, 10, 10, 60.0, 2),
+        (RIGHT + WRONG, None, 12, 12, 50.0, 4),
+        (RIGHT + WRONG, FAILED, 12, 12, 50.0, 4),
+        (RIGHT + FAILED, None, None, 8, 75.0, 2),  # failed rows in the result file itself
+        ([], FAILED, None, 2, 0.0, 2),
+        (RIGHT + WRONG, [make_row(1, None), *FAILED], None, 10, 60.0, 2),  # answered in one file, failed in the other
+        (RIGHT[:3], None, 3, 3, 100.0, 0),
+        ([make_row(1, "")], None, None, 1, 0.0, 0),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_whatever_was_asked_is_in_the_denominator(rows, remain, asked, n, score, unanswered, suffix):
+    write(f"r.{suffix}", rows, remain)
+    flags = {}
+    if asked:
+        write("asked.jsonl", [{"id": f"q{number}", "question": "?", "answers": ["gold"]} for number in range(1, asked + 1)])
+        flags["eval_file"] = "asked.jsonl"
+    found = run(f"r.{suffix}", metric="em", **flags)["r"]
+    assert (found["n"], found["score"], found["unanswered"]) == (n, score, unanswered)
+    assert found["low"] <= score <= found["high"]
+
+
+def test_a_run_that_answered_nothing_scores_nothing_and_does_not_fail():
+    write("r.jsonl", [], FAILED)
+    found = run("r.jsonl")["r"]
+    assert (found["n"], found["score"], found["unanswered"], found["documents"], found["none_share"]) == (2, 0.0, 2, 0.0, 0.0)
+
+
+def test_rows_of_other_questions_do_not_stand_in_for_missing_ones():
+    """Twelve asked, ten of them missing, and nine answers to questions nobody asked."""
+    write("asked.jsonl", [{"id": f"q{n}", "question": "?", "answers": ["gold"]} for n in range(1, 13)])
+    write("r.json", [make_row(1), make_row(2), *(make_row(n) for n in range(100, 109))])
+    with pytest.raises(UserError, match=r"r\.json: row q100 is not in asked\.jsonl"):
+        run("r.json", eval_file="asked.jsonl")
+
+
+def test_a_missing_question_is_wrong_in_its_own_data_set_too():
+    write("asked.jsonl", [make_row(n, None, dataset="nq" if n < 3 else "fever") for n in range(1, 6)])
+    write("r.json", [make_row(1, dataset="nq"), make_row(3, dataset="fever")])
+    groups = run("r.json", eval_file="asked.jsonl")["r"]["groups"]
+    assert {name: (group["n"], round(group["score"], 1)) for name, group in groups.items()} == {"fever": (3, 33.3), "nq": (2, 50.0)}
+
+
+def test_a_row_that_stands_in_a_file_twice_is_refused():
+    write("r.jsonl", [make_row(1), make_row(1)])
+    with pytest.raises(UserError, match=r"r\.jsonl:2: key 'id': 'q1' is already used on line 1"):
+        run("r.jsonl")
+
+
+def test_rows_without_gold_answers_are_left_out_and_counted():
+    write("r.json", [*RIGHT, make_row(7, answers=[]), make_row(8, answers=["", " "])])
+    found = run("r.json")["r"]
+    assert (found["n"], found["score"], found["without_gold_answer"]) == (6, 100.0, 2)
+
+
+def test_nothing_to_score_against_is_an_error():
+    write("r.json", [make_row(1, answers=[])])
+    with pytest.raises(UserError, match="no row has a gold answer"):
+        run("r.json")
+
+
+def test_the_remain_file_given_is_the_one_read():
+    write("r.json", RIGHT, FAILED)
+    write("other.json", FAILED[:1])
+    assert run("r.json", remain_file="other.json")["r"]["n"] == 7
+
+
+def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
+    write("r.json", RIGHT, FAILED)
+    Path("remain_r.json").unlink()
+    with pytest.raises(UserError, match=r"remain_r\.json"):
+        run("r.json")
+
+
+@pytest.mark.parametrize("response", [None, 5, ["gold"], {"text": "gold"}])
+def test_a_response_that_is_not_a_string_is_no_answer(response):  # behaviour 24
+    write("r.json", [{**make_row(1), "response": response}, make_row(2)])
+    found = run("r.json")["r"]
+    assert (found["n"], found["score"], found["unanswered"]) == (2, 50.0, 1)
+
+
+# ---------------------------------------------------------------- metrics (behaviour 27)
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "score"),
+    [
+        ({"dataset": "nq"}, "em", 0.0), ({"dataset": "popqa"}, "match", 100.0), ({}, "em", 0.0), ({"dataset": "unheard of"}, "em", 0.0),
+        ({"dataset": "fever"}, "accuracy", 100.0), ({"dataset": "eli5"}, "rouge", 50.0),
+        ({"dataset": "asqa", "qa_pairs": [{"short_answers": ["gold"]}, {"short_answers": ["silver"]}]}, "str_em", 50.0),
+    ],
+)
+def test_without_a_metric_every_row_is_scored_by_its_data_sets_own(row, metric, score):
+    write("r.json", [make_row(1, "gold it is", **row)])
+    found = run("r.json")["r"]
+    assert (found["metric"], found["score"]) == (metric, pytest.approx(score))
+
+
+def test_the_data_set_may_come_from_the_id_the_file_name_or_the_flag():
+    write("fever.json", [{**make_row(1, "gold it is")}])
+    assert run("fever.json")["fever"]["metric"] == "accuracy"
+    write("r.json", [{**make_row(1, "gold it is"), "id": "nq_1"}])
+    assert run("r.json")["r"]["metric"] == "em"
+    assert run("r.json", dataset="popqa")["r"]["metric"] == "match"
+
+
+def test_a_metric_given_is_used_for_every_row():
+    write("r.json", [make_row(1, "gold it is", dataset="nq"), make_row(2, "gold it is", dataset="fever")])
+    assert run("r.json")["r"]["metric"] == "accuracy+em"
+    found = run("r.json", metric="match")["r"]
+    assert (found["metric"], found["score"]) == ("match", 100.0)
+
+
+def test_an_unknown_metric_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run("r.json", metric="bleu")
+    assert "invalid choice" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- cost, groups, table
+
+
+def test_documents_none_and_cost_are_means_over_what_was_answered():
+    usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 7}
+    write("r.json", [
+        make_row(1, id_list=[1, 2, 3], usage=usage), make_row(2, id_list=[], usage={**usage, "calls": 4}), *FAILED,
+    ])
+    found = run("r.json")["r"]
+    assert (found["documents"], found["none_share"]) == (1.5, 0.5)
+    assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (3, 100, 7)
+
+
+def test_scores_are_broken_down_by_any_key():
+    write("r.json", [make_row(1, kind="a"), make_row(2, "bad", kind="a"), make_row(3, kind="b", id_list=[1, 2])])
+    groups = run("r.json", group_by="kind")["r"]["groups"]
+    assert {name: (group["n"], group["score"], group["documents"]) for name, group in groups.items()} == {
+        "a": (2, 50.0, 1), "b": (1, 100.0, 2),
+    }
+
+
+def test_several_runs_make_one_table(capsys):
+    write("one.json", RIGHT + WRONG, FAILED)
+    write("two.json", [make_row(1, id_list=[1, 2], dataset="nq"), make_row(2, "bad", dataset="fever")])
+    results = run("one.json", "two.json", output_file="deep/m.json", table_file="t.md")
+    assert list(results) == ["one", "two"]
+    printed = capsys.readouterr().out
+    assert printed == Path("t.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
+    assert lines[0][:4] == ["system", "n", "score", "95 %"]
+    assert lines[2][:3] == ["one", "10", "60.0"]
+    assert lines[3][:3] == ["two", "2", "50.0"]
+    assert lines[4] == ["system", "", "fever", "nq"]
+    assert lines[7] == ["two", "", "0.0 (1.0)", "100.0 (2.0)"]
+    assert len({len(line) for line in printed.splitlines()[:4]}) == 1, "columns line up"
+
+
+def test_runs_of_the_same_name_in_different_folders_stay_apart():
+    for folder, response in (("a", "gold"), ("b", "bad")):
+        Path(folder).mkdir()
+        write(f"{folder}/nq.json", [make_row(1, response)])
+    scores = {name: found["score"] for name, found in run("a/nq.json", "b/nq.json").items()}
+    assert sorted(scores.values()) == [0.0, 100.0]
+
+
+def test_equal_seeds_give_an_equal_interval():
+    write("r.json", RIGHT + WRONG)
+    one, two, other = run("r.json"), run("r.json"), run("r.json", seed=7)
+    assert one == two
+    assert one["r"]["score"] == other["r"]["score"]
+    assert 0 < one["r"]["low"] < 75 < one["r"]["high"] <= 100
+
+
+def test_what_was_scored_is_named_in_the_metrics_file():
+    write("r.json", RIGHT)
+    run("r.json", metric="f1")
+    assert json.loads(Path("r.json.metrics.json").read_text())["arguments"]["metric"] == "f1"

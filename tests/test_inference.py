@@ -1,0 +1,573 @@
+"""Choosing and answering with a stub in place of the LLM: inference.py, top_inference.py, sampling_dpo_trajectories.py."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import inference
+import sampling_dpo_trajectories
+import top_inference
+from dynamicrag.calls import Caller, documents_that_fit
+from dynamicrag.engine import Completion, Usage
+from dynamicrag.jsonio import read_json
+from dynamicrag.selection import Selection, format_ids
+from dynamicrag.stage import UserError
+
+SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
+
+
+class StubEngine:
+    """Answers every request with `reply(request, kind, titles)`; `kind` is the prompt it was built with.
+
+    A prompt of more than `window` documents does not fit.
+    """
+
+    def __init__(self, reply=None, window: int = 10**6):
+        self.reply = reply or (lambda request, kind, titles: "None")
+        self.window = window
+        self.batches: list[list] = []
+
+    @staticmethod
+    def kind(request) -> str:
+        system = request.messages[0]["content"]
+        return "select" if "choose" in system else "judge" if "judge" in system else "answer"
+
+    @staticmethod
+    def titles(messages) -> list[str]:
+        return [title for _, title in SHOWN.findall(messages[-1]["content"])]
+
+    def fits(self, messages, max_tokens: int) -> bool:
+        return len(self.titles(messages)) <= self.window
+
+    def complete(self, requests):
+        self.batches.append(requests)
+        completions = []
+        for request in requests:
+            kind, titles = self.kind(request), self.titles(request.messages)
+            texts = self.reply(request, kind, titles)
+            texts = [texts] * request.n if isinstance(texts, str) else texts
+            completions.append(Completion(texts, prompt_tokens=100 + len(titles), generated_tokens=len(texts)))
+        return completions
+
+
+def documents(count: int, prefix: str = "d", **more) -> list[dict]:
+    return [
+        {"id": f"{prefix}{n}", "title": f"{prefix}{n}", "text": f"text {n}", "score": 1.0 - n / 1000, **more}
+        for n in range(1, count + 1)
+    ]
+
+
+def question(number: int = 1, docs: int | list[dict] = 5, **more) -> dict:
+    docs = documents(docs) if isinstance(docs, int) else docs
+    return {"id": f"q{number}", "question": f"what is {number}?", "answers": ["a"], "docs": docs, **more}
+
+
+def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Caller:
+    return Caller(StubEngine(reply, window), module.parse_args(list(flags)))
+
+
+def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
+    call = caller(reply, inference, window, *flags)
+    return inference.answer_chunk(rows, selector, call, call, topn), call.engine
+
+
+def choosing(text: str):
+    return lambda request, kind, titles: text if kind == "select" else f"from {' '.join(titles)}"
+
+
+# ---------------------------------------------------------------- one question, two calls
+
+
+def test_the_answer_is_given_from_the_chosen_documents_in_the_chosen_order():
+    rows, engine = answered([question()], reply=choosing("[4], [2]"))
+    row = rows[0]
+    assert (row["id_list"], row["final_docs"], row["response"]) == ([4, 2], ["d4", "d2"], "from d4 d2")
+    assert row["docs_shown"] == 5
+    assert len(row["docs"]) == 5
+    assert row["usage"] == {"calls": 2, "prompt_tokens": 105 + 102, "generated_tokens": 2}
+    assert [len(batch) for batch in engine.batches] == [1, 1]
+
+
+def test_all_questions_are_asked_in_two_batches():
+    rows, engine = answered([question(n) for n in range(7)], reply=choosing("[1]"))
+    assert [len(batch) for batch in engine.batches] == [7, 7]
+    assert [row["id"] for row in rows] == [f"q{n}" for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("written", "ids"),
+    [
+        ("None", []), ("none", []), ("[2], [2], [1]", [2, 1]), ("[0], [3], [41]", [3]), ("I need [5] and [1].", [5, 1]),
+        ("[6], [7]", None), ("prose", None), ("", None), ("[None]", []), ("[9], None", None),
+    ],
+)
+def test_what_the_model_writes_becomes_a_selection_or_an_error(written, ids):  # behaviours 15, 24
+    rows, _ = answered([question(1), question(2)], reply=lambda request, kind, titles: (
+        "an answer" if kind == "answer" else "[1]" if "is 2?" in request.messages[1]["content"] else written
+    ))
+    row = rows[0]
+    if ids is None:
+        assert "response" not in row
+        assert "id_list" not in row
+        assert repr(written) in row["error"]
+        assert row["usage"]["calls"] == 1
+    else:
+        assert row["id_list"] == ids
+        assert isinstance(row["response"], str)
+        assert "error" not in row
+    assert rows[1]["id_list"] == [1]
+    assert rows[1]["response"] == "an answer"
+
+
+def test_only_the_first_topn_documents_are_shown():
+    rows, engine = answered([question(docs=30)], reply=choosing("[20], [21]"), topn=20)
+    assert rows[0]["id_list"] == [20]
+    assert StubEngine.titles(engine.batches[0][0].messages) == [f"d{n}" for n in range(1, 21)]
+
+
+def test_documents_that_do_not_fit_are_not_shown_and_cannot_be_chosen():
+    rows, _ = answered([question(docs=9)], reply=choosing("[3], [4]"), window=3)
+    assert rows[0]["docs_shown"] == 3
+    assert rows[0]["id_list"] == [3]
+
+
+def test_no_documents_is_a_question_answered_without_any():
+    rows, engine = answered([question(docs=0)], reply=choosing("None"))
+    assert rows[0]["id_list"] == []
+    assert engine.batches[0][0].pattern == "None"
+
+
+@pytest.mark.parametrize(("constrain", "constrained"), [("on", True), ("off", False)])
+def test_identifiers_are_constrained_to_the_documents_shown(constrain, constrained):
+    _, engine = answered([question(docs=9)], "dynamic", choosing("[1]"), 20, 3, "--constrain-ids", constrain)
+    pattern = engine.batches[0][0].pattern
+    assert (pattern is not None) == constrained
+    if constrained:
+        assert re.fullmatch(pattern, "[3], [1]")
+        assert not re.fullmatch(pattern, "[4]")
+    assert engine.batches[1][0].pattern is None
+
+
+def test_a_row_of_an_earlier_run_carries_nothing_of_it_over():
+    """The remain file is a usable input, and so is a result file: what they say of the last run is gone."""
+    old = {"error": "old", "response": "old", "id_list": [5], "final_docs": ["d5"]}
+    rows, _ = answered([question(1, **old), question(2, **old)], reply=lambda request, kind, titles: (
+        "new" if kind == "answer" else "[1]" if "is 1?" in request.messages[1]["content"] else "prose"
+    ))
+    assert "error" not in rows[0]
+    assert rows[0]["response"] == "new"
+    assert "old" not in rows[1]["error"]
+    assert not {"response", "id_list", "final_docs"} & rows[1].keys()
+
+
+def test_seeds_depend_on_the_row_and_not_on_its_neighbours():
+    rows = [question(n) for n in range(6)]
+    shuffled = random.Random(1).sample(rows, 6)
+    seeds = []
+    for some in (rows, shuffled, rows[2:3]):
+        _, engine = answered(some, reply=choosing("[1]"))
+        seeds.append({
+            (kind, row["id"]): request.seed
+            for kind, batch in zip(("select", "answer"), engine.batches, strict=True)
+            for row, request in zip(some, batch, strict=True)
+        })
+    assert seeds[0] == seeds[1]
+    assert seeds[2].items() <= seeds[0].items()
+    assert len(set(seeds[0].values())) == 12
+
+
+# ---------------------------------------------------------------- selectors
+
+
+RANKED = [
+    {"id": f"d{n}", "title": f"d{n}", "text": "t", "score": score, "rerank_score": rerank, "rerank_label": "true" if rerank > 0.5 else "false"}
+    for n, (score, rerank) in enumerate([(9.0, 0.1), (8.0, 0.9), (7.0, 0.85), (6.0, 0.6), (5.0, 0.05)], start=1)
+]
+PLAIN = [{key: value for key, value in doc.items() if not key.startswith("rerank")} for doc in RANKED]
+
+
+@pytest.mark.parametrize(
+    ("selector", "docs", "ids"),
+    [
+        ("none", RANKED, []), ("all", RANKED, [1, 2, 3, 4, 5]), ("top:2", RANKED, [1, 2]), ("top:9", RANKED, [1, 2, 3, 4, 5]),
+        ("monot5", RANKED, [2, 3, 4]), ("monot5", [], []), ("monot5", RANKED[:1], []),
+        ("adaptive", RANKED, [2, 3, 4]), ("adaptive", RANKED[:1], [1]), ("adaptive", [], []), ("all", [], []), ("top:3", [], []),
+        ("adaptive", PLAIN, [1]), ("adaptive", [{**doc, "score": s} for doc, s in zip(PLAIN, [9, 8, 1, 1, 0], strict=True)], [1, 2]),
+        ("pointwise", RANKED, [2, 5]),
+    ],
+)
+def test_each_selector_chooses_by_its_own_rule(selector, docs, ids):
+    def reply(request, kind, titles):
+        content = request.messages[1]["content"]
+        return ("Yes" if "\nd2\n" in content or "\nd5\n" in content else "No") if kind == "judge" else "an answer"
+
+    rows, engine = answered([question(docs=docs)], selector, reply)
+    assert rows[0]["id_list"] == ids
+    assert rows[0]["final_docs"] == [docs[position - 1]["id"] for position in ids]
+    assert rows[0]["response"] == "an answer"
+    assert rows[0]["usage"]["calls"] == (len(docs) + 1 if selector == "pointwise" else 1)
+    if selector == "pointwise":
+        assert {request.pattern for request in engine.batches[0]} == {"(Yes|No)"}
+        assert len({request.seed for request in engine.batches[0]}) == len(docs)
+
+
+@pytest.mark.parametrize(
+    ("selector", "docs"),
+    [
+        ("monot5", PLAIN), ("monot5", [{**doc, "rerank_score": 0.5} for doc in PLAIN]), ("adaptive", [{"id": "x", "title": "", "text": "t"}]), ("monot5", [{"id": "x", "title": "", "text": "t"}]),
+    ],
+)
+def test_a_rule_without_its_scores_is_an_error_that_names_the_document(selector, docs):
+    with pytest.raises(UserError, match=f"--selector {selector}: document {docs[0]['id']} has no (rerank_)?score"):
+        answered([question(docs=docs)], selector)
+
+
+# ---------------------------------------------------------------- the window
+
+
+@given(fitting=st.integers(0, 60), count=st.integers(0, 60))
+def test_documents_go_from_the_end_and_as_few_as_possible(fitting, count):
+    engine = StubEngine(window=fitting)
+    docs = documents(count)
+
+    def build(some):
+        return [{"role": "user", "content": "\n".join(f"[{n}] {doc['title']}" for n, doc in enumerate(some, start=1))}]
+
+    kept = documents_that_fit(engine, build, docs, 10)
+    assert kept == docs[: max((n for n in range(count + 1) if engine.fits(build(docs[:n]), 10)), default=0)]
+
+
+def test_a_question_longer_than_the_window_is_an_error_that_quotes_it():
+    engine = StubEngine(window=-1)
+    with pytest.raises(UserError, match=r"longer than --max-model-len: 'what is"):
+        documents_that_fit(engine, lambda docs: [{"role": "user", "content": "what is this"}], documents(3), 10)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a template and three questions, as the working folder; returns the engines that were loaded."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.jinja").write_text("x")
+    Path("q.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (1, 2, 3)))
+    loaded = []
+
+    def load_engine(args, model=None):
+        loaded.append(StubEngine(lambda request, kind, titles: (
+            "an answer" if kind == "answer" else "Yes" if kind == "judge"
+            else "prose" if "is 2?" in request.messages[1]["content"] else "[1]"
+        )))
+        loaded[-1].model = model or args.llm_model
+        return loaded[-1]
+
+    for module in (inference, top_inference, sampling_dpo_trajectories):
+        monkeypatch.setattr(module, "load_engine", load_engine)
+    return loaded
+
+
+def run(module, *flags: str) -> None:
+    files = ["--input-json", "q.jsonl", "--output-json", "out/{selector}.json", "--remain-output-json", "out/{selector}_remain.json"]
+    module.main([*files, "--template", "t.jinja", *flags])
+
+
+def read(path: str) -> list[dict]:
+    return [row for _, row in read_json(path)]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "out"),
+    [(inference, [], "dynamic"), (top_inference, ["--max-context-window", "2", "--topn", "4"], "{selector}")],
+)
+def test_rows_without_an_answer_go_to_the_remain_file_and_all_others_to_the_output(here, module, flags, out):  # behaviour 26
+    run(module, *flags)
+    rows, remain = read(f"out/{out}.json"), read(f"out/{out}_remain.json")
+    assert [row["id"] for row in rows] == ["q1", "q3"]
+    assert [row["id"] for row in remain] == ["q2"]
+    assert all(isinstance(row["response"], str) and "error" not in row for row in rows)
+    assert "no selection" in remain[0]["error"]
+    manifest = json.loads(Path(f"out/{out}.json.manifest.json").read_text())
+    assert manifest["counts"] == {"rows": 3, "answered": 2, "unanswered": 1}
+    assert not list(Path("out").glob("*.partial*"))
+
+
+def test_several_selectors_load_one_model_and_write_a_file_each(here):
+    run(inference, "--selector", "dynamic", "top:2", "pointwise")
+    assert len(here) == 1
+    for name, ids in {"dynamic": [1], "top2": [1, 2], "pointwise": [1, 2, 3, 4, 5]}.items():
+        assert [row["id_list"] for row in read(f"out/{name}.json") if row["id"] != "q2"] == [ids, ids]
+    run(inference, "--selector", "dynamic", "top:2", "pointwise")
+    assert len(here) == 1, "a finished run loads nothing"
+
+
+@pytest.mark.parametrize(("selector", "models"), [("dynamic", ["G", "C"]), ("all", ["G"])])
+def test_a_reranker_model_chooses_where_given_and_is_loaded_only_where_it_is_asked(here, selector, models):
+    run(inference, "--selector", selector, "--llm-model", "G", "--reranker-model", "C")
+    assert [engine.model for engine in here] == models
+    kinds = [{StubEngine.kind(request) for batch in engine.batches for request in batch} for engine in here]
+    assert kinds == ([{"answer"}, {"select"}] if selector == "dynamic" else [{"answer"}])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--selector", "best"], "--selector best: expected"), (["--selector", "top:0"], "--selector top:0"),
+        (["--selector", "all", "none", "--output-json", "one.json"], "several selectors need {selector}"),
+        (["--prompts", "missing.yaml"], "missing.yaml"), (["--template", "missing.jinja"], "missing.jinja"),
+        (["--input-json", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(here, flags, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        run(inference, *flags)
+    assert here == []
+
+
+def test_a_chunk_at_a_time_writes_the_same_bytes(here):
+    run(inference)
+    whole = Path("out/dynamic.json").read_bytes(), Path("out/dynamic_remain.json").read_bytes()
+    run(inference, "--chunk-size", "1", "--overwrite")
+    assert (Path("out/dynamic.json").read_bytes(), Path("out/dynamic_remain.json").read_bytes()) == whole
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffix):
+    flags = ["--chunk-size", "1", "--output-json", f"a.{suffix}", "--remain-output-json", f"b.{suffix}"]
+    run(inference, *flags)
+    whole = Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()
+    real, calls = inference.answer_chunk, []
+
+    def dies_on_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(inference, "answer_chunk", dies_on_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(inference, *flags, "--overwrite")
+    with Path(f"a.{suffix}.partial").open("ab") as file:
+        file.write(b'{"torn')
+    run(inference, *flags)
+    assert len(calls) == 4
+    assert (Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()) == whole
+
+
+# ---------------------------------------------------------------- windows
+
+
+def picks(*positions: int):
+    """A chooser of the same positions in every window, those it has."""
+    return lambda windows: [Selection([p for p in positions if p <= len(docs)], True) for _, docs in windows]
+
+
+def always_last(windows):
+    return [Selection([len(docs)], True) for _, docs in windows]
+
+
+def test_positions_within_a_window_become_documents_before_windows_are_merged():  # behaviour 22
+    kept = top_inference.reduce_to_window([documents(500)], 40, always_last)
+    assert [doc["id"] for doc in kept[0]] == [f"d{n}" for n in (*range(40, 481, 40), 500)]
+
+
+def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour 22
+    def reply(request, kind, titles):
+        if kind == "answer":
+            return "a"
+        return format_ids(range(1, len(titles) + 1)) if titles[0] == "d40" else format_ids([len(titles)])
+
+    call = caller(reply, top_inference)
+    [row] = top_inference.answer_chunk([question(docs=500)], call, call_args())
+    expected = [*range(40, 481, 40), 500]
+    assert row["id_list"] == expected
+    assert row["final_docs"] == row["candidates"] == [f"d{n}" for n in expected]
+    assert [len(batch) for batch in call.engine.batches] == [13, 1, 1]
+    assert row["usage"]["calls"] == 15
+
+
+def call_args(*flags: str):
+    return top_inference.parse_args(list(flags))
+
+
+def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval():
+    def reply(request, kind, titles):
+        if kind == "answer":
+            return "from " + " ".join(titles)
+        return "[2], [1]" if len(titles) > 1 else "[1]"
+
+    call = caller(reply, top_inference)
+    [row] = top_inference.answer_chunk([question(docs=6)], call, call_args("--max-context-window", "3", "--topn", "6"))
+    # {d1 d2 d3} and {d4 d5 d6} keep d1 d2 d4 d5; then {d1 d2 d4} {d5} keep d1 d2 d5; of these [2], [1]
+    assert row["candidates"] == ["d1", "d2", "d5"]
+    assert row["final_docs"] == ["d2", "d1"]
+    assert row["id_list"] == [2, 1]
+    assert row["response"] == "from d2 d1"
+    assert row["usage"]["calls"] == 2 + 2 + 1 + 1
+
+
+def test_a_window_of_which_nothing_is_chosen_leaves_an_answer_without_documents():
+    call = caller(choosing("None"), top_inference)
+    [row] = top_inference.answer_chunk([question(docs=90)], call, call_args())
+    assert (row["id_list"], row["final_docs"], row["candidates"]) == ([], [], [])
+    assert isinstance(row["response"], str)
+
+
+def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_error():
+    def reply(request, kind, titles):
+        return "a" if kind == "answer" else "prose" if titles[0] == "d1" else "[1]"
+
+    call = caller(reply, top_inference)
+    rows = top_inference.answer_chunk([question(docs=6), question(2, 0)], call, call_args("--max-context-window", "4"))
+    # {d1..d4} unreadable, kept; {d5 d6} keeps d5; five are cut again: {d1..d4} kept, {d5} kept: no shrinking, cut to four
+    assert rows[0]["candidates"] == ["d1", "d2", "d3", "d4"]
+    assert "error" in rows[0]
+    assert "response" not in rows[0]
+    assert rows[1]["response"] == "a"
+
+
+def test_documents_are_identified_by_id_not_by_position_or_text():  # behaviour 23
+    docs = [{**doc, "text": "same", "title": f"d{n}", "id": f"d{n % 5}"} for n, doc in enumerate(documents(12))]
+    kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
+    assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
+    call = caller(choosing("[2], [1]"), top_inference)
+    [row] = top_inference.answer_chunk([question(docs=docs)], call, call_args("--max-context-window", "5"))
+    assert row["final_docs"] == ["d1", "d0"]
+    assert row["id_list"] == [2, 1]
+
+
+def test_top_inference_shows_no_more_than_topn():
+    call = caller(choosing("[1]"), top_inference)
+    [row] = top_inference.answer_chunk([question(docs=90)], call, call_args("--topn", "50"))
+    assert row["candidates"] == ["d1", "d41"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 1000), min_size=1, max_size=3), window=st.integers(1, 120), seed=st.integers(0, 10**6),
+    greed=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]), repeats=st.booleans(),
+)
+def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, window, seed, greed, repeats):  # behaviour 23
+    rng = random.Random(seed)
+    questions = [
+        [{"id": f"{q}/{rng.randrange(count) if repeats else n}"} for n in range(count)] for q, count in enumerate(counts)
+    ]
+    rounds = []
+
+    def choose(windows):
+        rounds.append(windows)
+        assert all(1 <= len(docs) <= window for _, docs in windows)
+        selections = []
+        for _, docs in windows:
+            ids = [position for position in range(1, len(docs) + 1) if rng.random() < greed]
+            rng.shuffle(ids)
+            selections.append(Selection(ids, rng.random() > 0.1))
+        return selections
+
+    kept = top_inference.reduce_to_window(questions, window, choose)
+    assert len(rounds) <= max(counts) + 1
+    for number, (docs, rest) in enumerate(zip(questions, kept, strict=True)):
+        order = list(dict.fromkeys(doc["id"] for doc in docs))
+        ids = [doc["id"] for doc in rest]
+        assert len(ids) <= window
+        assert len(set(ids)) == len(ids)
+        assert ids == [identifier for identifier in order if identifier in set(ids)]
+        if len(order) <= window:
+            assert ids == order
+        first = [shown for asked, shown in rounds[0] if asked == number] if rounds else []
+        assert len(first) <= -(-len(docs) // window)
+
+
+def test_one_question_that_needs_more_rounds_does_not_ask_the_finished_ones_again():
+    rounds = []
+
+    def choose(windows):
+        rounds.append({number for number, _ in windows})
+        return picks(1, 2)(windows)
+
+    top_inference.reduce_to_window([documents(3), documents(9), documents(90)], 4, choose)
+    assert rounds[0] == {1, 2}
+    assert all(some == {2} for some in rounds[2:])
+
+
+def test_a_window_of_no_documents_is_refused(here):
+    with pytest.raises(UserError, match="--max-context-window: at least 1"):
+        run(top_inference, "--max-context-window", "0")
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+def sampled(rows, texts, *flags: str):
+    call = caller(
+        lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles),
+        sampling_dpo_trajectories,
+    )
+    return sampling_dpo_trajectories.sample_trajectories(rows, call, sampling_dpo_trajectories.parse_args(list(flags))), call.engine
+
+
+EIGHT = ["[1], [2]", "prose", "[2], [1]", "[1], [2]", "None", "[9]", "[2], [1], [2]", "[3]"]
+
+
+def test_a_bad_trajectory_costs_that_trajectory_alone():  # behaviour 15
+    [row], _ = sampled([question()], EIGHT)
+    assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]]
+    assert row["responses"] == ["from d1 d2", "from d2 d1", "from d1 d2", "from ", "from d2 d1", "from d3"]
+    assert row["selections"] == [text for text in EIGHT if text not in ("prose", "[9]")]
+    assert row["invalid_selections"] == ["prose", "[9]"]
+    assert len(row["id_lists"]) == len(row["responses"]) == len(row["selections"])
+
+
+def test_all_samples_share_a_prompt_and_every_distinct_selection_is_answered_once():
+    rows, engine = sampled([question(1), question(2)], EIGHT)
+    selections, answers = engine.batches
+    assert [request.n for request in selections] == [8, 8]
+    assert {request.temperature for request in selections} == {1.0}
+    assert len({request.seed for request in selections}) == 2
+    assert len(answers) == 2 * 4
+    assert {(request.n, request.temperature) for request in answers} == {(1, 0.0)}
+    assert len({request.seed for request in answers}) == 8
+    assert rows[0]["usage"] == {"calls": 5, "prompt_tokens": 105 + 102 + 102 + 100 + 101, "generated_tokens": 8 + 4}
+
+
+def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
+    [row, other], _ = sampled([question(1), question(2)], ["prose"] * 8)
+    assert row["id_lists"] == row["responses"] == row["selections"] == []
+    assert len(row["invalid_selections"]) == 8
+    assert sampling_dpo_trajectories.summarise([row, other])["malformed"] == 16
+
+
+def test_trajectories_are_counted():
+    rows, _ = sampled([question()], EIGHT)
+    seen = sampling_dpo_trajectories.summarise(rows)
+    assert seen == {
+        "trajectories": 8, "malformed": 2, "out_of_range": 1, "repeated": 1, "none": 1, "documents": 9, "distinct": 4, "questions": 1,
+    }
+
+
+def test_the_sampling_flags_reach_the_requests():
+    _, engine = sampled([question(docs=9)], EIGHT, "--num-samples", "3", "--temperature", "0.7", "--top-p", "0.9", "--topn", "4")
+    [request], _ = engine.batches
+    assert (request.n, request.temperature, request.top_p) == (3, 0.7, 0.9)
+    assert len(StubEngine.titles(request.messages)) == 4
+
+
+def test_sampling_writes_what_the_reward_stage_reads(here):
+    sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"])
+    rows = read("s.json")
+    assert [row["id"] for row in rows] == ["q1", "q2", "q3"]
+    assert [len(row["id_lists"]) for row in rows] == [8, 0, 8]
+    for row in rows:
+        assert {"docs_shown", "id_lists", "responses", "answers", "docs", "usage"} <= row.keys()
+
+
+def test_usage_adds_up():
+    usage = Usage()
+    usage.add(Completion(["a"], 10, 2))
+    usage.add(Completion(["a", "b"], 5, 4))
+    assert usage == Usage(2, 15, 6)

@@ -1,0 +1,177 @@
+"""dynamicrag/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
+
+import re
+from argparse import Namespace
+
+import pytest
+
+import construct_dpo
+import construct_generator_sft
+import inference
+import process_training_data
+import reranker_sequence
+from dynamicrag.calls import Caller
+from dynamicrag.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
+from dynamicrag.stage import UserError
+
+DOCS = [
+    {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},
+    {"id": "b", "title": "{question} {0}", "text": "braces {} {{x}} %s \\n", "rerank_score": 0.1, "rerank_label": "false", "score": 0.9},
+    {"id": "c", "title": "São Tomé", "text": "Zeile\neins ", "rerank_score": 0.8, "rerank_label": "true", "score": 0.8},
+]
+ROW = {
+    "id": "nq_1", "dataset": "nq", "question": "Which {river} is longest?", "answers": ["the Nile"], "docs": DOCS, "docs_shown": 3,
+    "id_lists": [[3, 1], [2]], "responses": ["the Nile", "Amazon"], "response_scores": [0.9, 0.1], "score_terms": [{"em": 1.0}, {"em": 0.0}],
+}
+
+
+def user(messages) -> str:
+    return messages[1]["content"]
+
+
+def test_each_prompt_is_a_system_and_a_user_turn():
+    prompts = Prompts()
+    for messages in (
+        prompts.reranker("q", DOCS), prompts.pointwise("q", DOCS[0]), prompts.generator("q", DOCS, "i"), prompts.generator("q", [], "i"),
+        prompts.judge("q", ["a"], "r"),
+    ):
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert all(message["content"] == message["content"].strip() and message["content"] for message in messages)
+
+
+def test_documents_are_numbered_blocks_with_title_and_text_in_the_order_given():
+    text = user(Prompts().reranker("Which?", DOCS[::-1]))
+    assert re.findall(r"^\[(\d)\] (.*)$", text, re.MULTILINE) == [("1", "São Tomé"), ("2", "{question} {0}"), ("3", "Nile")]
+    assert "[3] Nile\nA river. [3]" in text
+    text = user(Prompts().generator("Which?", DOCS[::-1], "Be brief."))
+    assert re.findall(r"^\[(\d)\] (.*)$", text, re.MULTILINE) == [("1", "São Tomé"), ("2", "{question} {0}"), ("3", "Nile")]
+    assert text.endswith("Which?\nBe brief.")
+
+
+def test_braces_and_backslashes_are_text():
+    for text in (user(Prompts().reranker(ROW["question"], DOCS)), user(Prompts().generator(ROW["question"], DOCS, "{i}"))):
+        assert "braces {} {{x}} %s \\n" in text
+        assert "{question} {0}" in text
+        assert "Which {river} is longest?" in text
+    assert "{x} of {question}" in user(Prompts().judge("{question}", ["{x}"], "{x} of {question}"))
+
+
+def test_a_question_without_documents_does_not_mention_any():
+    assert user(Prompts().generator("Which?", [], "Be brief.")) == "Question: Which?\nBe brief."
+
+
+def test_the_judge_sees_every_reference_and_the_answer():
+    text = user(Prompts().judge("Which?", ["Nile", "Amazon"], "the Congo"))
+    assert all(part in text for part in ("Which?", "Nile; Amazon", "the Congo"))
+
+
+def test_every_placeholder_is_known_and_used():
+    for (name, part), fields in PLACEHOLDERS.items():
+        used = set(re.findall(r"\{(\w+)\}", DEFAULT_PROMPTS[name][part]))
+        assert used <= fields
+        assert used == fields - ({"n"} if name == "pointwise" else set())
+
+
+# ---------------------------------------------------------------- other words
+
+
+@pytest.mark.parametrize(
+    ("yaml", "check"),
+    [
+        ("reranker: {system: 'S {{1}}'}", lambda p: p.reranker("q", DOCS)[0]["content"] == "S {1}"),
+        ("reranker: {user: '{documents}|{question}'}", lambda p: user(p.reranker("q", [])) == "|q"),
+        ("reranker: {document: '<{n}>{text}'}", lambda p: user(p.reranker("q", DOCS)).count("<2>braces") == 1),
+        ("generator: {user_without_documents: 'closed {question}'}", lambda p: user(p.generator("q", [], "i")) == "closed q"),
+        ("judge: {user: 'no placeholder'}", lambda p: user(p.judge("q", ["a"], "r")) == "no placeholder"),
+    ],
+)
+def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, check):
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml)
+    prompts = Prompts(str(path))
+    assert check(prompts)
+    assert prompts.pointwise("q", DOCS[0]) == Prompts().pointwise("q", DOCS[0])
+    assert not check(Prompts()), "the defaults are not changed for the next one"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"reranker: [", "not a readable YAML"), (b"\xff\xfe\x00", "not a readable YAML"), (None, "not a readable YAML"),
+        (b"", "expected a mapping"), (b"just text", "expected a mapping"), (b"reranker: text", "expected a mapping"), (b"[1]", "expected a mapping"),
+        (b"ranker: {user: x}", r"ranker\.user: no such prompt; there are reranker\.system"),
+        (b"reranker: {usr: x}", r"reranker\.usr: no such prompt"), (b"reranker: {user: 5}", r"reranker\.user: expected a text"),
+        (b"reranker: {user: '{docs}'}", r"reranker\.user: unknown placeholder \{docs\}"),
+        (b"reranker: {user: '{}'}", r"reranker\.user: unknown placeholder \{\}"),
+        (b"reranker: {user: '{question.x}'}", r"reranker\.user: unknown placeholder"),
+        (b"reranker: {user: '{question!x}'}", r"reranker\.user"), (b"reranker: {user: '{question:5d}'}", r"reranker\.user"),
+        (b"reranker: {user: '{question:{documents}}'}", r"reranker\.user"),
+        (b"reranker: {user: 'a { b'}", r"reranker\.user: .*a literal brace is written twice"), (b"reranker: {system: '{question}'}", "unknown placeholder"),
+        (b"1: {user: x}", "no such prompt"), (b"reranker: {system: ''}", r"reranker\.system: expected a text that is not empty"),
+    ],
+)
+def test_a_mistake_in_a_prompts_file_is_named(tmp_path, content, says):
+    path = tmp_path / "p.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"p\.yaml: .*{says}|p\.yaml: {says}"):
+        Prompts(str(path))
+
+
+# ---------------------------------------------------------------- the same bytes everywhere
+
+
+@pytest.fixture(params=["default", "file"])
+def prompts_file(request, tmp_path):
+    if request.param == "default":
+        return None
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "reranker: {system: 'RS', user: '{documents}/{question}', document: '({n}) {title}: {text}'}\n"
+        "generator: {system: 'GS', user: '{question}/{documents}/{instruction}'}\n"
+    )
+    return str(path)
+
+
+class Window:
+    """An engine into which everything fits."""
+
+    def fits(self, messages, max_tokens):
+        return True
+
+
+def caller(prompts_file) -> Caller:
+    return Caller(Window(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
+
+
+def turns(row: dict) -> list[dict]:
+    """What LLaMA-Factory makes of a row's columns."""
+    return [{"role": "system", "content": row["system"]}, {"role": "user", "content": "\n".join(filter(None, [row["instruction"], row["input"]]))}]
+
+
+def test_the_reranker_is_trained_on_what_it_is_asked(prompts_file):
+    prompts = Prompts(prompts_file)
+    labelled = process_training_data.label(ROW, 2)
+    for n in (2, 3):
+        asked = caller(prompts_file).select(ROW, DOCS[:n]).messages
+        if n == 2:
+            assert turns(reranker_sequence.sft_row({**labelled, "sequence": [1]}, prompts)) == asked
+        assert turns(construct_dpo.reranker_pair({**ROW, "docs_shown": n}, prompts, 0.0)) == asked
+
+
+def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
+    prompts = Prompts(prompts_file)
+    labelled = process_training_data.label(ROW, 3)
+    best_first = caller(prompts_file).answer(ROW, [DOCS[0], DOCS[2]]).messages
+    assert turns(construct_generator_sft.sft_row(labelled, prompts, 14)) == best_first
+    chosen = caller(prompts_file).answer(ROW, [DOCS[2], DOCS[0]]).messages
+    assert turns(construct_dpo.generator_pair(ROW, prompts, "gold")) == chosen
+    nothing = caller(prompts_file).answer(ROW, []).messages
+    assert turns(construct_generator_sft.sft_row({**labelled, "true_id": []}, prompts, 14)) == nothing
+    assert turns(construct_dpo.generator_pair({**ROW, "id_lists": [[], [2]]}, prompts, "gold")) == nothing
+
+
+@pytest.mark.parametrize("targets", [{"output": "None"}, {"chosen": "[1]", "rejected": "[2]"}])
+def test_a_training_row_has_the_columns_dataset_info_maps_and_no_other(targets):
+    row = training_row(Prompts().reranker("q", DOCS), **targets)
+    assert row == {"instruction": user(Prompts().reranker("q", DOCS)), "input": "", "system": DEFAULT_PROMPTS["reranker"]["system"], **targets}

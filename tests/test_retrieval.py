@@ -1,0 +1,583 @@
+"""From questions and a corpus to questions with documents: splitting, embedding, searching, aggregating."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_text, read_jsonl, write_jsonl
+
+import aggregate
+import generate_passage_embeddings
+import retriever
+import split_data
+from dynamicrag.batches import length_batches
+from dynamicrag.dense import Encoder
+from dynamicrag.index import FaissIndex, open_index
+from dynamicrag.passages import open_passages, read_passages
+from dynamicrag.shards import Shard, find_shards, open_shards, read_pickled
+from dynamicrag.stage import UserError
+
+QUESTIONS = [{"id": f"q{number}", "question": make_text(random.Random(number), 3, 9)} for number in range(11)]
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+
+
+@pytest.fixture
+def shards(tmp_path, shards_dir) -> Path:
+    """A copy of the shards that a test may damage."""
+    return shutil.copytree(shards_dir, tmp_path / "shards")
+
+
+def embed(model, passages, folder, *flags):
+    generate_passage_embeddings.main([
+        "--model_name_or_path", str(model), "--passages", str(passages), "--output_dir", str(folder), "--dtype", "float32",
+        "--device", "cpu", *map(str, flags),
+    ])
+
+
+def retrieve(model, passages, embeddings, query, output, *flags):
+    retriever.main([
+        "--model_name_or_path", str(model), "--passages", str(passages), "--passages_embeddings", f"{embeddings}/*", "--query",
+        str(query), "--output_dir", str(output), "--dtype", "float32", "--device", "cpu", *map(str, flags),
+    ])
+    return read_jsonl(output)
+
+
+def plain_vector(folder, text, normalize=False):
+    """One text through the encoder on its own: mean over all its tokens."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True, max_length=128)
+    with torch.no_grad():
+        vector = AutoModel.from_pretrained(folder)(**tokens).last_hidden_state[0].mean(dim=0).numpy()
+    return vector / np.linalg.norm(vector) if normalize else vector
+
+
+# ---------------------------------------------------------------- splitting
+
+
+def split(tmp_path, rows, parts, *flags):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": str(number), "question": "q"} for number in range(rows)])
+    split_data.main(["--input_file", str(source), "--output_dir", str(tmp_path / "splits"), "--num_splits", str(parts), *flags])
+    names = sorted((tmp_path / "splits").glob("split_*.json"), key=lambda path: (len(path.name), path.name))
+    return [[row["id"] for row in json.loads(path.read_text())] for path in names if "manifest" not in path.name]
+
+
+@pytest.mark.parametrize("rows, parts, sizes", [
+    (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]), (3, 8, [1, 1, 1]), (8, 8, [1] * 8), (23, 11, [3] + [2] * 10), (5, 1, [5]),
+])
+def test_parts_are_balanced_and_contiguous(tmp_path, rows, parts, sizes, caplog):
+    made = split(tmp_path, rows, parts)
+    assert [len(part) for part in made] == sizes
+    assert list(chain(*made)) == [str(number) for number in range(rows)]
+    assert ("fill 3 parts, not 8" in caplog.text) == (rows < parts)
+
+
+def test_parts_of_a_larger_split_are_not_picked_up(tmp_path):
+    split(tmp_path, 9, 8)
+    with pytest.raises(UserError, match=r"num_splits \(8 then, 2 now\)"):
+        split(tmp_path, 9, 2)
+    (tmp_path / "splits" / "split_0.json").unlink()
+    (tmp_path / "splits" / "split_0.json.manifest.json").unlink()
+    (tmp_path / "splits" / "split_1.json").unlink()
+    with pytest.raises(UserError, match=r"split_2\.json: left over"):
+        split(tmp_path, 9, 2)
+    assert [len(part) for part in split(tmp_path, 9, 2, "--overwrite")] == [5, 4]
+    assert len(list((tmp_path / "splits").iterdir())) == 4, "two parts and their manifests"
+
+
+def test_nothing_to_split(tmp_path):
+    with pytest.raises(UserError, match="the file is empty"):
+        split(tmp_path, 0, 2)
+
+
+# ---------------------------------------------------------------- the corpus
+
+
+def passages_of(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_passages(path))
+
+
+def test_tsv_with_everything_in_it(tmp_path):
+    content = '\ufeffid\ttext\ttitle\r\n1\t"two\nlines\tand a ""quote"""\tTitle\r\n\r\n02\tplain\t\r\n'
+    assert passages_of(tmp_path / "a.tsv", content) == [("1", "Title", 'two\nlines\tand a "quote"'), ("02", "", "plain")]
+    assert passages_of(tmp_path / "b.tsv", "title\tid\ttext\nT\t1\t" + "x" * 1_000_000)[0][2] == "x" * 1_000_000
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.tsv", "1\ttext\ttitle\n", r"a\.tsv:1: expected the header"), ("a.tsv", "", "expected the header"),
+    ("a.tsv", "id\ttext\ttitle\n1\tx\ty\n2\tx\n", r"a\.tsv:3: expected 3 fields, found 2"),
+    ("a.tsv", 'id\ttext\ttitle\n1\t"x\ty\n2\tx\ty\n', r"a\.tsv:2: .*quot"), ("a.tsv", 'id\ttext\ttitle\n1\tx\ty\n2\t"x" z\ty\n', r"a\.tsv:3: .*quot"),
+    ("a.tsv", b"id\ttext\ttitle\n1\tx\ty\n2\t\xff\ty\n", r"a\.tsv:3: invalid UTF-8"), ("a.tsv", "id\ttext\ttitle\n\tx\ty\n", "key 'id'"),
+    ("a.jsonl", '{"id": 1, "text": "x"}\n{"id": 1.5, "text": "x"}\n', r"a\.jsonl:2: key 'id'"),
+    ("a.jsonl", '{"id": 1}\n', r"a\.jsonl:1: key 'text'"), ("a.jsonl", '{"id": 1, "text": "x", "title": 3}\n', "key 'title'"),
+    ("a.jsonl", '"x"\n', r"a\.jsonl:1: expected an object"), ("a.parquet", "no parquet", r"a\.parquet: cannot be read"), ("a.txt", "x", "named .tsv"),
+])
+def test_broken_corpora_are_named_with_the_line(tmp_path, name, content, said):
+    with pytest.raises(UserError, match=said):
+        passages_of(tmp_path / name, content)
+
+
+def test_jsonl_and_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    content = '{"id": 7, "title": "T", "text": "x"}\r\n{"_id": "a", "contents": "\\"Name\\"\\nthe text"}\n{"docid": "é", "text": ""}\n'
+    passages = [("7", "T", "x"), ("a", "Name", "the text"), ("é", "", "")]
+    assert passages_of(tmp_path / "a.jsonl", content) == passages
+    columns = {"id": [7, 8], "title": ["T", None], "text": ["x", "y"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    assert list(read_passages(tmp_path / "b.parquet")) == [("7", "T", "x"), ("8", "", "y")]
+    assert list(read_passages(tmp_path)) == [*passages, ("7", "T", "x"), ("8", "", "y")]
+    store = open_passages(tmp_path / "a.jsonl")
+    assert store.positions(["é", "7", "07", "", "a"]).tolist() == [2, 0, -1, -1, 1]
+    assert store.docs([2, 0]) == [{"id": "é", "title": "", "text": ""}, {"id": "7", "title": "T", "text": "x"}]
+
+
+def test_store_follows_the_corpus(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": "old"}])
+    assert open_passages(path).docs([0])[0]["text"] == "old"
+    made = (tmp_path / "a.jsonl.store" / "passages.arrow").stat().st_mtime_ns
+    open_passages(path)
+    assert (tmp_path / "a.jsonl.store" / "passages.arrow").stat().st_mtime_ns == made, "built once"
+    write_jsonl(path, [{"id": 1, "text": "new"}])
+    assert open_passages(path).docs([0])[0]["text"] == "new"
+    write_jsonl(path, [{"id": 1, "text": "x"}, {"id": 2, "text": "x"}, {"id": "1", "text": "y"}])
+    with pytest.raises(UserError, match="passages 1 and 3 have the same id '1'"):
+        open_passages(path)
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def test_batches_stay_within_the_budget():
+    lengths = [random.Random(number).randint(1, 50) for number in range(200)] + [900]
+    batches = length_batches(lengths, 400)
+    assert sorted(chain(*batches)) == list(range(201)) and batches[0] == [200]
+    assert all(len(batch) * max(lengths[n] for n in batch) <= 400 for batch in batches[1:])
+    padded = sum(len(batch) * max(lengths[n] for n in batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_vectors_are_the_mean_over_real_tokens(encoder_dir, corpus, normalize):
+    encoder = Encoder(str(encoder_dir), "cpu", "float32", 512, normalize)
+    texts = [*(passage["text"] for passage in corpus[:20]), "", "river " * 200_000]
+    vectors = encoder.encode(texts, batch_tokens=300)
+    expected = np.stack([plain_vector(encoder_dir, text[:20_000], normalize) for text in texts])
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert encoder.seen_tokens < encoder.padded_tokens < 2 * encoder.seen_tokens
+
+
+def test_embeddings_in_the_order_of_the_corpus(encoder_dir, corpus, shards_dir):
+    shards = open_shards(find_shards(f"{shards_dir}/*"))
+    assert [len(shard.ids) for shard in shards] == [60, 60]
+    assert [passage_id.decode() for shard in shards for passage_id in shard.ids] == [passage["id"] for passage in corpus]
+    for number in (0, 59, 60, 119):
+        expected = plain_vector(encoder_dir, f"{corpus[number]['title']} {corpus[number]['text']}")
+        np.testing.assert_allclose(shards[number // 60].vectors[number % 60], expected, atol=2e-3)
+        assert shards[number // 60].vectors.dtype == np.float16
+
+
+@pytest.mark.parametrize("windows_done, tear", [(0, b""), (0, b"\x93NUM"), (1, b""), (3, b"\x01" * 77)])
+def test_embedding_interrupted(tmp_path, encoder_dir, corpus_tsv, windows_done, tear, monkeypatch):
+    monkeypatch.setattr(generate_passage_embeddings, "WINDOW", 32)
+    embed(encoder_dir, corpus_tsv, tmp_path / "whole")
+    calls = []
+    encode = Encoder.encode
+
+    def fail_later(self, texts, *rest):
+        if len(calls) == windows_done:
+            raise KeyboardInterrupt
+        calls.append(len(texts))
+        return encode(self, texts, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Encoder, "encode", fail_later)
+        embed(encoder_dir, corpus_tsv, tmp_path / "torn")
+    partial = tmp_path / "torn" / "passages_00.npy.partial"
+    if tear.startswith(b"\x93"):
+        partial.write_bytes(tear)
+    else:
+        with partial.open("ab") as file:
+            file.write(tear)
+    with pytest.raises(UserError, match=r"passages_00\.npy\.partial: this shard is unfinished"):
+        find_shards(f"{tmp_path}/torn/*")
+    embed(encoder_dir, corpus_tsv, tmp_path / "torn")
+    names = {"passages_00.npy", "passages_00.npy.manifest.json", "passages_00.ids.npy", "passages_00.ids.npy.manifest.json"}
+    assert set(os.listdir(tmp_path / "torn")) == names
+    for name in ("passages_00.npy", "passages_00.ids.npy"):
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def contriever_checkpoint(path, encoder_dir, prefix, **extra):
+    import argparse
+
+    import torch
+    from transformers import AutoModel
+
+    weights = {f"{prefix}{name}": value for name, value in AutoModel.from_pretrained(encoder_dir).state_dict().items()}
+    weights["queue_ptr"] = torch.zeros(1)
+    torch.save({"model": weights, "opt": argparse.Namespace(retriever_model_id=str(encoder_dir)), **extra}, path)
+
+
+@pytest.mark.parametrize("prefix", ["encoder_q.", "encoder.", ""])
+def test_contriever_checkpoints(tmp_path, encoder_dir, prefix):
+    contriever_checkpoint(tmp_path / "checkpoint.pth", encoder_dir, prefix)
+    text = "which river has the longest name"
+    vectors = Encoder(str(tmp_path), "cpu", "float32").encode([text])
+    np.testing.assert_allclose(vectors[0], plain_vector(encoder_dir, text), atol=1e-5)
+
+
+class Bomb:
+    """What a hostile file holds: unpickling it writes the canary."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+def test_a_checkpoint_never_runs_code(tmp_path, encoder_dir):
+    canary = tmp_path / "canary"
+    contriever_checkpoint(tmp_path / "checkpoint.pth", encoder_dir, "", bomb=Bomb(canary))
+    with pytest.raises(UserError, match="refused"):
+        Encoder(str(tmp_path), "cpu", "float32")
+    assert not canary.exists()
+
+
+# ---------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("n_docs, block", [(7, 65536), (50, 13), (200, 13)])
+def test_exact_search_equals_brute_force(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir, questions, n_docs, block, monkeypatch):
+    monkeypatch.setattr("dynamicrag.index.BLOCK_VECTORS", block)
+    rows = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "new" / "out.jsonl", "--n_docs", n_docs)
+    vectors = np.concatenate([np.load(shards_dir / f"passages_0{shard}.npy") for shard in (0, 1)]).astype(np.float32)
+    for row, question in zip(rows, QUESTIONS, strict=True):
+        scores = vectors @ plain_vector(encoder_dir, question["question"])
+        expected = sorted(range(120), key=lambda number: (-round(float(scores[number]), 3), number))[:n_docs]
+        got = [doc["score"] for doc in row["docs"]]
+        assert len(got) == min(n_docs, 120) and got == sorted(got, reverse=True)
+        np.testing.assert_allclose(got, scores[expected], atol=2e-3)
+        numbers = [int(doc["id"][1:]) for doc in row["docs"]]
+        np.testing.assert_allclose(got, scores[numbers], atol=2e-3)
+        assert len(set(numbers)) == len(numbers)
+        for doc, number in zip(row["docs"], numbers, strict=True):
+            assert {key: doc[key] for key in ("id", "title", "text")} == corpus[number]
+
+
+def test_equal_scores_are_in_the_order_of_the_corpus(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir):
+    query = write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "question": f"{corpus[3]['title']} {corpus[3]['text']}"}])
+    row, = retrieve(encoder_dir, corpus_tsv, shards_dir, query, tmp_path / "out.jsonl", "--n_docs", 120)
+    ids = [doc["id"] for doc in row["docs"]]
+    assert ids.index("p40") == ids.index("p3") + 1
+
+
+def test_search_on_gpus_is_the_same_search(shards_dir, monkeypatch):
+    """The path that keeps the shards on devices, here on two that are the CPU."""
+    shards = open_shards(find_shards(f"{shards_dir}/*"))
+    queries = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
+    scores, positions = open_index(shards, "flat").search(queries, 20)
+    monkeypatch.setattr("dynamicrag.index.BLOCK_VECTORS", 17)
+    monkeypatch.setattr("dynamicrag.index._gpus", lambda device: ["cpu", "cpu:0"])
+    resident_scores, resident_positions = open_index(shards, "flat", device="cuda").search(queries, 20)
+    np.testing.assert_allclose(resident_scores, scores, rtol=1e-5)
+    assert (resident_positions == positions).mean() > 0.97  # equal texts may change places
+
+
+def test_retrieved_question_and_rows_with_documents(tmp_path, encoder_dir, corpus_tsv, shards_dir):
+    query = write_jsonl(tmp_path / "q.jsonl", [
+        {"id": "a", "question": "river", "ctxs": [{"id": "old", "text": "old"}], "extra": 1}, {"id": "b", "question": "oil"},
+        {"id": "c", "question": "oil", "retrieved_question": "river"}, {"id": "d", "question": "oil", "retrieved_question": ""},
+    ])
+    a, b, c, d = retrieve(encoder_dir, corpus_tsv, shards_dir, query, tmp_path / "out.jsonl", "--n_docs", 5, "--dataset", "nq")
+    assert a["docs"] == c["docs"] != b["docs"] == d["docs"]
+    assert len(a["docs"]) == 5 and "ctxs" not in a and a["extra"] == 1 and a["dataset"] == "nq"
+
+
+def test_integer_ids_resolve(tmp_path, encoder_dir, questions):
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": number * 3, "title": "T", "text": make_text(random.Random(number))} for number in range(30)])
+    embed(encoder_dir, corpus, tmp_path / "e")
+    rows = retrieve(encoder_dir, corpus, tmp_path / "e", questions, tmp_path / "out.jsonl", "--n_docs", 50)
+    assert {doc["id"] for doc in rows[0]["docs"]} == {str(number * 3) for number in range(30)}
+
+
+def test_retrieval_interrupted(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions, monkeypatch):
+    monkeypatch.setattr(retriever, "QUESTIONS_A_CHUNK", 4)
+    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "whole.jsonl")
+    attach, calls = retriever.attach_docs, []
+
+    def fail_later(*given):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return attach(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retriever, "attach_docs", fail_later)
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl")
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(retriever, "attach_docs", lambda *given: (calls.append(1), attach(*given))[1])
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl")
+    assert len(calls) == 1, "two of three chunks were kept"
+    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_malformed_questions(tmp_path, encoder_dir, corpus_tsv, shards_dir):
+    query = write_jsonl(tmp_path / "q.jsonl", [QUESTIONS[0], {"id": "x", "question": ""}, QUESTIONS[1]])
+    with pytest.raises(UserError, match=r"q\.jsonl:2: key 'question'"):
+        retrieve(encoder_dir, corpus_tsv, shards_dir, query, tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists() and not (tmp_path / "a.jsonl.partial").exists(), "said before the search"
+    rows = retrieve(encoder_dir, corpus_tsv, shards_dir, query, tmp_path / "b.jsonl", "--on_error", "skip")
+    assert [row["id"] for row in rows] == ["q0", "q1"]
+    assert read_jsonl(tmp_path / "b.jsonl.rejected.jsonl")[0]["line"] == 2
+
+
+# ---------------------------------------------------------------- faiss
+
+
+def test_a_faiss_index_is_kept_and_tied_to_its_shards(tmp_path, encoder_dir, corpus_tsv, shards, questions, monkeypatch):
+    kept = tmp_path / "new" / "ivf.faiss"
+    flags = ("--index", "IVF4,Flat", "--index_path", kept, "--n_docs", 9)
+    exact = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "exact.jsonl", "--n_docs", 9)
+    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", *flags)
+    for row, expected in zip(rows, exact, strict=True):  # all four lists are probed: nothing can be missed
+        assert [doc["id"] for doc in row["docs"]] == [doc["id"] for doc in expected["docs"]]
+    made = kept.stat().st_mtime_ns
+    retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", *flags)
+    assert kept.stat().st_mtime_ns == made, "built once"
+    vectors = np.load(shards / "passages_01.npy")
+    vectors[0] = 0
+    np.save(shards / "passages_01.npy", vectors)
+    with pytest.raises(UserError, match=r"ivf\.faiss: was built from other shards"):
+        retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "c.jsonl", *flags)
+
+
+def test_hits_that_faiss_does_not_find_are_no_documents(tmp_path, encoder_dir, corpus_tsv, shards, questions, monkeypatch):
+    monkeypatch.setattr("dynamicrag.index.NPROBE", 1)
+    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", "--index", "IVF8,Flat", "--n_docs", 60)
+    assert all(0 < len(row["docs"]) < 60 for row in rows)
+    assert all(doc["score"] > -1e30 for row in rows for doc in row["docs"])
+    assert any((shards / name).suffix == ".faiss" for name in os.listdir(shards)), "kept beside the shards by default"
+    retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", "--n_docs", 3)  # and not taken for a shard
+
+
+def test_other_factory_strings(shards):
+    opened = open_shards(find_shards(f"{shards}/*"))
+    queries = np.array(opened[0].vectors[:5], dtype=np.float32)
+    index = open_index(opened, "HNSW8")
+    assert isinstance(index, FaissIndex) and index.search(queries, 500)[1].shape == (5, 120)
+    with pytest.raises(UserError, match="--index Nonsense7"):
+        open_index(opened, "Nonsense7")
+    with pytest.raises(UserError, match="--index IVF5000,Flat: cannot be trained on 120 vectors"):
+        open_index(opened, "IVF5000,Flat")
+
+
+# ---------------------------------------------------------------- wrong shards
+
+
+def refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, said):
+    with pytest.raises(UserError, match=said):
+        retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl.partial").exists(), "refused before the search"
+
+
+def test_shards_of_another_width(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    np.save(shards / "passages_01.npy", np.zeros((60, 48), np.float16))
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, r"passages_01\.npy: its vectors have 48 dimensions.*have 32")
+
+
+def test_shards_of_another_corpus(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    ids = np.load(shards / "passages_01.ids.npy")
+    ids[7] = b"zz"
+    np.save(shards / "passages_01.ids.npy", ids)
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, r"passages_01\.npy: 1 of its 60 ids are not in the passages, the first is 'zz'")
+
+
+def test_shards_given_twice(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    for name in ("passages_01.npy", "passages_01.ids.npy"):
+        shutil.copy(shards / name, shards / name.replace("01", "02"))
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, "60 passages are embedded more than once")
+
+
+def test_missing_shards(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    for name in os.listdir(shards):
+        if name.startswith("passages_00"):
+            (shards / name).unlink()
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, "shard 0 of 2 is missing")
+    for name in os.listdir(shards):
+        (shards / name).unlink()
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, "no embedding shards")
+
+
+@pytest.mark.parametrize("content", [b"", b"no array at all", b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n"])
+def test_broken_shards(tmp_path, encoder_dir, corpus_tsv, shards, questions, content):
+    (shards / "passages_01.npy").write_bytes(content)
+    refused(tmp_path, encoder_dir, corpus_tsv, shards, questions, r"passages_01\.npy: not a shard")
+
+
+# ---------------------------------------------------------------- published shards
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4])
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_published_shards(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir, questions, protocol, module, monkeypatch):
+    published = tmp_path / "published"
+    published.mkdir()
+    reconstruct = np.empty(0).__reduce__()[0]
+    monkeypatch.setattr(reconstruct, "__module__", module, raising=False)
+    for shard in (0, 1):
+        vectors = np.load(shards_dir / f"passages_0{shard}.npy")
+        with (published / f"passages_0{shard}").open("wb") as file:
+            pickle.dump(([passage["id"] for passage in corpus[shard * 60 :][:60]], vectors), file, protocol=protocol)
+    ids, vectors = read_pickled(published / "passages_01")
+    assert ids[0] == "p60" and vectors.dtype == np.float16 and (vectors == np.load(shards_dir / "passages_01.npy")).all()
+    expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "own.jsonl", "--n_docs", 5)
+    for name in ("first", "second"):  # the second time from the converted copies, which are no further shards
+        assert retrieve(encoder_dir, corpus_tsv, published, questions, tmp_path / f"{name}.jsonl", "--n_docs", 5) == expected
+
+
+def test_a_pickle_never_runs_code(tmp_path, encoder_dir, corpus_tsv, questions):
+    canary = tmp_path / "canary"
+    (tmp_path / "e").mkdir()
+    vectors = np.zeros((1, 32), np.float16)
+    hostile = [(["p0"], Bomb(canary)), ([Bomb(canary)], vectors), Bomb(canary), (["p0"], np.array([Bomb(canary)], dtype=object))]
+    for protocol in (0, 2, 4, 5):
+        for payload in hostile:
+            with (tmp_path / "e" / "passages_00").open("wb") as file:
+                pickle.dump(payload, file, protocol=protocol)
+            refused(tmp_path, encoder_dir, corpus_tsv, tmp_path / "e", questions, "passages_00: not a shard.*refused")
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Bomb(canary))).close()
+    assert canary.exists(), "the payload is a real one"
+
+
+@pytest.mark.parametrize("payload", [
+    {"a": 1}, (["a"],), (["a"], [1.0]), ([None], np.zeros((1, 2), np.float16)), (["a"], np.zeros((1, 2), np.int64)), "text",
+    (["a"], np.zeros((1, 2), ">f2")), (["a"], np.array([["x"]])),
+])
+def test_other_pickles_are_refused(tmp_path, payload):
+    (tmp_path / "passages_00").write_bytes(pickle.dumps(payload, protocol=4))
+    with pytest.raises(UserError, match="passages_00: not a shard"):
+        read_pickled(tmp_path / "passages_00")
+
+
+def test_mapped_not_copied(shards_dir):
+    shard, *_ = open_shards(find_shards(f"{shards_dir}/*"))
+    assert isinstance(shard, Shard) and isinstance(shard.vectors, np.memmap) and isinstance(shard.ids, np.memmap)
+
+
+# ---------------------------------------------------------------- aggregating
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, encoder_dir, corpus_tsv, shards_dir):
+    """A folder in which 11 questions were split over 11 workers and retrieved, at the default paths."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_jsonl(Path("data/rag_training_data.json"), QUESTIONS)
+    split_data.main(["--num_splits", "11"])
+    for number in range(11):
+        work(number)
+    return tmp_path
+
+
+def work(number):
+    """What a retriever leaves behind, without the search."""
+    from argparse import Namespace
+
+    from dynamicrag.records import read_rows
+    from dynamicrag.stage import Output
+
+    source = f"data/splits/split_{number}.json"
+    args = Namespace(query=source, overwrite=True, seed=1, on_error="fail")
+    output = Output(args, [f"output/retrieval_split_{number}.json"], [source])
+    output.process(read_rows(source), 2, lambda rows: [{**row, "docs": [{"id": "d", "title": "", "text": "t"}]} for row in rows], 1, "")
+    output.finish()
+
+
+def test_aggregate_in_natural_order(workplace):
+    aggregate.main([])
+    rows = read_jsonl("output/retrieval_data.jsonl")
+    assert [row["id"] for row in rows] == [row["id"] for row in QUESTIONS], "10 comes after 9, not after 1"
+    before = Path("output/retrieval_data.jsonl").stat().st_mtime_ns
+    aggregate.main([])
+    assert Path("output/retrieval_data.jsonl").stat().st_mtime_ns == before
+
+
+def shard_file(number):
+    return Path(f"output/retrieval_split_{number}.json")
+
+
+def lose(number):
+    shard_file(number).unlink()
+
+
+def interrupt(number):
+    shard_file(number).rename(f"{shard_file(number)}.partial")
+
+
+def lose_manifest(number):
+    Path(f"{shard_file(number)}.manifest.json").unlink()
+
+
+def change_split(number):
+    Path(f"data/splits/split_{number}.json").write_text('[{"id": "other", "question": "other"}]')
+
+
+def lose_split(number):
+    Path(f"data/splits/split_{number}.json").unlink()
+
+
+@pytest.mark.parametrize("damage, number, said", [
+    (lose, 4, r"retrieval_split_4\.json: this shard is missing"), (lose, 0, r"retrieval_split_0\.json: this shard is missing"),
+    (lose, 10, r"retrieval_split_10\.json: this shard is missing"), (interrupt, 4, r"retrieval_split_4\.json\.partial: .*unfinished"),
+    (lose_manifest, 4, r"retrieval_split_4\.json: has no manifest"), (change_split, 4, r"retrieval_split_4\.json: was not made from"),
+    (lose_split, 10, r"retrieval_split_10\.json: there is no split_10\.json"),
+])
+def test_aggregate_refuses_what_is_not_whole(workplace, damage, number, said):
+    damage(number)
+    with pytest.raises(UserError, match=said):
+        aggregate.main([])
+    assert not Path("output/retrieval_data.jsonl").exists()
+
+
+def test_aggregate_without_splits(workplace):
+    shutil.rmtree("data/splits")
+    aggregate.main([])
+    assert len(read_jsonl("output/retrieval_data.jsonl")) == 11
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([{"id": "q0", "question": "q", "docs": []}], r"retrieval_split_3\.json: id 'q0' is also in .*retrieval_split_0\.json"),
+    ([{"question": "q", "docs": []}], r"retrieval_split_3\.json:1: key 'id': missing"), ([{"id": "x", "question": "q"}], "key 'docs'"),
+])
+def test_aggregate_never_merges(workplace, rows, said):
+    shard_file(3).write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=said):
+        aggregate.main([])
+    assert not Path("output/retrieval_data.jsonl").exists()
+
+
+def test_no_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no shards; make them with retriever"):
+        aggregate.main([])
+
+
+def test_output_flag_has_two_names():
+    assert retriever.parse_args(["--output_file", "x"]).output_dir == retriever.parse_args(["--output-dir", "x"]).output_dir == "x"

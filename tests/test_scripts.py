@@ -1,0 +1,93 @@
+"""The numbered scripts: shards that add up to one run, failures that are named, predecessors that are missed (behaviour 28)."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import make_text, read_jsonl, write_jsonl
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
+    """A settings file like configs/*.env, for tiny models in a folder of its own."""
+    import random
+
+    rng = random.Random(3)
+    rows = [{"id": f"nq_{n}", "question": make_text(rng, 3, 8), "answers": ["oil"]} for n in range(9)]
+    questions = write_jsonl(tmp_path / "train.jsonl", rows)
+    test = write_jsonl(tmp_path / "test.jsonl", rows[:3])
+    published = (REPO / "configs/llama3_8b.env").read_text(encoding="utf-8")
+    path = tmp_path / "tiny.env"
+    path.write_text(
+        f"WORK={tmp_path}/work MODEL=smollm2_135m PASSAGES={corpus_tsv} EMBEDDINGS={tmp_path}/embeddings\n"
+        f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS={test}\n"
+        f"N_DOCS_RETRIEVED=6 N_DOCS_SHOWN=5\n{published}", encoding="utf-8",
+    )
+    return path
+
+
+def bash(script: str, settings: Path, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", f"scripts/{script}", str(settings)], cwd=REPO, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=300,
+    )
+
+
+def run_to_reranking(settings: Path, **environment) -> None:
+    for script in ("01_embed.sh", "02_retrieve.sh", "03_rerank.sh"):
+        done = bash(script, settings, **environment)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_shards_give_what_one_run_gives(settings, tmp_path):
+    run_to_reranking(settings, NUM_SHARDS="1")
+    whole = read_jsonl(tmp_path / "work/output/retrieval_data_rerank.jsonl")
+    assert (tmp_path / "work/eval_data/test.jsonl").exists()
+    shutil.rmtree(tmp_path / "work")
+    shutil.rmtree(tmp_path / "embeddings")
+    run_to_reranking(settings, NUM_SHARDS="2")
+    sharded = read_jsonl(tmp_path / "work/output/retrieval_data_rerank.jsonl")
+    assert [row["id"] for row in sharded] == [row["id"] for row in whole]
+    for one, other in zip(whole, sharded, strict=True):
+        assert [doc["id"] for doc in one["docs"]] == [doc["id"] for doc in other["docs"]]
+    again = bash("03_rerank.sh", settings, NUM_SHARDS="2")
+    assert again.returncode == 0 and "complete already" in again.stderr
+    assert bash("04_training_data.sh", settings).returncode == 0
+    assert (tmp_path / "work/training_data/reranker_bc_training.json").exists()
+
+
+@pytest.mark.slow
+def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_path):
+    for script in ("01_embed.sh", "02_retrieve.sh"):
+        assert bash(script, settings, NUM_SHARDS="1").returncode == 0
+    broken = settings.with_name("broken.env")
+    broken.write_text(f"RERANKER={tmp_path}/no-such-model\n" + settings.read_text().replace("RERANKER=/", "UNUSED=/"))
+    done = bash("03_rerank.sh", broken, NUM_SHARDS="2")
+    assert done.returncode != 0
+    logs = [line.split("its log is ")[1] for line in done.stderr.splitlines() if "its log is" in line]
+    assert len(logs) == 2 and "no-such-model" in Path(logs[0]).read_text()
+    assert not (tmp_path / "work/output/retrieval_data_rerank.jsonl").exists()
+
+
+@pytest.mark.parametrize(("script", "maker"), [
+    ("02_retrieve.sh", "scripts/01_embed.sh"), ("03_rerank.sh", "scripts/02_retrieve.sh"),
+    ("04_training_data.sh", "scripts/03_rerank.sh"), ("05_sft.sh", "scripts/04_training_data.sh"),
+    ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
+    ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"),
+])
+def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, script, maker):
+    done = bash(script, settings)
+    assert done.returncode == 2
+    assert maker in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_script_stops_at_the_first_error(script):
+    text = script.read_text(encoding="utf-8")
+    assert "set -euo pipefail" in text or 'source "$(dirname "$0")/common.sh"' in text
+    assert subprocess.run(["bash", "-n", script]).returncode == 0

@@ -1,0 +1,104 @@
+"""dynamicrag/selection.py: identifiers, written and read."""
+
+import random
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dynamicrag.selection import Selection, format_ids, ids_pattern, parse_ids
+
+selections = st.integers(0, 60).flatmap(
+    lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), unique=True, max_size=n) if n else st.just([]))
+)
+prose = st.text(max_size=60) | st.lists(
+    st.sampled_from(["[", "]", "0", "1", "2", "10", "41", " ", ", ", "None", "none", "-", "²", "٣", "[3]", "[ 2 ]", "\n"]), max_size=20
+).map("".join)
+
+
+@pytest.mark.parametrize(("ids", "text"), [([], "None"), ([3], "[3]"), ([3, 1], "[3], [1]"), ((10, 2), "[10], [2]")])
+def test_a_selection_is_written_like_this(ids, text):
+    assert format_ids(ids) == text
+
+
+@given(selections)
+def test_reading_is_the_inverse_of_writing(case):
+    n, ids = case
+    assert parse_ids(format_ids(ids), n) == Selection(ids, True)
+
+
+@given(text=prose, n=st.integers(0, 50))
+@example(text="[" + "9" * 10_000 + "]", n=50)
+@example(text="[" + "0" * 10_000 + "1]", n=50)
+def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n):  # behaviour 15
+    selection = parse_ids(text, n)
+    assert all(1 <= position <= n for position in selection.ids)
+    assert len(set(selection.ids)) == len(selection.ids)
+    if selection.ids:
+        assert selection.valid
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "expected"),
+    [
+        ("[0], [3], [41], [3], [1]", 40, Selection([3, 1], True, 2, 1)),
+        ("[41]", 40, Selection([], False, 1, 0)), ("[0]", 40, Selection([], False, 1, 0)),
+        ("[40]", 40, Selection([40], True)), ("[ 4 ]", 40, Selection([4], True)), ("[04]", 40, Selection([4], True)),
+        ("the documents [2] and [5] help.", 40, Selection([2, 5], True)),
+        ("None", 40, Selection([], True)), ("none.", 40, Selection([], True)), ("Answer: NONE", 40, Selection([], True)),
+        ("[None]", 40, Selection([], True)), ("None, [3]", 40, Selection([3], True)),
+        ("", 40, Selection([], False)), ("no document", 40, Selection([], False)), ("nonetheless", 40, Selection([], False)),
+        ("3, 1", 40, Selection([], False)), ("[3, 1]", 40, Selection([], False)), ("[-1]", 40, Selection([], False)),
+        ("[1.5]", 40, Selection([], False)), ("[²]", 40, Selection([], False)), ("[٣]", 40, Selection([], False)),
+        ("None", 0, Selection([], True)), ("[1]", 0, Selection([], False, 1)), ("None [99]", 40, Selection([], False, 1)),
+        ("[" + "9" * 100_000 + "], [2]", 40, Selection([2], True, 1)), ("[[7]]", 40, Selection([7], True)),
+    ],
+)
+def test_none_is_not_the_same_as_invalid(text, n, expected):  # behaviour 15
+    assert parse_ids(text, n) == expected
+
+
+def test_reading_takes_time_in_proportion_to_the_text():
+    assert parse_ids("[" * 100_000 + "[ " * 50_000, 40) == Selection([], False)
+    assert parse_ids("[" + " " * 100_000, 40).valid is False
+
+
+@given(selections)
+def test_every_well_formed_selection_is_allowed(case):
+    n, ids = case
+    assert re.fullmatch(ids_pattern(n), format_ids(ids))
+
+
+@given(n=st.integers(0, 45), data=st.data())
+def test_everything_allowed_can_be_read(n, data):
+    text = data.draw(st.from_regex(ids_pattern(n), fullmatch=True))
+    selection = parse_ids(text, n)
+    assert selection.valid
+    assert selection.out_of_range == 0
+    assert format_ids(list(dict.fromkeys(map(int, re.findall(r"\d+", text))))) == format_ids(selection.ids)
+
+
+@given(text=prose, n=st.integers(0, 45))
+def test_nothing_else_is_allowed(text, n):
+    if re.fullmatch(ids_pattern(n), text):
+        assert re.fullmatch(r"None|\[\d+\](, \[\d+\])*", text)
+        assert all(1 <= int(position) <= n for position in re.findall(r"\d+", text))
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "text", "allowed"),
+    [
+        (3, None, "[1], [2], [3]", True), (3, None, "[1], [2], [3], [1]", False), (3, 2, "[1], [2]", True), (3, 2, "[1], [2], [3]", False),
+        (3, 9, "[1], [2], [3], [1]", False), (3, None, "[4]", False), (3, None, "[1],[2]", False), (3, None, "[1], ", False),
+        (3, None, "", False), (3, None, "None, [1]", False), (12, None, "[12], [1]", True), (12, None, "[13]", False), (0, None, "None", True),
+    ],
+)
+def test_a_pattern_admits_lists_of_valid_identifiers_alone(n, most, text, allowed):
+    assert bool(re.fullmatch(ids_pattern(n, most), text)) == allowed
+
+
+def test_a_pattern_stays_small():
+    assert len(ids_pattern(500)) < 10_000
+    text = format_ids(random.Random(1).sample(range(1, 501), 500))
+    assert re.fullmatch(ids_pattern(500), text)

@@ -1,0 +1,281 @@
+"""What LLaMA-Factory trains on and what the model is asked later are the same tokens, for every chat template.
+
+LLaMA-Factory lives in an environment of its own (.venv-train). One process there runs its template code, its column
+mapping and its SFT and DPO processors on the rows the stages write, for every tokenizer; here its tokens are compared
+with what the engine makes of the same messages.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dynamicrag.engine import VllmEngine, read_template
+from dynamicrag.prompts import Prompts, training_row
+from dynamicrag.stage import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
+REAL_SMOLLM2 = ROOT / "models" / "smollm2-135m"
+
+# In .venv-train. Arguments: cases.json (name -> [template, tokenizer folder, trained folder]), rows.json, dataset_info
+# folder, output. A trained folder gets the tokenizer as LLaMA-Factory would save it beside the weights.
+WITH_LLAMAFACTORY = """
+import json, sys
+from llamafactory.data.converter import AlpacaDatasetConverter
+from llamafactory.data.parser import get_dataset_list
+from llamafactory.data.processor.pairwise import PairwiseDatasetProcessor
+from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
+from llamafactory.data.template import get_template_and_fix_tokenizer
+from llamafactory.hparams import DataArguments
+from transformers import AutoTokenizer
+
+cases, rows, recipes, output = sys.argv[1:]
+cases, rows = json.load(open(cases)), json.load(open(rows))
+sft, dpo = get_dataset_list(["reranker_bc", "llama3_8b_reranker_dpo"], recipes)
+encoded = {}
+for name, (template, folder, trained) in cases.items():
+    arguments = DataArguments(template=template, cutoff_len=100000)
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, padding_side="right")
+    size = len(tokenizer)
+    chat = get_template_and_fix_tokenizer(tokenizer, arguments)
+    tokenizer.save_pretrained(trained)
+
+    def run(kind, attributes, some):
+        examples = {}
+        for row in map(AlpacaDatasetConverter(attributes, arguments), some):
+            for key, value in row.items():
+                examples.setdefault(key, []).append(value)
+        return dict(kind(chat, tokenizer, None, arguments).preprocess_dataset(examples))
+
+    encoded[name] = {
+        "sft": run(SupervisedDatasetProcessor, sft, rows["sft"]), "dpo": run(PairwiseDatasetProcessor, dpo, rows["dpo"]),
+        "size": size,
+    }
+json.dump(encoded, open(output, "w"))
+"""
+
+TEXTS = [
+    "Question: Which river is the longest?\n\n[1] River\nThe Nile, {title}. [1]\n\nWrite their identifiers.",
+    "None of the documents [2], [1]. São Tomé costs 3 % more.", "You choose the documents that are needed.",
+]
+SPECIAL = {
+    "llama2": ("<s>", "</s>", []),
+    "llama3": (
+        "<|begin_of_text|>", "<|end_of_text|>",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    ),
+    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]"]),
+    "mistral_v1": ("<s>", "</s>", []),
+    "smollm2": ("<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),
+    "smollm2_real": ("<|im_start|>", "<|im_end|>", []),
+}
+
+
+def byte_level(special: list[str]):
+    """Llama 3's and SmolLM2's kind; it puts a beginning-of-text token in front of whatever it is not told not to."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        TEXTS * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    raw.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+    return raw
+
+
+def sentencepiece_like(special: list[str], prepend_always: bool):
+    """Llama 2's kind (a space in front of every piece between special tokens) and Mistral v0.3's (of the text only)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, "<unk>", *bytes_], show_progress=False)
+    raw.train_from_iterator(TEXTS * 3, trainer)
+    fresh = json.loads(raw.to_str())
+    fresh["added_tokens"] = [token for token in fresh["added_tokens"] if token["content"] not in bytes_]
+    raw = Tokenizer.from_str(json.dumps(fresh))
+    if prepend_always:
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        raw.pre_tokenizer = None
+    else:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+    return raw
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos, others = SPECIAL[name]
+    special = [bos, eos, *others]
+    if name in ("llama3", "smollm2"):
+        raw = byte_level(special)
+    else:
+        raw = sentencepiece_like(special, prepend_always=name != "mistral")
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos).save_pretrained(folder)
+
+
+CASES = {
+    "llama2": "llama2", "llama3": "llama3", "mistral": "mistral", "mistral_v1": "mistral", "smollm2": "smollm2",
+    "smollm2_real": "smollm2",
+}
+DOCS = [
+    {"id": "1", "title": "Nile", "text": "A river of {{content}} km, {braces} and <image>."},
+    {"id": "2", "title": "", "text": " São Tomé 河\n\ttabs  and  spaces \n"},
+]
+
+
+def conversations() -> list[list[dict]]:
+    prompts = Prompts()
+    return [
+        prompts.reranker("Which river is the longest?", DOCS),
+        prompts.reranker("none shown", []),
+        prompts.generator("Which river is the longest? ", DOCS[::-1], "Answer with a few words only, no sentence."),
+        prompts.generator("  spaces around\n", [], "Answer with a few words only, no sentence."),
+    ]
+
+
+ANSWERS = [("[1], [2]", "None"), ("None", "[1]"), ("the Nile", "São Tomé 河"), (" 42 ", "forty\ntwo")]
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """What LLaMA-Factory made of the rows, by case, and the folder of each case's trained tokenizer."""
+    if not TRAIN_PYTHON.is_file():
+        pytest.skip("no .venv-train; scripts/setup.sh makes it")
+    folder = tmp_path_factory.mktemp("templates")
+    cases = {}
+    for name, template in CASES.items():
+        source = REAL_SMOLLM2 if name == "smollm2_real" else folder / name
+        if name != "smollm2_real":
+            save_tokenizer(name, source)
+        elif not source.is_dir():
+            continue
+        cases[name] = [template, str(source), str(folder / f"{name}_trained")]
+    rows = {"sft": [], "dpo": []}
+    for messages, (good, bad) in zip(conversations(), ANSWERS, strict=True):
+        rows["sft"].append(training_row(messages, output=good))
+        rows["dpo"].append(training_row(messages, chosen=good, rejected=bad))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    files = [folder / "cases.json", folder / "rows.json", ROOT / "recipes", folder / "encoded.json"]
+    environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [TRAIN_PYTHON, "-c", WITH_LLAMAFACTORY, *files], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(files[-1].read_text()), {name: Path(trained) for name, (_, _, trained) in cases.items()}
+
+
+@pytest.fixture(params=CASES)
+def case(request, parity):
+    """(engine with the tokenizer of the trained checkpoint, LLaMA-Factory's tokens)"""
+    from transformers import AutoTokenizer
+
+    encoded, trained = parity
+    if request.param not in encoded:
+        pytest.skip("no models/smollm2-135m")
+    engine = VllmEngine.__new__(VllmEngine)  # without loading weights: prompts need the tokenizer alone
+    engine._tokenizer = AutoTokenizer.from_pretrained(trained[request.param])
+    engine._chat_template = read_template(str(ROOT / "template" / f"{CASES[request.param]}.jinja"))
+    return engine, encoded[request.param]
+
+
+def answer_ids(engine: VllmEngine, messages: list[dict], answer: str) -> list[int]:
+    """What the template puts after the prompt when the answer is known."""
+    def render(some, more):
+        return engine._tokenizer.apply_chat_template(
+            some, chat_template=engine._chat_template, add_generation_prompt=more, tokenize=False
+        )
+
+    prompt = render(messages, True)
+    whole = render([*messages, {"role": "assistant", "content": answer}], False)
+    assert whole.startswith(prompt)
+    return engine._tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+
+
+def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
+    engine, encoded = case
+    sft, dpo = encoded["sft"], encoded["dpo"]
+    for number, (messages, (good, bad)) in enumerate(zip(conversations(), ANSWERS, strict=True)):
+        prompt, chosen, rejected = engine.prompt_ids(messages), *(answer_ids(engine, messages, text) for text in (good, bad))
+        unseen = [-100] * len(prompt)
+        assert sft["input_ids"][number] == prompt + chosen
+        assert sft["labels"][number] == unseen + chosen
+        assert dpo["chosen_input_ids"][number] == prompt + chosen
+        assert dpo["chosen_labels"][number] == unseen + chosen
+        assert dpo["rejected_input_ids"][number] == prompt + rejected
+        assert dpo["rejected_labels"][number] == unseen + rejected
+
+
+def test_training_ends_every_answer_with_the_token_at_which_generation_stops(case):
+    engine, encoded = case
+    tokenizer = engine._tokenizer
+    for labels in encoded["sft"]["labels"] + encoded["dpo"]["chosen_labels"] + encoded["dpo"]["rejected_labels"]:
+        answer = [token for token in labels if token != -100]
+        assert answer.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(answer[answer.index(tokenizer.eos_token_id) + 1 :]).strip() == ""
+
+
+def test_training_uses_no_token_the_base_model_does_not_have(case):
+    """Llama 3 has no <|eom_id|>, a stop word of LLaMA-Factory's template: it must not turn up in the data."""
+    _, encoded = case
+    assert max(map(max, encoded["sft"]["input_ids"] + encoded["dpo"]["rejected_input_ids"])) < encoded["size"]
+
+
+def test_a_prompt_has_exactly_one_beginning_of_text(case, request):  # behaviour 21
+    engine, _ = case
+    name = request.node.callspec.params["case"]
+    bos = engine._tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
+    for system, user in conversations():
+        ids = engine.prompt_ids([system, user])
+        assert ids[0] == bos
+        # SmolLM2 has no beginning of text: its first token begins each of the three turns.
+        assert ids.count(bos) == (3 if name.startswith("smollm2") else 1)
+
+
+FORMS = {
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST]",
+    "llama3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "mistral": "<s>[INST] S\n\nU[/INST]",
+    "smollm2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_template_writes_exactly_this(name):
+    """Needs no LLaMA-Factory: stray whitespace shows where .venv-train is missing, too."""
+    import jinja2
+
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        read_template(str(ROOT / "template" / f"{name}.jinja"))
+    )
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    fields = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    assert template.render(messages=messages, **fields) == FORMS[name]
+    assert "S" not in template.render(messages=messages[1:], **fields).replace("INST", "")
+    assert {path.stem for path in (ROOT / "template").iterdir()} == set(FORMS)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"{% if %}", "x.jinja:1: not a Jinja template"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read")],
+)
+def test_an_unusable_template_is_named(tmp_path, content, says):
+    path = tmp_path / "x.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_template(str(path))
