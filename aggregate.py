@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
+from dynamicrag.output import Output, fingerprint, read_manifest
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
@@ -57,7 +58,7 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
         if number not in shards:
             name = re.sub(r"\d+(?=\D*$)", str(number), example.stem) + example.suffix
             raise UserError(f"{example.with_name(name)}: this shard is missing; run retriever.py for it")
-        manifest = stage.read_manifest(shards[number])
+        manifest = read_manifest(shards[number])
         if manifest is None:
             raise UserError(f"{shards[number]}: has no manifest, so it is incomplete; run its retriever.py again")
         if not splits:
@@ -65,7 +66,7 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
         if number not in splits:
             raise UserError(f"{shards[number]}: there is no split_{number}.json in {splits_dir}; remove the shard if it is "
                             "of an earlier run, or give --splits_dir")
-        if stage.fingerprint(splits[number]) not in manifest["inputs"].values():
+        if fingerprint(splits[number]) not in manifest["inputs"].values():
             raise UserError(f"{shards[number]}: was not made from {splits[number]} as it is now; run its retriever.py "
                             "again with --overwrite")
     return list(shards.values())
@@ -87,7 +88,7 @@ def read_shards(paths: list[Path]) -> Iterator[dict]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     shards = find_shards(args.input_files, args.splits_dir)
-    output = stage.Output(args, [args.output_file], list(map(str, shards)))
+    output = Output(args, [args.output_file], list(map(str, shards)))
     if output.finished:
         return
 

@@ -14,6 +14,7 @@ import random
 import statistics
 
 from dynamicrag import stage
+from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Row, read_rows
 from dynamicrag.selection import format_ids
@@ -94,7 +95,7 @@ def capped(pairs: list[dict], most: int | None, seed: int) -> list[dict]:
 def main(argv=None):
     args = parse_args(argv)
     inputs = [args.input_file, *filter(None, [args.prompts])]
-    out = stage.Output(args, [args.reranker_file, args.generator_file], inputs)
+    out = Output(args, [args.reranker_file, args.generator_file], inputs)
     if out.finished:
         return
     prompts = Prompts(args.prompts)

@@ -9,6 +9,7 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
 from collections.abc import Iterator
 
 from dynamicrag import stage
+from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import log
@@ -36,7 +37,7 @@ def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = stage.Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
     if out.finished:
         return
     prompts = Prompts(args.prompts)

@@ -20,6 +20,7 @@ import orjson
 
 from dynamicrag import stage
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
+from dynamicrag.output import read_manifest
 from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import task_of
@@ -132,7 +133,7 @@ def result_rows(results_file: str, remain_file: str | None, eval_file: str | Non
     """
     seen = set()
     asked = {row["id"] for row in read_rows(eval_file)} if eval_file else None
-    manifest = stage.read_manifest(results_file)
+    manifest = read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
         remain_file = str(Path(results_file).with_name(Path(manifest["outputs"][1]).name))
     for path in filter(None, [results_file, remain_file]):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.output import Output
 
 # Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
 WINDOW = 2048
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
     inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = stage.Output(args, [str(shard), str(ids_path(shard))], inputs)
+    output = Output(args, [str(shard), str(ids_path(shard))], inputs)
     if output.finished:
         return
 

@@ -21,11 +21,12 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
 import itertools
 import re
 from argparse import Namespace
-from functools import cache
+from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.calls import Caller, add_call_flags, unanswered
-from dynamicrag.engine import Usage, add_engine_flags, load_engine
+from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids, parse_ids
 from dynamicrag.stage import UserError
@@ -124,22 +125,12 @@ def answer_chunk(rows: list[Row], selector: str, chooser: Caller, generator: Cal
     return results
 
 
-def open_output(args: Namespace, selector: str) -> stage.Output:
+def open_output(args: Namespace, selector: str) -> Output:
     """The output files of one selector."""
     name = selector.replace(":", "")
     paths = {key: getattr(args, key).replace("{selector}", name) for key in ("output_json", "remain_output_json")}
-    inputs = [args.input_json, args.template, *filter(None, [args.prompts])]
-    return stage.Output(Namespace(**{**vars(args), **paths, "selector": selector}), list(paths.values()), inputs)
-
-
-def run_selector(args: Namespace, selector: str, out: stage.Output, total: int, callers) -> None:
-    """Answer the whole file with one selector."""
-    generator, chooser = callers()
-    rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    out.process(
-        rows, args.chunk_size, lambda chunk: answer_chunk(chunk, selector, chooser, generator, args.topn), total, selector
-    )
-    out.finish_answers()
+    one = Namespace(**{**vars(args), **paths, "selector": selector})
+    return Output(one, list(paths.values()), [args.input_json, *engine_inputs(args)])
 
 
 def main(argv=None):
@@ -155,15 +146,13 @@ def main(argv=None):
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=args.on_error == "skip")
 
-    @cache
-    def callers() -> tuple[Caller, Caller]:
-        """(generator, chooser), loaded when the first selector has something to do."""
-        generator = Caller(load_engine(args), args)
-        chooses = args.reranker_model and any(selector in BY_LLM for selector in unfinished)
-        return generator, Caller(load_engine(args, args.reranker_model), args) if chooses else generator
-
+    generator = chooser = Caller(load_engine(args), args)
+    if args.reranker_model and any(selector in BY_LLM for selector in unfinished):
+        chooser = Caller(load_engine(args, args.reranker_model), args)
     for selector, out in unfinished.items():
-        run_selector(args, selector, out, total, callers)
+        answer = partial(answer_chunk, selector=selector, chooser=chooser, generator=generator, topn=args.topn)
+        out.process(read_rows(args.input_json, ("docs",), args.dataset, out.reject), args.chunk_size, answer, total, selector)
+        out.finish_answers()
 
 
 if __name__ == "__main__":

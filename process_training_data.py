@@ -15,6 +15,7 @@ import random
 from collections import Counter
 
 from dynamicrag import stage
+from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, read_rows
 from dynamicrag.stage import UserError, log
 
@@ -83,7 +84,7 @@ def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_leng
 
 def main(argv=None):
     args = parse_args(argv)
-    out = stage.Output(args, [args.sequence_file, args.normal_file], [args.input_file])
+    out = Output(args, [args.sequence_file, args.normal_file], [args.input_file])
     if out.finished:
         return
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.output import Output
 
 # Documents are sorted by length across the questions of a chunk, and a whole chunk is what a resumed run keeps.
 QUESTIONS_A_CHUNK = 64
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.records import count_rows, read_rows
 
     inputs = [args.input_file] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = stage.Output(args, [args.output_file], inputs)
+    output = Output(args, [args.output_file], inputs)
     if output.finished:
         return
     count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject))

@@ -7,6 +7,7 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
 """
 
 from dynamicrag import stage
+from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Row, read_rows
 from dynamicrag.selection import format_ids
@@ -32,7 +33,7 @@ def sft_row(row: Row, prompts: Prompts) -> dict[str, str]:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = stage.Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
     if out.finished:
         return
     prompts = Prompts(args.prompts)

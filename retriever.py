@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynamicrag import stage
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.output import Output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     shard_paths = find_shards(args.passages_embeddings)
     inputs = [args.query, args.passages, *map(str, shard_paths)]
     inputs += [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = stage.Output(args, [args.output_dir], inputs)
+    output = Output(args, [args.output_dir], inputs)
     if output.finished:
         return
     count = count_rows(args.query, skip_malformed=bool(output.reject))

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dynamicrag import stage
 from dynamicrag.judge import Judge
 from dynamicrag.metrics import rouge_l
+from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag
 from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.rewards import ANSWER_MATCHES, BertScore, combine, correctness, length_term, parse_weights
@@ -95,7 +96,7 @@ def main(argv=None):
     weights = parse_weights(args.weights)
     if bool(args.judge_base_url) != bool(args.judge_model):
         raise UserError("--judge-base-url and --judge-model belong together")
-    out = stage.Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
     if out.finished:
         return
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))

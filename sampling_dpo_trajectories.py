@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 from dynamicrag import stage
 from dynamicrag.calls import Caller, add_call_flags
-from dynamicrag.engine import Usage, add_engine_flags, load_engine
+from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.output import Output
 from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.selection import parse_ids
 from dynamicrag.stage import log
@@ -96,7 +97,7 @@ def summarise(rows: Iterable[Row]) -> Counter:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = stage.Output(args, [args.output_json], [args.input_json, args.template, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
     if out.finished:
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))

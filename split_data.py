@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from dynamicrag import stage
+from dynamicrag.output import Output, manifest_path
 
 SPLIT_NAME = re.compile(r"split_(\d+)\.json")
 
@@ -45,7 +46,7 @@ def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
                               "give --overwrite to remove it and replace the others")
     for path in stale:
         path.unlink()
-        stage.manifest_path(path).unlink(missing_ok=True)
+        manifest_path(path).unlink(missing_ok=True)
         stage.log.info("removed %s, left over from a larger split", path)
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(sizes) < args.num_splits:
         stage.log.warning("%d questions fill %d parts, not %d", sum(sizes), len(sizes), args.num_splits)
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
-    output = stage.Output(args, list(map(str, paths)), [args.input_file])
+    output = Output(args, list(map(str, paths)), [args.input_file])
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)
     if output.finished:
         return

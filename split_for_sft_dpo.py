@@ -12,6 +12,7 @@ Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.
 import random
 
 from dynamicrag import stage
+from dynamicrag.output import Output
 from dynamicrag.records import count_rows, read_rows
 from dynamicrag.stage import UserError, log
 
@@ -49,7 +50,7 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, seed: int) -> 
 
 def main(argv=None):
     args = parse_args(argv)
-    out = stage.Output(args, [args.sft_file, args.dpo_file], [args.input_file])
+    out = Output(args, [args.sft_file, args.dpo_file], [args.input_file])
     if out.finished:
         return
     needs = ("docs", "true_id", "false_id")

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
 from dynamicrag.calls import Caller, add_call_flags, unanswered
-from dynamicrag.engine import Usage, add_engine_flags, load_engine
+from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import Selection, parse_ids
 from dynamicrag.stage import UserError
@@ -123,8 +124,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.max_context_window < 1:
         raise UserError("--max-context-window: at least 1")
-    inputs = [args.input_json, args.template, *filter(None, [args.prompts])]
-    out = stage.Output(args, [args.output_json, args.remain_output_json], inputs)
+    out = Output(args, [args.output_json, args.remain_output_json], [args.input_json, *engine_inputs(args)])
     if out.finished:
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))

@@ -82,6 +82,13 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def engine_inputs(args: Namespace) -> list[str]:
+    """What decides the output of an LLM stage besides its rows: template, prompts and checkpoint folders."""
+    models = [] if args.api_base else [args.llm_model, getattr(args, "reranker_model", None)]
+    checkpoints = [resolve_model(model) for model in models if model]
+    return [args.template, *filter(None, [args.prompts]), *(name for name in checkpoints if Path(name).is_dir())]
+
+
 def load_engine(args: Namespace, model: str | None = None) -> "VllmEngine | ApiEngine":
     """The engine the flags of add_engine_flags ask for; `model` overrides --llm-model."""
     if args.api_base:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from dynamicrag.output import exclusive, fingerprint
 from dynamicrag.shards import Shard
-from dynamicrag.stage import UserError, exclusive, fingerprint, log
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import orjson
 
 from dynamicrag.jsonio import read_json
-from dynamicrag.stage import UserError, exclusive, fingerprint, log
+from dynamicrag.output import exclusive, fingerprint
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamicrag.output import exclusive, fingerprint, read_manifest
 from dynamicrag.passages import PassageStore
-from dynamicrag.stage import UserError, exclusive, fingerprint, log, read_manifest
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np

