@@ -254,9 +254,11 @@ def test_a_question_longer_than_the_window_is_an_error_that_quotes_it():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a template and three questions, as the working folder; returns the engines that were loaded."""
+    """A folder with a model, a template and three questions, as the working folder; returns the engines loaded."""
     monkeypatch.chdir(tmp_path)
     Path("t.jinja").write_text("x")
+    Path("DynamicRAG_llama3_8b").mkdir()
+    Path("DynamicRAG_llama3_8b/config.json").write_text("{}")
     Path("q.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (1, 2, 3)))
     loaded = []
 
@@ -344,11 +346,11 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
     whole = Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()
     real, calls = inference.answer_chunk, []
 
-    def dies_on_the_third(*args):
-        calls.append(args)
+    def dies_on_the_third(*args, **named):
+        calls.append(None)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(inference, "answer_chunk", dies_on_the_third)
     with pytest.raises(KeyboardInterrupt):
