@@ -164,6 +164,8 @@ def system_names(results_files: list[str]) -> list[str]:
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.remain_file and len(args.results_file) > 1:
+        raise UserError("--remain_file belongs to one results file; of several, each one's manifest names its own")
     summaries = {}
     for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
         rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset)

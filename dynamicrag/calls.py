@@ -56,7 +56,6 @@ def documents_that_fit(
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
-    log.warning("%d of %d documents fit the window; the others are left out", fitting, len(docs))
     return list(docs[:fitting])
 
 
@@ -67,12 +66,21 @@ class Caller:
         self._args = args
         self.engine = engine
         self.prompts = Prompts(args.prompts)
+        self._said_cut = False
+
+    def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
+        fitting = documents_that_fit(self.engine, build, docs, max_tokens)
+        if len(fitting) < len(docs) and not self._said_cut:
+            log.warning(
+                "%d of %d documents of a question fit the window, the others are left out; this is said once, and "
+                "docs_shown of each row tells how many the reranker saw", len(fitting), len(docs),
+            )
+            self._said_cut = True
+        return fitting
 
     def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
         """Those of `docs` that fit the reranker's prompt."""
-        return documents_that_fit(
-            self.engine, lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens
-        )
+        return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens)
 
     def select(
         self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float = 0.0, top_p: float = 1.0
@@ -95,7 +103,7 @@ class Caller:
             return self.prompts.generator(row["question"], some, task.instruction)
 
         return Request(
-            messages=build(documents_that_fit(self.engine, build, docs, max_tokens)),
+            messages=build(self._fit(build, docs, max_tokens)),
             seed=derive_seed(self._args.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
             max_tokens=max_tokens,
         )

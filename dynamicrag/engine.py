@@ -14,6 +14,7 @@ from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError, log
 
 API_CONCURRENCY = 64
+API_RETRIES = 5
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class ApiEngine:
 
         slots = asyncio.Semaphore(API_CONCURRENCY)
         key = os.environ.get("OPENAI_API_KEY", "none")
-        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=5) as client:
+        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=API_RETRIES) as client:
 
             async def complete(request: Request) -> Completion:
                 async with slots:
@@ -202,6 +203,8 @@ class ApiEngine:
                         max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
                         extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
                     )
+                if len(reply.choices) < request.n:
+                    raise UserError(f"{self._base_url}: returned {len(reply.choices)} of n={request.n} samples; it does not support n")
                 return Completion(
                     texts=[(choice.message.content or "").strip() for choice in reply.choices],
                     prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
