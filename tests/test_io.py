@@ -11,7 +11,7 @@ from conftest import read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamicrag import jsonio, stage
+from dynamicrag import jsonio, output, stage
 from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.output import Output, read_manifest
 from dynamicrag.records import count_rows, normalise_row, read_rows
@@ -229,7 +229,7 @@ def test_killed_before_the_manifest(tmp_path, suffix, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_versions", fail)
+        patch.setattr(output, "_versions", fail)
         with pytest.raises(Killed):
             run_stage(tmp_path, suffix)
     assert (tmp_path / f"out{suffix}").exists()
