@@ -21,6 +21,8 @@ from dynamicrag.selection import format_ids
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import target_answer, task_of
 
+# Above this share of pairs whose chosen selection is the shorter one, a model may learn to choose nothing at all.
+BREVITY_SHARE = 2 / 3
 NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
 
 
@@ -121,6 +123,8 @@ def main(argv=None):
         "reranker pairs: mean k %.2f chosen, %.2f rejected; chosen is shorter in %.0f %%",
         statistics.fmean(k_best), statistics.fmean(k_worst), 100 * shorter,
     )
+    if shorter > BREVITY_SHARE:
+        log.warning("these pairs teach brevity above all; raise --min-margin, or lower the weight of length in the reward")
     reranker, generator = (
         capped(reranker, args.max_reranker_pairs, args.seed), capped(generator, args.max_generator_pairs, args.seed)
     )
