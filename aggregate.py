@@ -1,8 +1,10 @@
 """Put the workers' files together: retrieval shards -> one file, in the order of the questions before splitting.
 
-Reads output/retrieval_split_0.json, _1, ... as retriever.py wrote them. Every shard must be there and complete; where
-the parts that split_data.py wrote are still there, each shard must have been made from its part. Rows are never
-merged, and an id that occurs twice is refused.
+Every shard must be there and complete; where the parts that split_data.py wrote are still there, each shard must have
+been made from its part. Rows are never merged, and an id that occurs twice is refused.
+
+Reads    output/retrieval_split_0.json, _1, ...          what the workers wrote
+Writes   output/retrieval_data.jsonl                     the same rows in one file
 
     python aggregate.py
 """

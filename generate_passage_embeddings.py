@@ -1,9 +1,11 @@
 """Embed a corpus: passages -> shards of vectors for the retriever.
 
-Mean-pooled embeddings as in Contriever (Izacard et al., 2022, arXiv 2112.09118). Reads a corpus as DPR publishes it
-(TSV with the header id, text, title), JSONL or Parquet. Writes OUTPUT_DIR/passages_00.npy (float16, one row a
-passage) and passages_00.ids.npy; an interrupted run continues where it stopped. Several machines or GPUs share a
+Mean-pooled embeddings as in Contriever (Izacard et al., 2022, arXiv 2112.09118). Several machines or GPUs share a
 corpus with --num_shards N, each with its own --shard_id.
+
+Reads    data/psgs_w100.tsv                              a corpus: TSV with the header id, text, title; JSONL; Parquet
+Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row a passage
+         data/wikipedia_embeddings/passages_00.ids.npy   their ids
 
     python generate_passage_embeddings.py --model_name_or_path models/retriever --passages data/psgs_w100.tsv \\
         --output_dir data/wikipedia_embeddings

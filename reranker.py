@@ -1,9 +1,11 @@
 """Judge every retrieved document: rows with docs -> the same with rerank_score and rerank_label.
 
 The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713), or a cross-encoder where the
-checkpoint is a sequence classifier. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. Reads
-what aggregate.py writes. The documents stay in the retriever's order unless --sort is given. An interrupted run
-continues where it stopped.
+checkpoint is a sequence classifier. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The
+documents stay in the retriever's order unless --sort is given.
+
+Reads    output/retrieval_data.jsonl                     rows with docs
+Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rerank_label of each document
 
     python reranker.py --model_name_or_path models/reranker/monot5 --input_file output/retrieval_data.jsonl \\
         --output_file output/retrieval_data_rerank.jsonl --device cuda

@@ -1,9 +1,12 @@
 """Retrieve documents: questions -> the same with `docs`, scored, best first.
 
 Dense retrieval as in Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages
-and compared by inner product. Reads questions (JSON or JSONL; `retrieved_question`, where present, is what is
-searched with), the corpus, and its embeddings: own shards, or those Contriever publishes. Writes every question
-with docs: [{id, title, text, score}]. An interrupted run continues where it stopped.
+and compared by inner product. `retrieved_question`, where a row has one, is what is searched with.
+
+Reads    data/splits/split_0.json                        questions
+         data/psgs_w100.tsv                              the corpus
+         data/wikipedia_embeddings/*                     its embeddings: own shards, or those Contriever publishes
+Writes   output/retrieval_split_0.json                   + docs: id, title, text, score
 
     python retriever.py --model_name_or_path models/retriever --passages data/psgs_w100.tsv \\
         --passages_embeddings "data/wikipedia_embeddings/*" --query data/splits/split_0.json \\

@@ -1,7 +1,10 @@
 """Split the questions: one file of questions -> one file a retrieval worker.
 
-Reads questions (JSON or JSONL). Writes OUTPUT_DIR/split_0.json, split_1.json, ...: contiguous parts that differ by one
-row at most, so that the workers finish together and aggregate.py can restore the order.
+The parts are contiguous and differ by one row at most, so that the workers finish together and aggregate.py can
+restore the order.
+
+Reads    data/rag_training_data.json                     questions
+Writes   data/splits/split_0.json, split_1.json, ...     the same rows, divided
 
     python split_data.py --input_file data/rag_training_data.json --output_dir data/splits --num_splits 8
 """

@@ -56,4 +56,5 @@ step "preference optimisation (LLaMA-Factory DPO)" bash scripts/08_dpo.sh "$CONF
 step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
 step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
 
-printf '\nDone in %d min. The table is in %s/results/test.md\n' $(((SECONDS - STARTED) / 60)) "$WORK" >&2
+printf '\nA system is SET_MODEL_SELECTOR: the model answers, and chooses where the selector is dynamic; monot5 is the reranker.\n' >&2
+printf 'Done in %d min. The table is in %s/results/test.md\n' $(((SECONDS - STARTED) / 60)) "$WORK" >&2

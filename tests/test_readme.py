@@ -49,3 +49,10 @@ def test_docstring_command_is_understood(stage):
     command = re.search(rf"^    python {stage}.*?(?=^\S|\Z|\n\n)", module.__doc__, re.DOTALL | re.MULTILINE)
     assert command, "no command in the docstring"
     module.parse_args(shlex.split(command[0].replace("\\\n", " "))[2:])
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python (examples/\S+ .*)$", README, re.MULTILINE))
+def test_example_command_is_understood_by_its_own_parser(command, monkeypatch):
+    script, *arguments = shlex.split(command)
+    monkeypatch.syspath_prepend(REPO / Path(script).parent)
+    importlib.import_module(Path(script).stem).parse_args(arguments)
