@@ -60,8 +60,8 @@ run_part() {
     "${command[@]//\{out\}/$out}"
 }
 
-# train STAGE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/STAGE.yaml on the data of this run. The checksums of
-# what it was trained on are written last and mark completion.
+# train STAGE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/STAGE.yaml on the data of this run. An interrupted
+# one continues from its last checkpoint, unless its data has changed; trained_on.sha256 marks completion.
 train() {
     local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$1.yaml data=()
     shift
@@ -69,16 +69,20 @@ train() {
         sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
         dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json") ;;
     esac
-    if [[ -f $folder/trained_on.sha256 ]]; then
-        sha256sum --check --status "$folder/trained_on.sha256" && { echo "$folder is trained already" >&2; return; }
-        echo "error: $folder was trained on other data or another recipe; move it away to train anew" >&2
-        exit 2
-    fi
+    local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 sums
+    for sums in "$begun" "$finished"; do
+        if [[ -f $sums ]] && ! sha256sum --check --status "$sums"; then
+            echo "error: $folder was trained on other data or another recipe; move it away to train anew" >&2
+            exit 2
+        fi
+    done
+    [[ -f $finished ]] && { echo "$folder is trained already" >&2; return; }
     [[ -x $LLAMAFACTORY ]] || { echo "error: $LLAMAFACTORY is missing; make it with: bash scripts/setup.sh" >&2; exit 2; }
-    mkdir -p "$WORK/recipes"
+    mkdir -p "$WORK/recipes" "$folder"
     [[ $WORK == . ]] || cp recipes/dataset_info.json "$WORK/recipes/"
+    sha256sum "$recipe" "${data[@]}" >"$begun"
     env DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" \
         dataset_dir="$WORK/recipes" output_dir="$folder" "$@"
+    mv "$begun" "$finished"
     rm -rf "$folder"/checkpoint-*
-    sha256sum "$recipe" "${data[@]}" >"$folder/trained_on.sha256"
 }

@@ -91,3 +91,33 @@ def test_script_stops_at_the_first_error(script):
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text or 'source "$(dirname "$0")/common.sh"' in text
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_path):
+    """With a stand-in for llamafactory-cli that fails until it is let go; test_chain.py runs the real one."""
+    data = tmp_path / "work/training_data"
+    data.mkdir(parents=True)
+    for name in ("reranker_bc_training.json", "generator_sft_training.json"):
+        (data / name).write_text("[]\n")
+    trainer = tmp_path / "llamafactory-cli"
+    trainer.write_text(
+        '#!/bin/sh\necho "$@" >>"$LOG"\n[ -f "$LOG.go" ] || exit 1\n'
+        'for word; do case $word in output_dir=*) echo "{}" >"${word#*=}/config.json";; esac; done\n'
+    )
+    trainer.chmod(0o755)
+    log = tmp_path / "calls"
+    environment = {"LLAMAFACTORY": str(trainer), "LOG": str(log)}
+    folder = tmp_path / "work/DynamicRAG_smollm2_135m/sft"
+
+    assert bash("05_sft.sh", settings, **environment).returncode != 0
+    assert (folder / "training_on.sha256").exists()
+    Path(f"{log}.go").touch()
+    assert bash("05_sft.sh", settings, **environment).returncode == 0
+    again = bash("05_sft.sh", settings, **environment)
+    assert again.returncode == 0 and "is trained already" in again.stderr
+    calls = log.read_text().splitlines()
+    assert len(calls) == 2 and f"output_dir={folder}" in calls[0] and f"dataset_dir={tmp_path}/work/recipes" in calls[0]
+
+    (data / "generator_sft_training.json").write_text("[1]\n")
+    refused = bash("05_sft.sh", settings, **environment)
+    assert refused.returncode == 2 and "other data" in refused.stderr
