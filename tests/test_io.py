@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dynamicrag import jsonio, output, stage
 from dynamicrag.jsonio import read_json, write_json
-from dynamicrag.output import Output, read_manifest
+from dynamicrag.manifest import read_manifest
+from dynamicrag.output import Output
 from dynamicrag.records import count_rows, normalise_row, read_rows
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import derive_dataset
@@ -229,7 +230,7 @@ def test_killed_before_the_manifest(tmp_path, suffix, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "_versions", fail)
+        patch.setattr(output, "versions", fail)
         with pytest.raises(Killed):
             run_stage(tmp_path, suffix)
     assert (tmp_path / f"out{suffix}").exists()
