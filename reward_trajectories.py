@@ -13,6 +13,7 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.judge import Judge
@@ -96,7 +97,8 @@ def main(argv=None):
     weights = parse_weights(args.weights)
     if bool(args.judge_base_url) != bool(args.judge_model):
         raise UserError("--judge-base-url and --judge-model belong together")
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    encoder = [args.bert_model] if Path(args.bert_model).is_dir() else []
+    out = Output(args, [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
     if out.finished:
         return
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
