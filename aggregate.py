@@ -37,7 +37,7 @@ def numbered(pattern: str) -> dict[int, Path]:
     """The files of a glob by the last number in their name, in numerical order: 10 follows 9, not 1."""
     found: dict[int, Path] = {}
     for path in map(Path, sorted(glob.glob(pattern))):
-        if path.name.endswith(".manifest.json"):
+        if path.name.endswith((".manifest.json", ".rejected.jsonl")):
             continue
         numbers = re.findall(r"\d+", path.stem)
         if not numbers:
@@ -52,7 +52,7 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
     """All shards in order. Raises UserError naming the first that is missing, unfinished or of another split."""
     unfinished = {number: path for number, path in numbered(f"{pattern}.partial").items()}
     for path in unfinished.values():
-        raise UserError(f"{path}: this shard is unfinished; run its retriever.py again, it continues")
+        raise UserError(f"{path}: this shard is unfinished; run its command again, it continues")
     shards, splits = numbered(pattern), numbered(f"{splits_dir}/split_*.json")
     if not shards:
         raise UserError(f"{pattern}: no shards; make them with retriever.py")

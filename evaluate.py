@@ -135,7 +135,11 @@ def result_rows(results_file: str, remain_file: str | None, eval_file: str | Non
     asked = {row["id"] for row in read_rows(eval_file)} if eval_file else None
     manifest = read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
-        remain_file = str(Path(results_file).with_name(Path(manifest["outputs"][1]).name))
+        named = Path(manifest["outputs"][1])
+        remain_file = str(named if named.exists() else Path(results_file).with_name(named.name))
+    if remain_file is None and eval_file is None:
+        log.warning("%s: no manifest names its remain file and no --eval_file was given: questions that got no answer are "
+                    "not counted", results_file)
     for path in filter(None, [results_file, remain_file]):
         if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
             continue

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             file.write(vectors.tobytes())
             file.flush()
             os.fsync(file.fileno())
-    save_ids(ids_path(shard), store.slice(start, stop)["id"])
+    save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)
     padding = 1 - encoder.seen_tokens / max(encoder.padded_tokens, 1)

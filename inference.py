@@ -24,7 +24,7 @@ from argparse import Namespace
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, unanswered
+from dynamicrag.calls import Caller, add_call_flags, remain_path, unanswered
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     files.add_argument(
         "--output-json", "--output-jsonl", dest="output_json", default="results/llama3_8b_nq.json", help="answered rows"
     )
-    files.add_argument("--remain-output-json", default="results/llama3_8b_nq_remain.json", help="rows without an answer")
+    files.add_argument("--remain-output-json", help="rows without an answer (default: <output>_remain)")
     choice = parser.add_argument_group("selection")
     choice.add_argument("--selector", nargs="+", default=["dynamic"], help="who chooses the documents")
     choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown, as in training")
@@ -50,7 +50,9 @@ def parse_args(argv=None):
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.remain_output_json = args.remain_output_json or remain_path(args.output_json)
+    return args
 
 
 def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:

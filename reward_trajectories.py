@@ -40,7 +40,7 @@ def parse_args(argv=None):
         "--answer-match", choices=ANSWER_MATCHES, default="exact", help="em term: equality, or containment for long answers"
     )
     reward.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder, or a hub name")
-    reward.add_argument("--bert_layer", type=int, help="its layer (default: the last)")
+    reward.add_argument("--bert_layer", type=int, help="its layer (default: bert-score's own for a model it knows, else the last)")
     reward.add_argument("--device", default="auto", help="where the encoder runs: auto, cuda, cpu")
     reward.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
     judge = parser.add_argument_group("judge")

@@ -38,7 +38,7 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, seed: int) -> 
     if sft_size is None:
         sft_size = PUBLISHED_SFT_ROWS
         if rows < PUBLISHED_ROWS:
-            sft_size = min(max(1, round(rows * 3 / 5)), rows - 1)
+            sft_size = min(PUBLISHED_SFT_ROWS, max(1, round(rows * 3 / 5)), rows - 1)
             log.warning("%d rows are fewer than the published 120,000: %d for SFT, the rest for DPO", rows, sft_size)
     order = random.Random(seed).sample(range(rows), rows)
     sft, rest = order[:sft_size], order[sft_size:]

@@ -17,7 +17,7 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, unanswered
+from dynamicrag.calls import Caller, add_call_flags, remain_path, unanswered
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
@@ -37,7 +37,7 @@ def parse_args(argv=None):
         "--output-json", "--output-jsonl", dest="output_json", default="results/llama3_8b_top_500_nq.json", help="answered rows"
     )
     files.add_argument(
-        "--remain-output-json", default="results/llama3_8b_top_500_nq_remain.json", help="rows without an answer"
+        "--remain-output-json", help="rows without an answer (default: <output>_remain)"
     )
     windows = parser.add_argument_group("windows")
     windows.add_argument("--max-context-window", type=int, default=40, help="documents a window")
@@ -45,7 +45,9 @@ def parse_args(argv=None):
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.remain_output_json = args.remain_output_json or remain_path(args.output_json)
+    return args
 
 
 def reduce_to_window(

@@ -5,6 +5,7 @@ Sampling, inference and top-N inference build their requests here and nowhere el
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dynamicrag.engine import ApiEngine, Request, VllmEngine
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
@@ -57,6 +58,12 @@ def documents_that_fit(
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
     return list(docs[:fitting])
+
+
+def remain_path(output: str) -> str:
+    """Where the rows go that a run to `output` could not answer, unless a flag says otherwise."""
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
 class Caller:

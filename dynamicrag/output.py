@@ -58,6 +58,7 @@ class Output:
         for name in inputs:
             if not Path(name).exists():
                 raise UserError(f"{name}: no such file; it is the input of this stage")
+        self._refuse_overlap(inputs)
         self.identity = identity(args, outputs, inputs)
         if args.overwrite:
             for path in self.paths:
@@ -71,13 +72,29 @@ class Output:
     def _begun(self) -> Path:
         return Path(f"{self.partial}.manifest.json")
 
+    def _refuse_overlap(self, inputs: list[str]) -> None:
+        """No file may be two outputs, an output and an input, or belong to another run: --overwrite would destroy it."""
+        for number, path in enumerate(self.paths):
+            if path.resolve() in [other.resolve() for other in self.paths[:number]]:
+                raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
+            if path.resolve() in [Path(name).resolve() for name in inputs]:
+                raise UserError(f"{path}: is input and output of this stage; give the output another path")
+            owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
+            if Path(owner).name != self.path.name:
+                raise UserError(f"{path}: belongs to the run that wrote {owner}; give this one another path")
+
     def _is_finished(self) -> bool:
         manifest = read_manifest(self.path)
-        present = [path for path in self.paths if path.exists()]
-        if manifest is not None and len(present) == len(self.paths):
+        absent = [path for path in self.paths if not path.exists()]
+        if manifest is not None:
             self._refuse_other(manifest, self.path)
+            if absent:
+                raise UserError(f"{absent[0]}: is gone since the run that wrote it finished; --overwrite makes all of it anew")
+            self.partial.unlink(missing_ok=True)  # left by an interruption right after the manifest
+            self._begun.unlink(missing_ok=True)
             return True
-        if present and manifest is None and not self._begun.exists():
+        present = [path for path in self.paths if path.exists()]
+        if present and not self._begun.exists():
             raise UserError(f"{present[0]}: exists, but not as the finished output of a stage; move it away or give --overwrite")
         return False
 

@@ -143,6 +143,10 @@ class PassageStore:
         """The columns id, title and text of the passages at start..stop-1."""
         return self.table[start:stop]
 
+    def ids(self, start: int, stop: int) -> list[str]:
+        """The ids alone of the passages at start..stop-1: no text of a whole shard is read for them."""
+        return self.table.select_columns("id")[start:stop]["id"]
+
     def docs(self, positions: list[int]) -> list[dict[str, str]]:
         """The passages at these positions, as documents of a row."""
         columns = self.table[positions] if positions else {"id": [], "title": [], "text": []}

@@ -69,11 +69,12 @@ class BertScore:
     def __init__(self, model: str, layer: int | None, device: str, batch_size: int = 64):
         """`model` is an encoder folder or a name bert-score knows. Raises UserError where it cannot be loaded."""
         from bert_score import BERTScorer
+        from bert_score.utils import model2layers
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(model)
-            layer = layer or config.num_hidden_layers
+            layer = layer or model2layers.get(model) or config.num_hidden_layers
             self._scorer = BERTScorer(model_type=model, num_layers=layer, lang="en", device=device, batch_size=batch_size)
         except (OSError, ValueError, AssertionError) as error:
             raise UserError(f"--bert_model {model}: no encoder could be loaded: {error}") from error

@@ -49,7 +49,7 @@ def parse_ids(text: str, n_docs: int) -> Selection:
     return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
 
 
-def ids_pattern(n_docs: int, max_ids: int | None = None) -> str:
+def ids_pattern(n_docs: int) -> str:
     """A regular expression of every well-formed selection among `n_docs` documents, for constrained decoding.
 
     Repeats are not excluded (a regular expression that does is exponential in n_docs); parse_ids drops them.
@@ -57,5 +57,4 @@ def ids_pattern(n_docs: int, max_ids: int | None = None) -> str:
     if n_docs == 0:
         return NO_DOCUMENT
     identifier = rf"\[({'|'.join(map(str, range(1, n_docs + 1)))})\]"
-    more = min(n_docs, max_ids or n_docs) - 1
-    return rf"({NO_DOCUMENT}|{identifier}(, {identifier}){{0,{more}}})"
+    return rf"({NO_DOCUMENT}|{identifier}(, {identifier}){{0,{n_docs - 1}}})"

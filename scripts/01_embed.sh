@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Corpus -> embedding shards, one a GPU.
 source "$(dirname "$0")/common.sh"
-needs "$PASSAGES" "${PASSAGES_SCRIPT:-README.md, section Corpora: this is the corpus}"
+given PASSAGES
 
 pids=()
 for ((shard = 0; shard < NUM_SHARDS; shard++)); do
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list of flags
-    CUDA_VISIBLE_DEVICES=$shard python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS \
+    CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS \
         --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$shard" --num_shards "$NUM_SHARDS" &
     pids+=("$!:$shard")
 done

@@ -8,7 +8,7 @@ retrieve() { # QUESTIONS OUTPUT
     sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
         --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED"
 }
-needs "$TRAIN_QUESTIONS" "${QUESTIONS_SCRIPT:-README.md, section Data: these are your questions}"
+given TRAIN_QUESTIONS
 retrieve "$TRAIN_QUESTIONS" "$WORK/output/retrieval_data.jsonl"
 for questions in $EVAL_QUESTIONS; do
     retrieve "$questions" "$WORK/output/retrieval_$(basename "${questions%.*}").jsonl"

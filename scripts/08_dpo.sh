@@ -4,7 +4,7 @@ source "$(dirname "$0")/common.sh"
 needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 
 # shellcheck disable=SC2086  # the *_FLAGS are lists of flags
-python construct_dpo.py --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
+python construct_dpo.py "${PROMPT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
     --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" $PAIR_FLAGS
 # shellcheck disable=SC2086

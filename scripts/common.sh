@@ -16,14 +16,34 @@ export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # Models in folders never need a hub; HF_HUB_OFFLINE=0 lets hub names be looked up.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
-gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
-NUM_SHARDS=${NUM_SHARDS:-$(gpus)}
+# The GPUs to use: CUDA_VISIBLE_DEVICES where it is set, else all of the machine. A shard takes GPUS_PER_SHARD of them.
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    IFS=, read -ra GPUS <<<"$CUDA_VISIBLE_DEVICES"
+else
+    mapfile -t GPUS < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+fi
+GPUS_PER_SHARD=${GPUS_PER_SHARD:-1}
+NUM_SHARDS=${NUM_SHARDS:-$((${#GPUS[@]} / GPUS_PER_SHARD))}
 ((NUM_SHARDS > 0)) || NUM_SHARDS=1
+gpus_of() { # SHARD
+    ((${#GPUS[@]})) || return 0
+    local IFS=, first=$(($1 * GPUS_PER_SHARD % ${#GPUS[@]}))
+    echo "${GPUS[*]:first:GPUS_PER_SHARD}"
+}
+# Flags of every stage that writes a prompt.
+PROMPT_FLAGS=()
+# shellcheck disable=SC2034  # used by the scripts that source this
+[[ -z ${PROMPTS:-} ]] || PROMPT_FLAGS=(--prompts "$PROMPTS")
 MODEL_DIR=$WORK/DynamicRAG_$MODEL
 
 # needs FILE SCRIPT: end here, naming the script that makes FILE, where it is missing.
 needs() {
     [[ -e $1 ]] || { echo "error: $1 is missing; make it with: bash $2 $CONFIG" >&2; exit 2; }
+}
+
+# given VARIABLE: end here where the file a setting names is not there.
+given() {
+    [[ -e ${!1} ]] || { echo "error: ${!1} is missing; $CONFIG names it as $1${MAKER:+; $MAKER makes it}" >&2; exit 2; }
 }
 
 # sharded INPUT OUTPUT COMMAND...: run COMMAND, with {in} and {out} in it replaced, on one part of INPUT a GPU at the
@@ -36,14 +56,13 @@ sharded() {
         run_part "$input" "$output" "$@"
         return
     fi
-    [[ -f $output && -f $output.manifest.json ]] && { echo "$output is complete already" >&2; return; }
     mkdir -p "$parts"
     python split_data.py --input_file "$input" --output_dir "$parts/in" --num_splits "$NUM_SHARDS"
     for part in "$parts"/in/split_*.json; do
         [[ $part == *.manifest.json ]] && continue
         shard=$(basename "$part" .json)
         shard=${shard#split_}
-        CUDA_VISIBLE_DEVICES=$shard run_part "$part" "$parts/out_$shard.jsonl" "$@" >"$parts/$shard.log" 2>&1 &
+        CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") run_part "$part" "$parts/out_$shard.jsonl" "$@" >"$parts/$shard.log" 2>&1 &
         pids+=("$!:$shard")
     done
     for part in "${pids[@]}"; do
@@ -67,12 +86,13 @@ train() {
     shift
     case $stage in
         sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
-        dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json") ;;
+        dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json"
+            "$MODEL_DIR/sft/trainer_state.json") ;;
     esac
-    local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 sums
+    local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 settings=$folder/settings.txt sums
     for sums in "$begun" "$finished"; do
-        if [[ -f $sums ]] && ! sha256sum --check --status "$sums"; then
-            echo "error: $folder was trained on other data or another recipe; move it away to train anew" >&2
+        if [[ -f $sums ]] && ! { sha256sum --check --status "$sums" && [[ "$*" == "$(cat "$settings")" ]]; }; then
+            echo "error: $folder was trained on other data or with other settings; move it away to train anew" >&2
             exit 2
         fi
     done
@@ -80,6 +100,7 @@ train() {
     [[ -x $LLAMAFACTORY ]] || { echo "error: $LLAMAFACTORY is missing; make it with: bash scripts/setup.sh" >&2; exit 2; }
     mkdir -p "$WORK/recipes" "$folder"
     [[ $WORK == . ]] || cp recipes/dataset_info.json "$WORK/recipes/"
+    echo "$*" >"$settings"
     sha256sum "$recipe" "${data[@]}" >"$begun"
     env DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" \
         dataset_dir="$WORK/recipes" output_dir="$folder" "$@"

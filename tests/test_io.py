@@ -346,3 +346,33 @@ def test_help_needs_no_heavy_import(script, request):
             "sys.stderr.write(' '.join({'torch', 'transformers', 'faiss', 'datasets', 'numpy'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath)
     assert done.stderr == "" and "(default: " in done.stdout
+
+
+def test_no_output_is_an_input_or_another_output_or_another_runs(tmp_path):
+    """--overwrite would destroy what it needs (behaviour 2)."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
+    with pytest.raises(UserError, match="input and output"):
+        Output(arguments(overwrite=True), [str(source)], [str(source)])
+    assert source.exists()
+    with pytest.raises(UserError, match="two outputs"):
+        Output(arguments(overwrite=True), [str(tmp_path / "x.json"), str(tmp_path / "x.json")], [str(source)])
+    first = Output(arguments(), [str(tmp_path / "nq.json"), str(tmp_path / "remain.json")], [str(source)])
+    first.publish(tmp_path / "nq.json", [])
+    first.publish(tmp_path / "remain.json", [])
+    first.finish()
+    with pytest.raises(UserError, match=r"belongs to the run that wrote .*nq\.json"):
+        Output(arguments(overwrite=True), [str(tmp_path / "tqa.json"), str(tmp_path / "remain.json")], [str(source)])
+
+
+def test_a_finished_output_that_lost_a_file_is_not_mixed_with_another_run(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    out = Output(arguments(), paths, [str(source)])
+    for path in paths:
+        out.publish(path, [])
+    out.finish()
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(UserError, match=r"b\.json: is gone"):
+        Output(arguments(), paths, [str(source)])
+    with pytest.raises(UserError, match="other arguments"):
+        Output(arguments(seed=7), paths, [str(source)])
