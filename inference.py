@@ -24,7 +24,7 @@ from argparse import Namespace
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, remain_path, unanswered
+from dynamicrag.calls import Caller, add_call_flags, fail_unanswered, remain_path, unanswered, work_on_fitting
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
@@ -153,7 +153,8 @@ def main(argv=None):
         chooser = Caller(load_engine(args, args.reranker_model), args)
     for selector, out in unfinished.items():
         answer = partial(answer_chunk, selector=selector, chooser=chooser, generator=generator, topn=args.topn)
-        out.process(read_rows(args.input_json, ("docs",), args.dataset, out.reject), args.chunk_size, answer, total, selector)
+        work = partial(work_on_fitting, caller=generator, work=answer, fail=fail_unanswered)
+        out.process(read_rows(args.input_json, ("docs",), args.dataset, out.reject), args.chunk_size, work, total, selector)
         out.finish_answers()
 
 

@@ -13,9 +13,10 @@ Writes   results/training_data_dpo_sampling.json         + id_lists, responses, 
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags
+from dynamicrag.calls import Caller, add_call_flags, work_on_fitting
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
 from dynamicrag.output import Output
 from dynamicrag.records import Row, count_rows, read_rows
@@ -78,6 +79,13 @@ def sample_trajectories(rows: list[Row], caller: Caller, args) -> list[Row]:
     return results
 
 
+def no_trajectory(row: Row, reason: str) -> Row:
+    """A row whose question does not fit the window: it teaches nothing, and is kept."""
+    log.warning("row %s: %s", row["id"], reason)
+    nothing = {key: [] for key in ("id_lists", "selections", "invalid_selections", "responses")}
+    return {**row, "docs_shown": 0, **nothing, "usage": vars(Usage())}
+
+
 def summarise(rows: Iterable[Row]) -> Counter:
     """Counts over all trajectories: how long, how many None, how many malformed."""
     seen: Counter = Counter()
@@ -103,7 +111,8 @@ def main(argv=None):
     total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))
     caller = Caller(load_engine(args), args)
     rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    out.process(rows, args.chunk_size, lambda chunk: sample_trajectories(chunk, caller, args), total, "sampling")
+    work = partial(work_on_fitting, caller=caller, work=partial(sample_trajectories, caller=caller, args=args), fail=no_trajectory)
+    out.process(rows, args.chunk_size, work, total, "sampling")
     seen = summarise(out.written())
     valid = max(1, seen["trajectories"] - seen["malformed"])
     log.info(

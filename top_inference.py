@@ -15,9 +15,10 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, remain_path, unanswered
+from dynamicrag.calls import Caller, add_call_flags, fail_unanswered, remain_path, unanswered, work_on_fitting
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
@@ -132,7 +133,9 @@ def main(argv=None):
     total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))
     caller = Caller(load_engine(args), args)
     rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    out.process(rows, args.chunk_size, lambda chunk: answer_chunk(chunk, caller, args), total, f"top {args.topn}")
+    answer = partial(answer_chunk, caller=caller, args=args)
+    work = partial(work_on_fitting, caller=caller, work=answer, fail=fail_unanswered)
+    out.process(rows, args.chunk_size, work, total, f"top {args.topn}")
     out.finish_answers()
 
 

@@ -39,6 +39,11 @@ def unanswered(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in ANSWER_KEYS}
 
 
+def fail_unanswered(row: Row, reason: str) -> Row:
+    """The row as the remain file has it."""
+    return {**unanswered(row), "error": reason}
+
+
 def documents_that_fit(
     engine: VllmEngine | ApiEngine, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
@@ -66,6 +71,18 @@ def remain_path(output: str) -> str:
     return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
+def work_on_fitting(
+    rows: list[Row], caller: "Caller", work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
+) -> list[Row]:
+    """work() on the rows whose question fits the window and fail(row, reason) on the others, results in order.
+
+    One over-long question costs itself, not the run.
+    """
+    reasons = {row["id"]: caller.too_long(row) for row in rows}
+    done = iter(work([row for row in rows if not reasons[row["id"]]]))
+    return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
+
+
 class Caller:
     """Builds the requests of one run from its flags."""
 
@@ -84,6 +101,17 @@ class Caller:
             )
             self._said_cut = True
         return fitting
+
+    def too_long(self, row: Row) -> str | None:
+        """Why a row cannot be asked at all: its question alone, without a document, does not fit the window."""
+        task = task_of(row.get("dataset"))
+        prompts = [
+            (self.prompts.reranker(row["question"], []), self._args.selection_max_tokens),
+            (self.prompts.generator(row["question"], [], task.instruction), self._args.answer_max_tokens or task.max_tokens),
+        ]
+        if all(self.engine.fits(messages, max_tokens) for messages, max_tokens in prompts):
+            return None
+        return f"the question alone is longer than --max-model-len {self._args.max_model_len}: {row['question'][:80]!r}"
 
     def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
         """Those of `docs` that fit the reranker's prompt."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import inference
 import sampling_dpo_trajectories
 import top_inference
-from dynamicrag.calls import Caller, documents_that_fit
+from dynamicrag.calls import Caller, documents_that_fit, fail_unanswered, work_on_fitting
 from dynamicrag.engine import Completion, Usage
 from dynamicrag.jsonio import read_json
 from dynamicrag.selection import Selection, format_ids
@@ -574,3 +574,28 @@ def test_usage_adds_up():
     usage.add(Completion(["a"], 10, 2))
     usage.add(Completion(["a", "b"], 5, 4))
     assert usage == Usage(2, 15, 6)
+
+
+# ---------------------------------------------------------------- questions longer than the window
+
+
+def test_an_overlong_question_costs_itself_and_not_the_run():
+    call = caller(choosing("[1]"), inference)
+    fits = call.engine.fits
+    call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"] and fits(messages, max_tokens)
+    rows = [question(1), {**question(2), "question": "endless", "response": "of an earlier run"}, question(3)]
+    results = work_on_fitting(
+        rows, call, lambda some: inference.answer_chunk(some, "dynamic", call, call, 20), fail_unanswered
+    )
+    assert [row["id"] for row in results] == ["q1", "q2", "q3"]
+    assert results[0]["response"] and results[2]["response"] and "response" not in results[1]
+    assert "longer than --max-model-len" in results[1]["error"]
+
+    call = caller(lambda request, kind, titles: ["[1]"] * request.n if kind == "select" else "an answer", sampling_dpo_trajectories)
+    call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"]
+    sampled = work_on_fitting(
+        rows, call, lambda some: sampling_dpo_trajectories.sample_trajectories(some, call, call._args),
+        sampling_dpo_trajectories.no_trajectory,
+    )
+    assert [len(row["id_lists"]) for row in sampled] == [8, 0, 8]
+    assert sampling_dpo_trajectories.summarise(sampled)["trajectories"] == 16
