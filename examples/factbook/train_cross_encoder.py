@@ -258,9 +258,14 @@ def main(argv: list[str] | None = None) -> None:
     save(model, tokenizer, folder)
     if held_out:
         ranked = rerank(model, tokenizer, held_out, args)
-        log.info("held out, as retrieved: MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [row["docs"] for row in held_out]))
-        log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *ranking_quality(held_out, [[doc for _, doc in docs] for docs in ranked]))
+        before = ranking_quality(held_out, [row["docs"] for row in held_out])
+        after = ranking_quality(held_out, [[doc for _, doc in docs] for docs in ranked])
+        log.info("held out, as retrieved: MRR@10 %.3f, R@1 %.3f", *before)
+        log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *after)
         log.info("held out, label above 0.5: precision %.3f, recall %.3f", *label_quality(held_out, ranked))
+        if after[0] <= before[0]:
+            log.warning("this reranker is no better than the retriever, and everything learned from its labels will be worse; "
+                        "train on more questions and --max_pairs, or with another --seed")
     log.info("%s: trained in %.0f s (%.1f pairs a second)", folder, seconds, (easy + args.epochs * (len(pairs) - easy)) / seconds)
 
 
