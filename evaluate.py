@@ -19,6 +19,7 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
+from dynamicrag.calls import unanswered
 from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
 from dynamicrag.records import Row, read_rows
@@ -153,7 +154,7 @@ def result_rows(results_file: str, remain_file: str | None, eval_file: str | Non
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
         for row in read_rows(eval_file, dataset=dataset):
             if row["id"] not in seen:
-                yield {key: value for key, value in row.items() if key != "response"}
+                yield unanswered(row)
 
 
 def _holds_no_row(path: Path) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.monot5 import document_text
 from dynamicrag.output import Output
 
 # Documents are sorted by length across the questions of a chunk, and a whole chunk is what a resumed run keeps.
@@ -43,11 +44,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.n_docs is not None and args.n_docs < 1:
         parser.error("--n_docs must be at least 1")
     return args
-
-
-def document_text(doc: dict) -> str:
-    """How a document is shown to the reranker."""
-    return f"{doc['title']} {doc['text']}".strip()
 
 
 def rerank(

@@ -15,7 +15,7 @@ from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of
 
 # What inference.py and top_inference.py add to a row.
-ANSWER_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
+RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
 
 
 def add_call_flags(parser: ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_call_flags(parser: ArgumentParser) -> None:
 
 def unanswered(row: Row) -> Row:
     """The row without what an earlier run answered: result and remain files are usable inputs."""
-    return {key: value for key, value in row.items() if key not in ANSWER_KEYS}
+    return {key: value for key, value in row.items() if key not in RESULT_KEYS}
 
 
 def fail_unanswered(row: Row, reason: str) -> Row:

@@ -24,6 +24,11 @@ Pair = tuple[str, str]  # question, document: title and text
 CHARACTERS_PER_TOKEN = 100
 
 
+def document_text(doc: dict) -> str:
+    """How every reranker reads a document, in training and in use."""
+    return f"{doc['title']} {doc['text']}".strip()
+
+
 class _Pointwise:
     """What both rerankers share: batches of similar length over many pairs."""
 

@@ -23,7 +23,7 @@ def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
     published = (REPO / "configs/llama3_8b.env").read_text(encoding="utf-8")
     path = tmp_path / "tiny.env"
     path.write_text(
-        f"WORK={tmp_path}/work MODEL=smollm2_135m PASSAGES={corpus_tsv} EMBEDDINGS={tmp_path}/embeddings\n"
+        f"WORK={tmp_path}/run MODEL=smollm2_135m PASSAGES={corpus_tsv} EMBEDDINGS={tmp_path}/embeddings\n"
         f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS={test}\n"
         f"N_DOCS_RETRIEVED=6 N_DOCS_SHOWN=5\n{published}", encoding="utf-8",
     )
@@ -46,19 +46,19 @@ def run_to_reranking(settings: Path, **environment) -> None:
 @pytest.mark.slow
 def test_two_shards_give_what_one_run_gives(settings, tmp_path):
     run_to_reranking(settings, NUM_SHARDS="1")
-    whole = read_jsonl(tmp_path / "work/output/retrieval_data_rerank.jsonl")
-    assert (tmp_path / "work/eval_data/test.jsonl").exists()
-    shutil.rmtree(tmp_path / "work")
+    whole = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
+    assert (tmp_path / "run/eval_data/test.jsonl").exists()
+    shutil.rmtree(tmp_path / "run")
     shutil.rmtree(tmp_path / "embeddings")
     run_to_reranking(settings, NUM_SHARDS="2")
-    sharded = read_jsonl(tmp_path / "work/output/retrieval_data_rerank.jsonl")
+    sharded = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
     assert [row["id"] for row in sharded] == [row["id"] for row in whole]
     for one, other in zip(whole, sharded, strict=True):
         assert [doc["id"] for doc in one["docs"]] == [doc["id"] for doc in other["docs"]]
     again = bash("03_rerank.sh", settings, NUM_SHARDS="2")
     assert again.returncode == 0 and "complete already" in again.stderr
     assert bash("04_training_data.sh", settings).returncode == 0
-    assert (tmp_path / "work/training_data/reranker_bc_training.json").exists()
+    assert (tmp_path / "run/training_data/reranker_bc_training.json").exists()
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     assert done.returncode != 0
     logs = [line.split("its log is ")[1] for line in done.stderr.splitlines() if "its log is" in line]
     assert len(logs) == 2 and "no-such-model" in Path(logs[0]).read_text()
-    assert not (tmp_path / "work/output/retrieval_data_rerank.jsonl").exists()
+    assert not (tmp_path / "run/output/retrieval_data_rerank.jsonl").exists()
 
 
 @pytest.mark.parametrize(("script", "maker"), [
@@ -95,7 +95,7 @@ def test_script_stops_at_the_first_error(script):
 
 def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_path):
     """With a stand-in for llamafactory-cli that fails until it is let go; test_chain.py runs the real one."""
-    data = tmp_path / "work/training_data"
+    data = tmp_path / "run/training_data"
     data.mkdir(parents=True)
     for name in ("reranker_bc_training.json", "generator_sft_training.json"):
         (data / name).write_text("[]\n")
@@ -107,7 +107,7 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     trainer.chmod(0o755)
     log = tmp_path / "calls"
     environment = {"LLAMAFACTORY": str(trainer), "LOG": str(log)}
-    folder = tmp_path / "work/DynamicRAG_smollm2_135m/sft"
+    folder = tmp_path / "run/DynamicRAG_smollm2_135m/sft"
 
     assert bash("05_sft.sh", settings, **environment).returncode != 0
     assert (folder / "training_on.sha256").exists()
@@ -116,7 +116,7 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     again = bash("05_sft.sh", settings, **environment)
     assert again.returncode == 0 and "is trained already" in again.stderr
     calls = log.read_text().splitlines()
-    assert len(calls) == 2 and f"output_dir={folder}" in calls[0] and f"dataset_dir={tmp_path}/work/recipes" in calls[0]
+    assert len(calls) == 2 and f"output_dir={folder}" in calls[0] and f"dataset_dir={tmp_path}/run/recipes" in calls[0]
 
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from dynamicrag.jsonio import read_json
+from dynamicrag.monot5 import document_text
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
 # How much faster the new classification head learns than the encoder beneath it.
@@ -63,10 +64,6 @@ def read_rows(path: str) -> list[dict]:
     return rows
 
 
-def passage_text(doc: dict) -> str:
-    return f"{doc['title']} {doc['text']}"
-
-
 def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Random) -> list[Pair]:
     """Every needed passage that was retrieved, and beside it others, the higher ranked the likelier."""
     pairs = []
@@ -77,8 +74,8 @@ def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Rando
         # Weighted sampling without replacement: the largest of u^(1/w), here with the weight 1/rank.
         others.sort(key=lambda ranked: rng.random() ** ranked[0], reverse=True)
         chosen = [doc for _, doc in others[:negatives * max(1, len(needed))]]
-        pairs += [(row["question"], passage_text(doc), True) for doc in needed]
-        pairs += [(row["question"], passage_text(doc), False) for doc in chosen]
+        pairs += [(row["question"], document_text(doc), True) for doc in needed]
+        pairs += [(row["question"], document_text(doc), False) for doc in chosen]
         if len(pairs) >= limit:
             break
     return pairs[:limit]
@@ -91,10 +88,10 @@ def sample_easy_pairs(rows: list[dict], limit: int, rng: random.Random) -> list[
     for row in rng.sample(rows, len(rows)):
         for doc in row["docs"]:
             if doc["id"] in row["gold_docs"]:
-                pairs.append((row["question"], passage_text(doc), True))
+                pairs.append((row["question"], document_text(doc), True))
                 other = rng.choice(others)
                 if other["id"] not in row["gold_docs"]:
-                    pairs.append((row["question"], passage_text(other), False))
+                    pairs.append((row["question"], document_text(other), False))
     return pairs[:limit]
 
 
@@ -181,7 +178,7 @@ def rerank(model, tokenizer, rows: list[dict], args) -> list[list[tuple[float, d
     """(probability, document) of every document of every row, best first."""
     import torch
 
-    pairs = [(row["question"], passage_text(doc), False) for row in rows for doc in row["docs"]]
+    pairs = [(row["question"], document_text(doc), False) for row in rows for doc in row["docs"]]
     encoded = encode(tokenizer, pairs, args.max_length)
     order = sorted(range(len(pairs)), key=lambda i: len(encoded["input_ids"][i]))
     scores = [0.0] * len(pairs)
