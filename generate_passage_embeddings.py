@@ -46,11 +46,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
-    """The first passage of a shard and the one after its last: contiguous parts that differ by one at most."""
-    return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
-
-
 def windows(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     """Cut start..stop into windows at fixed positions."""
     for first in range(start, stop, size):
@@ -79,7 +74,7 @@ def open_rows(file, count: int, width: int) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from dynamicrag.shards import ids_path, save_ids
+    from dynamicrag.shards import ids_path, save_ids, shard_bounds
 
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
     inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()

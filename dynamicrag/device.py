@@ -25,15 +25,35 @@ def pick_device(name: str) -> str:
     return name
 
 
+def devices_of(device: str) -> tuple[str, ...]:
+    """All GPUs of the machine for `cuda`; otherwise the one named, or the CPU."""
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) if device == "cuda" else (device,)
+
+
 def pick_dtype(name: str, device: str) -> torch.dtype:
     """float32 or bfloat16; `auto` is bfloat16 where the hardware multiplies in it (elsewhere it is emulated, slowly)."""
     import torch
 
     if name != "auto":
         return getattr(torch, name)
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def rough_dtype(device: str) -> torch.dtype:
+    """The fastest precision to compare float16 vectors in: float16 on a GPU, bfloat16 where the CPU has it, or float32."""
+    import torch
+
     if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
+        return torch.float16
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

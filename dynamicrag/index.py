@@ -1,8 +1,4 @@
-"""Search over embedding shards: exact, or through a compressed faiss index that is built once and kept.
-
-Exact search reads the memory-mapped shards block by block and merges the best of each, so that memory does not grow
-with the corpus; on GPUs the shards stay resident there, spread over all of them in float16.
-"""
+"""The index over embedding shards: exact, or a compressed faiss index that is trained once and kept."""
 
 from __future__ import annotations
 
@@ -12,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from dynamicrag.device import devices_of
+from dynamicrag.flat import ExactIndex, best_first
 from dynamicrag.manifest import fingerprint
 from dynamicrag.output import exclusive
 from dynamicrag.shards import Shard
@@ -27,81 +25,6 @@ TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
 NPROBE, EF_SEARCH = 64, 128
 
 
-class ExactIndex:
-    """Inner-product search over every vector."""
-
-    def __init__(self, shards: list[Shard], device: str = "cpu"):
-        self.count = sum(len(shard.vectors) for shard in shards)
-        self._blocks = []
-        self._gpus = _gpus(device)
-        offset = 0
-        for shard in shards:
-            for start in range(0, len(shard.vectors), BLOCK_VECTORS):
-                block = shard.vectors[start : start + BLOCK_VECTORS]
-                if self._gpus:
-                    block = _resident(block, self._gpus[len(self._blocks) % len(self._gpus)])
-                self._blocks.append((offset + start, block))
-            offset += len(shard.vectors)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of all vectors for each query, best first: scores float32 and positions int64, both [n, k].
-
-        Equal scores are in the order of the shards. With fewer than k vectors, k is their number.
-        """
-        import numpy as np
-
-        best = _search_resident if self._gpus else _search_mapped
-        k = min(k, self.count)
-        scores = np.empty((len(queries), 0), dtype=np.float32)
-        positions = np.empty((len(queries), 0), dtype=np.int64)
-        for offset, block in self._blocks:
-            block_scores, block_positions = best(block, queries, min(k, len(block)))
-            scores = np.concatenate([scores, block_scores], axis=1)
-            positions = np.concatenate([positions, block_positions + offset], axis=1)
-            scores, positions = _best_first(scores, positions, k)
-        return scores, positions
-
-
-def _best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row; equal scores by position, so that the result does not depend on blocks or threads."""
-    import numpy as np
-
-    order = np.lexsort((positions, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
-
-
-def _search_mapped(block: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    import faiss
-    import numpy as np
-
-    return faiss.knn(queries, np.ascontiguousarray(block, dtype=np.float32), k, metric=faiss.METRIC_INNER_PRODUCT)
-
-
-def _search_resident(block: object, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """On the block's own GPU, in float32: stored in half precision, compared in full."""
-    import torch
-
-    scores = torch.from_numpy(queries).to(block.device) @ block.float().T
-    best = scores.topk(k)
-    return best.values.cpu().numpy(), best.indices.cpu().numpy()
-
-
-def _resident(block: np.ndarray, device: str) -> object:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.array(block, dtype=np.float16)).to(device)
-
-
-def _gpus(device: str) -> list[str]:
-    """All GPUs for `cuda`, the one named for `cuda:1`, none for the CPU."""
-    import torch
-
-    if device == "cuda":
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return [] if device == "cpu" else [device]
-
-
 class FaissIndex:
     """Approximate search through any index of faiss's factory, memory-mapped."""
 
@@ -112,21 +35,25 @@ class FaissIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
         k = min(k, self.count)
-        return _best_first(*self.index.search(queries, k), k)
+        return best_first(*self.index.search(queries, k), k)
 
 
 def open_index(
-    shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42
+    shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42, part: str = "0/1"
 ) -> ExactIndex | FaissIndex:
     """The index over these shards: `flat` is exact; anything else is a faiss factory string (`IVF1024,SQ8`, `HNSW32`).
 
     A faiss index is trained on a seeded sample, filled, and kept at `path` (by default beside the shards) with a
-    manifest of the shards it holds. Raises UserError where the one at `path` holds others.
+    manifest of the shards it holds, or of the part of them. Raises UserError where the one at `path` holds others.
     """
     if factory.lower() == "flat":
-        return ExactIndex(shards, device)
-    kept = Path(path or shards[0].path.parent / f"index_{''.join(c if c.isalnum() else '_' for c in factory)}.faiss")
-    holds = {"factory": factory, "seed": seed, "shards": {shard.path.name: fingerprint(shard.path) for shard in shards}}
+        return ExactIndex([shard.vectors for shard in shards], devices_of(device))
+    name = factory if part == "0/1" else f"{factory} {part}"
+    kept = Path(path or shards[0].path.parent / f"index_{''.join(c if c.isalnum() else '_' for c in name)}.faiss")
+    holds = {
+        "factory": factory, "seed": seed, "part": part,
+        "shards": {shard.path.name: fingerprint(shard.path) for shard in shards},
+    }
     manifest = Path(f"{kept}.manifest.json")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +65,7 @@ def open_index(
     if orjson.loads(manifest.read_bytes()) != holds:
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
-    return FaissIndex(_load(kept))
+    return FaissIndex(_load(kept, device))
 
 
 def _build(shards: list[Shard], factory: str, seed: int) -> object:
@@ -187,7 +114,7 @@ def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
     manifest.write_bytes(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
 
 
-def _load(path: Path) -> object:
+def _load(path: Path, device: str) -> object:
     import faiss
 
     try:
@@ -200,7 +127,19 @@ def _load(path: Path) -> object:
     graph = getattr(faiss.downcast_index(index), "hnsw", None)
     if graph is not None:
         graph.efSearch = EF_SEARCH
-    return index
+    return index if device == "cpu" or inverted is None else _on_gpus(index, device)
+
+
+def _on_gpus(index: object, device: str) -> object:
+    """The inverted lists divided over the GPUs, in half precision where they are not compressed further."""
+    import faiss
+
+    if not hasattr(faiss, "index_cpu_to_gpus_list"):
+        log.warning("this build of faiss has no GPU support (faiss-gpu has); searching the index on the CPU")
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard, options.useFloat16 = True, True
+    return faiss.index_cpu_to_gpus_list(index, options, [int(name.partition(":")[2]) for name in devices_of(device)])
 
 
 def _reason(error: Exception) -> str:

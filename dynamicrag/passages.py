@@ -131,10 +131,10 @@ class PassageStore:
         import numpy as np
         from datasets import Dataset
 
-        folder = Path(folder)
-        self.table = Dataset.from_file(str(folder / "passages.arrow"))
-        self._keys = np.load(folder / "keys.npy", mmap_mode="r")
-        self._order = np.load(folder / "order.npy", mmap_mode="r")
+        self.folder = Path(folder)
+        self.table = Dataset.from_file(str(self.folder / "passages.arrow"))
+        self._keys = np.load(self.folder / "keys.npy", mmap_mode="r")
+        self._order = np.load(self.folder / "order.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -164,6 +164,18 @@ class PassageStore:
             return np.full(len(keys), -1, dtype=np.int64)
         found = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         return np.where(self._keys[found] == keys, self._order[found].astype(np.int64), -1)
+
+    def follow(self, ids: np.ndarray) -> int | None:
+        """The position from which on the corpus has exactly these ids, bytes [n], in this order; None where it does not."""
+        import pyarrow
+        import pyarrow.compute
+
+        start = int(self.positions([ids[0].decode()])[0]) if len(ids) else -1
+        column = self.table.data.column("id").slice(max(start, 0), len(ids))
+        if start < 0 or len(column) < len(ids):
+            return None
+        same = pyarrow.compute.equal(column.cast(pyarrow.binary()), pyarrow.array(ids, pyarrow.binary()))
+        return start if pyarrow.compute.all(same).as_py() else None
 
 
 def _key(passage_id: str) -> int:

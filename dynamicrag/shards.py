@@ -81,6 +81,26 @@ def _open_npy(path: Path, named: Path) -> Shard:
     return Shard(named, ids, vectors)
 
 
+def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
+    """The vectors of one of `parts` contiguous parts of all shards, which differ by one vector at most."""
+    count = sum(len(shard.ids) for shard in shards)
+    start, stop = shard_bounds(count, part, parts)
+    chosen, offset = [], 0
+    for shard in shards:
+        inside = slice(max(start - offset, 0), max(stop - offset, 0))
+        if len(shard.ids[inside]):
+            chosen.append(Shard(shard.path, shard.ids[inside], shard.vectors[inside]))
+        offset += len(shard.ids)
+    if not chosen:
+        raise UserError(f"{shards[0].path}: {count} vectors cannot fill {parts} corpus shards")
+    return chosen
+
+
+def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
+    """The first row of a shard and the one after its last: contiguous parts that differ by one at most."""
+    return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
+
+
 def check_shards(shards: list[Shard], width: int, store: PassageStore, model: str) -> np.ndarray:
     """The position in the corpus of every vector of all shards, int64 [total].
 
@@ -93,7 +113,11 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         if shard.vectors.shape[1] != width:
             raise UserError(f"{shard.path}: its vectors have {shard.vectors.shape[1]} dimensions, those of {model} "
                             f"have {width}; give the model that made the shards")
-        found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+        start = store.follow(shard.ids)  # the usual case, ten times faster than a look-up each
+        if start is None:
+            found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+        else:
+            found = np.arange(start, start + len(shard.ids))
         unknown = np.flatnonzero(found < 0)
         if len(unknown):
             raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the first "
@@ -103,7 +127,8 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         if Path(model).exists() and manifest["inputs"] and fingerprint(model) not in manifest["inputs"].values():
             log.warning("%s was made by another model than %s", shard.path, model)
     together = np.concatenate(positions)
-    distinct = len(np.unique(together))
+    ascending = bool((together[1:] > together[:-1]).all())
+    distinct = len(together) if ascending else len(np.unique(together))
     if distinct < len(together):
         raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
                         "more than once; give each shard once")

@@ -263,7 +263,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, encoder_dir):
 
 @pytest.mark.parametrize("n_docs, block", [(7, 65536), (50, 13), (200, 13)])
 def test_exact_search_equals_brute_force(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir, questions, n_docs, block, monkeypatch):
-    monkeypatch.setattr("dynamicrag.index.BLOCK_VECTORS", block)
+    monkeypatch.setattr("dynamicrag.flat.BLOCK_VECTORS", block)
     rows = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "new" / "out.jsonl", "--n_docs", n_docs)
     vectors = np.concatenate([np.load(shards_dir / f"passages_0{shard}.npy") for shard in (0, 1)]).astype(np.float32)
     for row, question in zip(rows, QUESTIONS, strict=True):
@@ -286,18 +286,6 @@ def test_equal_scores_are_in_the_order_of_the_corpus(tmp_path, encoder_dir, corp
     assert ids.index("p40") == ids.index("p3") + 1
 
 
-def test_search_on_gpus_is_the_same_search(shards_dir, monkeypatch):
-    """The path that keeps the shards on devices, here on two that are the CPU."""
-    shards = open_shards(find_shards(f"{shards_dir}/*"))
-    queries = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
-    scores, positions = open_index(shards, "flat").search(queries, 20)
-    monkeypatch.setattr("dynamicrag.index.BLOCK_VECTORS", 17)
-    monkeypatch.setattr("dynamicrag.index._gpus", lambda device: ["cpu", "cpu:0"])
-    resident_scores, resident_positions = open_index(shards, "flat", device="cuda").search(queries, 20)
-    np.testing.assert_allclose(resident_scores, scores, rtol=1e-5)
-    assert (resident_positions == positions).mean() > 0.97  # equal texts may change places
-
-
 def test_retrieved_question_and_rows_with_documents(tmp_path, encoder_dir, corpus_tsv, shards_dir):
     query = write_jsonl(tmp_path / "q.jsonl", [
         {"id": "a", "question": "river", "ctxs": [{"id": "old", "text": "old"}], "extra": 1}, {"id": "b", "question": "oil"},
@@ -316,8 +304,7 @@ def test_integer_ids_resolve(tmp_path, encoder_dir, questions):
 
 
 def test_retrieval_interrupted(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions, monkeypatch):
-    monkeypatch.setattr(retriever, "QUESTIONS_A_CHUNK", 4)
-    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "whole.jsonl")
+    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "whole.jsonl", "--questions_a_pass", 4)
     attach, calls = retriever.attach_docs, []
 
     def fail_later(*given):
@@ -328,11 +315,11 @@ def test_retrieval_interrupted(tmp_path, encoder_dir, corpus_tsv, shards_dir, qu
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(retriever, "attach_docs", fail_later)
-        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl")
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_a_pass", 4)
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(retriever, "attach_docs", lambda *given: (calls.append(1), attach(*given))[1])
-        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl")
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_a_pass", 4)
     assert len(calls) == 1, "two of three chunks were kept"
     assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 

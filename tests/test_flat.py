@@ -1,0 +1,132 @@
+"""Exact search: the same documents and the same scores as brute force in float64, to the last bit and tie."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamicrag import flat
+from dynamicrag.device import pick_dtype
+from dynamicrag.flat import ExactIndex, best_first
+
+
+def brute_force(vectors, queries, k):
+    """float64 inner products rounded to float32; equal scores by position."""
+    scores = (queries.astype(np.float64)[:, None] * vectors.astype(np.float64)).sum(axis=2).astype(np.float32)
+    return best_first(scores, np.broadcast_to(np.arange(len(vectors)), scores.shape), min(k, len(vectors)))
+
+
+def assert_exact(vectors, queries, k, cuts=(), **given):
+    scores, positions = ExactIndex(np.split(vectors, list(cuts)), **given).search(queries, k)
+    expected_scores, expected_positions = brute_force(vectors, queries, k)
+    np.testing.assert_array_equal(positions, expected_positions)
+    np.testing.assert_array_equal(scores, expected_scores)
+    assert scores.dtype == np.float32 and positions.dtype == np.int64
+
+
+@pytest.fixture(params=["float32", pick_dtype("auto", "cpu")], ids=str, autouse=True)
+def rough(request, monkeypatch):
+    """Whatever the first comparison is made in, the result is the same."""
+    dtype = getattr(torch, request.param) if isinstance(request.param, str) else request.param
+    monkeypatch.setattr("dynamicrag.device.rough_dtype", lambda device: dtype if device == "cpu" else torch.float16)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(flat, "TILE_VECTORS", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(flat, "BLOCK_VECTORS", 150)
+    monkeypatch.setattr(flat, "WAITING", 1)
+    monkeypatch.setattr(flat, "RESCORED", 7)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 5, 63, 64, 65, 700, 5000])
+def test_every_k(small_tiles, k):
+    rng = np.random.default_rng(0)
+    assert_exact(normal(rng, 700, 24).astype(np.float16), normal(rng, 9, 24), k, cuts=(1, 333))
+
+
+def test_at_the_real_tile_size():
+    rng = np.random.default_rng(1)
+    assert_exact(normal(rng, 9000, 16).astype(np.float16), normal(rng, 40, 16), 20)
+
+
+def test_vectors_that_low_precision_cannot_tell_apart(small_tiles):
+    """A thousand vectors that are one vector in bfloat16, best at random places."""
+    rng = np.random.default_rng(2)
+    vectors = (1 + rng.integers(-2, 3, (1000, 32)) / 2048).astype(np.float16)
+    assert_exact(vectors, 1 + normal(rng, 5, 32) / 1000, 10)
+
+
+@pytest.mark.parametrize("best_at", [0, 63, 70, 900])
+@pytest.mark.parametrize("rounded", ["query", "vectors"])
+def test_the_best_where_rounding_hides_it_most(small_tiles, best_at, rounded):
+    """Rounding to bfloat16 adds 1 to the score of every vector and takes 1 from that of the best one."""
+    width = 512
+    pattern = np.where(np.arange(width) % 2, 1.0, -1.0)
+    fine = pattern / 512  # what rounding takes away from 1 + fine
+    if rounded == "query":
+        query, others, best = 1 + fine, -pattern, pattern
+    else:
+        query, others, best = pattern, 1 - fine, 1 + fine
+    vectors = np.tile(np.append(others, 0.0), (1000, 1))
+    vectors[best_at] = np.append(best, -1.9)
+    assert_exact(vectors.astype(np.float16), np.append(query, 1.0)[None].astype(np.float32).repeat(2, axis=0), 1)
+    assert ExactIndex([vectors.astype(np.float16)]).search(np.append(query, 1.0)[None].astype(np.float32), 1)[1] == best_at
+
+
+def test_ties_are_in_the_order_of_the_vectors(small_tiles):
+    rng = np.random.default_rng(3)
+    distinct = normal(rng, 7, 16).astype(np.float16)
+    vectors = distinct[rng.integers(0, 7, 900)]
+    assert_exact(vectors, normal(rng, 11, 16), 200, cuts=(450,))
+    assert_exact(np.zeros((300, 16), np.float16), normal(rng, 3, 16), 70)
+
+
+def test_lengths_of_every_size(small_tiles):
+    """One long vector must not hide its neighbours, and short ones must not be lost in the rounding of long ones."""
+    rng = np.random.default_rng(4)
+    vectors = normal(rng, 600, 16) * 10.0 ** rng.uniform(-3, 2, (600, 1))
+    assert_exact(vectors.astype(np.float16), normal(rng, 8, 16) * 5, 30)
+    assert_exact(vectors.astype(np.float32), np.concatenate([normal(rng, 3, 16), np.zeros((1, 16), np.float32)]), 30)
+
+
+GPUS = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu",) * 5, *[GPUS, GPUS[:1]] * bool(GPUS)])
+def test_blocks_divided_over_devices(small_tiles, devices):
+    rng = np.random.default_rng(5)
+    vectors = np.repeat(normal(rng, 250, 16), 3, axis=0).astype(np.float16)
+    assert_exact(vectors, normal(rng, 6, 16), 40, cuts=(100, 101, 500), devices=devices)
+
+
+def test_a_second_search_over_the_same_index(small_tiles):
+    rng = np.random.default_rng(6)
+    vectors, index = normal(rng, 500, 16).astype(np.float16), None
+    index = ExactIndex([vectors])
+    for _ in range(3):
+        queries = normal(rng, 4, 16)
+        np.testing.assert_array_equal(index.search(queries, 9)[1], brute_force(vectors, queries, 9)[1])
+    whole = normal(rng, 50, 16)
+    scores, positions = index.search(whole, 9)
+    for row in range(50):
+        alone = index.search(whole[row : row + 1], 9)
+        assert (alone[0][0] == scores[row]).all() and (alone[1][0] == positions[row]).all(), "batches change nothing"
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_anything(data):
+    seed, count, width, questions, k = (data.draw(st.integers(1, most)) for most in (10_000, 300, 40, 12, 320))
+    rng = np.random.default_rng(seed)
+    values = rng.choice([0.0, 1.0, -1.0, 0.333, 2.0**-10, 65.0], (count, width)).astype(np.float16)
+    cut = data.draw(st.integers(0, count))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "TILE_VECTORS", {"cpu": data.draw(st.sampled_from([1, 13, 64, 128]))})
+        patch.setattr(flat, "BLOCK_VECTORS", data.draw(st.sampled_from([1, 50, 128, 1000])))
+        assert_exact(values, rng.choice([0.0, 1.0, -0.5, 3.0], (questions, width)).astype(np.float32), k, cuts=(cut,))
