@@ -1,7 +1,9 @@
 """Put the workers' files together: retrieval shards -> one file, in the order of the questions before splitting.
 
 Every shard must be there and complete; where the parts that split_data.py wrote are still there, each shard must have
-been made from its part. Rows are never merged, and an id that occurs twice is refused.
+been made from its part. Rows are never merged, and an id that occurs twice is refused. The one exception are files of
+`retriever.py --corpus_shard i/n`, which hold the same questions: their documents are merged by score, to what one
+search of the whole corpus finds.
 
 Reads    output/retrieval_split_0.json, _1, ...          what the workers wrote
 Writes   output/retrieval_data.jsonl                     the same rows in one file
@@ -10,9 +12,11 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
 """
 
 import glob
+import heapq
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from dynamicrag import stage
@@ -57,6 +61,8 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
     if not shards:
         raise UserError(f"{pattern}: no shards; make them with retriever.py")
     example = next(iter(shards.values()))
+    if any(corpus_shard(path) for path in shards.values()):
+        splits = {}
     for number in range(max([*shards, *splits]) + 1):
         if number not in shards:
             name = re.sub(r"\d+(?=\D*$)", str(number), example.stem) + example.suffix
@@ -73,6 +79,43 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
             raise UserError(f"{shards[number]}: was not made from {splits[number]} as it is now; run its retriever.py "
                             "again with --overwrite")
     return list(shards.values())
+
+
+def corpus_shard(path: Path) -> tuple[int, int] | None:
+    """(i, n) where the file holds part i of n of a corpus searched for all questions; None where it was searched whole."""
+    part, parts = map(int, (read_manifest(path) or {}).get("arguments", {}).get("corpus_shard", "0/1").split("/"))
+    return (part, parts) if parts > 1 else None
+
+
+def in_corpus_order(paths: list[Path]) -> list[Path]:
+    """The files of all parts of one corpus. Raises UserError where one is missing or was made in another way."""
+    by_part = {corpus_shard(path): path for path in paths}
+    parts = max(found[1] for found in by_part if found)
+    missing = [f"{part}/{parts}" for part in range(parts) if (part, parts) not in by_part]
+    if missing:
+        raise UserError(f"{paths[0].parent}: there is no file of corpus shard {missing[0]}; run retriever.py --corpus_shard {missing[0]}")
+    if len(by_part) != parts or len(paths) != parts:
+        raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; narrow --input_files")
+    made = [read_manifest(by_part[part, parts]) for part in range(parts)]
+    for part, manifest in enumerate(made):
+        for what in ("arguments", "inputs"):
+            changed = [key for key in made[0][what] if key != "corpus_shard" and manifest[what].get(key) != made[0][what][key]]
+            if changed:
+                raise UserError(f"{by_part[part, parts]}: was made with another {changed[0]} than {by_part[0, parts]}; "
+                                "run its retriever.py again with the same")
+    return [by_part[part, parts] for part in range(parts)]
+
+
+def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
+    """The rows of files that hold the same questions, each with the n_docs best documents of all; ties keep the corpus's order."""
+    from dynamicrag.records import read_rows
+
+    for rows in zip(*(read_rows(path, needs=("docs",)) for path in paths), strict=True):
+        if len({row["id"] for row in rows}) > 1:
+            raise UserError(f"{paths[0].parent}: row {rows[0]['id']!r} is in one corpus shard where another has "
+                            f"{next(row['id'] for row in rows if row['id'] != rows[0]['id'])!r}; run retriever.py again")
+        docs = heapq.merge(*(row["docs"] for row in rows), key=lambda doc: -doc["score"])
+        yield {**rows[0], "docs": list(islice(docs, n_docs))}
 
 
 def read_shards(paths: list[Path]) -> Iterator[dict]:
@@ -97,8 +140,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from tqdm import tqdm
 
+    if any(map(corpus_shard, shards)):
+        shards = in_corpus_order(shards)
+        rows = merge_by_score(shards, read_manifest(shards[0])["arguments"]["n_docs"])
+    else:
+        rows = read_shards(shards)
     with tqdm(desc="aggregating", unit=" questions") as progress:
-        for chunk in output.chunks(read_shards(shards), ROWS_A_CHUNK):
+        for chunk in output.chunks(rows, ROWS_A_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
     output.finish(shards=len(shards))

@@ -1,7 +1,9 @@
 """Retrieve documents: questions -> the same with `docs`, scored, best first.
 
 Dense retrieval as in Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages
-and compared by inner product. `retrieved_question`, where a row has one, is what is searched with.
+and compared by inner product, exactly (`--index flat`) or through a compressed index. `--index bm25` searches by words,
+`--run` takes the documents that any other system wrote as a TREC run, and several of these are fused by reciprocal
+rank (Cormack et al., 2009). `retrieved_question`, where a row has one, is what is searched with.
 
 Reads    data/splits/split_0.json                        questions
          data/psgs_w100.tsv                              the corpus
@@ -15,7 +17,9 @@ Writes   output/retrieval_split_0.json                   + docs: id, title, text
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +32,11 @@ if TYPE_CHECKING:
 
     from dynamicrag.passages import PassageStore
 
-# One pass over the embeddings serves this many questions.
-QUESTIONS_A_CHUNK = 1024
+# What a ranking is made by: rows -> scores float32 and positions in the corpus int64 (-1: no document), both [rows, k].
+Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
+
+# Reciprocal-rank fusion: a document at rank r of a ranking is worth 1 / (60 + r).
+FUSION_CONSTANT = 60
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -43,8 +50,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
     group = parser.add_argument_group("search")
     group.add_argument("--n_docs", type=int, default=50, help="documents a question")
-    group.add_argument("--index", default="flat", help="flat (exact), or a faiss factory string: IVF1024,SQ8")
+    group.add_argument("--index", nargs="*", help="flat (exact), a faiss factory string (IVF1024,SQ8), or bm25 (default: flat)")
+    group.add_argument("--run", nargs="*", default=[], help="TREC run files; with --index as well, all are fused")
     group.add_argument("--index_path", default=None, help="where a faiss index is kept (beside the shards)")
+    group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
+    group.add_argument("--questions_a_pass", type=int, default=1024, help="questions searched in one pass over the vectors")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
     group.add_argument("--normalize", action="store_true", help="vectors of length 1, as given when embedding")
@@ -54,8 +64,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.n_docs < 1:
-        parser.error("--n_docs must be at least 1")
+    if args.index is None:
+        args.index = [] if args.run else ["flat"]
+    part = re.fullmatch(r"(\d+)/(\d+)", args.corpus_shard)
+    if not part or int(part[1]) >= int(part[2]):
+        parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
+    if args.corpus_shard != "0/1" and (args.run or args.index != [index for index in args.index if index != "bm25"]):
+        parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
+    if not args.index and not args.run:
+        parser.error("--index or --run: give at least one")
+    if args.n_docs < 1 or args.questions_a_pass < 1:
+        parser.error("--n_docs and --questions_a_pass must be at least 1")
     return args
 
 
@@ -64,54 +83,126 @@ def search_text(row: dict) -> str:
     return row.get("retrieved_question") or row["question"]
 
 
-def attach_docs(
-    rows: list[dict], scores: np.ndarray, found: np.ndarray, corpus: np.ndarray, store: PassageStore
-) -> list[dict]:
+def fuse(rankings: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reciprocal-rank fusion (Cormack et al., 2009) of rankings, [rows, any] positions each, -1 for none.
+
+    Returns scores float32 and positions int64 [rows, k], best first, equal scores in the order of the corpus; -1
+    where there are fewer than k documents.
+    """
+    import numpy as np
+
+    scores = np.zeros((len(rankings[0]), k), dtype=np.float32)
+    positions = np.full(scores.shape, -1, dtype=np.int64)
+    for row, ranked in enumerate(zip(*rankings, strict=True)):
+        worth: dict[int, float] = {}
+        for ranking in ranked:
+            for rank, position in enumerate(ranking[ranking >= 0].tolist(), start=1):
+                worth[position] = worth.get(position, 0.0) + 1 / (FUSION_CONSTANT + rank)
+        best = sorted(worth, key=lambda position: (-worth[position], position))[:k]
+        positions[row, : len(best)] = best
+        scores[row, : len(best)] = [worth[position] for position in best]
+    return scores, positions
+
+
+def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[dict]:
     """Give each row its documents, best first, replacing any it had.
 
-    scores and found are [rows, k]; found counts vectors over all shards (-1: no hit, no document) and corpus maps
-    them to positions in the store.
+    scores and found are [rows, k]; found are positions in the store (-1: no hit, no document).
     """
     hits = found >= 0
-    docs = iter(store.docs(corpus[found[hits]].tolist()))
+    docs = iter(store.docs(found[hits].tolist()))
     return [
         {**row, "docs": [{**next(docs), "score": float(score)} for score in row_scores[row_hits]]}
         for row, row_scores, row_hits in zip(rows, scores, hits, strict=True)
     ]
 
 
+def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore) -> dict[str, Search]:
+    """A search for every index over the embeddings that --index names; one encoder serves them all."""
+    from dynamicrag.dense import Encoder, hidden_size
+    from dynamicrag.device import pick_device
+    from dynamicrag.index import open_index
+    from dynamicrag.shards import check_shards, open_shards, part_of
+
+    part, parts = map(int, args.corpus_shard.split("/"))
+    shards = part_of(open_shards(shard_paths), part, parts)
+    corpus = check_shards(shards, hidden_size(args.model_name_or_path), store, args.model_name_or_path)
+    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+
+    def search_by(factory: str) -> Search:
+        index = open_index(shards, factory, args.index_path, pick_device(args.device), args.seed, args.corpus_shard)
+
+        def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+            import numpy as np
+
+            queries = encoder.encode(list(map(search_text, rows)), args.batch_tokens)
+            scores, found = index.search(queries, args.n_docs)
+            return scores, np.where(found >= 0, corpus[found], -1)
+
+        return search
+
+    return {factory: search_by(factory) for factory in args.index if factory != "bm25"}
+
+
+def bm25_search(args: Namespace, store: PassageStore) -> Search:
+    from dynamicrag.bm25 import open_bm25
+
+    index = open_bm25(store)
+    return lambda rows: index.search(list(map(search_text, rows)), args.n_docs)
+
+
+def run_search(path: str, args: Namespace, store: PassageStore) -> Search:
+    """The documents another system ranked; a question it does not have gets none."""
+    import numpy as np
+    from dynamicrag.runs import Run
+
+    run = Run(path)
+
+    def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
+        positions = np.full(scores.shape, -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            ranking = run.ranking(row["id"])[: args.n_docs]
+            found = store.positions(doc_id for doc_id, _ in ranking)
+            if (found < 0).any():
+                raise stage.UserError(f"{path}: document {ranking[int(found.argmin())][0]!r} of query {row['id']!r} is not in "
+                                      f"{args.passages}; give the corpus that was searched")
+            positions[number, : len(ranking)] = found
+            scores[number, : len(ranking)] = [score for _, score in ranking]
+        return scores, positions
+
+    return search
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.records import count_rows, read_rows
-    from dynamicrag.shards import check_shards, find_shards, open_shards
+    from dynamicrag.shards import find_shards
 
-    shard_paths = find_shards(args.passages_embeddings)
-    inputs = [args.query, args.passages, *map(str, shard_paths)]
-    inputs += [args.model_name_or_path] * Path(args.model_name_or_path).exists()
+    inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
+    shard_paths = find_shards(args.passages_embeddings) if dense else []
+    inputs += [*map(str, shard_paths), *[args.model_name_or_path] * (dense and Path(args.model_name_or_path).exists())]
     output = Output(args, [args.output_dir], inputs)
     if output.finished:
         return
     count = count_rows(args.query, skip_malformed=bool(output.reject))
 
-    from dynamicrag.dense import Encoder, hidden_size
-    from dynamicrag.device import pick_device
-    from dynamicrag.index import open_index
     from dynamicrag.passages import open_passages
 
-    shards = open_shards(shard_paths)
     store = open_passages(args.passages, args.passage_store)
-    corpus = check_shards(shards, hidden_size(args.model_name_or_path), store, args.model_name_or_path)
-    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
-    index = open_index(shards, args.index, args.index_path, pick_device(args.device), args.seed)
+    by_index = dense_searches(args, shard_paths, store) if dense else {}
+    if "bm25" in args.index:
+        by_index["bm25"] = bm25_search(args, store)
+    searches = [by_index[index] for index in args.index] + [run_search(path, args, store) for path in args.run]
 
     def retrieve(rows: list[dict]) -> list[dict]:
-        queries = encoder.encode(list(map(search_text, rows)), args.batch_tokens)
-        scores, found = index.search(queries, args.n_docs)
-        return attach_docs(rows, scores, found, corpus, store)
+        found = [search(rows) for search in searches]
+        scores, positions = found[0] if len(found) == 1 else fuse([ranking for _, ranking in found], args.n_docs)
+        return attach_docs(rows, scores, positions, store)
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
-    output.process(rows, QUESTIONS_A_CHUNK, retrieve, count, "retrieving")
-    output.finish(docs_a_question=min(args.n_docs, index.count))
+    output.process(rows, args.questions_a_pass, retrieve, count, "retrieving")
+    output.finish(docs_a_question=min(args.n_docs, len(store)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""BM25, the lexical baseline (Robertson and Zaragoza, 2009), over a passage store, by bm25s.
+
+Lucene's variant with k1 = 0.9 and b = 0.4, as Anserini searches Wikipedia; lower case, words of two letters and more,
+English stop words left out, Snowball stems. The index is built once, kept in the store's folder and memory-mapped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamicrag.output import exclusive
+from dynamicrag.passages import PassageStore
+from dynamicrag.stage import UserError, log
+
+if TYPE_CHECKING:
+    import numpy as np
+
+K1, B = 0.9, 0.4
+WORD = re.compile(r"\b\w\w+\b")
+ROWS_READ = 1000
+
+
+class Bm25Index:
+    """Search by words over every passage of a store."""
+
+    def __init__(self, folder: Path):
+        import bm25s
+
+        self._bm25 = bm25s.BM25.load(folder, mmap=True)
+        self.count: int = self._bm25.scores["num_docs"]
+
+    def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best passages for each text, best first: scores float32 and positions int64, both [n, k].
+
+        Equal scores are in the order of the corpus. A passage without any word of the text is no hit: the last
+        positions are -1.
+        """
+        import numpy as np
+
+        k = min(k, self.count)
+        scores = np.zeros((len(texts), k), dtype=np.float32)
+        positions = np.full((len(texts), k), -1, dtype=np.int64)
+        for row, text in enumerate(texts):
+            tokens = [self._bm25.vocab_dict[word] for word in words(text) if word in self._bm25.vocab_dict]
+            if not tokens:
+                continue
+            score = self._bm25.get_scores_from_ids(tokens)
+            hits = np.flatnonzero(score > 0)
+            if len(hits) > k:
+                hits = hits[score[hits] >= np.partition(score[hits], -k)[-k]]
+            hits = hits[np.argsort(-score[hits], kind="stable")][:k]
+            scores[row, : len(hits)], positions[row, : len(hits)] = score[hits], hits
+        return scores, positions
+
+
+def words(text: str) -> list[str]:
+    """What of a text is indexed and searched, in order, repeats included."""
+    return [_stem(word) for word in WORD.findall(text.lower()) if word not in _stop_words()]
+
+
+@cache
+def _stop_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN
+
+    return frozenset(STOPWORDS_EN)
+
+
+@cache
+def _stem(word: str) -> str:
+    return _stemmer().stem(word)
+
+
+@cache
+def _stemmer():
+    from nltk.stem.snowball import EnglishStemmer
+
+    return EnglishStemmer()
+
+
+def open_bm25(store: PassageStore) -> Bm25Index:
+    """The index of a store, built first where there is none. A store made anew for another corpus has none."""
+    folder = store.folder / "bm25"
+    try:
+        with exclusive(folder):
+            if not folder.is_dir():
+                building = Path(f"{folder}.building")
+                shutil.rmtree(building, ignore_errors=True)
+                _build(store).save(building, show_progress=False)
+                building.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the BM25 index cannot be written ({error}); give --passage_store") from error
+    return Bm25Index(folder)
+
+
+def _build(store: PassageStore) -> object:
+    import bm25s
+    from tqdm import tqdm
+
+    log.info("building the BM25 index %s (once)", store.folder / "bm25")
+    vocabulary: dict[str, int] = {}
+    tokens = []
+    with tqdm(total=len(store), desc="words", unit=" passages", unit_scale=True) as progress:
+        for start in range(0, len(store), ROWS_READ):
+            columns = store.slice(start, min(start + ROWS_READ, len(store)))
+            for title, text in zip(columns["title"], columns["text"], strict=True):
+                tokens.append([vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{title} {text}")])
+            progress.update(len(columns["text"]))
+    if not vocabulary:
+        raise UserError(f"{store.folder}: no passage holds a word that BM25 could search")
+    _stem.cache_clear()
+    bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
+    bm25.index((tokens, vocabulary), show_progress=False)
+    return bm25
