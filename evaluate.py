@@ -24,6 +24,7 @@ from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
 from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import UserError, log
+from dynamicrag.tables import markdown_table, system_names
 from dynamicrag.tasks import task_of
 
 
@@ -96,7 +97,7 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int)
     }
 
 
-def markdown_table(summaries: dict[str, dict]) -> str:
+def summary_tables(summaries: dict[str, dict]) -> str:
     """One line a system: score with interval, documents, cost; then score and documents by group."""
     columns: dict[str, Callable[[dict], str]] = {
         "n": lambda s: str(s["n"]),
@@ -109,7 +110,8 @@ def markdown_table(summaries: dict[str, dict]) -> str:
         "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
         "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
     }
-    tables = [_table(["system", *columns], [[name, *(show(s) for show in columns.values())] for name, s in summaries.items()])]
+    rows = [[name, *(show(summary) for show in columns.values())] for name, summary in summaries.items()]
+    tables = [markdown_table(["system", *columns], rows)]
     groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
     if len(groups) > 1:
         def group_cell(summary: dict, group: str) -> str:
@@ -117,14 +119,8 @@ def markdown_table(summaries: dict[str, dict]) -> str:
             return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
 
         rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
-        tables.append("Score, and mean documents used in brackets:\n\n" + _table(["system", *groups], rows))
+        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *groups], rows))
     return "\n\n".join(tables)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def result_rows(results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None) -> Iterable[Row]:
@@ -161,12 +157,6 @@ def _holds_no_row(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < 16 and path.read_bytes().strip() in (b"[]", b"")
 
 
-def system_names(results_files: list[str]) -> list[str]:
-    """File names without suffix, or whole paths where several are called the same."""
-    stems = [Path(path).stem for path in results_files]
-    return stems if len(set(stems)) == len(stems) else results_files
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.remain_file and len(args.results_file) > 1:
@@ -178,7 +168,7 @@ def main(argv=None):
     output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries}, option=orjson.OPT_INDENT_2))
-    table = markdown_table(summaries)
+    table = summary_tables(summaries)
     if args.table_file:
         Path(args.table_file).write_text(table + "\n", encoding="utf-8")
     print(table)

@@ -19,6 +19,7 @@ INPUTS = {
     "construct_dpo": ("--input_file", []),
     "construct_generator_sft": ("--input_file", []),
     "evaluate": ("--results_file", []),
+    "evaluate_retrieval": ("--results_file", []),
     "inference": ("--input_json", ["--llm-model", "missing/model"]),
     "process_training_data": ("--input_file", []),
     "reranker": ("--input_file", MODELS),

@@ -1,0 +1,74 @@
+"""Metrics of a question's documents, best first: against gold documents, and against gold answers in their text."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from dynamicrag.metrics import normalise
+from dynamicrag.records import Doc, Row
+from dynamicrag.stage import UserError
+
+SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # an order of the documents, and the key it goes by
+GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # in positive_ctxs; DPR's NQ has the first, its TriviaQA the second
+
+
+def gold_documents(row: Row, path: str) -> dict[str, int]:
+    """Relevance 1 for each of the row's gold_docs, else of DPR's positive_ctxs; ids become strings, as documents' do.
+
+    Raises UserError naming file, row and key.
+    """
+    key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
+    found, expected = row.get(key) or [], "document ids"
+    if key == "positive_ctxs" and isinstance(found, list):
+        expected = f"objects with {' or '.join(GOLD_ID_KEYS)}"
+        contexts = (doc if isinstance(doc, dict) else {} for doc in found)
+        found = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
+    if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
+        raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; mend it or give --qrels")
+    return dict.fromkeys(map(str, found), 1)
+
+
+def in_order(docs: list[Doc], order: str) -> list[Doc] | None:
+    """The documents best first, equal scores as in the row.
+
+    Where one has no score, the retriever's order is the row's, and the reranker's is not known: None.
+    """
+    key = SCORES[order]
+    if all(doc.get(key) is not None for doc in docs):
+        return sorted(docs, key=lambda doc: -doc[key])
+    return docs if order == "retrieval" else None
+
+
+def gold_measures(ranked: Sequence[tuple[list[str], dict[str, int]]], cutoffs: list[int]) -> list[dict[str, float]]:
+    """R@k, nDCG@10 (the gain is the relevance) and MRR@10, in [0, 1], of each pair in `ranked`.
+
+    A pair is the document ids, best first, and the relevance (1 or more) by gold id, of which there is at least one.
+    """
+    import ir_measures
+
+    names = {ir_measures.R @ k: f"R@{k}" for k in cutoffs}
+    names |= {ir_measures.nDCG @ 10: "nDCG@10", ir_measures.RR @ 10: "MRR@10"}
+    run, qrels = {}, {}
+    for number, (doc_ids, gold) in enumerate(ranked):
+        # ir_measures sorts by score and breaks ties by id. Named by their ranks and scored by the negative, documents
+        # stay in order; one that is there twice counts where it is first, and still takes up its second place.
+        ranks: dict[str, int] = {}
+        for rank, doc_id in enumerate(doc_ids, start=1):
+            ranks.setdefault(doc_id, rank)
+        run[str(number)] = {str(rank): float(-rank) for rank in range(1, len(doc_ids) + 1)}
+        qrels[str(number)] = {str(ranks.get(doc_id, -place)): gold[doc_id] for place, doc_id in enumerate(gold, 1)}
+    measures = [dict.fromkeys(names.values(), 0.0) for _ in ranked]
+    for metric in ir_measures.iter_calc(list(names), qrels, run) if ranked else ():
+        measures[int(metric.query_id)][names[metric.measure]] = metric.value
+    return measures
+
+
+def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
+    """Rank of the first document whose normalised title and text hold an answer as whole words, or infinity.
+
+    DPR's has_answer (Karpukhin et al. 2020, arXiv 2004.04906), but normalised as the metrics of answers are, and with
+    the title. `answers` are normalised, and at least one.
+    """
+    wanted = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, answers))})(?!\w)")
+    texts = (normalise(f"{doc['title']} {doc['text']}") for doc in docs)
+    return next((rank for rank, text in enumerate(texts, start=1) if wanted.search(text)), math.inf)

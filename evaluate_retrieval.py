@@ -1,0 +1,273 @@
+"""Score the documents of result files: are the gold documents among the first k, and is an answer in their text.
+
+Where gold documents are known (--qrels, else the rows' gold_docs or DPR's positive_ctxs): recall R@k, nDCG@10 and
+MRR@10. Where gold answers are known: answer@k, the share of questions with an answer in one of the first k documents
+(it says nothing where answers are labels). All on 0 to 100. Questions of --eval_file that are missing from the results
+count as zero. Reranked rows make two lines: the retriever's order, and the reranker's.
+
+Reads    output/retrieval_data_rerank.jsonl                  rows with docs, of any stage; or a TREC run and --eval_file
+Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order: measures, interval, n, documents
+         standard output                                     the table, in Markdown
+
+    python evaluate_retrieval.py --results_file output/retrieval_data_rerank.jsonl
+"""
+
+import codecs
+import itertools
+import statistics
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+from dynamicrag import stage
+from dynamicrag.metrics import bootstrap_interval, normalise
+from dynamicrag.ranking import SCORES, answer_rank, gold_documents, gold_measures, in_order
+from dynamicrag.records import Doc, Row, read_rows
+from dynamicrag.runs import Run, read_qrels, write_run
+from dynamicrag.stage import UserError, log
+from dynamicrag.tables import markdown_table, system_names
+
+Qrels = dict[str, dict[str, int]]
+ANSWER_CUTOFF = 20  # of the measure that has the interval where no gold document is known
+# The documents of this many questions are in memory at a time.
+QUESTIONS_A_CHUNK = 256
+
+
+class Question(NamedTuple):
+    """What the documents of a question are scored against; empty where not known."""
+
+    group: str
+    gold: dict[str, int]  # relevance, 1 or more, by document id
+    answers: list[str]  # normalised
+
+
+class Scored(NamedTuple):
+    """One question: its measures in [0, 1], none where nothing gold is known, and how many documents it has."""
+
+    group: str
+    measures: dict[str, float]
+    documents: int
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    default = "output/retrieval_data_rerank.jsonl"
+    files.add_argument("--results_file", nargs="+", default=[default], help="rows with docs, or TREC runs; one or more")
+    files.add_argument("--eval_file", help="the questions asked, with the gold documents and answers the results lack")
+    files.add_argument("--qrels", help="gold documents as TREC qrels, instead of what the rows say")
+    files.add_argument("--output_file", help="measures as JSON (default: <results_file>.retrieval.json)")
+    files.add_argument("--table_file", help="also write the Markdown table here")
+    files.add_argument("--run_file", help="also write the documents as a TREC run, as reranked where they are")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
+        "--stage", choices=["auto", *SCORES], default="auto",
+        help="order of the documents: by score, or by rerank_score; auto is both where every document has the second",
+    )
+    scoring.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="cutoffs of R@k and answer@k")
+    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which measures are broken down")
+    scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
+    stage.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    if min(args.k) < 1:
+        parser.error("--k must be at least 1")
+    args.k = sorted(set(args.k))
+    return args
+
+
+def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: Question | None = None) -> Question:
+    """What a row is scored against; what it does not say is as `asked`, the same question in --eval_file."""
+    asked = asked or Question("", {}, [])
+    gold = gold_documents(row, path) if qrels is None else qrels.get(row["id"], {})
+    answers = [normalise(answer) for answer in row.get("answers") or () if answer.strip()]
+    group = row.get(group_by)
+    return Question(asked.group if group is None else str(group), gold or asked.gold, answers or asked.answers)
+
+
+def is_run(path: str) -> bool:
+    """Whether a file is a TREC run and not rows, which begin with { or [. Missing and empty files read_rows refuses."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    return bool(head) and not head.startswith((b"{", b"["))
+
+
+def ranked_questions(
+    path: str, args: Namespace, asked: dict[str, Question] | None, qrels: Qrels | None
+) -> Iterator[tuple[str, Question, list[Doc]]]:
+    """(id, question, its documents) of the results, and, without documents, of what else was asked.
+
+    Raises UserError for a row that is not among those asked: results of another file would look like missing ones.
+    """
+    seen = set()
+
+    def note(row_id: str) -> None:
+        if asked is not None and row_id not in asked:
+            raise UserError(f"{path}: row {row_id} is not in {args.eval_file}; these documents are of other questions")
+        seen.add(row_id)
+
+    if is_run(path):
+        if asked is None:
+            raise UserError(f"{path}: is a TREC run, which holds no questions; give them as --eval_file")
+        run = Run(path)
+        for row_id in run.query_ids:
+            note(row_id)
+    else:
+        run = None
+        for row in read_rows(path, ("docs",), args.dataset):
+            note(row["id"])
+            yield row["id"], question_of(row, path, args.group_by, qrels, (asked or {}).get(row["id"])), row["docs"]
+    expected = asked if asked is not None else qrels or {}
+    if missing := sum(row_id not in seen for row_id in expected):
+        means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
+        log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
+    for row_id, question in (asked or {}).items():
+        if run is not None:  # in the order asked, so that runs are resampled alike; it holds no text to find answers in
+            docs = [{"id": doc_id, "score": score} for doc_id, score in run.ranking(row_id)]
+            yield row_id, question._replace(answers=[]), docs
+        elif row_id not in seen:
+            yield row_id, question, []
+
+
+def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]) -> list[Scored]:
+    """The measures of each (question, its documents best first)."""
+    answer_cutoffs = sorted({*cutoffs, ANSWER_CUTOFF})
+    with_gold = [([doc["id"] for doc in docs], asked.gold) for asked, docs in ranked if asked.gold]
+    by_gold = iter(gold_measures(with_gold, cutoffs))
+    scored = []
+    for asked, docs in ranked:
+        measures = next(by_gold) if asked.gold else {}
+        if asked.answers:
+            first = answer_rank(docs[: answer_cutoffs[-1]], asked.answers)
+            measures |= {f"answer@{k}": float(first <= k) for k in answer_cutoffs}
+        scored.append(Scored(asked.group, measures, len(docs)))
+    return scored
+
+
+def score_orders(
+    path: str, args: Namespace, questions: Iterator[tuple[str, Question, list[Doc]]]
+) -> dict[str, list[Scored]]:
+    """Every question by each order of its documents; auto drops the reranker's where a document was not judged."""
+    scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if args.stage == "auto" else [args.stage])}
+    while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
+        for order in list(scored):
+            ranked = [(question, in_order(docs, order)) for _, question, docs in chunk]
+            unjudged = [row_id for (row_id, _, _), (_, docs) in zip(chunk, ranked, strict=True) if docs is None]
+            if not unjudged:
+                scored[order] += score_questions(ranked, args.k)
+            elif args.stage == "auto":
+                del scored[order]
+            else:
+                raise UserError(f"{path}: row {unjudged[0]}: a document has no rerank_score; run reranker.py on it, or "
+                                "give --stage retrieval")
+    if len(scored) > 1 and not any(one.documents for one in scored["reranking"]):
+        del scored["reranking"]  # no document at all, so none that was judged
+    return scored
+
+
+def summarise(scored: list[Scored], seed: int) -> dict:
+    """Means on 0 to 100, each over the questions of which the measure is known, and the interval of the main one."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for one in scored:
+        for name, value in one.measures.items():
+            values[name].append(value)
+    gold, answer = "nDCG@10", f"answer@{ANSWER_CUTOFF}"
+    main = gold if gold in values else answer
+    low, high = bootstrap_interval(values[main], seed)
+    return {
+        "n": len(scored),
+        "gold": len(values.get(gold, ())),  # how many have gold documents, and how many gold answers
+        "answers": len(values.get(answer, ())),
+        "measures": {name: 100 * statistics.fmean(found) for name, found in values.items()},
+        "main": main, "low": 100 * low, "high": 100 * high,
+        "documents": statistics.fmean(one.documents for one in scored),
+        "without_documents": sum(not one.documents for one in scored),
+    }
+
+
+def summarise_file(path: str, scored: list[Scored], qrels_file: str | None, seed: int) -> dict:
+    """summarise() of all questions and by group; those of which nothing gold is known are left out and counted."""
+    kept = [one for one in scored if one.measures]
+    if not kept:
+        raise UserError(f"{path}: no question has gold documents, or gold answers to look for in text; give --qrels "
+                        "or --eval_file")
+    summary = summarise(kept, seed)
+    if qrels_file and not summary["gold"]:
+        raise UserError(f"{path}: no question has a relevant document in {qrels_file}; its ids are others")
+    by_group: dict[str, list[Scored]] = defaultdict(list)
+    for one in kept:
+        by_group[one.group].append(one)
+    groups = {group: summarise(members, seed) for group, members in sorted(by_group.items())}
+    return {**summary, "left_out": len(scored) - len(kept), "groups": groups}
+
+
+def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
+    """One line a system and order, the main measure with its interval; then the main measure by group."""
+    lines = [([name, order], summary) for name, orders in results.items() for order, summary in orders.items()]
+    measures = dict.fromkeys(measure for _, summary in lines for measure in summary["measures"])
+    columns = ["n", "documents"]
+    for count, of_answers in (("gold", False), ("answers", True)):
+        block = [measure for measure in measures if measure.startswith("answer@") is of_answers]
+        columns += [count, *block] if block else []
+    rows = [[*line, *(_cell(summary, column) for column in columns)] for line, summary in lines]
+    tables = [markdown_table(["system", "order", *columns], rows)]
+    groups = sorted({group for _, summary in lines for group in summary["groups"]})
+    if len(groups) > 1:
+        none = {"measures": {}}  # for a group that another file has
+        cells = [[_cell(s["groups"].get(group, none), s["main"]) for group in groups] for _, s in lines]
+        rows = [[*line, summary["main"], *shown] for (line, summary), shown in zip(lines, cells, strict=True)]
+        tables.append(f"By {group_by}:\n\n" + markdown_table(["system", "order", "measure", *groups], rows))
+    return "\n\n".join(tables)
+
+
+def _cell(summary: dict, column: str) -> str:
+    if column in summary:
+        value = summary[column]
+        return str(value) if isinstance(value, int) else f"{value:.1f}"
+    if column not in summary["measures"]:
+        return ""
+    interval = f" ({summary['low']:.1f} to {summary['high']:.1f})" if column == summary["main"] else ""
+    return f"{summary['measures'][column]:.1f}{interval}"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.run_file and len(args.results_file) > 1:
+        raise UserError("--run_file holds the documents of one results file; give one at a time")
+    if args.run_file and is_run(args.results_file[0]):
+        raise UserError(f"{args.results_file[0]}: is a TREC run already; --run_file makes one of rows")
+    output = args.output_file or f"{args.results_file[0]}.retrieval.json"
+    inputs = {Path(path).resolve() for path in (*args.results_file, args.eval_file, args.qrels) if path}
+    for path in filter(None, (output, args.table_file, args.run_file)):
+        if Path(path).resolve() in inputs:
+            raise UserError(f"{path}: is input and output; give the output another path")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    qrels = read_qrels(args.qrels) if args.qrels else None
+    asked = None
+    if args.eval_file:
+        rows = read_rows(args.eval_file, dataset=args.dataset)
+        asked = {row["id"]: question_of(row, args.eval_file, args.group_by, qrels) for row in rows}
+    results = {}
+    for name, path in zip(system_names(args.results_file), args.results_file, strict=True):
+        orders = score_orders(path, args, ranked_questions(path, args, asked, qrels))
+        results[name] = {order: summarise_file(path, scored, args.qrels, args.seed) for order, scored in orders.items()}
+    Path(output).write_bytes(orjson.dumps({"arguments": vars(args), "results": results}, option=orjson.OPT_INDENT_2))
+    table = summary_tables(results, args.group_by)
+    if args.table_file:
+        Path(args.table_file).write_text(table + "\n", encoding="utf-8")
+    if args.run_file:
+        [(name, orders)] = results.items()
+        order = list(orders)[-1]
+        rows = read_rows(args.results_file[0], ("docs",), args.dataset)
+        write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
+    print(table)
+    log.info("measures in %s%s", output, f", table in {args.table_file}" if args.table_file else "")
+
+
+if __name__ == "__main__":
+    stage.run(main)
