@@ -41,7 +41,7 @@ def numbered(pattern: str) -> dict[int, Path]:
     """The files of a glob by the last number in their name, in numerical order: 10 follows 9, not 1."""
     found: dict[int, Path] = {}
     for path in map(Path, sorted(glob.glob(pattern))):
-        if path.name.endswith((".manifest.json", ".rejected.jsonl")):
+        if path.name.endswith((".manifest.json", ".rejected.jsonl", ".retrieval.json")):
             continue
         numbers = re.findall(r"\d+", path.stem)
         if not numbers:

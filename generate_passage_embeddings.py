@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
+from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.output import Output
 
@@ -36,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("encoder")
     group.add_argument("--normalize", action="store_true", help="vectors of length 1 (sentence-transformers models)")
     group.add_argument("--max_length", type=int, default=512, help="tokens of a passage that are read")
-    group.add_argument("--batch_tokens", type=int, default=16384, help="padded tokens in a batch")
+    group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)

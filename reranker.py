@@ -2,7 +2,7 @@
 
 The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713), or a cross-encoder where the
 checkpoint is a sequence classifier. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The
-documents stay in the retriever's order unless --sort is given.
+documents stay in the retriever's order unless --sort is given. --run takes the scores from any other reranker's TREC run.
 
 Reads    output/retrieval_data.jsonl                     rows with docs
 Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rerank_label of each document
@@ -11,14 +11,18 @@ Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rera
         --output_file output/retrieval_data_rerank.jsonl --device cuda
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dynamicrag import stage
+from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.monot5 import document_text
 from dynamicrag.output import Output
+
+Judged = tuple[dict, dict]  # row, document
 
 # Documents are sorted by length across the questions of a chunk, and a whole chunk is what a resumed run keeps.
 QUESTIONS_A_CHUNK = 64
@@ -32,11 +36,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
     group = parser.add_argument_group("documents")
     group.add_argument("--n_docs", type=int, default=None, help="keep and judge the first n documents only (all)")
+    group.add_argument("--run", default=None, help="scores of another reranker, a TREC run; documents it lacks score 0")
+    group.add_argument("--logits", action="store_true", help="the scores of --run are log-odds, not probabilities")
     group.add_argument("--sort", action="store_true", help="best rerank_score first; ties keep the retriever's order")
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default="models/reranker/monot5", help="a folder or a hub name")
     group.add_argument("--max_length", type=int, default=512, help="tokens of question and document that are read")
-    group.add_argument("--batch_tokens", type=int, default=16384, help="padded tokens in a batch")
+    group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)
@@ -46,20 +52,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def rerank(
-    rows: list[dict], score: Callable[[list[tuple[str, str]]], Iterable[float]], n_docs: int | None, sort: bool
-) -> list[dict]:
+def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n_docs: int | None, sort: bool) -> list[dict]:
     """The rows with a rerank_score and a rerank_label on each of their first n_docs documents, all judged in one call."""
     shown = [row["docs"][:n_docs] for row in rows]
-    pairs = [(row["question"], document_text(doc)) for row, docs in zip(rows, shown, strict=True) for doc in docs]
-    scores = map(float, score(pairs))
+    scores = map(float, score([(row, doc) for row, docs in zip(rows, shown, strict=True) for doc in docs]))
     reranked = []
     for row, docs in zip(rows, shown, strict=True):
         judged = []
         for doc, value in zip(docs, scores, strict=False):
             if not 0 <= value <= 1:
-                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document {doc['id']!r}; "
-                                      "try --dtype float32")
+                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document {doc['id']!r}, "
+                                      "which is no probability; try --dtype float32, or --logits for a --run of log-odds")
             judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
         if sort:
             judged.sort(key=lambda doc: -doc["rerank_score"])
@@ -67,28 +70,47 @@ def rerank(
     return reranked
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    from dynamicrag.records import count_rows, read_rows
+def scores_of_run(path: str, logits: bool) -> Callable[[list[Judged]], list[float]]:
+    """The scores another reranker gave, 0 where it gave none."""
+    from dynamicrag.runs import Run
 
-    inputs = [args.input_file] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = Output(args, [args.output_file], inputs)
-    if output.finished:
-        return
-    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject))
+    run = Run(path)
 
+    def score(pairs: list[Judged]) -> list[float]:
+        scores = {row["id"]: dict(run.ranking(row["id"])) for row, _ in pairs}
+        found = [scores[row["id"]].get(doc["id"]) for row, doc in pairs]
+        return [0.0 if value is None else 1 / (1 + math.exp(-value)) if logits else value for value in found]
+
+    return score
+
+
+def scores_of_model(args: Namespace) -> Callable[[list[Judged]], Iterable[float]]:
     from tqdm import tqdm
 
     from dynamicrag.monot5 import load_reranker
 
     model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length)
+    progress = tqdm(desc="judging", unit=" documents", unit_scale=True)
+
+    def score(pairs: list[Judged]) -> Iterable[float]:
+        texts = [(row["question"], document_text(doc)) for row, doc in pairs]
+        return model.score(texts, args.batch_tokens, progress.update)
+
+    return score
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from dynamicrag.records import count_rows, read_rows
+
+    judge = args.run or args.model_name_or_path
+    output = Output(args, [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
+    if output.finished:
+        return
+    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject))
+    score = scores_of_run(args.run, args.logits) if args.run else scores_of_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
-    with tqdm(desc="judging", unit=" documents", unit_scale=True) as documents:
-
-        def score(pairs: list[tuple[str, str]]) -> Iterable[float]:
-            return model.score(pairs, args.batch_tokens, documents.update)
-
-        output.process(rows, QUESTIONS_A_CHUNK, lambda chunk: rerank(chunk, score, args.n_docs, args.sort), count, "reranking")
+    output.process(rows, QUESTIONS_A_CHUNK, lambda chunk: rerank(chunk, score, args.n_docs, args.sort), count, "reranking")
     judged = relevant = 0
     for row in output.written():
         judged += len(row["docs"])

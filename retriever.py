@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag import stage
+from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.output import Output
 
@@ -53,13 +54,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--index", nargs="*", help="flat (exact), a faiss factory string (IVF1024,SQ8), or bm25 (default: flat)")
     group.add_argument("--run", nargs="*", default=[], help="TREC run files; with --index as well, all are fused")
     group.add_argument("--index_path", default=None, help="where a faiss index is kept (beside the shards)")
+    group.add_argument("--nprobe", type=int, default=64, help="clusters an IVF index looks into")
     group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
     group.add_argument("--questions_a_pass", type=int, default=1024, help="questions searched in one pass over the vectors")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
     group.add_argument("--normalize", action="store_true", help="vectors of length 1, as given when embedding")
     group.add_argument("--max_length", type=int, default=512, help="tokens of a question that are read")
-    group.add_argument("--batch_tokens", type=int, default=16384, help="padded tokens in a batch")
+    group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)
@@ -73,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
     if not args.index and not args.run:
         parser.error("--index or --run: give at least one")
-    if args.n_docs < 1 or args.questions_a_pass < 1:
-        parser.error("--n_docs and --questions_a_pass must be at least 1")
+    if min(args.n_docs, args.questions_a_pass, args.nprobe) < 1:
+        parser.error("--n_docs, --questions_a_pass and --nprobe must be at least 1")
     return args
 
 
@@ -130,7 +132,7 @@ def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
 
     def search_by(factory: str) -> Search:
-        index = open_index(shards, factory, args.index_path, pick_device(args.device), args.seed, args.corpus_shard)
+        index = open_index(shards, factory, args.index_path, pick_device(args.device), args.seed, args.corpus_shard, args.nprobe)
 
         def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
             import numpy as np
@@ -154,6 +156,7 @@ def bm25_search(args: Namespace, store: PassageStore) -> Search:
 def run_search(path: str, args: Namespace, store: PassageStore) -> Search:
     """The documents another system ranked; a question it does not have gets none."""
     import numpy as np
+
     from dynamicrag.runs import Run
 
     run = Run(path)

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+BATCH_TOKENS_HELP = "padded tokens in a batch (2048 on a CPU, 16384 on a GPU)"
+
+
+def default_batch_tokens(device: str) -> int:
+    """A CPU is busy with one long text, and wastes less on padding in small batches; a GPU needs more to be busy."""
+    return 2048 if device == "cpu" else 16384
+
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut positions 0..n-1 into batches of at most `budget` padded tokens (at least one sequence each).

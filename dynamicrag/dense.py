@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamicrag.batches import length_batches, pad
+from dynamicrag.batches import default_batch_tokens, length_batches, pad
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
 
@@ -47,9 +47,9 @@ class Encoder:
         self.seen_tokens = self.padded_tokens = 0
 
     def encode(
-        self, texts: list[str], batch_tokens: int = 16384, progress: Callable[[int], None] | None = None
+        self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """Encode texts, in batches of similar length of at most `batch_tokens` padded tokens.
+        """Encode texts, in batches of similar length of at most `batch_tokens` padded tokens (by default what suits the device).
 
         Returns float32 of shape [len(texts), hidden_size], in the order of the texts. `progress` is called with the
         size of every finished batch.
@@ -61,7 +61,7 @@ class Encoder:
         tokens = self.tokenizer(cut, truncation=True, max_length=self.max_length)["input_ids"] if cut else []
         vectors = np.empty((len(texts), self.hidden_size), dtype=np.float32)
         with torch.inference_mode():
-            for batch in length_batches(list(map(len, tokens)), batch_tokens):
+            for batch in length_batches(list(map(len, tokens)), batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([tokens[position] for position in batch], self.pad_id, self.device)
                 vectors[batch] = self._forward(ids, mask).cpu().numpy()
                 self.seen_tokens += sum(len(tokens[position]) for position in batch)

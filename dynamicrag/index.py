@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from dynamicrag.device import devices_of
-from dynamicrag.flat import ExactIndex, best_first
+from dynamicrag.flat import ExactIndex, rescore
 from dynamicrag.manifest import fingerprint
 from dynamicrag.output import exclusive
 from dynamicrag.shards import Shard
@@ -21,25 +21,31 @@ if TYPE_CHECKING:
 BLOCK_VECTORS = 65536
 # Training a faiss index: this many vectors a cluster, and at least so many in all.
 TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
-# What an approximate index probes by default; recall@10 is .99 (IVF) and .94 (HNSW) over 200,000 passages.
-NPROBE, EF_SEARCH = 64, 128
+# How hard an approximate index looks, unless told: clusters (IVF), nodes (HNSW), and candidates a document wanted.
+NPROBE, EF_SEARCH, CANDIDATES = 64, 256, 4
 
 
 class FaissIndex:
-    """Approximate search through any index of faiss's factory, memory-mapped."""
+    """Approximate search through any index of faiss's factory, memory-mapped.
 
-    def __init__(self, index: object):
-        self.index = index
+    The index proposes `candidates` times the documents wanted; which of them are best, the vectors themselves decide.
+    A score is therefore the exact inner product, whichever index found the document.
+    """
+
+    def __init__(self, index: object, vectors: list[np.ndarray], candidates: int = CANDIDATES):
+        self.index, self.vectors, self.candidates = index, vectors, candidates
         self.count = index.ntotal
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
         k = min(k, self.count)
-        return best_first(*self.index.search(queries, k), k)
+        _, positions = self.index.search(queries, min(k * self.candidates, self.count))
+        return rescore(self.vectors, queries, positions, k)
 
 
 def open_index(
-    shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42, part: str = "0/1"
+    shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42, part: str = "0/1",
+    nprobe: int = NPROBE,
 ) -> ExactIndex | FaissIndex:
     """The index over these shards: `flat` is exact; anything else is a faiss factory string (`IVF1024,SQ8`, `HNSW32`).
 
@@ -65,7 +71,7 @@ def open_index(
     if orjson.loads(manifest.read_bytes()) != holds:
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
-    return FaissIndex(_load(kept, device))
+    return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards])
 
 
 def _build(shards: list[Shard], factory: str, seed: int) -> object:
@@ -114,7 +120,7 @@ def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
     manifest.write_bytes(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
 
 
-def _load(path: Path, device: str) -> object:
+def _load(path: Path, device: str, nprobe: int) -> object:
     import faiss
 
     try:
@@ -123,7 +129,7 @@ def _load(path: Path, device: str) -> object:
         raise UserError(f"{path}: cannot be read as a faiss index ({_reason(error)}); remove it") from error
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
-        inverted.nprobe = min(NPROBE, inverted.nlist)
+        inverted.nprobe = min(nprobe, inverted.nlist)
     graph = getattr(faiss.downcast_index(index), "hnsw", None)
     if graph is not None:
         graph.efSearch = EF_SEARCH

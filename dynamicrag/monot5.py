@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dynamicrag.batches import length_batches, pad
+from dynamicrag.batches import default_batch_tokens, length_batches, pad
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
 
@@ -38,11 +38,12 @@ class _Pointwise:
         self.pad_id = tokenizer.pad_token_id or 0
 
     def score(
-        self, pairs: list[Pair], batch_tokens: int = 16384, progress: Callable[[int], None] | None = None
+        self, pairs: list[Pair], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """P(relevant) of each pair, float32 [len(pairs)] in [0, 1], in the order of the pairs.
 
-        `batch_tokens` bounds the padded tokens of a batch; `progress` is called with the size of every finished one.
+        `batch_tokens` bounds the padded tokens of a batch (by default what suits the device); `progress` is called with
+        the size of every finished one.
         """
         import numpy as np
         import torch
@@ -50,7 +51,7 @@ class _Pointwise:
         inputs = self.tokenize(pairs) if pairs else []
         scores = np.empty(len(pairs), dtype=np.float32)
         with torch.inference_mode():
-            for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens):
+            for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device)
                 types, _ = pad([inputs[position][1] for position in batch], 0, self.device)
                 scores[batch] = self.forward(ids, mask, types).cpu().numpy()
@@ -92,12 +93,36 @@ class MonoT5(_Pointwise):
         return inputs
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """One forward pass with a single decoder token; softmax over the logits of true and false, in float32."""
-        import torch
+        """Softmax over the logits of true and false for the first token, in float32: [batch, length] -> [batch]."""
+        hidden = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = self._first_token(hidden, mask).float() @ self.model.lm_head.weight[self.true_false].float().T
+        return logits.softmax(dim=-1)[:, 0]
 
-        start = torch.full((len(ids), 1), self.model.config.decoder_start_token_id, device=ids.device)
-        logits = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, 0]
-        return logits[:, self.true_false].float().log_softmax(dim=-1)[:, 0].exp()
+    def _first_token(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The decoder's output at its first position, for encoder states [batch, length, width]: [batch, width].
+
+        There is one query a document, so its keys and values need not be computed for every token: K h . q is
+        h . K'q, and a weighted sum of values is V of that sum of states. This spares two products a layer with every
+        encoder state, a seventh of the work of a T5-base. The one token attends to itself with weight 1.
+        """
+        decoder, config = self.model.decoder, self.model.config
+        start = mask.new_full((len(hidden),), config.decoder_start_token_id)
+        state = decoder.embed_tokens(start)
+        ignored = (mask == 0)[:, None]
+        for block in decoder.block:
+            itself, cross, feed_forward = block.layer
+            attention = itself.SelfAttention
+            state = state + attention.o(attention.v(itself.layer_norm(state)))
+            attention = cross.EncDecAttention
+            keys, values = (part.weight.view(config.num_heads, config.d_kv, -1) for part in (attention.k, attention.v))
+            query = attention.q(cross.layer_norm(state)).view(-1, config.num_heads, config.d_kv)
+            scores = (query.transpose(0, 1) @ keys).transpose(0, 1) @ hidden.transpose(1, 2)  # [batch, heads, length]
+            weights = scores.float().masked_fill(ignored, float("-inf")).softmax(dim=-1).to(hidden.dtype)
+            summed = (weights @ hidden).transpose(0, 1) @ values.transpose(1, 2)  # [heads, batch, d_kv]
+            state = state + attention.o(summed.transpose(0, 1).reshape(len(state), -1))
+            state = feed_forward(state)
+        state = decoder.final_layer_norm(state)
+        return state * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else state
 
 
 class CrossEncoder(_Pointwise):
@@ -143,7 +168,7 @@ def load_reranker(
         config = AutoConfig.from_pretrained(path)
         if any("ForSequenceClassification" in name for name in config.architectures or []):
             kind, auto = CrossEncoder, AutoModelForSequenceClassification
-        elif config.is_encoder_decoder:
+        elif config.model_type in ("t5", "mt5", "umt5"):
             kind, auto = MonoT5, AutoModelForSeq2SeqLM
         else:
             raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5 or a sequence classifier")

@@ -180,6 +180,21 @@ def test_a_score_that_is_no_probability_is_an_error(value):
         reranker.rerank(rows_with(1), lambda pairs: [value], None, False)
 
 
+def test_scores_of_another_reranker(retrieved, tmp_path):
+    def run_file(**scores):
+        path = tmp_path / "other.trec"
+        path.write_text("".join(f"q2 Q0 {doc} 1 {score} other\n" for doc, score in scores.items()))
+        return "--run", path
+
+    rows = run("no model", retrieved, tmp_path / "a.jsonl", *run_file(d1=0.75, elsewhere=1), "--sort")
+    assert [(doc["id"], doc["rerank_score"], doc["rerank_label"]) for doc in rows[2]["docs"]] == [("d1", 0.75, "true"), ("d0", 0.0, "false")]
+    assert all(doc["rerank_score"] == 0 for row in rows[3:] for doc in row["docs"])
+    with pytest.raises(UserError, match=r"gives 1\.5 for question 'q2' and document 'd0'.*--logits"):
+        run("no model", retrieved, tmp_path / "b.jsonl", *run_file(d0=1.5))
+    rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2), "--logits")
+    assert [doc["rerank_score"] for doc in rows[2]["docs"]] == pytest.approx([1 / (1 + np.exp(-1.5)), 1 / (1 + np.exp(2))])
+
+
 def test_reranking_interrupted(monot5_dir, retrieved, tmp_path, monkeypatch):
     monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)
     run(monot5_dir, retrieved, tmp_path / "whole.jsonl")

@@ -342,8 +342,7 @@ def test_a_faiss_index_is_kept_and_tied_to_its_shards(tmp_path, encoder_dir, cor
     flags = ("--index", "IVF4,Flat", "--index_path", kept, "--n_docs", 9)
     exact = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "exact.jsonl", "--n_docs", 9)
     rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", *flags)
-    for row, expected in zip(rows, exact, strict=True):  # all four lists are probed: nothing can be missed
-        assert [doc["id"] for doc in row["docs"]] == [doc["id"] for doc in expected["docs"]]
+    assert rows == exact, "all four lists are probed: nothing can be missed, and scores are exact"
     made = kept.stat().st_mtime_ns
     retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", *flags)
     assert kept.stat().st_mtime_ns == made, "built once"
@@ -354,13 +353,23 @@ def test_a_faiss_index_is_kept_and_tied_to_its_shards(tmp_path, encoder_dir, cor
         retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "c.jsonl", *flags)
 
 
-def test_hits_that_faiss_does_not_find_are_no_documents(tmp_path, encoder_dir, corpus_tsv, shards, questions, monkeypatch):
-    monkeypatch.setattr("dynamicrag.index.NPROBE", 1)
-    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", "--index", "IVF8,Flat", "--n_docs", 60)
+def test_hits_that_faiss_does_not_find_are_no_documents(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    flags = ("--index", "IVF8,Flat", "--nprobe", 1, "--n_docs", 60)
+    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", *flags)
     assert all(0 < len(row["docs"]) < 60 for row in rows)
     assert all(doc["score"] > -1e30 for row in rows for doc in row["docs"])
     assert any((shards / name).suffix == ".faiss" for name in os.listdir(shards)), "kept beside the shards by default"
     retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", "--n_docs", 3)  # and not taken for a shard
+
+
+def test_a_coarse_index_proposes_and_the_vectors_decide(tmp_path, encoder_dir, corpus_tsv, shards, questions):
+    exact = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "exact.jsonl", "--n_docs", 120)
+    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "a.jsonl", "--index", "PQ2x2", "--n_docs", 30)
+    assert rows == [{**row, "docs": row["docs"][:30]} for row in exact], "four times 30 candidates are the whole corpus"
+    rows = retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", "--index", "PQ2x2", "--n_docs", 5)
+    for row, expected in zip(rows, exact, strict=True):
+        scores = {doc["id"]: doc["score"] for doc in expected["docs"]}
+        assert all(doc["score"] == scores[doc["id"]] for doc in row["docs"])
 
 
 def test_other_factory_strings(shards):
