@@ -1,0 +1,115 @@
+"""How fast passages are embedded, beside batches in the order of the file and the limit the encoder sets.
+
+The limit is the encoder alone at its best batch size, over passages of exactly one length: no padding, no tokenizer, no
+disk. The encoder is a BERT of Contriever's size with random weights; the passages are 100 words of the CIA World
+Factbook each. The stage is run as users run it, so that its tokenizer, its writing and its padding are in its rate.
+
+    python benchmarks/encoding.py
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+
+import generate_passage_embeddings
+from dynamicrag.batches import default_batch_tokens
+from dynamicrag.dense import Encoder
+from dynamicrag.manifest import read_manifest
+from dynamicrag.passages import open_passages
+
+sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
+LIMIT = "encoder, padding-free limit"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a real encoder; by default one is made up")
+    parser.add_argument("--passages", type=int, default=600)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    return parser.parse_args()
+
+
+def factbook(folder: Path, count: int) -> Path:
+    """Every n-th passage of the Factbook, at most 100 words each."""
+    import corpus
+
+    corpus.main(["--output_file", str(folder / "all.jsonl"), "--max_words", "100"])
+    lines = (folder / "all.jsonl").read_text().splitlines(keepends=True)
+    path = folder / "passages.jsonl"
+    path.write_text("".join(lines[:: max(len(lines) // count, 1)][:count]))
+    return path
+
+
+def make_encoder(folder: Path, passages: Path) -> str:
+    """A BERT of the base size, with a WordPiece vocabulary learned from the passages."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    raw = BertWordPieceTokenizer()
+    raw.train(str(passages), vocab_size=30522, min_frequency=1, show_progress=False)
+    BertModel(BertConfig()).save_pretrained(folder)
+    BertTokenizer(vocab=raw.get_vocab()).save_pretrained(folder)
+    return str(folder)
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        passages = factbook(folder, args.passages)
+        model = args.model_name_or_path or make_encoder(folder / "encoder", folder / "all.jsonl")
+        store = open_passages(passages)
+        columns = store.slice(0, len(store))
+        texts = [f"{title} {text}" for title, text in zip(columns["title"], columns["text"], strict=True)]
+        encoder = Encoder(model, args.device, args.dtype)
+        lengths = [len(tokens) for tokens in encoder.tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
+        files = iter(range(10_000))
+
+        def stage() -> float:
+            nonlocal made
+            output, began = folder / f"embeddings_{next(files)}", time.perf_counter()
+            generate_passage_embeddings.main(["--model_name_or_path", model, "--passages", str(passages), "--output_dir", str(output),
+                                              "--dtype", args.dtype, "--device", args.device])
+            made = read_manifest(output / "passages_00.npy")["counts"]
+            return float(made["rate"].split()[0]) * (time.perf_counter() - began)  # its own report: without loading the encoder
+
+        def in_file_order() -> float:
+            for start in range(0, len(texts), 64):
+                batch = encoder.tokenizer(texts[start : start + 64], padding=True, truncation=True, max_length=512, return_tensors="pt")
+                with torch.inference_mode():
+                    encoder._forward(batch["input_ids"].to(args.device), batch["attention_mask"].to(args.device)).cpu()
+            return len(texts)
+
+        def alone(batch_tokens: int) -> float:
+            tokens = 0
+            for some in np.array_split(np.sort(lengths), 10):
+                length = int(some.mean().round())
+                ids = torch.randint(5, 1000, (max(batch_tokens // length, 1), length), device=args.device)
+                with torch.inference_mode():
+                    encoder._forward(ids, torch.ones_like(ids)).cpu()
+                tokens += ids.numel()
+            return tokens / np.mean(lengths)
+
+        made: dict = {}
+        default = default_batch_tokens(args.device)
+        limits = {f"{LIMIT}, {size} tokens a batch": lambda size=size: alone(size) for size in (default // 2, default, 2 * default, 4 * default)}
+        systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}
+        seconds = measure.in_turns(systems, args.rounds)
+    best = min(limits, key=seconds.get)
+    rows = [[system, f"{1 / s:.1f}", f"{seconds['batches of 64 in file order'] / s:.2f}", f"{seconds[best] / s:.2f}"] for system, s in seconds.items()]
+    title = f"Encoding, {len(texts)} passages of {np.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)}), {args.device}"
+    measure.report(title, ["", "passages/s", "to file order", "to the best limit"], rows, {name: 1 / s for name, s in seconds.items()}, args.output_file)
+    print(f"padding of generate_passage_embeddings.py: {made['padding']}")
+
+
+if __name__ == "__main__":
+    main()

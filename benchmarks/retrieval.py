@@ -1,0 +1,271 @@
+"""How fast, and in how much memory, the retriever searches: ratios measured in one run.
+
+    search       exact search in batches beside one question at a time, faiss and a plain matrix product with top-k
+    compressed   recall@k against exact search, speed and size of compressed indexes
+    workers      start-up time and memory of 1, 2 and 4 retrievers over one index
+    memory       the retriever for 1,000 and 100,000 questions, and the passage store for 10 times the passages
+
+The embeddings are made up (benchmarks/measure.py), or real ones with --passages_embeddings and --query.
+
+    python benchmarks/retrieval.py --parts search compressed workers memory
+"""
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+import numpy as np
+
+from dynamicrag.flat import ExactIndex, best_first
+
+COMPRESSED = ("IVF1024,SQ8", "IVF1024,RaBitQ4", "IVF1024,RaBitQ", "SQ8")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["search", "compressed", "workers", "memory"])
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--k", type=int, default=50)
+    parser.add_argument("--questions", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compressed", nargs="+", default=COMPRESSED, help="faiss factory strings")
+    parser.add_argument("--passages_embeddings", help="real shards instead of made-up vectors, a quoted glob")
+    parser.add_argument("--query", help="questions for them; also give --model_name_or_path (and --normalize)")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--normalize", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: search only")
+    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors float16 [n, width] and questions float32 [m, width]."""
+    if not args.passages_embeddings:
+        vectors = measure.vectors_like_passages(args.vectors, args.width)
+        return vectors, measure.questions_about(vectors, args.questions)
+    from dynamicrag.dense import Encoder
+    from dynamicrag.records import read_rows
+    from dynamicrag.shards import find_shards, open_shards
+
+    vectors = np.concatenate([shard.vectors for shard in open_shards(find_shards(args.passages_embeddings))])
+    texts = [row["question"] for row in read_rows(args.query)][: args.questions]
+    return vectors, Encoder(args.model_name_or_path, normalize=args.normalize).encode(texts)
+
+
+# ---------------------------------------------------------------- exact search
+
+
+def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray) -> None:
+    import faiss
+    import torch
+
+    from dynamicrag.device import devices_of, rough_dtype
+
+    ours = ExactIndex([vectors], devices_of(args.device))
+    wide = vectors.astype(np.float32)
+    plain = faiss.IndexFlatIP(vectors.shape[1])
+    plain.add(wide)
+    device, k = devices_of(args.device)[0], args.k
+
+    def in_batches(find, size: int, count: int):
+        def work() -> int:
+            for start in range(0, count, size):
+                find(questions[start : start + size])
+            return count
+
+        return work
+
+    def torch_search(matrix: torch.Tensor):
+        def find(batch: np.ndarray) -> None:
+            scores = torch.from_numpy(batch).to(device, matrix.dtype) @ matrix.T
+            scores.topk(k)[1].cpu()
+
+        return find
+
+    full, narrow = (torch.from_numpy(wide).to(device, dtype) for dtype in (torch.float32, rough_dtype(device)))
+    count, some = len(questions), min(len(questions), 256)
+    names = {
+        "faiss IndexFlatIP, one at a time": in_batches(lambda batch: plain.search(batch, k), 1, 8),
+        "faiss IndexFlatIP, batches of 256": in_batches(lambda batch: plain.search(batch, k), 256, some),
+        "torch matmul + topk float32, 256": in_batches(torch_search(full), 256, some),
+        f"torch matmul + topk {str(narrow.dtype)[6:]}, 256 (not exact)": in_batches(torch_search(narrow), 256, some),
+        "--index flat, one at a time": in_batches(lambda batch: ours.search(batch, k), 1, 8),
+        "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
+        f"--index flat, {count} a pass": in_batches(lambda batch: ours.search(batch, k), count, count),
+    }
+    seconds = measure.in_turns(names, args.rounds)
+    alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))
+    rows = [[name, f"{1 / s:.1f}", f"{alone / s:.1f}", f"{batched / s:.2f}"] for name, s in seconds.items()]
+    title = f"Exact search, {len(vectors):,} x {vectors.shape[1]}, k = {k}, {args.device}"
+    header = ["", "questions/s", "to one at a time", "to faiss in batches"]
+    measure.report(title, header, rows, {name: 1 / s for name, s in seconds.items()}, args.output_file)
+
+    scores, positions = ours.search(questions, k)
+    sample = questions[:64]
+    expected = np.concatenate([
+        (sample.astype(np.float64) @ vectors[start : start + 50_000].T.astype(np.float64)).astype(np.float32)
+        for start in range(0, len(vectors), 50_000)
+    ], axis=1)
+    expected_scores, expected_positions = best_first(expected, np.broadcast_to(np.arange(len(vectors)), expected.shape), k)
+    same = (positions[:64] == expected_positions).all(), (scores[:64] == expected_scores).all()
+    faiss_positions = plain.search(questions, k)[1]
+    agree = np.mean([len(set(a) & set(b)) / k for a, b in zip(positions, faiss_positions, strict=True)])
+    print(f"\nbrute force in float64, 64 questions: the same documents {same[0]}, the same scores {same[1]}; "
+          f"documents shared with faiss in float32: {agree:.4%}")
+
+
+# ---------------------------------------------------------------- compressed indexes
+
+
+def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray, folder: Path) -> None:
+    import time
+
+    from dynamicrag.index import open_index
+    from dynamicrag.shards import find_shards, open_shards, save_array, save_ids
+
+    save_array(folder / "passages_00.npy", vectors)
+    save_ids(folder / "passages_00.ids.npy", [str(number) for number in range(len(vectors))])
+    shards = open_shards(find_shards(f"{folder}/*"))
+    exact = ExactIndex([vectors])
+    gold = exact.search(questions, args.k)[1]
+    flat_size = vectors.size * 4
+    systems, recall, size, built = {"flat": lambda: len(exact.search(questions, args.k)[0])}, {"flat": 1.0}, {"flat": flat_size}, {"flat": 0.0}
+    for factory in args.compressed:
+        began = time.perf_counter()
+        open_index(shards, factory)
+        seconds = time.perf_counter() - began
+        kept = next(path for path in folder.glob("index_*.faiss") if path.name[6:-6] == "".join(c if c.isalnum() else "_" for c in factory))
+        for nprobe in (16, 64, 256) if "IVF" in factory else (1,):
+            index, name = open_index(shards, factory, nprobe=nprobe), f"{factory}, --nprobe {nprobe}" if "IVF" in factory else factory
+            found = index.search(questions, args.k)[1]
+            recall[name] = float(np.mean([len(set(a) & set(b)) / args.k for a, b in zip(found, gold, strict=True)]))
+            size[name], built[name] = kept.stat().st_size, seconds
+            systems[name] = lambda index=index: len(index.search(questions, args.k)[0])
+    seconds = measure.in_turns(systems, args.rounds)
+    rows = [
+        [name, f"{recall[name]:.3f}", f"{seconds['flat'] / s:.1f}", f"{size[name] / flat_size:.3f}", f"{built[name]:.0f}"]
+        for name, s in seconds.items()
+    ]
+    title = f"Compressed indexes, {len(vectors):,} x {vectors.shape[1]}"
+    header = ["--index", f"recall@{args.k}", "speed to flat", "size to float32", "seconds to build"]
+    figures = {name: {"recall": recall[name], "speed": seconds["flat"] / s, "size": size[name] / flat_size} for name, s in seconds.items()}
+    measure.report(title, header, rows, figures, args.output_file)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def corpus(folder: Path, count: int) -> Path:
+    """A TSV of passages of 100 words."""
+    words = np.array([f"word{number}" for number in range(5000)])
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words[rng.integers(0, 5000, 100)]) for _ in range(1000)]
+    path = folder / f"passages_{count}.tsv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["id", "text", "title"])
+        writer.writerows([number, texts[number % 1000], f"title {number}"] for number in range(count))
+    return path
+
+
+def encoder(folder: Path, width: int, layers: int) -> Path:
+    """A BERT of random weights: 768 wide with 12 layers it is of Contriever's size."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(5000))]
+    config = BertConfig(vocab_size=30522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width)
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}).save_pretrained(folder)
+    return folder
+
+
+def shards(folder: Path, count: int, width: int) -> str:
+    from dynamicrag.shards import save_array, save_ids
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((min(count, 100_000), width), dtype=np.float32).astype(np.float16)
+    for number, start in enumerate(range(0, count, 1_000_000)):
+        size = min(1_000_000, count - start)
+        save_array(folder / f"passages_{number:02d}.npy", np.resize(block, (size, width)))
+        save_ids(folder / f"passages_{number:02d}.ids.npy", [str(start + row) for row in range(size)])
+    return f"{folder}/*"
+
+
+def questions_file(folder: Path, count: int) -> Path:
+    path = folder / f"questions_{count}.jsonl"
+    with path.open("w") as file:
+        for number in range(count):
+            file.write(f'{{"id": "{number}", "question": "word{number % 5000} word{number * 7 % 5000}"}}\n')
+    return path
+
+
+def retriever(model: Path, passages: Path, embeddings: str, query: Path, output: Path, *flags: str) -> list[str]:
+    return [sys.executable, "retriever.py", "--model_name_or_path", str(model), "--passages", str(passages), "--passages_embeddings",
+            embeddings, "--query", str(query), "--output_file", str(output), *flags]
+
+
+def workers(args: argparse.Namespace, folder: Path) -> None:
+    """3 GB of vectors: twice 1,000,000 x 768 in float16."""
+    count = 2 * args.vectors
+    model, passages, embeddings = encoder(folder / "encoder", args.width, 12), corpus(folder, count), shards(folder / "embeddings", count, args.width)
+    query, first = questions_file(folder, 256), questions_file(folder, 1)
+    building = measure.run_watched([retriever(model, passages, embeddings, first, folder / "first.jsonl")])[1]
+    rows, figures = [], {"seconds with the store to build": building}
+    for number in (1, 2, 4):
+        startup = measure.run_watched([retriever(model, passages, embeddings, first, folder / f"s{number}_{w}.jsonl") for w in range(number)])[1]
+        peak, _ = measure.run_watched([retriever(model, passages, embeddings, query, folder / f"w{number}_{w}.jsonl") for w in range(number)])
+        figures[str(number)] = {"seconds from start to end of one question": startup, **peak}
+        alone = figures["1"]["proportional"]
+        rows.append([str(number), f"{startup:.1f}", f"{peak['proportional']:.2f}", f"{peak['proportional'] / alone:.2f}", f"{peak['private']:.2f}"])
+    size = count * args.width * 2 / 1e9
+    title = f"Retrievers over one index of {size:.2f} GB ({count:,} x {args.width}), Contriever-sized encoder"
+    header = ["workers", "s for 1 question, start included", "proportional GB", "to one", "private GB"]
+    measure.report(title, header, rows, figures, args.output_file)
+    print(f"the first start also built the passage store of {count:,} passages: {building:.0f} s")
+
+
+def memory(args: argparse.Namespace, folder: Path) -> None:
+    small, large = corpus(folder, 100_000), corpus(folder, 1_000_000)
+    model, embeddings = encoder(folder / "encoder", 64, 2), shards(folder / "embeddings", 100_000, 64)
+    rows, figures = [], {}
+
+    def line(name: str, command: list[str]) -> None:
+        peak, seconds = measure.run_watched([command])
+        figures[name] = {**peak, "seconds": seconds}
+        rows.append([name, f"{peak['resident']:.3f}", f"{peak['private']:.3f}", f"{seconds:.0f}"])
+
+    for count in (1_000, 1_000, 10_000, 100_000):  # the first builds the store
+        output = folder / f"{count}.jsonl"
+        line(f"retriever, {count:,} questions", retriever(model, small, embeddings, questions_file(folder, count), output, "--n_docs", "20", "--overwrite"))
+    rows.pop(0)
+    reading = ("import sys, random; from dynamicrag.passages import open_passages; store = open_passages(sys.argv[1]); "
+               "[store.docs(random.sample(range(len(store)), 50_000)) for _ in range(5)]; print(len(store))")
+    for passages in (small, large):
+        line(f"building the store, {passages.stem}", [sys.executable, "-c", reading, str(passages)])
+        line(f"reading the store, {passages.stem}", [sys.executable, "-c", reading, str(passages)])
+    measure.report("Memory", ["", "resident GB", "private GB", "seconds"], rows, figures, args.output_file)
+
+
+def main() -> None:
+    args = parse_args()
+    if {"search", "compressed"} & set(args.parts):
+        vectors, questions = load(args)
+    for part in args.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            if part == "search":
+                search(args, vectors, questions)
+            elif part == "compressed":
+                compressed(args, vectors, questions, Path(folder))
+            elif part == "workers":
+                workers(args, Path(folder))
+            else:
+                memory(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
