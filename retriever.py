@@ -18,8 +18,12 @@ Writes   output/retrieval_split_0.json                   + docs: id, title, text
 from __future__ import annotations
 
 import re
+import signal
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 # What a ranking is made by: rows -> scores float32 and positions in the corpus int64 (-1: no document), both [rows, k].
 Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
 
+# Questions are sorted by length within so many.
+QUESTIONS_ENCODED = 1024
 # Reciprocal-rank fusion: a document at rank r of a ranking is worth 1 / (60 + r).
 FUSION_CONSTANT = 60
 
@@ -55,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--run", nargs="*", default=[], help="TREC run files; with --index as well, all are fused")
     group.add_argument("--index_path", default=None, help="where a faiss index is kept (beside the shards)")
     group.add_argument("--nprobe", type=int, default=64, help="clusters an IVF index looks into")
+    group.add_argument("--candidates", type=int, default=4, help="documents a compressed index proposes for each one wanted")
     group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
     group.add_argument("--questions_a_pass", type=int, default=1024, help="questions searched in one pass over the vectors")
     group = parser.add_argument_group("encoder")
@@ -75,8 +82,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
     if not args.index and not args.run:
         parser.error("--index or --run: give at least one")
-    if min(args.n_docs, args.questions_a_pass, args.nprobe) < 1:
-        parser.error("--n_docs, --questions_a_pass and --nprobe must be at least 1")
+    if min(args.n_docs, args.questions_a_pass, args.nprobe, args.candidates) < 1:
+        parser.error("--n_docs, --questions_a_pass, --nprobe and --candidates must be at least 1")
     return args
 
 
@@ -119,31 +126,61 @@ def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: 
     ]
 
 
-def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore) -> dict[str, Search]:
-    """A search for every index over the embeddings that --index names; one encoder serves them all."""
-    from dynamicrag.dense import Encoder, hidden_size
+def process_of_its_own() -> Executor:
+    """Where questions are encoded: model, libraries and GPU memory are gone with the process when the search begins."""
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
+
+
+def encode_questions(args: Namespace, path: str, count: int) -> None:
+    """Write the vectors of all questions to `path`, .npy float32 [count, width]."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from dynamicrag.dense import Encoder
+    from dynamicrag.records import read_rows
+
+    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    vectors = np.lib.format.open_memmap(path, "w+", np.float32, (count, encoder.hidden_size))
+    rows = read_rows(args.query, reject=(lambda _: None) if args.on_error == "skip" else None)
+    with tqdm(total=count, desc="encoding", unit="question") as progress:
+        while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
+            vectors[progress.n : progress.n + len(texts)] = encoder.encode(texts, args.batch_tokens)
+            progress.update(len(texts))
+
+
+def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, count: int) -> dict[str, Search]:
+    """A search for every index over the embeddings that --index names, for the rows that follow those written."""
+    import numpy as np
+
+    from dynamicrag.dense import hidden_size
     from dynamicrag.device import pick_device
     from dynamicrag.index import open_index
     from dynamicrag.shards import check_shards, open_shards, part_of
 
     part, parts = map(int, args.corpus_shard.split("/"))
     shards = part_of(open_shards(shard_paths), part, parts)
-    corpus = check_shards(shards, hidden_size(args.model_name_or_path), store, args.model_name_or_path)
-    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    with process_of_its_own() as encoding:
+        width = encoding.submit(hidden_size, args.model_name_or_path).result()
+        corpus = check_shards(shards, width, store, args.model_name_or_path)
+        encoding.submit(encode_questions, args, queries_path(output), count).result()
+    queries = np.load(queries_path(output), mmap_mode="r")
 
     def search_by(factory: str) -> Search:
-        index = open_index(shards, factory, args.index_path, pick_device(args.device), args.seed, args.corpus_shard, args.nprobe)
+        index = open_index(
+            shards, factory, args.index_path, pick_device(args.device), args.seed, args.corpus_shard, args.nprobe, args.candidates
+        )
 
         def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-            import numpy as np
-
-            queries = encoder.encode(list(map(search_text, rows)), args.batch_tokens)
-            scores, found = index.search(queries, args.n_docs)
+            scores, found = index.search(np.array(queries[output.rows : output.rows + len(rows)]), args.n_docs)
             return scores, np.where(found >= 0, corpus[found], -1)
 
         return search
 
     return {factory: search_by(factory) for factory in args.index if factory != "bm25"}
+
+
+def queries_path(output: Output) -> str:
+    return f"{output.path}.queries.npy"
 
 
 def bm25_search(args: Namespace, store: PassageStore) -> Search:
@@ -193,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.passages import open_passages
 
     store = open_passages(args.passages, args.passage_store)
-    by_index = dense_searches(args, shard_paths, store) if dense else {}
+    by_index = dense_searches(args, shard_paths, store, output, count) if dense else {}
     if "bm25" in args.index:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(path, args, store) for path in args.run]
@@ -206,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass, retrieve, count, "retrieving")
     output.finish(docs_a_question=min(args.n_docs, len(store)))
+    Path(queries_path(output)).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ The embeddings are made up (benchmarks/measure.py), or real ones with --passages
 
 import argparse
 import csv
+import itertools
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import measure
@@ -21,7 +23,7 @@ import numpy as np
 
 from dynamicrag.flat import ExactIndex, best_first
 
-COMPRESSED = ("IVF1024,SQ8", "IVF1024,RaBitQ4", "IVF1024,RaBitQ", "SQ8")
+COMPRESSED = ("IVF1024,SQ8", "IVF1024,RaBitQ4", "IVF1024,RaBitQfs")
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compressed", nargs="+", default=COMPRESSED, help="faiss factory strings")
+    parser.add_argument("--nprobes", nargs="+", type=int, default=[64, 256])
+    parser.add_argument("--candidates", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--passages_embeddings", help="real shards instead of made-up vectors, a quoted glob")
     parser.add_argument("--query", help="questions for them; also give --model_name_or_path (and --normalize)")
     parser.add_argument("--model_name_or_path")
@@ -122,8 +126,6 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
 
 
 def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray, folder: Path) -> None:
-    import time
-
     from dynamicrag.index import open_index
     from dynamicrag.shards import find_shards, open_shards, save_array, save_ids
 
@@ -139,8 +141,9 @@ def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndar
         open_index(shards, factory)
         seconds = time.perf_counter() - began
         kept = next(path for path in folder.glob("index_*.faiss") if path.name[6:-6] == "".join(c if c.isalnum() else "_" for c in factory))
-        for nprobe in (16, 64, 256) if "IVF" in factory else (1,):
-            index, name = open_index(shards, factory, nprobe=nprobe), f"{factory}, --nprobe {nprobe}" if "IVF" in factory else factory
+        for nprobe, candidates in itertools.product(args.nprobes if "IVF" in factory else [1], args.candidates):
+            index = open_index(shards, factory, nprobe=nprobe, candidates=candidates)
+            name = f"{factory} --nprobe {nprobe} --candidates {candidates}"
             found = index.search(questions, args.k)[1]
             recall[name] = float(np.mean([len(set(a) & set(b)) / args.k for a, b in zip(found, gold, strict=True)]))
             size[name], built[name] = kept.stat().st_size, seconds

@@ -29,7 +29,7 @@ TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
 # Scores are looked at this many at once: only where their maximum may be among the best is each of them compared.
 GROUP = 64
 # Vectors whose rounding error is bounded together, and after which no candidate is left waiting.
-BLOCK_VECTORS = 1 << 18
+BLOCK_VECTORS = 1 << 20
 # Of the memory of a GPU, so many bytes are left to the encoder and to the scores.
 GPU_RESERVE = 4 << 30
 # Candidates that may wait to be compared again, in documents wanted.
@@ -50,10 +50,11 @@ class ExactIndex:
         self.count = sum(map(len, arrays))
         self._parts = [_Part(device) for device in devices]
         parts = cycle(self._parts)
+        size = BLOCK_VECTORS if len(devices) == 1 else max(min(BLOCK_VECTORS, self.count // (8 * len(devices))), 1)
         offset = 0
         for array in arrays:
-            for start in range(0, len(array), BLOCK_VECTORS):
-                next(parts).add(array[start : start + BLOCK_VECTORS], offset + start)
+            for start in range(0, len(array), size):
+                next(parts).add(array[start : start + size], offset + start)
             offset += len(array)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ class FaissIndex:
     A score is therefore the exact inner product, whichever index found the document.
     """
 
-    def __init__(self, index: object, vectors: list[np.ndarray], candidates: int = CANDIDATES):
+    def __init__(self, index: object, vectors: list[np.ndarray], candidates: int):
         self.index, self.vectors, self.candidates = index, vectors, candidates
         self.count = index.ntotal
 
@@ -45,7 +45,7 @@ class FaissIndex:
 
 def open_index(
     shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42, part: str = "0/1",
-    nprobe: int = NPROBE,
+    nprobe: int = NPROBE, candidates: int = CANDIDATES,
 ) -> ExactIndex | FaissIndex:
     """The index over these shards: `flat` is exact; anything else is a faiss factory string (`IVF1024,SQ8`, `HNSW32`).
 
@@ -71,7 +71,7 @@ def open_index(
     if orjson.loads(manifest.read_bytes()) != holds:
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
-    return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards])
+    return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
 
 
 def _build(shards: list[Shard], factory: str, seed: int) -> object:

@@ -4,9 +4,9 @@ source "$(dirname "$0")/common.sh"
 needs "$EMBEDDINGS" scripts/01_embed.sh
 
 retrieve() { # QUESTIONS OUTPUT
-    # shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list of flags
+    # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags
     sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
-        --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED"
+        --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" $SEARCH_FLAGS
 }
 given TRAIN_QUESTIONS
 retrieve "$TRAIN_QUESTIONS" "$WORK/output/retrieval_data.jsonl"

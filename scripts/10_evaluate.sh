@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Answers -> one table an evaluation set, a line a model and selector.
+# Documents and answers -> two tables an evaluation set: how well they were found, and a line a model and selector.
 source "$(dirname "$0")/common.sh"
 
 for questions in $EVAL_QUESTIONS; do
@@ -12,6 +12,8 @@ for questions in $EVAL_QUESTIONS; do
         done
     done
     ((${#results[@]})) || { echo "error: no results for $name; make them with: bash scripts/09_infer.sh $CONFIG" >&2; exit 2; }
+    python evaluate_retrieval.py --results_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \
+        --output_file "$WORK/results/${name}_retrieval.json" --table_file "$WORK/results/${name}_retrieval.md"
     python evaluate.py --results_file "${results[@]}" --eval_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \
         --output_file "$WORK/results/$name.metrics.json" --table_file "$WORK/results/$name.md"
 done

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def encoding_in_this_process(monkeypatch):
+    """The retriever encodes in a process of its own, whose start takes longer than most tests; test_kill.py has the real thing."""
+    import retriever
+
+    monkeypatch.setattr(retriever, "process_of_its_own", lambda: ThreadPoolExecutor(1))
 
 
 def _bert_tokenizer():
