@@ -73,8 +73,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.index is None:
-        args.index = [] if args.run else ["flat"]
+    args.index = (["flat"] if not args.run else []) if args.index is None else args.index
     part = re.fullmatch(r"(\d+)/(\d+)", args.corpus_shard)
     if not part or int(part[1]) >= int(part[2]):
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
@@ -131,25 +130,29 @@ def process_of_its_own() -> Executor:
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
-def encode_questions(args: Namespace, path: str, count: int) -> None:
-    """Write the vectors of all questions to `path`, .npy float32 [count, width]."""
+def encode_questions(args: Namespace, path: str) -> None:
+    """Write the vectors of all questions to `path`, .npy float32 [questions, width]."""
     import numpy as np
     from tqdm import tqdm
 
     from dynamicrag.dense import Encoder
-    from dynamicrag.records import read_rows
+    from dynamicrag.records import count_rows, read_rows
 
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
-    vectors = np.lib.format.open_memmap(path, "w+", np.float32, (count, encoder.hidden_size))
-    rows = read_rows(args.query, reject=(lambda _: None) if args.on_error == "skip" else None)
-    with tqdm(total=count, desc="encoding", unit="question") as progress:
+    skip = args.on_error == "skip"
+    count, rows = count_rows(args.query, skip_malformed=skip), read_rows(args.query, reject=(lambda _: None) if skip else None)
+    with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
         while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
-            vectors[progress.n : progress.n + len(texts)] = encoder.encode(texts, args.batch_tokens)
+            file.write(encoder.encode(texts, args.batch_tokens).tobytes())
             progress.update(len(texts))
 
 
-def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, count: int) -> dict[str, Search]:
-    """A search for every index over the embeddings that --index names, for the rows that follow those written."""
+def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, queries: str) -> dict[str, Search]:
+    """A search for every index over the embeddings that --index names; it takes the rows that follow those written.
+
+    Encodes all questions first, to the file `queries`.
+    """
     import numpy as np
 
     from dynamicrag.dense import hidden_size
@@ -162,8 +165,7 @@ def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore
     with process_of_its_own() as encoding:
         width = encoding.submit(hidden_size, args.model_name_or_path).result()
         corpus = check_shards(shards, width, store, args.model_name_or_path)
-        encoding.submit(encode_questions, args, queries_path(output), count).result()
-    queries = np.load(queries_path(output), mmap_mode="r")
+        encoding.submit(encode_questions, args, queries).result()
 
     def search_by(factory: str) -> Search:
         index = open_index(
@@ -171,16 +173,13 @@ def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore
         )
 
         def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-            scores, found = index.search(np.array(queries[output.rows : output.rows + len(rows)]), args.n_docs)
+            vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
+            scores, found = index.search(np.array(vectors), args.n_docs)
             return scores, np.where(found >= 0, corpus[found], -1)
 
         return search
 
     return {factory: search_by(factory) for factory in args.index if factory != "bm25"}
-
-
-def queries_path(output: Output) -> str:
-    return f"{output.path}.queries.npy"
 
 
 def bm25_search(args: Namespace, store: PassageStore) -> Search:
@@ -229,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from dynamicrag.passages import open_passages
 
-    store = open_passages(args.passages, args.passage_store)
-    by_index = dense_searches(args, shard_paths, store, output, count) if dense else {}
+    store, queries = open_passages(args.passages, args.passage_store), f"{args.output_dir}.queries.npy"
+    by_index = dense_searches(args, shard_paths, store, output, queries) if dense else {}
     if "bm25" in args.index:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(path, args, store) for path in args.run]
@@ -243,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass, retrieve, count, "retrieving")
     output.finish(docs_a_question=min(args.n_docs, len(store)))
-    Path(queries_path(output)).unlink(missing_ok=True)
+    Path(queries).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def in_turns(systems: dict[str, Callable[[], float]], rounds: int, warm_up: bool
 
 
 def memory_of(processes: list[int]) -> dict[str, float]:
-    """GB over processes and their children: `proportional` counts a page shared by n of them as 1/n each."""
-    total = {"proportional": 0.0, "resident": 0.0, "private": 0.0}
+    """GB over processes and their children: `proportional` counts a page that n of them map as 1/n each, `anonymous` is no file."""
+    total = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
     for pid in {child for process in processes for child in _tree(process)}:
         try:
             fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
@@ -76,7 +76,7 @@ def memory_of(processes: list[int]) -> dict[str, float]:
         kilobytes = {name: int(value.split()[0]) for name, value in fields.items()}
         total["proportional"] += kilobytes["Pss"] / 1e6
         total["resident"] += kilobytes["Rss"] / 1e6
-        total["private"] += (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) / 1e6
+        total["anonymous"] += kilobytes["Anonymous"] / 1e6
     return total
 
 
@@ -92,7 +92,7 @@ def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
     """Run commands at once; the highest sum of each kind of memory over all of them (GB), and the seconds they took."""
     began = time.perf_counter()
     running = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) for command in commands]
-    peak = {"proportional": 0.0, "resident": 0.0, "private": 0.0}
+    peak = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
     while any(process.poll() is None for process in running):
         now = memory_of([process.pid for process in running])
         peak = {name: max(peak[name], now[name]) for name in peak}

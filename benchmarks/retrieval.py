@@ -11,19 +11,20 @@ The embeddings are made up (benchmarks/measure.py), or real ones with --passages
 """
 
 import argparse
-import csv
 import itertools
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import made
 import measure
 import numpy as np
 
-from dynamicrag.flat import ExactIndex, best_first
+from dynamicrag.flat import ExactIndex
+from dynamicrag.rescoring import best_first
 
-COMPRESSED = ("IVF1024,SQ8", "IVF1024,RaBitQ4", "IVF1024,RaBitQfs")
+COMPRESSED = ("IVF1024,SQ8", "RR768,IVF1024,RaBitQ4", "RR768,IVF1024,RaBitQfs")
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,8 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compressed", nargs="+", default=COMPRESSED, help="faiss factory strings")
-    parser.add_argument("--nprobes", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--candidates", nargs="+", type=int, default=[4, 16])
+    parser.add_argument("--nprobes", nargs="+", type=int, default=[32, 64])
+    parser.add_argument("--candidates", nargs="+", type=int, default=[4, 10])
     parser.add_argument("--passages_embeddings", help="real shards instead of made-up vectors, a quoted glob")
     parser.add_argument("--query", help="questions for them; also give --model_name_or_path (and --normalize)")
     parser.add_argument("--model_name_or_path")
@@ -162,51 +163,6 @@ def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndar
 # ---------------------------------------------------------------- memory
 
 
-def corpus(folder: Path, count: int) -> Path:
-    """A TSV of passages of 100 words."""
-    words = np.array([f"word{number}" for number in range(5000)])
-    rng = np.random.default_rng(0)
-    texts = [" ".join(words[rng.integers(0, 5000, 100)]) for _ in range(1000)]
-    path = folder / f"passages_{count}.tsv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t")
-        writer.writerow(["id", "text", "title"])
-        writer.writerows([number, texts[number % 1000], f"title {number}"] for number in range(count))
-    return path
-
-
-def encoder(folder: Path, width: int, layers: int) -> Path:
-    """A BERT of random weights: 768 wide with 12 layers it is of Contriever's size."""
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(5000))]
-    config = BertConfig(vocab_size=30522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width)
-    BertModel(config).save_pretrained(folder)
-    BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}).save_pretrained(folder)
-    return folder
-
-
-def shards(folder: Path, count: int, width: int) -> str:
-    from dynamicrag.shards import save_array, save_ids
-
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    block = rng.standard_normal((min(count, 100_000), width), dtype=np.float32).astype(np.float16)
-    for number, start in enumerate(range(0, count, 1_000_000)):
-        size = min(1_000_000, count - start)
-        save_array(folder / f"passages_{number:02d}.npy", np.resize(block, (size, width)))
-        save_ids(folder / f"passages_{number:02d}.ids.npy", [str(start + row) for row in range(size)])
-    return f"{folder}/*"
-
-
-def questions_file(folder: Path, count: int) -> Path:
-    path = folder / f"questions_{count}.jsonl"
-    with path.open("w") as file:
-        for number in range(count):
-            file.write(f'{{"id": "{number}", "question": "word{number % 5000} word{number * 7 % 5000}"}}\n')
-    return path
-
-
 def retriever(model: Path, passages: Path, embeddings: str, query: Path, output: Path, *flags: str) -> list[str]:
     return [sys.executable, "retriever.py", "--model_name_or_path", str(model), "--passages", str(passages), "--passages_embeddings",
             embeddings, "--query", str(query), "--output_file", str(output), *flags]
@@ -215,8 +171,8 @@ def retriever(model: Path, passages: Path, embeddings: str, query: Path, output:
 def workers(args: argparse.Namespace, folder: Path) -> None:
     """3 GB of vectors: twice 1,000,000 x 768 in float16."""
     count = 2 * args.vectors
-    model, passages, embeddings = encoder(folder / "encoder", args.width, 12), corpus(folder, count), shards(folder / "embeddings", count, args.width)
-    query, first = questions_file(folder, 256), questions_file(folder, 1)
+    model, passages, embeddings = made.encoder(folder / "encoder", args.width, 12), made.corpus(folder, count), made.shards(folder / "embeddings", count, args.width)
+    query, first = made.questions_file(folder, 256), made.questions_file(folder, 1)
     building = measure.run_watched([retriever(model, passages, embeddings, first, folder / "first.jsonl")])[1]
     rows, figures = [], {"seconds with the store to build": building}
     for number in (1, 2, 4):
@@ -224,34 +180,34 @@ def workers(args: argparse.Namespace, folder: Path) -> None:
         peak, _ = measure.run_watched([retriever(model, passages, embeddings, query, folder / f"w{number}_{w}.jsonl") for w in range(number)])
         figures[str(number)] = {"seconds from start to end of one question": startup, **peak}
         alone = figures["1"]["proportional"]
-        rows.append([str(number), f"{startup:.1f}", f"{peak['proportional']:.2f}", f"{peak['proportional'] / alone:.2f}", f"{peak['private']:.2f}"])
+        rows.append([str(number), f"{startup:.1f}", f"{peak['proportional']:.2f}", f"{peak['proportional'] / alone:.2f}", f"{peak['anonymous']:.2f}"])
     size = count * args.width * 2 / 1e9
     title = f"Retrievers over one index of {size:.2f} GB ({count:,} x {args.width}), Contriever-sized encoder"
-    header = ["workers", "s for 1 question, start included", "proportional GB", "to one", "private GB"]
+    header = ["workers", "s for 1 question, start included", "proportional GB", "to one", "anonymous GB"]
     measure.report(title, header, rows, figures, args.output_file)
     print(f"the first start also built the passage store of {count:,} passages: {building:.0f} s")
 
 
 def memory(args: argparse.Namespace, folder: Path) -> None:
-    small, large = corpus(folder, 100_000), corpus(folder, 1_000_000)
-    model, embeddings = encoder(folder / "encoder", 64, 2), shards(folder / "embeddings", 100_000, 64)
+    small, large = made.corpus(folder, 100_000), made.corpus(folder, 1_000_000)
+    model, embeddings = made.encoder(folder / "encoder", 64, 2), made.shards(folder / "embeddings", 100_000, 64)
     rows, figures = [], {}
 
     def line(name: str, command: list[str]) -> None:
         peak, seconds = measure.run_watched([command])
         figures[name] = {**peak, "seconds": seconds}
-        rows.append([name, f"{peak['resident']:.3f}", f"{peak['private']:.3f}", f"{seconds:.0f}"])
+        rows.append([name, f"{peak['resident']:.3f}", f"{peak['anonymous']:.3f}", f"{seconds:.0f}"])
 
     for count in (1_000, 1_000, 10_000, 100_000):  # the first builds the store
         output = folder / f"{count}.jsonl"
-        line(f"retriever, {count:,} questions", retriever(model, small, embeddings, questions_file(folder, count), output, "--n_docs", "20", "--overwrite"))
+        line(f"retriever, {count:,} questions", retriever(model, small, embeddings, made.questions_file(folder, count), output, "--n_docs", "20", "--overwrite"))
     rows.pop(0)
     reading = ("import sys, random; from dynamicrag.passages import open_passages; store = open_passages(sys.argv[1]); "
                "[store.docs(random.sample(range(len(store)), 50_000)) for _ in range(5)]; print(len(store))")
     for passages in (small, large):
         line(f"building the store, {passages.stem}", [sys.executable, "-c", reading, str(passages)])
         line(f"reading the store, {passages.stem}", [sys.executable, "-c", reading, str(passages)])
-    measure.report("Memory", ["", "resident GB", "private GB", "seconds"], rows, figures, args.output_file)
+    measure.report("Memory", ["", "resident GB", "anonymous GB", "seconds"], rows, figures, args.output_file)
 
 
 def main() -> None:

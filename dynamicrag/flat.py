@@ -12,12 +12,12 @@ of the vectors. The result therefore depends on neither batches, blocks, shards 
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from dynamicrag.rescoring import as_tensor, best_first, inner_products
 from dynamicrag.stage import log
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ BLOCK_VECTORS = 1 << 20
 GPU_RESERVE = 4 << 30
 # Candidates that may wait to be compared again, in documents wanted.
 WAITING = 8
-# Candidates compared again at once: their vectors in float64 stay in the cache.
-RESCORED = 512
 
 
 class ExactIndex:
@@ -73,53 +71,6 @@ class ExactIndex:
         return best_first(scores, positions, k)
 
 
-def best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row; equal scores by position."""
-    import numpy as np
-
-    order = np.lexsort((positions, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
-
-
-def rescore(arrays: list[np.ndarray], queries: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the candidates an approximate index found, [n, any] positions (-1 for none), by their exact scores.
-
-    As ExactIndex.search; where there are fewer than k candidates, the last positions are -1.
-    """
-    import numpy as np
-    import torch
-
-    scores = np.full(positions.shape, -np.inf, dtype=np.float32)
-    exact = torch.from_numpy(queries).double()
-    offset = 0
-    for array in arrays:
-        query, column = np.nonzero((positions >= offset) & (positions < offset + len(array)))
-        row = torch.from_numpy(positions[query, column] - offset)
-        scores[query, column] = _inner_products(_tensor(array), row, exact, torch.from_numpy(query)).numpy()
-        offset += len(array)
-    scores, positions = best_first(scores, np.where(positions < 0, offset, positions), k)
-    return scores, np.where(positions == offset, -1, positions)
-
-
-def _inner_products(vectors: torch.Tensor, row: torch.Tensor, exact: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """vectors[row] . exact[query], summed in float64: float32 of the length of row and query."""
-    import torch
-
-    products = [
-        (vectors[rows].double() * exact[queries]).sum(dim=1)
-        for rows, queries in zip(row.split(RESCORED), query.split(RESCORED), strict=True)
-    ]
-    return torch.cat(products).float()
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
-        return torch.from_numpy(array)
-
-
 @dataclass
 class _Block:
     """Up to BLOCK_VECTORS vectors, the first of which is number `offset`."""
@@ -145,7 +96,7 @@ class _Part:
     def add(self, vectors: np.ndarray, offset: int) -> None:
         import torch
 
-        mapped = _tensor(vectors)
+        mapped = as_tensor(vectors)
         if self.device == "cpu" or torch.cuda.mem_get_info(self.device)[0] > GPU_RESERVE + mapped.nbytes:
             mapped = mapped.to(self.device)
         elif all(block.vectors.device.type != "cpu" for block in self.blocks):
@@ -273,7 +224,7 @@ class _Best:
         if not self._waiting:
             return
         query, row, _ = self._sift()
-        exact = _inner_products(self._block.vectors, row, self.exact, query)
+        exact = inner_products(self._block.vectors, row, self.exact, query)
         # what is new lies behind what is kept, so a stable sort leaves equal scores in the order of the vectors
         scores = torch.cat([self.scores, self._by_query(query, exact, -torch.inf)], dim=1)
         positions = torch.cat([self.positions, self._by_query(query, row + self._block.offset, -1)], dim=1)

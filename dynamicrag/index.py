@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import orjson
 
 from dynamicrag.device import devices_of
-from dynamicrag.flat import ExactIndex, rescore
+from dynamicrag.flat import ExactIndex
 from dynamicrag.manifest import fingerprint
 from dynamicrag.output import exclusive
+from dynamicrag.rescoring import rescore
 from dynamicrag.shards import Shard
 from dynamicrag.stage import UserError, log
 

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamicrag import flat
+from dynamicrag import flat, rescoring
 from dynamicrag.device import pick_dtype
-from dynamicrag.flat import ExactIndex, best_first
+from dynamicrag.flat import ExactIndex
+from dynamicrag.rescoring import best_first
 
 
 def brute_force(vectors, queries, k):
@@ -37,7 +38,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(flat, "TILE_VECTORS", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(flat, "BLOCK_VECTORS", 150)
     monkeypatch.setattr(flat, "WAITING", 1)
-    monkeypatch.setattr(flat, "RESCORED", 7)
+    monkeypatch.setattr(rescoring, "RESCORED", 7)
 
 
 def normal(rng, *shape):

@@ -155,6 +155,16 @@ def test_repeated_ids_and_missing_keys(tmp_path):
         list(read_rows(path, needs=("docs",)))
 
 
+def test_ids_of_one_hash_are_not_one_id(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynamicrag.records.hash", lambda _: 0, raising=False)
+    rows = [{"question": "no id"}, *({"id": str(number), "question": "q"} for number in range(5))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row["id"] for row in read_rows(path, reject=lambda _: None)] == list("01234")
+    write_jsonl(path, [*rows[1:], rows[4]])
+    with pytest.raises(UserError, match=r"rows\.jsonl:6: key 'id': '3' is already used on line 4"):
+        list(read_rows(path))
+
+
 def test_no_usable_row(tmp_path):
     with pytest.raises(UserError, match="no usable row"):
         count_rows(put(tmp_path / "a.json", "[]"))
