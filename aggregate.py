@@ -3,7 +3,7 @@
 Every shard must be there and complete; where the parts that split_data.py wrote are still there, each shard must have
 been made from its part. Rows are never merged, and an id that occurs twice is refused. The one exception are files of
 `retriever.py --corpus_shard i/n`, which hold the same questions: their documents are merged by score, to what one
-search of the whole corpus finds.
+search of the whole corpus finds (exactly so for `--index flat`).
 
 Reads    output/retrieval_split_0.json, _1, ...          what the workers wrote
 Writes   output/retrieval_data.jsonl                     the same rows in one file
@@ -25,6 +25,8 @@ from dynamicrag.output import Output
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
+# What the machines that searched parts of a corpus need not have in common: where their files lie, they may choose.
+MAY_DIFFER = {"corpus_shard", "index_path", "passage_store", "passages", "passages_embeddings", "query", "model_name_or_path"}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -98,11 +100,13 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
         raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; narrow --input_files")
     made = [read_manifest(by_part[part, parts]) for part in range(parts)]
     for part, manifest in enumerate(made):
-        for what in ("arguments", "inputs"):
-            changed = [key for key in made[0][what] if key != "corpus_shard" and manifest[what].get(key) != made[0][what][key]]
-            if changed:
-                raise UserError(f"{by_part[part, parts]}: was made with another {changed[0]} than {by_part[0, parts]}; "
-                                "run its retriever.py again with the same")
+        changed = [key for key in manifest["arguments"].keys() | made[0]["arguments"].keys()
+                   if key not in MAY_DIFFER and manifest["arguments"].get(key) != made[0]["arguments"].get(key)]
+        if sorted(manifest["inputs"].values()) != sorted(made[0]["inputs"].values()):
+            changed.append("question file, corpus, encoder or embeddings")
+        if changed:
+            raise UserError(f"{by_part[part, parts]}: was made with another {min(changed)} than {by_part[0, parts]}; "
+                            "run its retriever.py again with the same")
     return [by_part[part, parts] for part in range(parts)]
 
 

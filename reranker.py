@@ -47,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--device", default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    if args.logits and not args.run:
+        parser.error("--logits says what the scores of a --run are")
     if args.n_docs is not None and args.n_docs < 1:
         parser.error("--n_docs must be at least 1")
     return args
@@ -74,12 +76,16 @@ def scores_of_run(path: str, logits: bool) -> Callable[[list[Judged]], list[floa
     """The scores another reranker gave, 0 where it gave none."""
     from dynamicrag.runs import Run
 
-    run = Run(path)
+    run, known = Run(path), False
 
     def score(pairs: list[Judged]) -> list[float]:
+        nonlocal known
+        known = known or any(row["id"] in run.query_ids for row, _ in pairs)
+        if pairs and not known:
+            raise stage.UserError(f"{path}: has none of the first questions; it is a run of others")
         scores = {row["id"]: dict(run.ranking(row["id"])) for row, _ in pairs}
         found = [scores[row["id"]].get(doc["id"]) for row, doc in pairs]
-        return [0.0 if value is None else 1 / (1 + math.exp(-value)) if logits else value for value in found]
+        return [0.0 if value is None else (1 + math.tanh(value / 2)) / 2 if logits else value for value in found]
 
     return score
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.index import CANDIDATES, NPROBE
 from dynamicrag.output import Output
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
 
 # Questions are sorted by length within so many.
 QUESTIONS_ENCODED = 1024
-# Reciprocal-rank fusion: a document at rank r of a ranking is worth 1 / (60 + r).
-FUSION_CONSTANT = 60
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -60,8 +59,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--index", nargs="*", help="flat (exact), a faiss factory string (IVF1024,SQ8), or bm25 (default: flat)")
     group.add_argument("--run", nargs="*", default=[], help="TREC run files; with --index as well, all are fused")
     group.add_argument("--index_path", default=None, help="where a faiss index is kept (beside the shards)")
-    group.add_argument("--nprobe", type=int, default=64, help="clusters an IVF index looks into")
-    group.add_argument("--candidates", type=int, default=4, help="documents a compressed index proposes for each one wanted")
+    group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters an IVF index looks into")
+    group.add_argument("--candidates", type=int, default=CANDIDATES, help="documents a compressed index proposes for each one wanted")
     group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
     group.add_argument("--questions_a_pass", type=int, default=1024, help="questions searched in one pass over the vectors")
     group = parser.add_argument_group("encoder")
@@ -79,6 +78,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
     if args.corpus_shard != "0/1" and (args.run or args.index != [index for index in args.index if index != "bm25"]):
         parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
+    compressed = [index for index in args.index if index not in ("bm25", "flat")]
+    if (args.corpus_shard != "0/1" and len(args.index) > 1) or (args.index_path and len(compressed) > 1):
+        parser.error("--corpus_shard takes one index: ranks within a part cannot be fused; --index_path holds one as well")
     if not args.index and not args.run:
         parser.error("--index or --run: give at least one")
     if min(args.n_docs, args.questions_a_pass, args.nprobe, args.candidates) < 1:
@@ -89,27 +91,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def search_text(row: dict) -> str:
     """What a row is searched with."""
     return row.get("retrieved_question") or row["question"]
-
-
-def fuse(rankings: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reciprocal-rank fusion (Cormack et al., 2009) of rankings, [rows, any] positions each, -1 for none.
-
-    Returns scores float32 and positions int64 [rows, k], best first, equal scores in the order of the corpus; -1
-    where there are fewer than k documents.
-    """
-    import numpy as np
-
-    scores = np.zeros((len(rankings[0]), k), dtype=np.float32)
-    positions = np.full(scores.shape, -1, dtype=np.int64)
-    for row, ranked in enumerate(zip(*rankings, strict=True)):
-        worth: dict[int, float] = {}
-        for ranking in ranked:
-            for rank, position in enumerate(ranking[ranking >= 0].tolist(), start=1):
-                worth[position] = worth.get(position, 0.0) + 1 / (FUSION_CONSTANT + rank)
-        best = sorted(worth, key=lambda position: (-worth[position], position))[:k]
-        positions[row, : len(best)] = best
-        scores[row, : len(best)] = [worth[position] for position in best]
-    return scores, positions
 
 
 def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[dict]:
@@ -140,7 +121,8 @@ def encode_questions(args: Namespace, path: str) -> None:
 
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
     skip = args.on_error == "skip"
-    count, rows = count_rows(args.query, skip_malformed=skip), read_rows(args.query, reject=(lambda _: None) if skip else None)
+    count = count_rows(args.query, skip_malformed=skip, dataset=args.dataset)
+    rows = read_rows(args.query, dataset=args.dataset, reject=(lambda _: None) if skip else None)
     with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
         while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
@@ -158,14 +140,16 @@ def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore
     from dynamicrag.dense import hidden_size
     from dynamicrag.device import pick_device
     from dynamicrag.index import open_index
-    from dynamicrag.shards import check_shards, open_shards, part_of
+    from dynamicrag.shards import check_shards, open_shards, part_of, shard_bounds
 
-    part, parts = map(int, args.corpus_shard.split("/"))
-    shards = part_of(open_shards(shard_paths), part, parts)
+    shards = open_shards(shard_paths)
     with process_of_its_own() as encoding:
         width = encoding.submit(hidden_size, args.model_name_or_path).result()
         corpus = check_shards(shards, width, store, args.model_name_or_path)
+        output.begin()  # from here on no other run may write this output, nor its vectors
         encoding.submit(encode_questions, args, queries).result()
+    part, parts = map(int, args.corpus_shard.split("/"))
+    shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
 
     def search_by(factory: str) -> Search:
         index = open_index(
@@ -193,13 +177,17 @@ def run_search(path: str, args: Namespace, store: PassageStore) -> Search:
     """The documents another system ranked; a question it does not have gets none."""
     import numpy as np
 
+    from dynamicrag.records import read_rows
     from dynamicrag.runs import Run
 
     run = Run(path)
+    first = next(read_rows(args.query, dataset=args.dataset, reject=lambda _: None))["id"]
 
     def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
         positions = np.full(scores.shape, -1, dtype=np.int64)
+        if rows[0]["id"] == first and not any(row["id"] in run.query_ids for row in rows):
+            raise stage.UserError(f"{path}: has none of the first {len(rows)} questions of {args.query}; it is a run of others")
         for number, row in enumerate(rows):
             ranking = run.ranking(row["id"])[: args.n_docs]
             found = store.positions(doc_id for doc_id, _ in ranking)
@@ -224,9 +212,10 @@ def main(argv: list[str] | None = None) -> None:
     output = Output(args, [args.output_dir], inputs)
     if output.finished:
         return
-    count = count_rows(args.query, skip_malformed=bool(output.reject))
+    count = count_rows(args.query, skip_malformed=bool(output.reject), dataset=args.dataset)
 
     from dynamicrag.passages import open_passages
+    from dynamicrag.runs import fuse
 
     store, queries = open_passages(args.passages, args.passage_store), f"{args.output_dir}.queries.npy"
     by_index = dense_searches(args, shard_paths, store, output, queries) if dense else {}

@@ -68,7 +68,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
     import faiss
     import torch
 
-    from dynamicrag.device import devices_of, rough_dtype
+    from dynamicrag.device import devices_of, pick_dtype
 
     ours = ExactIndex([vectors], devices_of(args.device))
     wide = vectors.astype(np.float32)
@@ -91,7 +91,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
 
         return find
 
-    full, narrow = (torch.from_numpy(wide).to(device, dtype) for dtype in (torch.float32, rough_dtype(device)))
+    full, narrow = (torch.from_numpy(wide).to(device, dtype) for dtype in (torch.float32, pick_dtype("auto", device)))
     count, some = len(questions), min(len(questions), 256)
     names = {
         "faiss IndexFlatIP, one at a time": in_batches(lambda batch: plain.search(batch, k), 1, 8),

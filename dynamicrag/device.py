@@ -41,15 +41,6 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
 
 
-def rough_dtype(device: str) -> torch.dtype:
-    """The fastest precision to compare float16 vectors in: float16 on a GPU, bfloat16 where the CPU has it, or float32."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.float16
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-
-
 def _multiplies_bfloat16(device: str) -> bool:
     import torch
 

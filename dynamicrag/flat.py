@@ -1,7 +1,7 @@
 """Exact search: the k vectors of largest inner product, identical to brute force and several times faster.
 
-Every vector is compared in low precision first, where the hardware is fastest (bfloat16 on a CPU that multiplies in it,
-float16 on a GPU). The rounding error of that comparison is bounded by Cauchy-Schwarz,
+Every vector is compared in bfloat16 first, where the hardware multiplies in it (else in float32). It has the range of
+float32, so nothing overflows, and the rounding error of that comparison is bounded by Cauchy-Schwarz,
 
     |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector,
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Vectors compared in one multiplication: the scores of a tile stay in the cache of a CPU, and fill a GPU.
 TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
+# Scores in memory at a time, at most: a gigabyte.
+MOST_SCORES = 1 << 29
 # Scores are looked at this many at once: only where their maximum may be among the best is each of them compared.
 GROUP = 64
 # Vectors whose rounding error is bounded together, and after which no candidate is left waiting.
@@ -86,12 +88,12 @@ class _Part:
     def __init__(self, device: str):
         import torch
 
-        from dynamicrag.device import rough_dtype
+        from dynamicrag.device import pick_dtype
 
         self.device, self.blocks = device, []
-        self.dtype = rough_dtype(device)
+        self.dtype = pick_dtype("auto", device)
         self.tile = TILE_VECTORS[device.split(":")[0]]
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # the bound is that of sums in float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the bound is that of sums in float32
 
     def add(self, vectors: np.ndarray, offset: int) -> None:
         import torch
@@ -108,33 +110,33 @@ class _Part:
 
         with torch.inference_mode():
             best = _Best(torch.from_numpy(queries).to(self.device), self.dtype, k)
-            size = (self.tile, queries.shape[1])
+            tile_size = min(self.tile, max(MOST_SCORES // len(queries) // GROUP, 1) * GROUP)
+            size = (tile_size, queries.shape[1])
             exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
-            scores = torch.empty(len(queries) * self.tile, dtype=self.dtype, device=self.device)
+            scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)
             for kept in self.blocks:
                 block = _Block(kept.vectors.to(self.device), kept.offset, kept.bounds)
                 if block.bounds is None:
                     block.bounds = kept.bounds = self._measure(block, exact, rough)
                 best.enter(block)
-                for start in range(0, len(block.vectors), self.tile):
+                for start in range(0, len(block.vectors), tile_size):
                     tile = self._round(block, start, exact, rough)
                     into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
                     best.consider(torch.mm(best.rough, tile.T, out=into), start)
                 best.settle()
+                del block, best._block  # where it was sent to the GPU, it makes room for the next
             return best.scores.cpu().numpy(), best.positions.cpu().numpy()
 
     def _round(self, block: _Block, start: int, exact: torch.Tensor, rough: torch.Tensor) -> torch.Tensor:
         """A tile of the block in low precision, through the two buffers: float16 to bfloat16 directly is slower."""
-        tile = block.vectors[start : start + self.tile]
-        if tile.dtype == self.dtype:
-            return tile
+        tile = block.vectors[start : start + len(exact)]
         return rough[: len(tile)].copy_(exact[: len(tile)].copy_(tile))
 
     def _measure(self, block: _Block, exact: torch.Tensor, rough: torch.Tensor) -> tuple[float, float]:
         length = lost = 0.0
-        for start in range(0, len(block.vectors), self.tile):
+        for start in range(0, len(block.vectors), len(exact)):
             rounded = self._round(block, start, exact, rough)
-            tile = exact[: len(rounded)].copy_(block.vectors[start : start + self.tile])
+            tile = exact[: len(rounded)]
             length = max(length, tile.norm(dim=1).max().item())
             lost = max(lost, tile.sub_(rounded).norm(dim=1).max().item())
         return length, lost

@@ -19,9 +19,11 @@ from dynamicrag.stage import UserError, log
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK_VECTORS = 65536
+ADDED_AT_ONCE = 65536
 # Training a faiss index: this many vectors a cluster, and at least so many in all.
 TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
+# What faiss has for GPUs, and how many documents or clusters it looks for there at most.
+ON_GPUS, GPU_MOST = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"), 2048
 # How hard an approximate index looks, unless told: clusters (IVF), nodes (HNSW), and candidates a document wanted.
 NPROBE, EF_SEARCH, CANDIDATES = 64, 256, 4
 
@@ -40,7 +42,13 @@ class FaissIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
         k = min(k, self.count)
-        _, positions = self.index.search(queries, min(k * self.candidates, self.count))
+        wanted = min(k * self.candidates, self.count)
+        if type(self.index).__name__.startswith("IndexShards"):  # on GPUs
+            wanted = min(wanted, max(GPU_MOST, k))
+        try:
+            _, positions = self.index.search(queries, wanted)
+        except RuntimeError as error:
+            raise UserError(f"the index cannot be searched for {wanted} documents ({_reason(error)}); give fewer --n_docs") from error
         return rescore(self.vectors, queries, positions, k)
 
 
@@ -59,15 +67,15 @@ def open_index(
     kept = Path(path or shards[0].path.parent / f"index_{''.join(c if c.isalnum() else '_' for c in name)}.faiss")
     holds = {
         "factory": factory, "seed": seed, "part": part,
-        "shards": {shard.path.name: fingerprint(shard.path) for shard in shards},
+        "shards": [[shard.path.name, fingerprint(shard.path)] for shard in shards],
     }
     manifest = Path(f"{kept}.manifest.json")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(kept):
-            if not manifest.is_file():
+            if not (manifest.is_file() and kept.is_file()):
                 _save(_build(shards, factory, seed), kept, manifest, holds)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # faiss reports a full disk as the latter
         raise UserError(f"{kept}: the index cannot be written ({error}); give --index_path") from error
     if orjson.loads(manifest.read_bytes()) != holds:
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
@@ -105,8 +113,8 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
                             "use fewer clusters, or --index flat") from error
     with tqdm(total=count, desc="indexing", unit=" passages", unit_scale=True) as progress:
         for shard in shards:
-            for start in range(0, len(shard.vectors), BLOCK_VECTORS):
-                block = np.ascontiguousarray(shard.vectors[start : start + BLOCK_VECTORS], dtype=np.float32)
+            for start in range(0, len(shard.vectors), ADDED_AT_ONCE):
+                block = np.ascontiguousarray(shard.vectors[start : start + ADDED_AT_ONCE], dtype=np.float32)
                 index.add(block)
                 progress.update(len(block))
     return index
@@ -116,9 +124,11 @@ def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
     import faiss
 
     writing = f"{path}.writing"
+    manifest.unlink(missing_ok=True)
     faiss.write_index(index, writing)
     os.replace(writing, path)
-    manifest.write_bytes(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
+    Path(writing).write_bytes(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
+    os.replace(writing, manifest)
 
 
 def _load(path: Path, device: str, nprobe: int) -> object:
@@ -131,7 +141,8 @@ def _load(path: Path, device: str, nprobe: int) -> object:
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = min(nprobe, inverted.nlist)
-    graph = getattr(faiss.downcast_index(index), "hnsw", None)
+    inner = faiss.downcast_index(index)
+    graph = getattr(faiss.downcast_index(inner.index) if hasattr(inner, "chain") else inner, "hnsw", None)
     if graph is not None:
         graph.efSearch = EF_SEARCH
     return index if device == "cpu" or inverted is None else _on_gpus(index, device)
@@ -141,9 +152,11 @@ def _on_gpus(index: object, device: str) -> object:
     """The inverted lists divided over the GPUs, in half precision where they are not compressed further."""
     import faiss
 
-    if not hasattr(faiss, "index_cpu_to_gpus_list"):
-        log.warning("this build of faiss has no GPU support (faiss-gpu has); searching the index on the CPU")
+    kind = type(faiss.downcast_index(index)).__name__
+    if not hasattr(faiss, "GpuMultipleClonerOptions") or kind not in ON_GPUS:
+        log.warning("faiss searches this index on the CPU: %s, which GPUs and faiss-gpu have only for %s", kind, ", ".join(ON_GPUS))
         return index
+    faiss.extract_index_ivf(index).nprobe = min(faiss.extract_index_ivf(index).nprobe, GPU_MOST)
     options = faiss.GpuMultipleClonerOptions()
     options.shard, options.useFloat16 = True, True
     return faiss.index_cpu_to_gpus_list(index, options, [int(name.partition(":")[2]) for name in devices_of(device)])

@@ -168,7 +168,7 @@ def load_reranker(
         config = AutoConfig.from_pretrained(path)
         if any("ForSequenceClassification" in name for name in config.architectures or []):
             kind, auto = CrossEncoder, AutoModelForSequenceClassification
-        elif config.model_type in ("t5", "mt5", "umt5"):
+        elif config.model_type in ("t5", "mt5"):
             kind, auto = MonoT5, AutoModelForSeq2SeqLM
         else:
             raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5 or a sequence classifier")

@@ -124,6 +124,9 @@ class Output:
 
     def begin(self) -> BinaryIO:
         """Open and lock the partial file. It is empty, or what an interrupted run of the same arguments left there."""
+        if self._file is not None:
+            self._file.seek(0)
+            return self._file
         if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
             self.path.replace(self.partial)  # interrupted between the rename and the manifest
         self._file = self.partial.open("a+b")

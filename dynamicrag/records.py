@@ -74,37 +74,26 @@ def read_rows(
     say. Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
     skipped. (A line that is not JSON always raises: nothing after it can be trusted.)
     """
-    seen: set[int] = set()  # hashes: 150,000 ids would be 20 MB
+    seen: dict[str, int] = {}
     for line, value in read_json(path):
         try:
             row = normalise_row(value, needs, dataset, Path(path).stem)
-            if hash(row["id"]) in seen and (first := _first_line(path, row["id"], line)):
-                raise RowError("id", f"{row['id']!r} is already used on line {first}; ids must be unique")
+            if row["id"] in seen:
+                raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
         except RowError as error:
             if reject is None:
                 raise UserError(f"{path}:{line}: {error}") from error
             reject({"file": str(path), "line": line, "error": str(error), "row": value})
             continue
-        seen.add(hash(row["id"]))
+        seen[row["id"]] = line
         yield row
 
 
-def _first_line(path: str | Path, row_id: str, before: int) -> int | None:
-    """The line above `before` whose row has this id, or None: two ids may have one hash."""
-    for line, value in read_json(path):
-        if line >= before:
-            return None
-        try:
-            if isinstance(value, dict) and _identifier(value) == row_id:
-                return line
-        except RowError:
-            continue
-    return None
-
-
-def count_rows(path: str | Path, needs: tuple[str, ...] = (), skip_malformed: bool = False) -> int:
+def count_rows(
+    path: str | Path, needs: tuple[str, ...] = (), skip_malformed: bool = False, dataset: str | None = None
+) -> int:
     """Check every row of a file before hours are spent on the first ones; returns how many there are."""
-    count = sum(1 for _ in read_rows(path, needs, reject=(lambda _: None) if skip_malformed else None))
+    count = sum(1 for _ in read_rows(path, needs, dataset, (lambda _: None) if skip_malformed else None))
     if count == 0:
         raise UserError(f"{path}: holds no usable row")
     return count

@@ -1,8 +1,10 @@
-"""TREC files: runs, the exchange format of retrieval systems (`query_id Q0 doc_id rank score tag`), and their qrels.
+"""TREC files and fusion: runs, the exchange format of retrieval systems (`query_id Q0 doc_id rank score tag`), and their qrels.
 
 Fields are separated by white space, a document a line. trec_eval and ir_measures read no rank: they sort by score and
 break ties by document id, each in its own direction. Here equal scores are in the order of the rank field.
 """
+
+from __future__ import annotations
 
 import codecs
 import math
@@ -10,11 +12,15 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from dynamicrag.stage import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
+FUSION_CONSTANT = 60  # a document at rank r of a ranking is worth 1 / (60 + r)
 QRELS_FIELDS = "query_id iteration doc_id relevance"
 
 
@@ -169,3 +175,24 @@ def _parse(kind: type, path: Path, number: int, field: str, text: str) -> float:
         expected = "an integer" if kind is int else "a finite number"
         raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}")
     return value
+
+
+def fuse(rankings: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reciprocal-rank fusion (Cormack et al., 2009) of rankings, [rows, any] positions each, -1 for none.
+
+    Returns scores float32 and positions int64 [rows, k], best first, equal scores in the order of the corpus; -1
+    where there are fewer than k documents.
+    """
+    import numpy as np
+
+    scores = np.zeros((len(rankings[0]), k), dtype=np.float32)
+    positions = np.full(scores.shape, -1, dtype=np.int64)
+    for row, ranked in enumerate(zip(*rankings, strict=True)):
+        worth: dict[int, float] = {}
+        for ranking in ranked:
+            for rank, position in enumerate(ranking[ranking >= 0].tolist(), start=1):
+                worth[position] = worth.get(position, 0.0) + 1 / (FUSION_CONSTANT + rank)
+        best = sorted(worth, key=lambda position: (-worth[position], position))[:k]
+        positions[row, : len(best)] = best
+        scores[row, : len(best)] = [worth[position] for position in best]
+    return scores, positions

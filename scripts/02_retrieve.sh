@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Questions -> questions with documents: the training questions and every evaluation set.
 source "$(dirname "$0")/common.sh"
-needs "$EMBEDDINGS" scripts/01_embed.sh
+[[ " $SEARCH_FLAGS " == *" --index bm25 "* ]] || needs "$EMBEDDINGS" scripts/01_embed.sh
 
 retrieve() { # QUESTIONS OUTPUT
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags

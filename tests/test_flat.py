@@ -30,7 +30,7 @@ def assert_exact(vectors, queries, k, cuts=(), **given):
 def rough(request, monkeypatch):
     """Whatever the first comparison is made in, the result is the same."""
     dtype = getattr(torch, request.param) if isinstance(request.param, str) else request.param
-    monkeypatch.setattr("dynamicrag.device.rough_dtype", lambda device: dtype if device == "cpu" else torch.float16)
+    monkeypatch.setattr("dynamicrag.device.pick_dtype", lambda name, device: dtype)
 
 
 @pytest.fixture
@@ -61,6 +61,19 @@ def test_vectors_that_low_precision_cannot_tell_apart(small_tiles):
     rng = np.random.default_rng(2)
     vectors = (1 + rng.integers(-2, 3, (1000, 32)) / 2048).astype(np.float16)
     assert_exact(vectors, 1 + normal(rng, 5, 32) / 1000, 10)
+
+
+def test_scores_beyond_half_precision(small_tiles):
+    rng = np.random.default_rng(7)
+    vectors = normal(rng, 500, 16)
+    assert_exact((vectors * 3000).astype(np.float16), normal(rng, 5, 16) * 1000, 20)
+    assert_exact((vectors / 1000).astype(np.float16), normal(rng, 5, 16) / 1e6, 20)
+
+
+def test_many_questions_in_small_tiles(small_tiles, monkeypatch):
+    monkeypatch.setattr(flat, "MOST_SCORES", 100)
+    rng = np.random.default_rng(8)
+    assert_exact(normal(rng, 300, 8).astype(np.float16), normal(rng, 70, 8), 5)
 
 
 @pytest.mark.parametrize("best_at", [0, 63, 70, 900])

@@ -151,18 +151,11 @@ def test_repeated_ids_and_missing_keys(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"id": 1, "question": "q"}, {"id": "2", "question": "q"}, {"id": "1", "question": "q"}])
     with pytest.raises(UserError, match=r"rows\.jsonl:3: key 'id': '1' is already used on line 1"):
         list(read_rows(path))
+    (tmp_path / "one_line.json").write_text('[{"id": "a", "question": "q"}, {"id": "a", "question": "q"}]')
+    with pytest.raises(UserError, match=r"one_line\.json:1: key 'id': 'a' is already used on line 1"):
+        list(read_rows(tmp_path / "one_line.json"))
     with pytest.raises(UserError, match=r"rows\.jsonl:1: key 'docs'"):
         list(read_rows(path, needs=("docs",)))
-
-
-def test_ids_of_one_hash_are_not_one_id(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynamicrag.records.hash", lambda _: 0, raising=False)
-    rows = [{"question": "no id"}, *({"id": str(number), "question": "q"} for number in range(5))]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert [row["id"] for row in read_rows(path, reject=lambda _: None)] == list("01234")
-    write_jsonl(path, [*rows[1:], rows[4]])
-    with pytest.raises(UserError, match=r"rows\.jsonl:6: key 'id': '3' is already used on line 4"):
-        list(read_rows(path))
 
 
 def test_no_usable_row(tmp_path):

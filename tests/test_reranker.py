@@ -191,7 +191,7 @@ def test_scores_of_another_reranker(retrieved, tmp_path):
     assert all(doc["rerank_score"] == 0 for row in rows[3:] for doc in row["docs"])
     with pytest.raises(UserError, match=r"gives 1\.5 for question 'q2' and document 'd0'.*--logits"):
         run("no model", retrieved, tmp_path / "b.jsonl", *run_file(d0=1.5))
-    rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2), "--logits")
+    rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2, elsewhere=-10000), "--logits")
     assert [doc["rerank_score"] for doc in rows[2]["docs"]] == pytest.approx([1 / (1 + np.exp(-1.5)), 1 / (1 + np.exp(2))])
 
 

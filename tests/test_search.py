@@ -16,6 +16,7 @@ import aggregate
 import retriever
 from dynamicrag import bm25
 from dynamicrag.passages import open_passages
+from dynamicrag.runs import fuse
 from dynamicrag.stage import UserError
 
 
@@ -155,11 +156,11 @@ def test_documents_of_another_system(tmp_path, search, corpus):
 def test_fusion_is_by_reciprocal_rank():
     first = np.array([[4, 2, 9], [1, -1, -1]])
     second = np.array([[2, 7], [3, 1]])
-    scores, positions = retriever.fuse([first, second], 4)
+    scores, positions = fuse([first, second], 4)
     assert positions.tolist() == [[2, 4, 7, 9], [1, 3, -1, -1]]
     np.testing.assert_allclose(scores, [[1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], [1 / 61 + 1 / 62, 1 / 61, 0, 0]], rtol=1e-6)
-    assert retriever.fuse([first, second], 1)[1].tolist() == [[2], [1]]
-    assert retriever.fuse([np.array([[8, 5]]), np.array([[5, 8]])], 2)[1].tolist() == [[5, 8]], "a tie is in the order of the corpus"
+    assert fuse([first, second], 1)[1].tolist() == [[2], [1]]
+    assert fuse([np.array([[8, 5]]), np.array([[5, 8]])], 2)[1].tolist() == [[5, 8]], "a tie is in the order of the corpus"
 
 
 def test_indexes_and_runs_fuse_in_one_search(tmp_path, search):
@@ -178,6 +179,7 @@ def test_indexes_and_runs_fuse_in_one_search(tmp_path, search):
 @pytest.mark.parametrize("flags, said", [
     (["--corpus_shard", "2/2"], "expected i/n"), (["--corpus_shard", "x"], "expected i/n"), (["--corpus_shard", "0/0"], "expected i/n"),
     (["--corpus_shard", "0/2", "--index", "flat", "bm25"], "BM25 weighs"), (["--corpus_shard", "0/2", "--run", "x"], "a run has no parts"),
+    (["--corpus_shard", "0/2", "--index", "flat", "HNSW8"], "takes one index"), (["--index", "SQ8", "HNSW8", "--index_path", "x"], "takes one"),
     (["--index"], "give at least one"), (["--questions_a_pass", "0"], "at least 1"),
 ])
 def test_flags_that_do_not_go_together(flags, said, capsys):
@@ -194,6 +196,38 @@ def test_an_index_of_another_part_is_refused(tmp_path, search):
     search("a.jsonl", "--index", "IVF2,Flat", "--index_path", tmp_path / "kept.faiss", "--corpus_shard", "0/2")
     with pytest.raises(UserError, match=r"kept\.faiss: was built from other shards"):
         search("b.jsonl", "--index", "IVF2,Flat", "--index_path", tmp_path / "kept.faiss", "--corpus_shard", "1/2")
+
+
+def test_a_run_of_other_questions_is_refused(tmp_path, search):
+    with pytest.raises(UserError, match=r"r\.trec: has none of the first 11 questions"):
+        search("a.jsonl", "--run", trec(tmp_path / "r.trec", {"other": [("p1", 1)]}))
+
+
+def test_vectors_stay_with_their_questions(tmp_path, encoder_dir, corpus_tsv, shards_dir):
+    """A row that only --dataset makes valid is encoded where it is searched."""
+    rows = [{"id": "bad", "question": ""}, {"id": "a", "question": "oil", "dataset": 7}, {"id": "b", "question": "river"}]
+    flags = ("--on_error", "skip", "--dataset", "nq", "--n_docs", 5)
+    found = retrieve(encoder_dir, corpus_tsv, shards_dir, write_jsonl(tmp_path / "q.jsonl", rows), tmp_path / "o.jsonl", *flags)
+    alone = [{"id": "a", "question": "oil"}, {"id": "b", "question": "river"}]
+    expected = retrieve(encoder_dir, corpus_tsv, shards_dir, write_jsonl(tmp_path / "p.jsonl", alone), tmp_path / "e.jsonl", *flags)
+    assert ids(found) == ids(expected) and len(found) == 2
+    assert not (tmp_path / "o.jsonl.queries.npy").exists()
+
+
+def test_no_two_runs_write_one_output(tmp_path, search, monkeypatch):
+    """The second is refused before it encodes over the vectors of the first."""
+    encode, tried = retriever.encode_questions, []
+
+    def while_encoding(*given):
+        encode(*given)
+        if not tried:
+            tried.append(1)
+            with pytest.raises(UserError, match="another run is writing"):
+                search("a.jsonl", "--n_docs", 5)
+            tried.append(2)
+
+    monkeypatch.setattr(retriever, "encode_questions", while_encoding)
+    assert len(search("a.jsonl", "--n_docs", 5)) == 11 and tried == [1, 2]
 
 
 def test_more_parts_than_vectors(tmp_path, search):
