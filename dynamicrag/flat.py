@@ -32,8 +32,8 @@ MOST_SCORES = 1 << 29
 GROUP = 64
 # Vectors whose rounding error is bounded together, and after which no candidate is left waiting.
 BLOCK_VECTORS = 1 << 20
-# Of the memory of a GPU, so many bytes are left to the encoder and to the scores.
-GPU_RESERVE = 4 << 30
+# Of the memory of a GPU, so many bytes are left to the scores and to a block that does not stay there.
+GPU_RESERVE = 6 << 30
 # Candidates that may wait to be compared again, in documents wanted.
 WAITING = 8
 

@@ -189,6 +189,9 @@ def test_scores_of_another_reranker(retrieved, tmp_path):
     rows = run("no model", retrieved, tmp_path / "a.jsonl", *run_file(d1=0.75, elsewhere=1), "--sort")
     assert [(doc["id"], doc["rerank_score"], doc["rerank_label"]) for doc in rows[2]["docs"]] == [("d1", 0.75, "true"), ("d0", 0.0, "false")]
     assert all(doc["rerank_score"] == 0 for row in rows[3:] for doc in row["docs"])
+    (tmp_path / "others.trec").write_text("x Q0 d0 1 0.5 other\n")
+    with pytest.raises(UserError, match=r"others\.trec: has none of the first questions"):
+        run("no model", retrieved, tmp_path / "d.jsonl", "--run", tmp_path / "others.trec")
     with pytest.raises(UserError, match=r"gives 1\.5 for question 'q2' and document 'd0'.*--logits"):
         run("no model", retrieved, tmp_path / "b.jsonl", *run_file(d0=1.5))
     rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2, elsewhere=-10000), "--logits")
