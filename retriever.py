@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     part = re.fullmatch(r"(\d+)/(\d+)", args.corpus_shard)
     if not part or int(part[1]) >= int(part[2]):
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
-    if args.corpus_shard != "0/1" and (args.run or args.index != [index for index in args.index if index != "bm25"]):
+    if args.corpus_shard != "0/1" and (args.run or "bm25" in args.index):
         parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
     compressed = [index for index in args.index if index not in ("bm25", "flat")]
     if (args.corpus_shard != "0/1" and len(args.index) > 1) or (args.index_path and len(compressed) > 1):
@@ -111,18 +111,16 @@ def process_of_its_own() -> Executor:
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
-def encode_questions(args: Namespace, path: str) -> None:
-    """Write the vectors of all questions to `path`, .npy float32 [questions, width]."""
+def encode_questions(args: Namespace, path: str, count: int) -> None:
+    """Write the vectors of all questions to `path`, .npy float32 [count, width]."""
     import numpy as np
     from tqdm import tqdm
 
     from dynamicrag.dense import Encoder
-    from dynamicrag.records import count_rows, read_rows
+    from dynamicrag.records import read_rows
 
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
-    skip = args.on_error == "skip"
-    count = count_rows(args.query, skip_malformed=skip, dataset=args.dataset)
-    rows = read_rows(args.query, dataset=args.dataset, reject=(lambda _: None) if skip else None)
+    rows = read_rows(args.query, dataset=args.dataset, reject=(lambda _: None) if args.on_error == "skip" else None)
     with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
         while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
@@ -130,10 +128,12 @@ def encode_questions(args: Namespace, path: str) -> None:
             progress.update(len(texts))
 
 
-def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, queries: str) -> dict[str, Search]:
+def dense_searches(
+    args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
+) -> dict[str, Search]:
     """A search for every index over the embeddings that --index names; it takes the rows that follow those written.
 
-    Encodes all questions first, to the file `queries`.
+    Encodes all `count` questions first, to the file `queries`.
     """
     import numpy as np
 
@@ -147,7 +147,7 @@ def dense_searches(args: Namespace, shard_paths: list[Path], store: PassageStore
         width = encoding.submit(hidden_size, args.model_name_or_path).result()
         corpus = check_shards(shards, width, store, args.model_name_or_path)
         output.begin()  # from here on no other run may write this output, nor its vectors
-        encoding.submit(encode_questions, args, queries).result()
+        encoding.submit(encode_questions, args, queries, count).result()
     part, parts = map(int, args.corpus_shard.split("/"))
     shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
 
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.runs import fuse
 
     store, queries = open_passages(args.passages, args.passage_store), f"{args.output_dir}.queries.npy"
-    by_index = dense_searches(args, shard_paths, store, output, queries) if dense else {}
+    by_index = dense_searches(args, shard_paths, store, output, queries, count) if dense else {}
     if "bm25" in args.index:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(path, args, store) for path in args.run]

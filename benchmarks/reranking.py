@@ -139,7 +139,7 @@ def main() -> None:
             for name, s in seconds.items():
                 figures[f"{name}, {dtype}"] = 1 / s
                 rows.append([name, dtype, f"{1 / s:.2f}", f"{seconds['published loop'] / s:.2f}",
-                             f"{seconds['encoder, padding-free limit'] / s:.2f}", f"{waste[name]:.1%}"])
+                             f"{seconds[LIMIT] / s:.2f}", f"{waste[name]:.1%}"])
     title = f"Reranking, {len(pairs)} documents of {np.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)}), T5-base, {args.device}"
     measure.report(title, ["", "precision", "documents/s", "to the loop", "to the limit", "padding"], rows, figures, args.output_file)
     reference = scores["published loop", args.dtypes[0]]

@@ -166,7 +166,6 @@ class _Best:
 
     def consider(self, rough: torch.Tensor, start: int) -> None:
         """Note what may be among the best of the rough scores [n, tile] of the vectors from row `start` on."""
-
         n, size = rough.shape
         k = self.scores.shape[1]
         if self.least[0].isinf() and k <= size:  # the first tile: its own k-th best is the bound

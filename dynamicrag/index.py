@@ -156,7 +156,8 @@ def _on_gpus(index: object, device: str) -> object:
     if not hasattr(faiss, "GpuMultipleClonerOptions") or kind not in ON_GPUS:
         log.warning("faiss searches this index on the CPU: %s, which GPUs and faiss-gpu have only for %s", kind, ", ".join(ON_GPUS))
         return index
-    faiss.extract_index_ivf(index).nprobe = min(faiss.extract_index_ivf(index).nprobe, GPU_MOST)
+    inverted = faiss.extract_index_ivf(index)
+    inverted.nprobe = min(inverted.nprobe, GPU_MOST)
     options = faiss.GpuMultipleClonerOptions()
     options.shard, options.useFloat16 = True, True
     return faiss.index_cpu_to_gpus_list(index, options, [int(name.partition(":")[2]) for name in devices_of(device)])
