@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -89,19 +90,12 @@ def main() -> None:
                     encoder._forward(batch["input_ids"].to(args.device), batch["attention_mask"].to(args.device)).cpu()
             return len(texts)
 
-        def alone(batch_tokens: int) -> float:
-            tokens = 0
-            for some in np.array_split(np.sort(lengths), 10):
-                length = int(some.mean().round())
-                ids = torch.randint(5, 1000, (max(batch_tokens // length, 1), length), device=args.device)
-                with torch.inference_mode():
-                    encoder._forward(ids, torch.ones_like(ids)).cpu()
-                tokens += ids.numel()
-            return tokens / np.mean(lengths)
-
         made: dict = {}
         default = default_batch_tokens(args.device)
-        limits = {f"{LIMIT}, {size} tokens a batch": lambda size=size: alone(size) for size in (default // 2, default, 2 * default, 4 * default)}
+        limits = {
+            f"{LIMIT}, {size} tokens a batch": partial(measure.encoder_alone, encoder.model, lengths, size, args.device)
+            for size in (default // 2, default, 2 * default, 4 * default)
+        }
         systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}
         seconds = measure.in_turns(systems, args.rounds)
     best = min(limits, key=seconds.get)

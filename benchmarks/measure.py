@@ -65,6 +65,20 @@ def in_turns(systems: dict[str, Callable[[], float]], rounds: int, warm_up: bool
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def encoder_alone(encoder: Callable, lengths: list[int], batch_tokens: int, device: str) -> float:
+    """The limit: an encoder over a full batch at each of ten lengths, nothing padded. Returns documents of mean length."""
+    import torch
+
+    tokens = 0
+    with torch.inference_mode():
+        for some in np.array_split(np.sort(lengths), 10):
+            length = int(some.mean().round())
+            ids = torch.randint(5, 1000, (max(batch_tokens // length, 1), length), device=device)
+            encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 0].cpu()
+            tokens += ids.numel()
+    return tokens / np.mean(lengths)
+
+
 def memory_of(processes: list[int]) -> dict[str, float]:
     """GB over processes and their children: `proportional` counts a page that n of them map as 1/n each, `anonymous` is no file."""
     total = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}

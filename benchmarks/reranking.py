@@ -93,18 +93,6 @@ def published(model: MonoT5, by_question: list[list[Pair]]) -> np.ndarray:
     return np.concatenate(scores)
 
 
-def encoder_alone(model: MonoT5, lengths: list[int], batch_tokens: int) -> float:
-    """The encoder over one full batch at each of ten lengths, nothing padded; how many documents of mean length that is."""
-    tokens = 0
-    with torch.inference_mode():
-        for some in np.array_split(np.sort(lengths), 10):
-            length = int(some.mean().round())
-            ids = torch.randint(5, 1000, (max(batch_tokens // length, 1), length), device=model.device)
-            model.model.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 0].cpu()
-            tokens += ids.numel()
-    return tokens / np.mean(lengths)
-
-
 def main() -> None:
     args = parse_args()
     rng = np.random.default_rng(0)
@@ -132,7 +120,7 @@ def main() -> None:
                 return len(pairs)
 
             began = time.perf_counter()
-            systems = {"published loop": loop, "reranker.py": ours, LIMIT: partial(encoder_alone, model, lengths, batch_tokens)}
+            systems = {"published loop": loop, "reranker.py": ours, LIMIT: partial(measure.encoder_alone, model.model.encoder, lengths, batch_tokens, args.device)}
             seconds = measure.in_turns(systems, args.rounds, warm_up=False)
             waste = {"published loop": 1 - sum(lengths) / by_file, "reranker.py": 1 - sum(lengths) / padded, LIMIT: 0.0}
             print(f"{dtype}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
