@@ -12,10 +12,8 @@ Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order:
     python evaluate_retrieval.py --results_file output/retrieval_data_rerank.jsonl
 """
 
-import codecs
 import itertools
 import statistics
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,25 +22,16 @@ from typing import NamedTuple
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.metrics import bootstrap_interval, normalise
-from dynamicrag.ranking import SCORES, answer_rank, gold_documents, gold_measures, in_order
-from dynamicrag.records import Doc, Row, read_rows
-from dynamicrag.runs import Run, read_qrels, write_run
+from dynamicrag.gold import Question, Ranked, ranked_questions, read_questions
+from dynamicrag.metrics import bootstrap_interval
+from dynamicrag.ranking import SCORES, answer_rank, gold_measures, in_order
+from dynamicrag.records import Doc, read_rows
+from dynamicrag.runs import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table, system_names
 
-Qrels = dict[str, dict[str, int]]
 ANSWER_CUTOFF = 20  # of the measure that has the interval where no gold document is known
-# The documents of this many questions are in memory at a time.
-QUESTIONS_A_CHUNK = 256
-
-
-class Question(NamedTuple):
-    """What the documents of a question are scored against; empty where not known."""
-
-    group: str
-    gold: dict[str, int]  # relevance, 1 or more, by document id
-    answers: list[str]  # normalised
+QUESTIONS_A_CHUNK = 256  # the documents of so many are in memory at a time
 
 
 class Scored(NamedTuple):
@@ -79,61 +68,6 @@ def parse_args(argv=None):
     return args
 
 
-def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: Question | None = None) -> Question:
-    """What a row is scored against; what it does not say is as `asked`, the same question in --eval_file."""
-    asked = asked or Question("", {}, [])
-    gold = gold_documents(row, path) if qrels is None else qrels.get(row["id"], {})
-    answers = [normalise(answer) for answer in row.get("answers") or () if answer.strip()]
-    group = row.get(group_by)
-    return Question(asked.group if group is None else str(group), gold or asked.gold, answers or asked.answers)
-
-
-def is_run(path: str) -> bool:
-    """Whether a file is a TREC run and not rows, which begin with { or [. Missing and empty files read_rows refuses."""
-    if not Path(path).is_file():
-        return False
-    with open(path, "rb") as file:
-        head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
-    return bool(head) and not head.startswith((b"{", b"["))
-
-
-def ranked_questions(
-    path: str, args: Namespace, asked: dict[str, Question] | None, qrels: Qrels | None
-) -> Iterator[tuple[str, Question, list[Doc]]]:
-    """(id, question, its documents) of the results, and, without documents, of what else was asked.
-
-    Raises UserError for a row that is not among those asked: results of another file would look like missing ones.
-    """
-    seen = set()
-
-    def note(row_id: str) -> None:
-        if asked is not None and row_id not in asked:
-            raise UserError(f"{path}: row {row_id} is not in {args.eval_file}; these documents are of other questions")
-        seen.add(row_id)
-
-    if is_run(path):
-        if asked is None:
-            raise UserError(f"{path}: is a TREC run, which holds no questions; give them as --eval_file")
-        run = Run(path)
-        for row_id in run.query_ids:
-            note(row_id)
-    else:
-        run = None
-        for row in read_rows(path, ("docs",), args.dataset):
-            note(row["id"])
-            yield row["id"], question_of(row, path, args.group_by, qrels, (asked or {}).get(row["id"])), row["docs"]
-    expected = asked if asked is not None else qrels or {}
-    if missing := sum(row_id not in seen for row_id in expected):
-        means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
-        log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
-    for row_id, question in (asked or {}).items():
-        if run is not None:  # in the order asked, so that runs are resampled alike; it holds no text to find answers in
-            docs = [{"id": doc_id, "score": score} for doc_id, score in run.ranking(row_id)]
-            yield row_id, question._replace(answers=[]), docs
-        elif row_id not in seen:
-            yield row_id, question, []
-
-
 def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]) -> list[Scored]:
     """The measures of each (question, its documents best first)."""
     answer_cutoffs = sorted({*cutoffs, ANSWER_CUTOFF})
@@ -149,18 +83,16 @@ def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]
     return scored
 
 
-def score_orders(
-    path: str, args: Namespace, questions: Iterator[tuple[str, Question, list[Doc]]]
-) -> dict[str, list[Scored]]:
-    """Every question by each order of its documents; auto drops the reranker's where a document was not judged."""
-    scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if args.stage == "auto" else [args.stage])}
+def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, list[Scored]]:
+    """Every question by the wanted order of its documents; auto is both, or one where a document was not judged."""
+    scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
     while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
         for order in list(scored):
             ranked = [(question, in_order(docs, order)) for _, question, docs in chunk]
             unjudged = [row_id for (row_id, _, _), (_, docs) in zip(chunk, ranked, strict=True) if docs is None]
             if not unjudged:
-                scored[order] += score_questions(ranked, args.k)
-            elif args.stage == "auto":
+                scored[order] += score_questions(ranked, cutoffs)
+            elif wanted == "auto":
                 del scored[order]
             else:
                 raise UserError(f"{path}: row {unjudged[0]}: a document has no rerank_score; run reranker.py on it, or "
@@ -226,13 +158,9 @@ def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
 
 
 def _cell(summary: dict, column: str) -> str:
-    if column in summary:
-        value = summary[column]
-        return str(value) if isinstance(value, int) else f"{value:.1f}"
-    if column not in summary["measures"]:
-        return ""
-    interval = f" ({summary['low']:.1f} to {summary['high']:.1f})" if column == summary["main"] else ""
-    return f"{summary['measures'][column]:.1f}{interval}"
+    value = summary.get(column, summary["measures"].get(column, ""))
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{shown} ({summary['low']:.1f} to {summary['high']:.1f})" if column == summary.get("main") else shown
 
 
 def main(argv=None):
@@ -248,13 +176,11 @@ def main(argv=None):
             raise UserError(f"{path}: is input and output; give the output another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     qrels = read_qrels(args.qrels) if args.qrels else None
-    asked = None
-    if args.eval_file:
-        rows = read_rows(args.eval_file, dataset=args.dataset)
-        asked = {row["id"]: question_of(row, args.eval_file, args.group_by, qrels) for row in rows}
+    asked = read_questions(args.eval_file, args.group_by, qrels, args.dataset) if args.eval_file else None
     results = {}
     for name, path in zip(system_names(args.results_file), args.results_file, strict=True):
-        orders = score_orders(path, args, ranked_questions(path, args, asked, qrels))
+        questions = ranked_questions(path, args.group_by, qrels, args.dataset, asked, args.eval_file)
+        orders = score_orders(path, questions, args.stage, args.k)
         results[name] = {order: summarise_file(path, scored, args.qrels, args.seed) for order, scored in orders.items()}
     Path(output).write_bytes(orjson.dumps({"arguments": vars(args), "results": results}, option=orjson.OPT_INDENT_2))
     table = summary_tables(results, args.group_by)

@@ -21,6 +21,7 @@ from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.monot5 import document_text
 from dynamicrag.output import Output
+from dynamicrag.runs import Run
 
 Judged = tuple[dict, dict]  # row, document
 
@@ -72,17 +73,10 @@ def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n
     return reranked
 
 
-def scores_of_run(path: str, logits: bool) -> Callable[[list[Judged]], list[float]]:
+def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float]]:
     """The scores another reranker gave, 0 where it gave none."""
-    from dynamicrag.runs import Run
-
-    run, known = Run(path), False
 
     def score(pairs: list[Judged]) -> list[float]:
-        nonlocal known
-        known = known or any(row["id"] in run.query_ids for row, _ in pairs)
-        if pairs and not known:
-            raise stage.UserError(f"{path}: has none of the first questions; it is a run of others")
         scores = {row["id"]: dict(run.ranking(row["id"])) for row, _ in pairs}
         found = [scores[row["id"]].get(doc["id"]) for row, doc in pairs]
         return [0.0 if value is None else (1 + math.tanh(value / 2)) / 2 if logits else value for value in found]
@@ -113,8 +107,14 @@ def main(argv: list[str] | None = None) -> None:
     output = Output(args, [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
     if output.finished:
         return
-    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject))
-    score = scores_of_run(args.run, args.logits) if args.run else scores_of_model(args)
+    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject), dataset=args.dataset)
+    if args.run:
+        run = Run(args.run)
+        ids = (row["id"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None))
+        run.check_questions(ids, args.input_file, "their documents score 0")
+        score = scores_of_run(run, args.logits)
+    else:
+        score = scores_of_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
     output.process(rows, QUESTIONS_A_CHUNK, lambda chunk: rerank(chunk, score, args.n_docs, args.sort), count, "reranking")
     judged = relevant = 0

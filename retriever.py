@@ -32,6 +32,7 @@ from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.index import CANDIDATES, NPROBE
 from dynamicrag.output import Output
+from dynamicrag.runs import Run, fuse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,26 +174,18 @@ def bm25_search(args: Namespace, store: PassageStore) -> Search:
     return lambda rows: index.search(list(map(search_text, rows)), args.n_docs)
 
 
-def run_search(path: str, args: Namespace, store: PassageStore) -> Search:
+def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
     """The documents another system ranked; a question it does not have gets none."""
     import numpy as np
-
-    from dynamicrag.records import read_rows
-    from dynamicrag.runs import Run
-
-    run = Run(path)
-    first = next(read_rows(args.query, dataset=args.dataset, reject=lambda _: None))["id"]
 
     def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
         positions = np.full(scores.shape, -1, dtype=np.int64)
-        if rows[0]["id"] == first and not any(row["id"] in run.query_ids for row in rows):
-            raise stage.UserError(f"{path}: has none of the first {len(rows)} questions of {args.query}; it is a run of others")
         for number, row in enumerate(rows):
             ranking = run.ranking(row["id"])[: args.n_docs]
             found = store.positions(doc_id for doc_id, _ in ranking)
             if (found < 0).any():
-                raise stage.UserError(f"{path}: document {ranking[int(found.argmin())][0]!r} of query {row['id']!r} is not in "
+                raise stage.UserError(f"{run.path}: document {ranking[int(found.argmin())][0]!r} of query {row['id']!r} is not in "
                                       f"{args.passages}; give the corpus that was searched")
             positions[number, : len(ranking)] = found
             scores[number, : len(ranking)] = [score for _, score in ranking]
@@ -213,15 +206,18 @@ def main(argv: list[str] | None = None) -> None:
     if output.finished:
         return
     count = count_rows(args.query, skip_malformed=bool(output.reject), dataset=args.dataset)
+    runs = [Run(path) for path in args.run]
+    for run in runs:
+        ids = (row["id"] for row in read_rows(args.query, dataset=args.dataset, reject=lambda _: None))
+        run.check_questions(ids, args.query, "they get no document from it")
 
     from dynamicrag.passages import open_passages
-    from dynamicrag.runs import fuse
 
     store, queries = open_passages(args.passages, args.passage_store), f"{args.output_dir}.queries.npy"
     by_index = dense_searches(args, shard_paths, store, output, queries, count) if dense else {}
     if "bm25" in args.index:
         by_index["bm25"] = bm25_search(args, store)
-    searches = [by_index[index] for index in args.index] + [run_search(path, args, store) for path in args.run]
+    searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
 
     def retrieve(rows: list[dict]) -> list[dict]:
         found = [search(rows) for search in searches]

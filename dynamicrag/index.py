@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.device import devices_of
 from dynamicrag.flat import ExactIndex
 from dynamicrag.manifest import fingerprint
@@ -127,8 +128,8 @@ def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
     manifest.unlink(missing_ok=True)
     faiss.write_index(index, writing)
     os.replace(writing, path)
-    Path(writing).write_bytes(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
-    os.replace(writing, manifest)
+    with atomic_writer(manifest) as file:
+        file.write(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
 
 
 def _load(path: Path, device: str, nprobe: int) -> object:

@@ -6,13 +6,13 @@ suffix: `.json` is an array with one element a line, anything else JSONL. Memory
 
 import codecs
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import orjson
 
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.stage import UserError
 
 READ_BYTES = 1 << 20
@@ -132,11 +132,9 @@ def dump_line(value: object) -> bytes:
 
 def write_json(path: str | Path, values: Iterable[object]) -> int:
     """Write all values to path, atomically and by its suffix; returns how many there were."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
     count = 0
-    with temporary.open("wb") as file:
-        if path.suffix == ".json":
+    with atomic_writer(path) as file:
+        if Path(path).suffix == ".json":
             for value in values:
                 file.write(b"[\n" if count == 0 else b",\n")
                 file.write(orjson.dumps(value))
@@ -146,7 +144,4 @@ def write_json(path: str | Path, values: Iterable[object]) -> int:
             for value in values:
                 file.write(dump_line(value))
                 count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     return count

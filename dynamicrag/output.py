@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import orjson
 
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.jsonio import dump_line, write_json
 from dynamicrag.manifest import identity, manifest_path, read_manifest, versions
 from dynamicrag.stage import UserError, log
@@ -144,9 +145,8 @@ class Output:
         if self._begun.exists():
             self._refuse_other(orjson.loads(self._begun.read_bytes()), self.partial)
             return True
-        temporary = Path(f"{self._begun}.writing")
-        temporary.write_bytes(orjson.dumps(self.identity))
-        temporary.replace(self._begun)
+        with atomic_writer(self._begun) as file:
+            file.write(orjson.dumps(self.identity))
         return False
 
     def _keep_whole_chunks(self, file: BinaryIO, size: int) -> None:
@@ -198,8 +198,11 @@ class Output:
             file.write(dump_line(record))
         self.rejected += 1
 
-    def finish(self, **counts: object) -> None:
-        """Put every file in its place, then write the manifest that marks the run complete, and say where it is."""
+    def finish(self, summary: dict | None = None, **counts: object) -> None:
+        """Put every file in its place, then write the manifest that marks the run complete, and say where it is.
+
+        `counts` are said and kept in the manifest; `summary`, a stage's figures for other programs to read, only kept.
+        """
         if self._file is not None:
             if not self.path.exists():
                 if self.path.suffix == ".json":
@@ -214,13 +217,13 @@ class Output:
             **self.identity,
             "outputs": [str(path) for path in self.paths],
             "counts": counts,
+            **({"summary": summary} if summary else {}),
             "seconds": round(time.monotonic() - self.started, 1),
             "versions": versions(),
         }
         for path in reversed(self.paths):
-            temporary = Path(f"{manifest_path(path)}.writing")
-            temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-            temporary.replace(manifest_path(path))
+            with atomic_writer(manifest_path(path)) as file:
+                file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         self.partial.unlink(missing_ok=True)
         self._begun.unlink(missing_ok=True)
         if self._file is not None:

@@ -5,27 +5,9 @@ import re
 from collections.abc import Sequence
 
 from dynamicrag.metrics import normalise
-from dynamicrag.records import Doc, Row
-from dynamicrag.stage import UserError
+from dynamicrag.records import Doc
 
 SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # an order of the documents, and the key it goes by
-GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # in positive_ctxs; DPR's NQ has the first, its TriviaQA the second
-
-
-def gold_documents(row: Row, path: str) -> dict[str, int]:
-    """Relevance 1 for each of the row's gold_docs, else of DPR's positive_ctxs; ids become strings, as documents' do.
-
-    Raises UserError naming file, row and key.
-    """
-    key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
-    found, expected = row.get(key) or [], "document ids"
-    if key == "positive_ctxs" and isinstance(found, list):
-        expected = f"objects with {' or '.join(GOLD_ID_KEYS)}"
-        contexts = (doc if isinstance(doc, dict) else {} for doc in found)
-        found = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
-    if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
-        raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; mend it or give --qrels")
-    return dict.fromkeys(map(str, found), 1)
 
 
 def in_order(docs: list[Doc], order: str) -> list[Doc] | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import codecs
 import math
-import os
 from array import array
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from dynamicrag.stage import UserError
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,21 @@ class Run:
     def query_ids(self) -> KeysView[str]:
         return self._places.keys()
 
+    def check_questions(self, query_ids: Iterable[str], asked_in: str, without: str) -> None:
+        """Check once that these, the questions of the file `asked_in`, are the run's; only their number is kept.
+
+        Raises UserError where it has none of them. Where it lacks some, how many is logged, and what becomes of those
+        `without` a ranking.
+        """
+        count = missing = 0
+        for query_id in query_ids:
+            count += 1
+            missing += query_id not in self._places
+        if missing == count:
+            raise UserError(f"{self.path}: has none of the {count} questions of {asked_in}; it is a run of others")
+        if missing:
+            log.warning("%s: %d of %d questions have no ranking in it; %s", self.path, missing, count, without)
+
     def ranking(self, query_id: str) -> list[tuple[str, float]]:
         """(document id, score) best first, equal scores by rank, then as in the file; empty for an unknown query."""
         found: dict[str, int] = {}
@@ -66,6 +81,15 @@ class Run:
                     ranked.append((doc_id, *_rank_and_score(self.path, number, fields)))
         ranked.sort(key=lambda entry: (-entry[2], entry[1]))
         return [(doc_id, score) for doc_id, _, score in ranked]
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a file is a TREC run and not rows, which begin with { or [. Missing and empty files read_rows refuses."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    return bool(head) and not head.startswith((b"{", b"["))
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
@@ -93,22 +117,17 @@ def write_run(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> int
     Ranks count from 1; equal scores stay in the row's order, which Run reads back and other readers may not keep.
     Raises UserError naming the row for an id with white space, a document twice or without `key`; and for no document.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
     count = 0
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_writer(path) as file:
         for line in _run_lines(path, rows, key, tag):
-            file.write(line)
+            file.write(line.encode())
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    if not count:
-        raise UserError(f"{path}: no row has a document, and a run without a line is none")
-    temporary.replace(path)
+        if not count:
+            raise UserError(f"{path}: no row has a document, and a run without a line is none")
     return count
 
 
-def _run_lines(path: Path, rows: Iterable[dict], key: str, tag: str) -> Iterator[str]:
+def _run_lines(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> Iterator[str]:
 
     def one_word(what: str, text: str, remedy: str) -> None:
         if text.split() != [text]:

@@ -8,12 +8,12 @@ memory-mapped, so that the workers of a machine share one copy. Published Contri
 from __future__ import annotations
 
 import glob
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.manifest import fingerprint, read_manifest
 from dynamicrag.output import exclusive
 from dynamicrag.passages import PassageStore
@@ -238,10 +238,6 @@ def save_ids(path: Path, ids: list[str]) -> None:
 def save_array(path: Path, values: np.ndarray) -> None:
     import numpy as np
 
-    writing = Path(f"{path}.writing")
-    with writing.open("wb") as file:
+    with atomic_writer(path) as file:
         np.save(file, values, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    writing.replace(path)
 

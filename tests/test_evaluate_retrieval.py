@@ -133,6 +133,17 @@ def test_memory_does_not_grow_with_the_documents():
     assert len(found.ranking("q1")) == 5000
 
 
+def test_a_run_says_how_many_of_the_questions_it_lacks_and_refuses_to_lack_them_all(caplog):
+    Path("x.run").write_text("q1 Q0 a 1 1 t\nq2 Q0 a 1 1 t\n")
+    found = Run("x.run")
+    found.check_questions(iter(["q2", "q1"]), "asked.jsonl", "so be it")
+    assert not caplog.text, "queries beyond those asked do no harm, nor does the order"
+    found.check_questions(iter(["q8", "q2", "q9"]), "asked.jsonl", "so be it")
+    assert "x.run: 2 of 3 questions have no ranking in it; so be it" in caplog.text
+    with pytest.raises(UserError, match=r"^x\.run: has none of the 2 questions of asked\.jsonl; it is a run of others$"):
+        found.check_questions(iter(["q8", "q9"]), "asked.jsonl", "so be it")
+
+
 GOOD_LINE = "q1 Q0 d1 1 2.5 t\n"
 
 
@@ -193,7 +204,7 @@ def test_what_a_run_cannot_hold_is_named_and_the_old_file_stays(row, tag, says):
     with pytest.raises(UserError) as error:
         write_run("x.run", [row], "score", tag)
     assert str(error.value).startswith(says)
-    assert Path("x.run").read_text() == "old"
+    assert Path("x.run").read_text() == "old" and not list(Path().glob("*.writing"))
 
 
 def test_qrels_keep_what_is_relevant():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamicrag import jsonio, output, stage
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.manifest import read_manifest
 from dynamicrag.output import Output
@@ -105,6 +106,59 @@ def test_writes_by_suffix(tmp_path, rows):
     assert json.loads((tmp_path / "a.json").read_text()) == rows
     assert read_jsonl(tmp_path / "a.jsonl") == rows
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.jsonl"]
+
+
+# ---------------------------------------------------------------- atomic
+
+
+def write(path, content, then=None):
+    with atomic_writer(path) as file:
+        file.write(content)
+        assert path.name + ".writing" in os.listdir(path.parent)
+        if then is not None:
+            raise then
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    put(tmp_path / "a.bin.writing", "left behind by a kill, and longer")
+    for content in (b"one", b"another"):
+        write(tmp_path / "a.bin", content)
+        assert (tmp_path / "a.bin").read_bytes() == content and os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), OSError("no space"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_path, error):
+    for before in ([], ["a.bin"]):
+        with pytest.raises(type(error)) as raised:
+            write(tmp_path / "a.bin", b"half", error)
+        assert raised.value is error and os.listdir(tmp_path) == before
+        put(tmp_path / "a.bin", "old")
+        assert (tmp_path / "a.bin").read_text() == "old"
+
+
+def test_a_place_that_cannot_be_taken_is_said_and_left_as_it_was(tmp_path):
+    (tmp_path / "folder").mkdir()
+    put(tmp_path / "folder" / "precious", "x")
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "folder", b"x")
+    (tmp_path / "b.writing").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "b", b"x")
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "nowhere" / "c", b"x")
+    assert sorted(os.listdir(tmp_path)) == ["b.writing", "folder"] and os.listdir(tmp_path / "folder") == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_that_fail_in_the_middle_leave_the_old_file(tmp_path, name):
+    def rows():
+        yield {"a": 1}
+        raise UserError("the second is broken")
+
+    put(tmp_path / name, "old")
+    with pytest.raises(UserError, match="the second is broken"):
+        write_json(tmp_path / name, rows())
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "old"
 
 
 # ---------------------------------------------------------------- records

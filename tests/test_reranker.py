@@ -180,7 +180,7 @@ def test_a_score_that_is_no_probability_is_an_error(value):
         reranker.rerank(rows_with(1), lambda pairs: [value], None, False)
 
 
-def test_scores_of_another_reranker(retrieved, tmp_path):
+def test_scores_of_another_reranker(retrieved, tmp_path, caplog):
     def run_file(**scores):
         path = tmp_path / "other.trec"
         path.write_text("".join(f"q2 Q0 {doc} 1 {score} other\n" for doc, score in scores.items()))
@@ -189,13 +189,36 @@ def test_scores_of_another_reranker(retrieved, tmp_path):
     rows = run("no model", retrieved, tmp_path / "a.jsonl", *run_file(d1=0.75, elsewhere=1), "--sort")
     assert [(doc["id"], doc["rerank_score"], doc["rerank_label"]) for doc in rows[2]["docs"]] == [("d1", 0.75, "true"), ("d0", 0.0, "false")]
     assert all(doc["rerank_score"] == 0 for row in rows[3:] for doc in row["docs"])
+    assert "other.trec: 12 of 13 questions have no ranking in it; their documents score 0" in caplog.text
     (tmp_path / "others.trec").write_text("x Q0 d0 1 0.5 other\n")
-    with pytest.raises(UserError, match=r"others\.trec: has none of the first questions"):
+    with pytest.raises(UserError, match=r"others\.trec: has none of the 13 questions of .*in\.jsonl; it is a run of others"):
         run("no model", retrieved, tmp_path / "d.jsonl", "--run", tmp_path / "others.trec")
+    assert not list(tmp_path.glob("d.jsonl*")), "refused before the first question"
     with pytest.raises(UserError, match=r"gives 1\.5 for question 'q2' and document 'd0'.*--logits"):
         run("no model", retrieved, tmp_path / "b.jsonl", *run_file(d0=1.5))
     rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2, elsewhere=-10000), "--logits")
     assert [doc["rerank_score"] for doc in rows[2]["docs"]] == pytest.approx([1 / (1 + np.exp(-1.5)), 1 / (1 + np.exp(2))])
+
+
+def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_path, monkeypatch):
+    """What is asked is whether it has any of the file, not any of those that are left."""
+    monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)
+    (tmp_path / "other.trec").write_text("q2 Q0 d1 1 0.75 other\n")
+    flags = ("--run", tmp_path / "other.trec")
+    run("no model", retrieved, tmp_path / "whole.jsonl", *flags)
+    rerank = reranker.rerank
+
+    def fail_later(rows, *rest):
+        if rows[0]["id"] == "q4":
+            raise KeyboardInterrupt
+        return rerank(rows, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reranker, "rerank", fail_later)
+        run("no model", retrieved, tmp_path / "torn.jsonl", *flags)
+    assert len(read_jsonl(tmp_path / "torn.jsonl.partial")) == 4
+    run("no model", retrieved, tmp_path / "torn.jsonl", *flags)
+    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_reranking_interrupted(monot5_dir, retrieved, tmp_path, monkeypatch):

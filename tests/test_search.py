@@ -144,11 +144,12 @@ def trec(path, rankings):
     return path
 
 
-def test_documents_of_another_system(tmp_path, search, corpus):
+def test_documents_of_another_system(tmp_path, search, corpus, caplog):
     run = trec(tmp_path / "other.trec", {"q3": [("p7", 3.5), ("p2", 3.5), ("p9", -1)], "q0": [("p1", 0.1)], "elsewhere": [("p1", 1)]})
     rows = search("run.jsonl", "--run", run, "--n_docs", 2)
     assert ids(rows) == [["p1"], [], [], ["p7", "p2"], *[[]] * 7]
     assert rows[3]["docs"][1] == {**corpus[2], "score": 3.5}
+    assert "other.trec: 9 of 11 questions have no ranking in it; they get no document from it" in caplog.text
     with pytest.raises(UserError, match=r"other\.trec: document 'p999' of query 'q1' is not in"):
         search("x.jsonl", "--run", trec(tmp_path / "other.trec", {"q1": [("p1", 2), ("p999", 1)]}), "--overwrite")
 
@@ -199,8 +200,27 @@ def test_an_index_of_another_part_is_refused(tmp_path, search):
 
 
 def test_a_run_of_other_questions_is_refused(tmp_path, search):
-    with pytest.raises(UserError, match=r"r\.trec: has none of the first 11 questions"):
-        search("a.jsonl", "--run", trec(tmp_path / "r.trec", {"other": [("p1", 1)]}))
+    run = trec(tmp_path / "r.trec", {"other": [("p1", 1)]})
+    for name, *flags in [("a.jsonl",), ("b.jsonl", "--index", "flat")]:
+        with pytest.raises(UserError, match=r"r\.trec: has none of the 11 questions of .*questions\.jsonl; it is a run of others"):
+            search(name, "--run", run, *flags)
+        assert not list(tmp_path.glob(f"{name}*")), "refused before the search"
+
+
+def test_a_run_of_a_few_questions_continues_where_it_has_none(tmp_path, search, monkeypatch):
+    """What is asked is whether it has any of the file, not any of those that are left."""
+    flags = ("--run", trec(tmp_path / "r.trec", {"q1": [("p1", 1)]}), "--questions_a_pass", 4)
+    whole, attach = search("whole.jsonl", *flags), retriever.attach_docs
+
+    def fail_later(rows, *rest):
+        if rows[0]["id"] == "q4":
+            raise KeyboardInterrupt
+        return attach(rows, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retriever, "attach_docs", fail_later)
+        search("torn.jsonl", *flags)
+    assert search("torn.jsonl", *flags) == whole
 
 
 def test_vectors_stay_with_their_questions(tmp_path, encoder_dir, corpus_tsv, shards_dir):
