@@ -24,8 +24,16 @@ from argparse import Namespace
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, fail_unanswered, remain_path, unanswered, work_on_fitting
-from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.calls import (
+    Caller,
+    add_call_flags,
+    fail_unanswered,
+    load_callers,
+    remain_path,
+    unanswered,
+    work_on_fitting,
+)
+from dynamicrag.engine import Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids, parse_ids
@@ -46,7 +54,6 @@ def parse_args(argv=None):
     choice = parser.add_argument_group("selection")
     choice.add_argument("--selector", nargs="+", default=["dynamic"], help="who chooses the documents")
     choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown, as in training")
-    choice.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
@@ -99,8 +106,9 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
     return choices, usages
 
 
-def answer_chunk(rows: list[Row], selector: str, chooser: Caller, generator: Caller, topn: int) -> list[Row]:
+def answer_chunk(rows: list[Row], selector: str, callers: tuple[Caller, Caller], topn: int) -> list[Row]:
     """The rows answered; one whose selection cannot be read carries `error` instead of `response`."""
+    chooser, generator = callers
     shown = [chooser.shown(row["question"], row["docs"][:topn]) for row in rows]
     if selector in BY_LLM:
         choices, usages = select_by_llm(selector, rows, shown, chooser)
@@ -148,12 +156,10 @@ def main(argv=None):
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=args.on_error == "skip")
 
-    generator = chooser = Caller(load_engine(args), args)
-    if args.reranker_model and any(selector in BY_LLM for selector in unfinished):
-        chooser = Caller(load_engine(args, args.reranker_model), args)
+    callers = load_callers(args, both=any(selector in BY_LLM for selector in unfinished))
     for selector, out in unfinished.items():
-        answer = partial(answer_chunk, selector=selector, chooser=chooser, generator=generator, topn=args.topn)
-        work = partial(work_on_fitting, caller=generator, work=answer, fail=fail_unanswered)
+        answer = partial(answer_chunk, selector=selector, callers=callers, topn=args.topn)
+        work = partial(work_on_fitting, callers=callers, work=answer, fail=fail_unanswered)
         out.process(read_rows(args.input_json, ("docs",), args.dataset, out.reject), args.chunk_size, work, total, selector)
         out.finish_answers()
 

@@ -16,7 +16,8 @@ from collections import Counter
 
 from dynamicrag import stage
 from dynamicrag.output import Output
-from dynamicrag.records import Doc, Row, read_rows
+from dynamicrag.records import Row, read_rows
+from dynamicrag.selection import EXPERT_LENGTH, expert_sequence
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
@@ -37,7 +38,7 @@ def parse_args(argv=None):
         help="one sequence a question, or the published recipe: one a length, filled up with irrelevant documents",
     )
     recipe.add_argument("--n_docs", type=int, default=20, help="documents shown to the LLM, here and in every later stage")
-    recipe.add_argument("--max_length", type=int, default=14, help="longest sequence")
+    recipe.add_argument("--max_length", type=int, default=EXPERT_LENGTH, help="longest sequence")
     recipe.add_argument("--max_per_length", type=int, default=2000, help="most expert rows of one length")
     recipe.add_argument("--max_rows", type=int, help="most expert rows (default: 30,000, or a fifth of a smaller data set)")
     stage.add_common_flags(parser)
@@ -50,11 +51,6 @@ def label(row: Row, n_docs: int) -> Row:
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
     return {**row, "true_id": true_id, "false_id": false_id, "true_count": len(true_id)}
-
-
-def expert_sequence(docs: list[Doc], true_id: list[int], max_length: int) -> list[int]:
-    """The relevant documents, best rerank score first; equal scores keep the retriever's order."""
-    return sorted(true_id, key=lambda position: -docs[position - 1]["rerank_score"])[:max_length]
 
 
 def padded_sequence(true_id: list[int], false_id: list[int], length: int, rng: random.Random) -> list[int]:

@@ -1,27 +1,31 @@
 """Sample trajectories from the SFT model: several selections of documents a question, each answered (DynamicRAG, RL stage).
 
-All selections of a batch are sampled in one engine call, the samples of a question sharing their prompt; then every
-distinct set of chosen documents is answered once, greedily, in a second call.
+All selections of a chunk of questions are sampled in one engine call, the samples of a question sharing one prefill of
+their prompt; then every distinct selection is answered once, greedily, in a second call. --include-expert adds the
+reranker's own selection as one more trajectory; --permute shows the documents in another order to each sample, so that
+a position earns nothing by itself.
 
-Reads    training_data/training_data_dpo.jsonl           rows with docs
-Writes   results/training_data_dpo_sampling.json         + id_lists, responses, selections (as written), docs_shown,
-                                                           invalid_selections, usage
+Reads    training_data/training_data_dpo.jsonl           rows with docs (and true_id, for --include-expert)
+Writes   results/training_data_dpo_sampling.json         + id_lists, responses, response_tokens, from_expert, selections
+                                                           (as written), invalid_selections, docs_shown, usage
 
     python sampling_dpo_trajectories.py --template template/llama3.jinja --llm-model DynamicRAG_llama3_8b \\
         --input-jsonl training_data/training_data_dpo.jsonl --output-json results/training_data_dpo_sampling.json
 """
 
-from collections import Counter
+import random
 from collections.abc import Iterable
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, work_on_fitting
-from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.calls import Caller, add_call_flags, load_callers, work_on_fitting
+from dynamicrag.engine import Completion, Request, Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
-from dynamicrag.records import Row, count_rows, read_rows
-from dynamicrag.selection import parse_ids
-from dynamicrag.stage import log
+from dynamicrag.records import Doc, Row, count_rows, read_rows
+from dynamicrag.selection import expert_sequence, format_ids, parse_ids
+from dynamicrag.stage import UserError, derive_seed, log
+
+TRAJECTORY_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
 
 
 def parse_args(argv=None):
@@ -39,42 +43,103 @@ def parse_args(argv=None):
     sampling.add_argument("--temperature", type=float, default=1.0, help="of the selections; answers are greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus the selections are sampled from")
     sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown")
+    sampling.add_argument("--include-expert", action="store_true", help="add the reranker's selection as a trajectory")
+    sampling.add_argument(
+        "--permute", action="store_true",
+        help="shuffle the documents for each sample; costs a prefill a sample, and selections are as the model wrote them, "
+        "id_lists in the order of docs",
+    )
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_samples < 1:
+        parser.error("--num-samples must be at least 1")
+    return args
 
 
-def sample_trajectories(rows: list[Row], caller: Caller, args) -> list[Row]:
+def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list[tuple[Request, list[int]]]:
+    """What is asked about one question, each with the order its documents are shown in (1-based positions in `docs`)."""
+    settings = {"temperature": args.temperature, "top_p": args.top_p}
+    in_order = list(range(1, len(docs) + 1))
+    if not args.permute:
+        return [(chooser.select(row, docs, "sample", n=args.num_samples, **settings), in_order)]
+    requests = []
+    for sample in range(args.num_samples):
+        order = random.Random(derive_seed(args.seed, row["id"], "order", sample)).sample(in_order, len(docs))
+        permuted = [docs[position - 1] for position in order]
+        if len(chooser.shown(row["question"], permuted)) < len(docs):  # a prompt may be a token longer in another order
+            order, permuted = in_order, docs
+        requests.append((chooser.select(row, permuted, f"sample {sample}", **settings), order))
+    return requests
+
+
+def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """The samples that name documents or None, as (text, positions in docs), and the texts of the others."""
+    valid, invalid = [], []
+    for completion, order in samples:
+        for text in completion.texts:
+            selection = parse_ids(text, len(order))
+            if selection.valid:
+                valid.append((text, [order[position - 1] for position in selection.ids]))
+            else:
+                invalid.append(text)
+    return valid, invalid
+
+
+def expert_selection(row: Row, shown: int) -> list[int]:
+    """The reranker's selection among the documents shown. Raises UserError where it has not judged them."""
+    true_id = [position for position in row["true_id"] if position <= shown]
+    unjudged = next((row["docs"][p - 1]["id"] for p in true_id if row["docs"][p - 1].get("rerank_score") is None), None)
+    if unjudged is not None:
+        raise UserError(f"row {row['id']}: document {unjudged} has no rerank_score; --include-expert needs reranked documents")
+    return expert_sequence(row["docs"], true_id)
+
+
+def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
     """Each row with its trajectories; an unreadable selection costs that trajectory, not the question."""
-    shown = [caller.shown(row["question"], row["docs"][: args.topn]) for row in rows]
-    sampled = caller.engine.complete([
-        caller.select(row, docs, "sample", n=args.num_samples, temperature=args.temperature, top_p=args.top_p)
-        for row, docs in zip(rows, shown, strict=True)
-    ])
+    chooser, generator = callers
+    shown = [chooser.shown(row["question"], row["docs"][: args.topn]) for row in rows]
+    asked = [
+        (number, request, order)
+        for number, (row, docs) in enumerate(zip(rows, shown, strict=True))
+        for request, order in selection_requests(row, docs, chooser, args)
+    ]
+    samples: list[list[tuple[Completion, list[int]]]] = [[] for _ in rows]
+    for (number, _, order), completion in zip(asked, chooser.engine.complete([r for _, r, _ in asked]), strict=True):
+        samples[number].append((completion, order))
+
     results, distinct = [], {}
-    for row, docs, completion in zip(rows, shown, sampled, strict=True):
-        selections = [(text, parse_ids(text, len(docs))) for text in completion.texts]
-        valid = [(text, selection.ids) for text, selection in selections if selection.valid]
+    for row, docs, sampled in zip(rows, shown, samples, strict=True):
+        trajectories, invalid = read_selections(sampled)
+        from_expert = [False] * len(trajectories)
+        if args.include_expert:
+            expert = expert_selection(row, len(docs))
+            trajectories.append((format_ids(expert), expert))
+            from_expert.append(True)
         usage = Usage()
-        usage.add(completion)
+        for completion, _ in sampled:
+            usage.add(completion)
         results.append({
             **row,
             "docs_shown": len(docs),
-            "id_lists": [ids for _, ids in valid],
-            "selections": [text for text, _ in valid],
-            "invalid_selections": [text for text, selection in selections if not selection.valid],
+            "id_lists": [ids for _, ids in trajectories],
+            "from_expert": from_expert,
+            "selections": [text for text, _ in trajectories],
+            "invalid_selections": invalid,
             "usage": usage,
         })
-        for _, ids in valid:
+        for _, ids in trajectories:
             if (row["id"], tuple(ids)) not in distinct:
-                distinct[row["id"], tuple(ids)] = caller.answer(row, [docs[position - 1] for position in ids])
-    answers = dict(zip(distinct, caller.engine.complete(list(distinct.values())), strict=True))
+                distinct[row["id"], tuple(ids)] = generator.answer(row, [docs[position - 1] for position in ids])
+
+    answers = dict(zip(distinct, generator.engine.complete(list(distinct.values())), strict=True))
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
         for completion in mine.values():
             result["usage"].add(completion)
         result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
+        result["response_tokens"] = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
         result["usage"] = vars(result["usage"])
     return results
 
@@ -82,25 +147,38 @@ def sample_trajectories(rows: list[Row], caller: Caller, args) -> list[Row]:
 def no_trajectory(row: Row, reason: str) -> Row:
     """A row whose question does not fit the window: it teaches nothing, and is kept."""
     log.warning("row %s: %s", row["id"], reason)
-    nothing = {key: [] for key in ("id_lists", "selections", "invalid_selections", "responses")}
-    return {**row, "docs_shown": 0, **nothing, "usage": vars(Usage())}
+    return {**row, "docs_shown": 0, **{key: [] for key in TRAJECTORY_KEYS}, "usage": vars(Usage())}
 
 
-def summarise(rows: Iterable[Row]) -> Counter:
-    """Counts over all trajectories: how long, how many None, how many malformed."""
-    seen: Counter = Counter()
+def summarise(rows: Iterable[Row]) -> dict[str, float]:
+    """What the model wrote, over all its samples: counts of malformed ones, and the mean and spread of k, shares, variety."""
+    seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
+    valid = none = k = k_squared = distinct = answers = 0
     for row in rows:
-        texts = row["selections"] + row["invalid_selections"]
+        sampled = [trajectory for trajectory, expert in enumerate(row["from_expert"]) if not expert]
+        texts = [row["selections"][trajectory] for trajectory in sampled] + row["invalid_selections"]
         parsed = [parse_ids(text, row["docs_shown"]) for text in texts]
+        seen["questions"] += 1
         seen["trajectories"] += len(texts)
         seen["malformed"] += len(row["invalid_selections"])
         seen["out_of_range"] += sum(selection.out_of_range for selection in parsed)
         seen["repeated"] += sum(selection.repeated for selection in parsed)
-        seen["none"] += sum(not ids for ids in row["id_lists"])
-        seen["documents"] += sum(map(len, row["id_lists"]))
-        seen["distinct"] += len(set(map(tuple, row["id_lists"])))
-        seen["questions"] += 1
-    return seen
+        selections = [row["id_lists"][trajectory] for trajectory in sampled]
+        valid += len(selections)
+        none += selections.count([])
+        k += sum(map(len, selections))
+        k_squared += sum(len(ids) ** 2 for ids in selections)
+        distinct += len(set(map(tuple, selections)))
+        answers += len({row["responses"][trajectory] for trajectory in sampled})
+    mean = k / max(valid, 1)
+    return {
+        **seen,
+        "none_share": none / max(valid, 1),
+        "k_mean": mean,
+        "k_spread": max(k_squared / max(valid, 1) - mean**2, 0.0) ** 0.5,
+        "distinct_selections": distinct / max(seen["questions"], 1),
+        "distinct_answers": answers / max(seen["questions"], 1),
+    }
 
 
 def main(argv=None):
@@ -108,18 +186,19 @@ def main(argv=None):
     out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
     if out.finished:
         return
-    total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))
-    caller = Caller(load_engine(args), args)
-    rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    work = partial(work_on_fitting, caller=caller, work=partial(sample_trajectories, caller=caller, args=args), fail=no_trajectory)
-    out.process(rows, args.chunk_size, work, total, "sampling")
+    needs = ("docs", "true_id") if args.include_expert else ("docs",)
+    total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
+    callers = load_callers(args)
+    rows = read_rows(args.input_json, needs, args.dataset, out.reject)
+    sample = partial(sample_trajectories, callers=callers, args=args)
+    out.process(rows, args.chunk_size, partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory), total, "sampling")
     seen = summarise(out.written())
-    valid = max(1, seen["trajectories"] - seen["malformed"])
     log.info(
-        "mean k %.2f, None %.0f %%, distinct selections a question %.2f",
-        seen["documents"] / valid, 100 * seen["none"] / valid, seen["distinct"] / seen["questions"],
+        "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
+        "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "
+        "selections and %(distinct_answers).2f distinct answers", seen,
     )
-    out.finish(**seen)
+    out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
 
 
 if __name__ == "__main__":

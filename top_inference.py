@@ -18,8 +18,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import Caller, add_call_flags, fail_unanswered, remain_path, unanswered, work_on_fitting
-from dynamicrag.engine import Usage, add_engine_flags, engine_inputs, load_engine
+from dynamicrag.calls import (
+    Caller,
+    add_call_flags,
+    fail_unanswered,
+    load_callers,
+    remain_path,
+    unanswered,
+    work_on_fitting,
+)
+from dynamicrag.engine import Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import Selection, parse_ids
@@ -83,14 +91,15 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
     return list(first.values())
 
 
-def answer_chunk(rows: list[Row], caller: Caller, args) -> list[Row]:
+def answer_chunk(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
     """The rows answered; one whose last selection cannot be read carries `error` instead of `response`."""
+    chooser, generator = callers
     usages = [Usage() for _ in rows]
 
     def choose(windows: list[Window]) -> list[Selection]:
-        shown = [(number, caller.shown(rows[number]["question"], docs)) for number, docs in windows]
-        completions = caller.engine.complete([
-            caller.select(rows[number], docs, ("window", docs[0]["id"] if docs else "")) for number, docs in shown
+        shown = [(number, chooser.shown(rows[number]["question"], docs)) for number, docs in windows]
+        completions = chooser.engine.complete([
+            chooser.select(rows[number], docs, ("window", docs[0]["id"] if docs else "")) for number, docs in shown
         ])
         for (number, _), completion in zip(shown, completions, strict=True):
             usages[number].add(completion)
@@ -104,7 +113,7 @@ def answer_chunk(rows: list[Row], caller: Caller, args) -> list[Row]:
         number: [candidates[number][position - 1] for position in final[number].ids] if number in final else []
         for number in readable
     }
-    completions = caller.engine.complete([caller.answer(rows[number], chosen[number]) for number in readable])
+    completions = generator.engine.complete([generator.answer(rows[number], chosen[number]) for number in readable])
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):
@@ -131,10 +140,10 @@ def main(argv=None):
     if out.finished:
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))
-    caller = Caller(load_engine(args), args)
+    callers = load_callers(args)
     rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    answer = partial(answer_chunk, caller=caller, args=args)
-    work = partial(work_on_fitting, caller=caller, work=answer, fail=fail_unanswered)
+    answer = partial(answer_chunk, callers=callers, args=args)
+    work = partial(work_on_fitting, callers=callers, work=answer, fail=fail_unanswered)
     out.process(rows, args.chunk_size, work, total, f"top {args.topn}")
     out.finish_answers()
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dynamicrag.engine import ApiEngine, Request, VllmEngine
+from dynamicrag.engine import ApiEngine, Request, VllmEngine, load_engine
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
 from dynamicrag.records import Doc, Row
 from dynamicrag.selection import ids_pattern
@@ -22,6 +22,8 @@ def add_call_flags(parser: ArgumentParser) -> None:
     """The flags of every stage that lets an LLM choose documents."""
     group = parser.add_argument_group("calls")
     add_prompts_flag(group)
+    group.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
+    group.add_argument("--reranker-template", help="its chat template, where not --template")
     group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers")
     group.add_argument(
         "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/tasks.py)"
@@ -71,14 +73,28 @@ def remain_path(output: str) -> str:
     return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
+def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
+    """Who chooses and who answers: one model for both, unless --reranker-model names another (`both`: it is needed).
+
+    Two models in this process share the GPU memory that one would have had.
+    """
+    if not (both and args.reranker_model):
+        caller = Caller(load_engine(args), args)
+        return caller, caller
+    shared = {**vars(args), "gpu_memory_utilization": args.gpu_memory_utilization / 2}
+    choosing = {"llm_model": args.reranker_model, "template": args.reranker_template or args.template}
+    generator = Caller(load_engine(Namespace(**shared)), args)
+    return Caller(load_engine(Namespace(**{**shared, **choosing})), args), generator
+
+
 def work_on_fitting(
-    rows: list[Row], caller: "Caller", work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
+    rows: list[Row], callers: tuple["Caller", "Caller"], work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
 ) -> list[Row]:
     """work() on the rows whose question fits the window and fail(row, reason) on the others, results in order.
 
     One over-long question costs itself, not the run.
     """
-    reasons = {row["id"]: caller.too_long(row) for row in rows}
+    reasons = {row["id"]: next(filter(None, (caller.too_long(row) for caller in dict.fromkeys(callers))), None) for row in rows}
     done = iter(work([row for row in rows if not reasons[row["id"]]]))
     return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
 

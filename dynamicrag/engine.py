@@ -85,16 +85,17 @@ def resolve_model(name: str) -> str:
 
 def engine_inputs(args: Namespace) -> list[str]:
     """What decides the output of an LLM stage besides its rows: template, prompts and checkpoint folders."""
-    models = [] if args.api_base else [args.llm_model, getattr(args, "reranker_model", None)]
+    models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
-    return [args.template, *filter(None, [args.prompts]), *(name for name in checkpoints if Path(name).is_dir())]
+    files = filter(None, [args.template, args.reranker_template, args.prompts])
+    return [*files, *(name for name in checkpoints if Path(name).is_dir())]
 
 
-def load_engine(args: Namespace, model: str | None = None) -> "VllmEngine | ApiEngine":
-    """The engine the flags of add_engine_flags ask for; `model` overrides --llm-model."""
+def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
+    """The engine the flags of add_engine_flags ask for."""
     if args.api_base:
-        return ApiEngine(args.api_base, model or args.llm_model)
-    return VllmEngine(resolve_model(model or args.llm_model), args)
+        return ApiEngine(args.api_base, args.llm_model)
+    return VllmEngine(resolve_model(args.llm_model), args)
 
 
 class VllmEngine:

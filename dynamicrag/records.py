@@ -18,7 +18,9 @@ ID_KEYS = ("id", "sample_id")
 ANSWER_KEYS = ("answers", "answer", "golden_answers", "output")
 DOCS_KEYS = ("docs", "ctxs")
 POSITION_KEYS = ("true_id", "false_id", "sequence")
-TRAJECTORY_KEYS = {"id_lists": list, "responses": str, "response_scores": float | int, "score_terms": dict}  # parallel
+TRAJECTORY_KEYS = {  # parallel lists: one of these a trajectory
+    "id_lists": list, "responses": str, "response_tokens": int, "response_scores": float | int, "score_terms": dict,
+}
 
 
 class Doc(TypedDict, total=False):
@@ -47,6 +49,8 @@ class Row(TypedDict, total=False):
     sequence_length: int
     id_lists: list[list[int]]
     responses: list[str]
+    response_tokens: list[int]
+    from_expert: list[bool]
     response_scores: list[float]
     score_terms: list[dict[str, float]]
     id_list: list[int]
@@ -178,7 +182,8 @@ def _check_written(row: Row, needs: tuple[str, ...]) -> None:
                     _finite(score, f"response_scores[{trajectory}]")
             if key == "score_terms":
                 for trajectory, terms in enumerate(lists):
-                    _finite(terms.get("em"), f"score_terms[{trajectory}].em")
+                    for term, value in {"em": None, **terms}.items():
+                        _finite(value, f"score_terms[{trajectory}].{term}")
 
 
 def _check_positions(value: object, key: str, documents: int | None) -> None:

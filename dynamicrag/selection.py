@@ -7,7 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynamicrag.records import Doc
+
 NO_DOCUMENT = "None"
+EXPERT_LENGTH = 14  # longest expert sequence, as published
 _IDENTIFIER = re.compile(r"\[\s*(\d+)\s*\]", re.ASCII)
 _NONE = re.compile(r"\bnone\b", re.IGNORECASE)
 
@@ -47,6 +50,11 @@ def parse_ids(text: str, n_docs: int) -> Selection:
             ids.append(position)
     says_none = not out_of_range and _NONE.search(text) is not None
     return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
+
+
+def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:
+    """What the reranker would select: its relevant documents, best rerank score first; equal scores keep their order."""
+    return sorted(true_id, key=lambda position: -docs[position - 1]["rerank_score"])[:max_length]
 
 
 def ids_pattern(n_docs: int) -> str:

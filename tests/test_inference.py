@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import inference
 import sampling_dpo_trajectories
 import top_inference
+from dynamicrag import calls
 from dynamicrag.calls import Caller, documents_that_fit, fail_unanswered, work_on_fitting
 from dynamicrag.engine import Completion, Usage
 from dynamicrag.jsonio import read_json
@@ -74,7 +75,7 @@ def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Ca
 
 def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
     call = caller(reply, inference, window, *flags)
-    return inference.answer_chunk(rows, selector, call, call, topn), call.engine
+    return inference.answer_chunk(rows, selector, (call, call), topn), call.engine
 
 
 def choosing(text: str):
@@ -262,16 +263,16 @@ def here(tmp_path, monkeypatch):
     Path("q.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (1, 2, 3)))
     loaded = []
 
-    def load_engine(args, model=None):
+    def load_engine(args):
         loaded.append(StubEngine(lambda request, kind, titles: (
             "an answer" if kind == "answer" else "Yes" if kind == "judge"
             else "prose" if "is 2?" in request.messages[1]["content"] else "[1]"
         )))
-        loaded[-1].model = model or args.llm_model
+        loaded[-1].model = args.llm_model
+        loaded[-1].memory = args.gpu_memory_utilization
         return loaded[-1]
 
-    for module in (inference, top_inference, sampling_dpo_trajectories):
-        monkeypatch.setattr(module, "load_engine", load_engine)
+    monkeypatch.setattr(calls, "load_engine", load_engine)
     return loaded
 
 
@@ -313,6 +314,7 @@ def test_several_selectors_load_one_model_and_write_a_file_each(here):
 def test_a_reranker_model_chooses_where_given_and_is_loaded_only_where_it_is_asked(here, selector, models):
     run(inference, "--selector", selector, "--llm-model", "G", "--reranker-model", "C")
     assert [engine.model for engine in here] == models
+    assert sum(engine.memory for engine in here) == 0.9, "two models share the GPU"
     kinds = [{StubEngine.kind(request) for batch in engine.batches for request in batch} for engine in here]
     assert kinds == ([{"answer"}, {"select"}] if selector == "dynamic" else [{"answer"}])
 
@@ -344,11 +346,11 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
     flags = ["--chunk-size", "1", "--output-json", f"a.{suffix}", "--remain-output-json", f"b.{suffix}"]
     run(inference, *flags)
     whole = Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()
-    real, calls = inference.answer_chunk, []
+    real, chunks = inference.answer_chunk, []
 
     def dies_on_the_third(*args, **named):
-        calls.append(None)
-        if len(calls) == 3:
+        chunks.append(None)
+        if len(chunks) == 3:
             raise KeyboardInterrupt
         return real(*args, **named)
 
@@ -358,7 +360,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
     with Path(f"a.{suffix}.partial").open("ab") as file:
         file.write(b'{"torn')
     run(inference, *flags)
-    assert len(calls) == 4
+    assert len(chunks) == 4
     assert (Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()) == whole
 
 
@@ -386,7 +388,7 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour
         return format_ids(range(1, len(titles) + 1)) if titles[0] == "d40" else format_ids([len(titles)])
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_chunk([question(docs=500)], call, call_args())
+    [row] = top_inference.answer_chunk([question(docs=500)], (call, call), call_args())
     expected = [*range(40, 481, 40), 500]
     assert row["id_list"] == expected
     assert row["final_docs"] == row["candidates"] == [f"d{n}" for n in expected]
@@ -405,7 +407,7 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
         return "[2], [1]" if len(titles) > 1 else "[1]"
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_chunk([question(docs=6)], call, call_args("--max-context-window", "3", "--topn", "6"))
+    [row] = top_inference.answer_chunk([question(docs=6)], (call, call), call_args("--max-context-window", "3", "--topn", "6"))
     # {d1 d2 d3} and {d4 d5 d6} keep d1 d2 d4 d5; then {d1 d2 d4} {d5} keep d1 d2 d5; of these [2], [1]
     assert row["candidates"] == ["d1", "d2", "d5"]
     assert row["final_docs"] == ["d2", "d1"]
@@ -416,7 +418,7 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
 
 def test_a_window_of_which_nothing_is_chosen_leaves_an_answer_without_documents():
     call = caller(choosing("None"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=90)], call, call_args())
+    [row] = top_inference.answer_chunk([question(docs=90)], (call, call), call_args())
     assert (row["id_list"], row["final_docs"], row["candidates"]) == ([], [], [])
     assert isinstance(row["response"], str)
 
@@ -426,7 +428,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
         return "a" if kind == "answer" else "prose" if titles[0] == "d1" else "[1]"
 
     call = caller(reply, top_inference)
-    rows = top_inference.answer_chunk([question(docs=6), question(2, 0)], call, call_args("--max-context-window", "4"))
+    rows = top_inference.answer_chunk([question(docs=6), question(2, 0)], (call, call), call_args("--max-context-window", "4"))
     # {d1..d4} unreadable, kept; {d5 d6} keeps d5; five are cut again: {d1..d4} kept, {d5} kept: no shrinking, cut to four
     assert rows[0]["candidates"] == ["d1", "d2", "d3", "d4"]
     assert "error" in rows[0]
@@ -439,14 +441,14 @@ def test_documents_are_identified_by_id_not_by_position_or_text():  # behaviour 
     kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
     call = caller(choosing("[2], [1]"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=docs)], call, call_args("--max-context-window", "5"))
+    [row] = top_inference.answer_chunk([question(docs=docs)], (call, call), call_args("--max-context-window", "5"))
     assert row["final_docs"] == ["d1", "d0"]
     assert row["id_list"] == [2, 1]
 
 
 def test_top_inference_shows_no_more_than_topn():
     call = caller(choosing("[1]"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=90)], call, call_args("--topn", "50"))
+    [row] = top_inference.answer_chunk([question(docs=90)], (call, call), call_args("--topn", "50"))
     assert row["candidates"] == ["d1", "d41"]
 
 
@@ -503,72 +505,6 @@ def test_a_window_of_no_documents_is_refused(here):
         run(top_inference, "--max-context-window", "0")
 
 
-# ---------------------------------------------------------------- trajectories
-
-
-def sampled(rows, texts, *flags: str):
-    call = caller(
-        lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles),
-        sampling_dpo_trajectories,
-    )
-    return sampling_dpo_trajectories.sample_trajectories(rows, call, sampling_dpo_trajectories.parse_args(list(flags))), call.engine
-
-
-EIGHT = ["[1], [2]", "prose", "[2], [1]", "[1], [2]", "None", "[9]", "[2], [1], [2]", "[3]"]
-
-
-def test_a_bad_trajectory_costs_that_trajectory_alone():  # behaviour 15
-    [row], _ = sampled([question()], EIGHT)
-    assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]]
-    assert row["responses"] == ["from d1 d2", "from d2 d1", "from d1 d2", "from ", "from d2 d1", "from d3"]
-    assert row["selections"] == [text for text in EIGHT if text not in ("prose", "[9]")]
-    assert row["invalid_selections"] == ["prose", "[9]"]
-    assert len(row["id_lists"]) == len(row["responses"]) == len(row["selections"])
-
-
-def test_all_samples_share_a_prompt_and_every_distinct_selection_is_answered_once():
-    rows, engine = sampled([question(1), question(2)], EIGHT)
-    selections, answers = engine.batches
-    assert [request.n for request in selections] == [8, 8]
-    assert {request.temperature for request in selections} == {1.0}
-    assert len({request.seed for request in selections}) == 2
-    assert len(answers) == 2 * 4
-    assert {(request.n, request.temperature) for request in answers} == {(1, 0.0)}
-    assert len({request.seed for request in answers}) == 8
-    assert rows[0]["usage"] == {"calls": 5, "prompt_tokens": 105 + 102 + 102 + 100 + 101, "generated_tokens": 8 + 4}
-
-
-def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
-    [row, other], _ = sampled([question(1), question(2)], ["prose"] * 8)
-    assert row["id_lists"] == row["responses"] == row["selections"] == []
-    assert len(row["invalid_selections"]) == 8
-    assert sampling_dpo_trajectories.summarise([row, other])["malformed"] == 16
-
-
-def test_trajectories_are_counted():
-    rows, _ = sampled([question()], EIGHT)
-    seen = sampling_dpo_trajectories.summarise(rows)
-    assert seen == {
-        "trajectories": 8, "malformed": 2, "out_of_range": 1, "repeated": 1, "none": 1, "documents": 9, "distinct": 4, "questions": 1,
-    }
-
-
-def test_the_sampling_flags_reach_the_requests():
-    _, engine = sampled([question(docs=9)], EIGHT, "--num-samples", "3", "--temperature", "0.7", "--top-p", "0.9", "--topn", "4")
-    [request], _ = engine.batches
-    assert (request.n, request.temperature, request.top_p) == (3, 0.7, 0.9)
-    assert len(StubEngine.titles(request.messages)) == 4
-
-
-def test_sampling_writes_what_the_reward_stage_reads(here):
-    sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"])
-    rows = read("s.json")
-    assert [row["id"] for row in rows] == ["q1", "q2", "q3"]
-    assert [len(row["id_lists"]) for row in rows] == [8, 0, 8]
-    for row in rows:
-        assert {"docs_shown", "id_lists", "responses", "answers", "docs", "usage"} <= row.keys()
-
-
 def test_usage_adds_up():
     usage = Usage()
     usage.add(Completion(["a"], 10, 2))
@@ -585,7 +521,7 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
     call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"] and fits(messages, max_tokens)
     rows = [question(1), {**question(2), "question": "endless", "response": "of an earlier run"}, question(3)]
     results = work_on_fitting(
-        rows, call, lambda some: inference.answer_chunk(some, "dynamic", call, call, 20), fail_unanswered
+        rows, (call, call), lambda some: inference.answer_chunk(some, "dynamic", (call, call), 20), fail_unanswered
     )
     assert [row["id"] for row in results] == ["q1", "q2", "q3"]
     assert results[0]["response"] and results[2]["response"] and "response" not in results[1]
@@ -594,7 +530,7 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
     call = caller(lambda request, kind, titles: ["[1]"] * request.n if kind == "select" else "an answer", sampling_dpo_trajectories)
     call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"]
     sampled = work_on_fitting(
-        rows, call, lambda some: sampling_dpo_trajectories.sample_trajectories(some, call, call._args),
+        rows, (call, call), lambda some: sampling_dpo_trajectories.sample_trajectories(some, (call, call), call._args),
         sampling_dpo_trajectories.no_trajectory,
     )
     assert [len(row["id_lists"]) for row in sampled] == [8, 0, 8]

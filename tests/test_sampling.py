@@ -1,0 +1,208 @@
+"""sampling_dpo_trajectories.py: trajectories, with a stub in place of the LLM, and with the real engine on a tiny one."""
+
+import json
+import random
+import shutil
+
+import pytest
+from conftest import make_text
+from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
+
+import sampling_dpo_trajectories
+from dynamicrag.manifest import read_manifest
+from dynamicrag.selection import expert_sequence
+from dynamicrag.stage import UserError
+
+
+def sampled(rows, texts, *flags: str):
+    """The rows with the first n of `texts` as the n selections of each, and the engine that was asked."""
+    call = caller(
+        lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles),
+        sampling_dpo_trajectories,
+    )
+    args = sampling_dpo_trajectories.parse_args(list(flags))
+    return sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args), call.engine
+
+
+EIGHT = ["[1], [2]", "prose", "[2], [1]", "[1], [2]", "None", "[9]", "[2], [1], [2]", "[3]"]
+
+
+def test_a_bad_trajectory_costs_that_trajectory_alone():  # behaviour 15
+    [row], _ = sampled([question()], EIGHT)
+    assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]]
+    assert row["responses"] == ["from d1 d2", "from d2 d1", "from d1 d2", "from ", "from d2 d1", "from d3"]
+    assert row["selections"] == [text for text in EIGHT if text not in ("prose", "[9]")]
+    assert row["invalid_selections"] == ["prose", "[9]"]
+    assert row["from_expert"] == [False] * 6
+    assert row["response_tokens"] == [1] * 6
+
+
+def test_all_samples_share_a_prompt_and_every_distinct_selection_is_answered_once():
+    rows, engine = sampled([question(1), question(2)], EIGHT)
+    selections, answers = engine.batches
+    assert [request.n for request in selections] == [8, 8]
+    assert {request.temperature for request in selections} == {1.0}
+    assert len({request.seed for request in selections}) == 2
+    assert len(answers) == 2 * 4
+    assert {(request.n, request.temperature) for request in answers} == {(1, 0.0)}
+    assert len({request.seed for request in answers}) == 8
+    assert rows[0]["usage"] == {"calls": 5, "prompt_tokens": 105 + 102 + 102 + 100 + 101, "generated_tokens": 8 + 4}
+
+
+def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
+    [row, other], _ = sampled([question(1), question(2)], ["prose"] * 8)
+    assert row["id_lists"] == row["responses"] == row["selections"] == row["response_tokens"] == row["from_expert"] == []
+    assert len(row["invalid_selections"]) == 8
+    seen = sampling_dpo_trajectories.summarise([row, other])
+    assert seen["malformed"] == 16 and seen["k_mean"] == seen["none_share"] == 0
+
+
+def test_trajectories_are_counted():
+    rows, _ = sampled([question()], EIGHT)
+    assert sampling_dpo_trajectories.summarise(rows) == pytest.approx({
+        "questions": 1, "trajectories": 8, "malformed": 2, "out_of_range": 1, "repeated": 1, "none_share": 1 / 6,
+        "k_mean": 9 / 6, "k_spread": (17 / 6 - 1.5**2) ** 0.5, "distinct_selections": 4, "distinct_answers": 4,
+    })
+
+
+def test_the_sampling_flags_reach_the_requests():
+    _, engine = sampled([question(docs=9)], EIGHT, "--num-samples", "3", "--temperature", "0.7", "--top-p", "0.9", "--topn", "4")
+    [request], _ = engine.batches
+    assert (request.n, request.temperature, request.top_p) == (3, 0.7, 0.9)
+    assert len(StubEngine.titles(request.messages)) == 4
+
+
+# ---------------------------------------------------------------- the expert's trajectory
+
+
+def judged(*scores: float, **more) -> dict:
+    """A question whose documents have these rerank scores, true above .5."""
+    docs = [{**doc, "rerank_score": score} for doc, score in zip(documents(len(scores)), scores, strict=True)]
+    return question(1, docs, true_id=[n for n, score in enumerate(scores, start=1) if score > 0.5], **more)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expert"), [((0.1, 0.6, 0.9), [3, 2]), ((0.1, 0.2), []), ((0.9, 0.9), [1, 2]), ((0.1, 0.1, 0.1, 0.1, 0.1, 0.9), [])]
+)
+def test_the_expert_is_one_more_trajectory_among_the_documents_shown(scores, expert):
+    [row], engine = sampled([judged(*scores)], ["[1]"] * 8, "--include-expert", "--topn", "5")
+    assert row["id_lists"] == [[1]] * 8 + [expert]
+    assert row["from_expert"] == [False] * 8 + [True]
+    assert row["responses"][-1] == "from " + " ".join(f"d{n}" for n in expert)
+    assert [len(batch) for batch in engine.batches] == [1, 1 if expert == [1] else 2]
+    assert sampling_dpo_trajectories.summarise([row])["k_mean"] == 1, "what the model wrote, without the expert"
+
+
+def test_an_expert_that_agrees_with_a_sample_is_not_answered_again():
+    _, engine = sampled([judged(0.9, 0.1)], ["[1]"] * 8, "--include-expert")
+    assert len(engine.batches[1]) == 1
+
+
+def test_an_expert_without_scores_is_an_error_that_names_the_row():
+    with pytest.raises(UserError, match=r"row q1: document d1 has no rerank_score"):
+        sampled([question(true_id=[1])], EIGHT, "--include-expert")
+
+
+def test_the_expert_needs_labels(here):  # noqa: F811
+    with pytest.raises(UserError, match=r"q\.jsonl:1: key 'true_id'"):
+        sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--include-expert"])
+    assert here == []
+
+
+def test_the_expert_is_the_one_that_is_cloned():
+    docs = documents(3, rerank_score=0.7)
+    assert expert_sequence(docs, [1, 3]) == [1, 3] and expert_sequence(docs, [1, 2, 3], 2) == [1, 2]
+
+
+# ---------------------------------------------------------------- documents in another order for each sample
+
+
+def first_shown(request, kind, titles):
+    return ["[1], [2]"] * request.n if kind == "select" else "from " + " ".join(titles)
+
+
+def test_permuted_identifiers_are_mapped_back_to_the_documents_they_named():
+    call = caller(first_shown, sampling_dpo_trajectories)
+    rows = [question(n, 6) for n in (1, 2)]
+    args = sampling_dpo_trajectories.parse_args(["--permute", "--num-samples", "20"])
+    results = sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args)
+    requests = call.engine.batches[0]
+    assert len(requests) == 40 and {request.n for request in requests} == {1}
+    assert len({request.seed for request in requests}) == 40
+    for result, asked in zip(results, (requests[:20], requests[20:]), strict=True):
+        shown = [StubEngine.titles(request.messages) for request in asked]
+        assert all(sorted(titles) == [f"d{n}" for n in range(1, 7)] for titles in shown)
+        assert len(set(map(tuple, shown))) > 15
+        assert [[f"d{n}" for n in ids] for ids in result["id_lists"]] == [titles[:2] for titles in shown]
+        assert result["selections"] == ["[1], [2]"] * 20
+        assert result["responses"] == ["from " + " ".join(titles[:2]) for titles in shown]
+    again = sampling_dpo_trajectories.sample_trajectories(rows[1:], (call, call), args)
+    assert again == results[1:], "the orders of a question do not depend on the others"
+
+
+def test_an_order_that_does_not_fit_the_window_falls_back_to_the_retrievers():
+    call = caller(first_shown, sampling_dpo_trajectories)
+    call.engine.fits = lambda messages, max_tokens: StubEngine.titles(messages) in (["d1", "d2", "d3"], [])
+    args = sampling_dpo_trajectories.parse_args(["--permute"])
+    [row] = sampling_dpo_trajectories.sample_trajectories([question(1, 3)], (call, call), args)
+    assert row["docs_shown"] == 3 and row["id_lists"] == [[1, 2]] * 8
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def test_sampling_writes_what_the_reward_stage_reads(here):  # noqa: F811
+    sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"])
+    rows = read("s.json")
+    assert [row["id"] for row in rows] == ["q1", "q2", "q3"]
+    assert [len(row["id_lists"]) for row in rows] == [8, 0, 8]
+    for row in rows:
+        assert {"docs_shown", "id_lists", "responses", "answers", "docs", "usage"} <= row.keys()
+    manifest = read_manifest("s.json")
+    assert manifest["counts"] == {"rows": 3, "trajectories": 24, "malformed": 8}
+    assert manifest["summary"]["distinct_selections"] == pytest.approx(2 / 3)
+
+
+def test_another_model_may_choose(here):  # noqa: F811
+    flags = ["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"]
+    sampling_dpo_trajectories.main([*flags, "--llm-model", "G", "--reranker-model", "C"])
+    kinds = {engine.model: {StubEngine.kind(request) for batch in engine.batches for request in batch} for engine in here}
+    assert kinds == {"G": {"answer"}, "C": {"select"}}
+
+
+@pytest.mark.slow
+def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
+    """Two models in one process, constrained and not: chunks, order and company change no trajectory of a question.
+
+    In float32 on one engine; benchmarks/sampling.py measures the share that survives bfloat16's batch-dependent rounding.
+    """
+    from test_chain import REPO, make_tiny_llama
+
+    rng = random.Random(4)
+    rows = [
+        {"id": f"q{n}", "question": make_text(rng, 3, 8), "answers": ["oil"], "true_id": [1],
+         "docs": [{"id": f"d{i}", "title": "", "text": make_text(rng), "rerank_score": 1 - i / 10} for i in range(5)]}
+        for n in range(6)
+    ]
+    make_tiny_llama(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    args = sampling_dpo_trajectories.parse_args([
+        "--llm-model", str(tmp_path / "model"), "--reranker-model", str(tmp_path / "other"), "--dtype", "float32", "--include-expert",
+        "--template", str(REPO / "template/llama3.jinja"), "--max-model-len", "1024", "--answer-max-tokens", "6", "--num-samples", "4",
+    ])
+    callers = sampling_dpo_trajectories.load_callers(args)
+    for permute, constrain in ((False, "on"), (True, "on"), (False, "off")):
+        args.permute = permute
+        for caller_of in callers:
+            caller_of._args.constrain_ids = constrain
+
+        def sample(some):
+            return {row["id"]: row for row in sampling_dpo_trajectories.sample_trajectories(some, callers, args)}
+
+        together = sample(rows)
+        alone = {row_id: row for one in reversed(rows) for row_id, row in sample([one]).items()}
+        for row_id, row in together.items():
+            assert row["id_lists"] == alone[row_id]["id_lists"] and row["responses"] == alone[row_id]["responses"]
+            assert constrain == "off" or not row["invalid_selections"], "what the grammar admits can be read"
+        if constrain == "on":
+            assert len({json.dumps(row["id_lists"]) for row in together.values()}) > 1
