@@ -1,7 +1,9 @@
 """Make preference pairs from rewarded trajectories, for the reranker and for the generator (DynamicRAG, DPO stage).
 
-Reranker: the question and its documents -> the best trajectory against the worst. Generator: the question and the best
-trajectory's documents -> the gold answer against the lowest-scoring wrong response.
+Reranker: the question and its documents -> a trajectory against one of lower reward (--pairs says which). Generator:
+the question and the best trajectory's documents -> the gold answer against the lowest-scoring wrong response. The
+published recipe (--recipe published) rejects the first response that is not the gold answer, and divides the questions:
+the first 10,000 of 50,000 make generator pairs, the others reranker pairs.
 
 Reads    training_data/llama3_8b_output_dpo.jsonl        rows with id_lists, responses, response_scores, score_terms
 Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: instruction, input, chosen, rejected, system
@@ -10,20 +12,40 @@ Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: ins
     python construct_dpo.py
 """
 
+import itertools
+import math
 import random
-import statistics
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from dynamicrag import stage
+from dynamicrag.gold import gold_documents
 from dynamicrag.output import Output
+from dynamicrag.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, read_rows
+from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import UserError, log
-from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.tables import markdown_table
+from dynamicrag.tasks import task_of
 
+PUBLISHED_GENERATOR_QUESTIONS = 10_000  # of 50,000
+GENERATOR_SHARE = 5  # of a smaller data set a fifth
 # Above this share of pairs whose chosen selection is the shorter one, a model may learn to choose nothing at all.
 BREVITY_SHARE = 2 / 3
+MARGINS = (0.05, 0.1, 0.2, 0.4)  # edges of the report's lines
+FIGURES = ("margin", "k chosen", "k rejected", "shorter", "None", "equally right", "gold in chosen", "gold in rejected")
+T = TypeVar("T")
 NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
+
+
+def bounds(text: str) -> tuple[float, float]:
+    """LO,HI with 0 <= LO <= HI <= 1."""
+    low, high = map(float, text.split(","))
+    if not 0 <= low <= high <= 1:
+        raise ValueError
+    return low, high
 
 
 def parse_args(argv=None):
@@ -33,104 +55,157 @@ def parse_args(argv=None):
     files.add_argument("--reranker_file", default="training_data/llama3_8b_reranker_dpo.json", help="reranker pairs")
     files.add_argument("--generator_file", default="training_data/llama3_8b_generator_dpo.json", help="generator pairs")
     add_prompts_flag(files)
+    questions = parser.add_argument_group("questions")
+    questions.add_argument("--recipe", choices=["default", "published"], default="default", help="see above")
+    questions.add_argument(
+        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0), help="only questions whose trajectories are right (em) on "
+        "average between these, as .01,.99: one that always succeeds or always fails says nothing about the documents"
+    )
     pairs = parser.add_argument_group("pairs")
+    pairs.add_argument(
+        "--pairs", default="best-worst", help="of a question's distinct trajectories: best-worst; all; or top-bottom:M, each of "
+        "the M best against each of the M worst"
+    )
     pairs.add_argument("--min-margin", type=float, default=0.0, help="least difference in reward of a reranker pair")
+    pairs.add_argument("--max-pairs-a-question", type=int, help="most reranker pairs of a question, those of widest margin")
     pairs.add_argument(
         "--generator-chosen", choices=["gold", "best"], default="gold", help="chosen answer: the gold one, or the best sampled one"
     )
     pairs.add_argument("--max-reranker-pairs", type=int, help="most reranker pairs, a random sample (default: all)")
     pairs.add_argument("--max-generator-pairs", type=int, help="most generator pairs, likewise")
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not PAIRS.fullmatch(args.pairs):
+        parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
+    if args.min_margin < 0 or (args.max_pairs_a_question is not None and args.max_pairs_a_question < 1):
+        parser.error("--min-margin must not be negative, --max-pairs-a-question at least 1")
+    if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
+        parser.error("--recipe published is best against worst, without a margin, and the gold answer; leave those flags out")
+    return args
 
 
-def best_and_worst(row: Row) -> tuple[int, int] | None:
-    """Positions of the best and the worst trajectory, the earlier one of equals; None where there is no trajectory."""
-    scores = row["response_scores"]
-    if not scores:
-        return None
-    order = range(len(scores))
-    return max(order, key=lambda t: (scores[t], -t)), min(order, key=lambda t: (scores[t], t))
+def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
+    """A random sample of at most `most` items, in their own order (reservoir sampling: no more than these are in memory)."""
+    if most is None:
+        yield from items
+        return
+    rng, kept = random.Random(seed), []
+    for number, item in enumerate(items):
+        place = number if number < most else rng.randrange(number + 1)
+        if place < most:
+            kept[place : place + 1] = [(number, item)]
+    yield from (item for _, item in sorted(kept, key=lambda numbered: numbered[0]))
 
 
-def reranker_pair(row: Row, prompts: Prompts, min_margin: float) -> dict[str, str] | None:
-    """Best against worst selection; None where their rewards are equal or no further apart than min_margin."""
-    ends = best_and_worst(row)
-    if ends is None:
-        return None
-    best, worst = ends
-    margin = row["response_scores"][best] - row["response_scores"][worst]
-    chosen, rejected = format_ids(row["id_lists"][best]), format_ids(row["id_lists"][worst])
-    if margin <= min_margin or chosen == rejected:
-        return None
-    shown = row["docs"][: row["docs_shown"]]
-    return training_row(prompts.reranker(row["question"], shown), chosen=chosen, rejected=rejected)
+def figures(row: Row, pair: Pair) -> list[float]:
+    """What a reranker pair teaches, in the order of FIGURES; NaN where no gold document is known."""
+    gold = gold_documents(row, "the input")
+    chosen, rejected = (row["id_lists"][trajectory] for trajectory in pair[:2])
+    right = [row["score_terms"][trajectory]["em"] for trajectory in pair[:2]]
+    held = [
+        float(gold.keys() <= {row["docs"][position - 1]["id"] for position in ids}) if gold else math.nan for ids in (chosen, rejected)
+    ]
+    return [pair.margin, len(chosen), len(rejected), len(chosen) < len(rejected), not chosen, right[0] == right[1], *held]
 
 
-def generator_pair(row: Row, prompts: Prompts, chosen_from: str) -> dict[str, str] | None:
-    """Gold (or best) answer against the lowest-scoring wrong response; None where no response is wrong."""
-    ends = best_and_worst(row)
-    wrong = [t for t, terms in enumerate(row["score_terms"]) if terms["em"] < 1 and row["responses"][t].strip()]
-    if ends is None or not wrong:
-        return None
-    best, _ = ends
-    worst = min(wrong, key=lambda t: (row["response_scores"][t], t))
-    rejected = row["responses"][worst]
-    chosen = target_answer(row) if chosen_from == "gold" else row["responses"][best]
-    if chosen.strip() == rejected.strip() or not chosen.strip():
-        return None
-    if chosen_from == "best" and row["response_scores"][best] == row["response_scores"][worst]:
-        return None
-    docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
-    messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)
-    return training_row(messages, chosen=chosen, rejected=rejected)
+def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
+    """The number of pairs and the mean of each of FIGURES, over all pairs and by margin; None where it is not known."""
+    import numpy as np
+
+    table = np.frombuffer(pairs, dtype=np.float32).reshape(-1, len(FIGURES))
+    lines = {"all": table}
+    for low, high in itertools.pairwise((0.0, *MARGINS, 1.0)):
+        lines[f"{low:.2f} to {high:.2f}"] = table[(low < table[:, 0]) & (table[:, 0] <= high)]
+    return {
+        name: {"pairs": len(line)} | {
+            figure: float(known.mean(dtype=np.float64)) if len(known := column[~np.isnan(column)]) else None
+            for figure, column in zip(FIGURES, line.T, strict=True)
+        }
+        for name, line in lines.items() if len(line)
+    }
 
 
-def capped(pairs: list[dict], most: int | None, seed: int) -> list[dict]:
-    """A random sample of at most `most` pairs, in their own order."""
-    if most is None or len(pairs) <= most:
-        return pairs
-    kept = sorted(random.Random(seed).sample(range(len(pairs)), most))
-    return [pairs[number] for number in kept]
+def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
+    """A line a margin."""
+    shown = {name: ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line.values()] for name, line in summary.items()}
+    return markdown_table(["margins", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
+
+
+def reranker_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], list[float]]]:
+    """The training row and the figures of every reranker pair."""
+    for row in rows:
+        for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question):
+            chosen, rejected = (format_ids(row["id_lists"][trajectory]) for trajectory in pair[:2])
+            messages = prompts.reranker(row["question"], row["docs"][: row["docs_shown"]])
+            yield training_row(messages, chosen=chosen, rejected=rejected), figures(row, pair)
+
+
+def generator_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], None]]:
+    """The training row of every generator pair."""
+    for row in rows:
+        if found := generator_pair(row, args.generator_chosen, args.recipe == "published"):
+            best, chosen, rejected = found
+            docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
+            messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)
+            yield training_row(messages, chosen=chosen, rejected=rejected), None
+
+
+def distinct(pairs: Iterable[tuple[dict[str, str], T]]) -> Iterator[tuple[dict[str, str], T]]:
+    """Each training row once: a data set may ask a question twice."""
+    seen = set()
+    for made, about in pairs:
+        key = hash(tuple(made.values()))
+        if key not in seen:
+            seen.add(key)
+            yield made, about
 
 
 def main(argv=None):
     args = parse_args(argv)
-    inputs = [args.input_file, *filter(None, [args.prompts])]
-    out = Output(args, [args.reranker_file, args.generator_file], inputs)
+    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts])])
     if out.finished:
         return
-    prompts = Prompts(args.prompts)
-    reranker, generator, k_best, k_worst, rows = [], [], [], [], 0
-    for row in read_rows(args.input_file, NEEDS, reject=out.reject):
-        rows += 1
-        pair = reranker_pair(row, prompts, args.min_margin)
-        if pair:
-            reranker.append(pair)
-            best, worst = best_and_worst(row)
-            k_best.append(len(row["id_lists"][best]))
-            k_worst.append(len(row["id_lists"][worst]))
-        pair = generator_pair(row, prompts, args.generator_chosen)
-        if pair:
-            generator.append(pair)
-    if not reranker or not generator:
-        raise UserError(
-            f"{args.input_file}: {len(reranker)} reranker pairs and {len(generator)} generator pairs from {rows} questions; "
-            "DPO needs both. Sample at a higher --temperature, or from more questions"
-        )
-    shorter = sum(best < worst for best, worst in zip(k_best, k_worst, strict=True)) / len(k_best)
-    log.info(
-        "reranker pairs: mean k %.2f chosen, %.2f rejected; chosen is shorter in %.0f %%",
-        statistics.fmean(k_best), statistics.fmean(k_worst), 100 * shorter,
-    )
+    prompts, skip = Prompts(args.prompts), out.reject and (lambda _: None)
+    count = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+
+    def kept(reject=skip) -> Iterator[Row]:
+        rows = read_rows(args.input_file, NEEDS, reject=reject)
+        return (row for row in rows if worth_learning_from(row, args.keep_mean))
+
+    learnt_from = [len(set(row["response_scores"])) > 1 for row in kept(out.reject)]
+    for_generator = min(PUBLISHED_GENERATOR_QUESTIONS, sum(learnt_from) // GENERATOR_SHARE)
+
+    def pairs(make: Callable) -> Iterator:
+        rows = kept()
+        if args.recipe == "published":
+            differing = itertools.compress(rows, learnt_from)
+            rows = itertools.islice(differing, *((for_generator,) if make is generator_rows else (for_generator, None)))
+        return distinct(make(rows, prompts, args))
+
+    for make in (reranker_rows, generator_rows):
+        if next(pairs(make), None) is None:
+            raise UserError(
+                f"{args.input_file}: no {make.__name__.removesuffix('_rows')} pair from {len(learnt_from)} of {count} questions; DPO needs both kinds. "
+                "Sample at a higher --temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
+            )
+    taught = array("f")
+
+    def published(path: str, make: Callable, most: int | None) -> int:
+        chosen = capped(pairs(make), most, args.seed)
+        return out.publish(path, (made for made, about in chosen if taught.extend(about or ()) is None))
+
+    of_reranker = published(args.reranker_file, reranker_rows, args.max_reranker_pairs)
+    of_generator = published(args.generator_file, generator_rows, args.max_generator_pairs)
+    summary = summarise(taught)
+    log.info("reranker pairs, by margin; means and shares:\n%s", summary_table(summary))
+    shorter, equally_right = (summary["all"][figure] for figure in ("shorter", "equally right"))
     if shorter > BREVITY_SHARE:
-        log.warning("these pairs teach brevity above all; raise --min-margin, or lower the weight of length in the reward")
-    reranker, generator = (
-        capped(reranker, args.max_reranker_pairs, args.seed), capped(generator, args.max_generator_pairs, args.seed)
-    )
-    out.publish(args.reranker_file, reranker)
-    out.publish(args.generator_file, generator)
-    out.finish(questions=rows, reranker_pairs=len(reranker), generator_pairs=len(generator))
+        log.warning(
+            "the chosen selection is the shorter one in %.0f %% of the pairs, and in %.0f %% both answers are equally right: these "
+            "pairs teach brevity above all. Raise --min-margin, give --keep-mean, or lower the weight of length (reward_trajectories.py "
+            "--reweight)", 100 * shorter, 100 * equally_right,
+        )
+    out.finish(summary, questions=count, kept=len(learnt_from), reranker_pairs=of_reranker, generator_pairs=of_generator)
 
 
 if __name__ == "__main__":

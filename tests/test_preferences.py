@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import construct_dpo
 from dynamicrag.jsonio import read_json
+from dynamicrag.manifest import read_manifest
+from dynamicrag.preferences import generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.prompts import Prompts
-from dynamicrag.selection import format_ids, parse_ids
+from dynamicrag.selection import format_ids
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import task_of
 
@@ -33,14 +35,19 @@ WRONG = ([2, 3], "bad", 0.3, 0.0)
 WORSE = ([4], "worse", 0.1, 0.0)
 
 
-def reranker(row, margin=0.0):
-    pair = construct_dpo.reranker_pair(row, PROMPTS, margin)
-    return pair and (pair["chosen"], pair["rejected"])
+def reranker(row, margin=0.0, which="best-worst", most=None):
+    """What is chosen and rejected, by pair."""
+    pairs = reranker_pairs(row, which, margin, most)
+    return [(format_ids(row["id_lists"][pair.chosen]), format_ids(row["id_lists"][pair.rejected])) for pair in pairs]
 
 
-def generator(row, chosen_from="gold"):
-    pair = construct_dpo.generator_pair(row, PROMPTS, chosen_from)
-    return pair and (pair["chosen"], pair["rejected"])
+def generator(row, chosen_from="gold", reject_first=False):
+    pair = generator_pair(row, chosen_from, reject_first)
+    return pair and pair[1:]
+
+
+def training_rows(make, row, *flags):
+    return [made for made, _ in make([row], PROMPTS, construct_dpo.parse_args(list(flags)))]
 
 
 # ---------------------------------------------------------------- reranker pairs
@@ -61,11 +68,11 @@ def generator(row, chosen_from="gold"):
     ],
 )
 def test_a_reranker_pair_is_the_best_against_the_worst_selection(trajectories, margin, pair):
-    assert reranker(make_row(trajectories), margin) == pair
+    assert reranker(make_row(trajectories), margin) == ([pair] if pair else [])
 
 
 def test_a_reranker_pair_asks_about_the_documents_that_were_shown():
-    pair = construct_dpo.reranker_pair(make_row([RIGHT, WORSE], docs_shown=5), PROMPTS, 0.0)
+    [pair] = training_rows(construct_dpo.reranker_rows, make_row([RIGHT, WORSE], docs_shown=5))
     assert set(pair) == {"instruction", "input", "chosen", "rejected", "system"}
     assert pair["input"] == ""
     assert re.findall(r"^\[(\d+)\] title", pair["instruction"], re.MULTILINE) == ["1", "2", "3", "4", "5"]
@@ -97,14 +104,14 @@ def test_a_generator_pair_rejects_the_lowest_scoring_wrong_response(trajectories
 
 def test_a_generator_pair_shows_the_best_trajectorys_documents_in_its_order():
     row = make_row([([5, 2], "gold 1", 0.9, 1.0), WORSE], dataset="fever")
-    pair = construct_dpo.generator_pair(row, PROMPTS, "gold")
+    [pair] = training_rows(construct_dpo.generator_rows, row)
     docs = [row["docs"][4], row["docs"][1]]
     assert pair["instruction"] == PROMPTS.generator("what is 1?", docs, task_of("fever").instruction)[1]["content"]
     assert "SUPPORTS" in pair["instruction"]
 
 
 def test_a_best_trajectory_without_documents_makes_a_question_without_documents():
-    pair = construct_dpo.generator_pair(make_row([([], "gold 1", 0.9, 1.0), WORSE]), PROMPTS, "gold")
+    [pair] = training_rows(construct_dpo.generator_rows, make_row([([], "gold 1", 0.9, 1.0), WORSE]))
     assert "title" not in pair["instruction"]
 
 
@@ -114,40 +121,73 @@ trajectory = st.tuples(
 )
 
 
-@given(trajectories=st.lists(trajectory, max_size=8), margin=st.sampled_from([0.0, 0.2]), chosen_from=st.sampled_from(["gold", "best"]))
-def test_every_pair_prefers_the_better_and_never_something_to_itself(trajectories, margin, chosen_from):  # behaviours 17, 19
+@given(
+    trajectories=st.lists(trajectory, max_size=8), margin=st.sampled_from([0.0, 0.2]), most=st.sampled_from([None, 1, 3]),
+    which=st.sampled_from(["best-worst", "all", "top-bottom:1", "top-bottom:2", "top-bottom:9"]),
+)
+def test_every_pair_prefers_the_better_selection(trajectories, margin, which, most):  # behaviours 17, 19
+    row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
+    scores, pairs = row["response_scores"], reranker_pairs(row, which, margin, most)
+    for pair in pairs:
+        assert row["id_lists"][pair.chosen] != row["id_lists"][pair.rejected]
+        assert pair.margin == scores[pair.chosen] - scores[pair.rejected] > margin
+    written = [pair[:2] for pair in pairs]
+    assert len({str([row["id_lists"][t] for t in pair]) for pair in written}) == len(written), "no pair twice"
+    assert [pair.margin for pair in pairs] == sorted((pair.margin for pair in pairs), reverse=True)
+    everything = reranker_pairs(row, "all", margin)
+    assert set(pairs) <= set(everything)
+    assert len(pairs) <= (most or 99)
+    if which != "all":
+        assert bool(pairs) == bool(everything), "the widest pair of all is the best against the worst"
+    if pairs and everything:
+        assert pairs[0].margin == everything[0].margin
+
+
+@given(trajectories=st.lists(trajectory, max_size=8), chosen_from=st.sampled_from(["gold", "best"]), first=st.booleans())
+def test_every_answer_rejected_is_wrong_and_of_this_question(trajectories, chosen_from, first):  # behaviours 17, 19
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     scores = row["response_scores"]
-
-    pair = construct_dpo.reranker_pair(row, PROMPTS, margin)
-    written = [format_ids(ids) for ids in row["id_lists"]]
-    if pair is None:
-        apart = {
-            (a, b) for a, x in zip(written, scores, strict=True) for b, y in zip(written, scores, strict=True)
-            if a != b and x == max(scores) and y == min(scores) and x - y > margin
-        }
-        assert not apart or len(set(written)) < len(written)
-    else:
-        assert pair["chosen"] != pair["rejected"]
-        ids = [parse_ids(pair[side], 5).ids for side in ("chosen", "rejected")]
-        rewards = [{s for i, s in zip(row["id_lists"], scores, strict=True) if i == wanted} for wanted in ids]
-        assert max(rewards[0]) == max(scores)
-        assert min(rewards[1]) == min(scores)
-        assert max(scores) - min(scores) > margin
-
-    pair = construct_dpo.generator_pair(row, PROMPTS, chosen_from)
+    pair = generator_pair(row, chosen_from, first)
     if pair is not None:
-        assert pair["chosen"].strip() != pair["rejected"].strip()
-        assert pair["chosen"].strip() and pair["rejected"].strip()
-        assert pair["rejected"] in row["responses"]
-        assert pair["rejected"] != "gold 1"
-        if chosen_from == "best":
-            of = {side: [s for r, s in zip(row["responses"], scores, strict=True) if r == pair[side]] for side in ("chosen", "rejected")}
-            assert max(of["chosen"]) > min(of["rejected"])
-        else:
-            assert pair["chosen"] == "gold 1"
-    elif chosen_from == "gold":
+        best, chosen, rejected = pair
+        assert scores[best] == max(scores)
+        assert chosen.strip() != rejected.strip()
+        assert chosen.strip() and rejected.strip()
+        assert rejected in row["responses"]
+        assert rejected != "gold 1"
+        if chosen_from == "best" and not first:
+            assert scores[best] > min(s for r, s in zip(row["responses"], scores, strict=True) if r == rejected)
+        if chosen_from == "gold":
+            assert chosen == "gold 1"
+    elif chosen_from == "gold" and not first:
         assert not any(response.strip() and response != "gold 1" for response in row["responses"])
+
+
+FOUR = [([1], "gold 1", 0.9, 1.0), ([2], "a", 0.5, 0.0), ([3], "b", 0.4, 0.0), ([4], "c", 0.1, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("which", "most", "pairs"),
+    [
+        ("best-worst", None, ["14"]), ("all", None, ["14", "13", "12", "24", "34", "23"]), ("all", 2, ["14", "13"]),
+        ("top-bottom:1", None, ["14"]), ("top-bottom:2", None, ["14", "13", "24", "23"]), ("top-bottom:3", None, ["14", "13", "12", "24", "34", "23"]),
+    ],
+)
+def test_which_pairs_of_a_question_are_made(which, most, pairs):
+    assert reranker(make_row(FOUR), which=which, most=most) == [(f"[{better}]", f"[{worse}]") for better, worse in pairs]
+
+
+@pytest.mark.parametrize(
+    ("ems", "dataset", "keep_mean", "kept"),
+    [
+        ([1, 1], "nq", (0.01, 0.99), False), ([0, 0], "nq", (0.01, 0.99), False), ([1, 0], "nq", (0.01, 0.99), True),
+        ([1, 1], "nq", (0.0, 1.0), True), ([0.5, 0.5], "asqa", (0.01, 0.99), True), ([1, 0, 0, 0], "nq", (0.3, 0.7), False),
+        ([0, 0], "eli5", (0.01, 0.99), True), ([], "nq", (0.0, 1.0), False), ([], "eli5", (0.0, 1.0), False),
+    ],
+)
+def test_a_question_that_always_succeeds_or_always_fails_teaches_nothing(ems, dataset, keep_mean, kept):
+    row = make_row([([n + 1], "x", 0.1 * n, em) for n, em in enumerate(ems)], dataset=dataset)
+    assert worth_learning_from(row, keep_mean) is kept
 
 
 # ---------------------------------------------------------------- the stage
@@ -192,10 +232,10 @@ def test_questions_without_trajectories_cost_nothing_else():  # behaviour 15
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([make_row([])], "0 reranker pairs and 0 generator pairs from 1 questions"),
-        ([make_row([RIGHT])], "0 reranker pairs and 0"),
-        ([make_row([RIGHT, ([2], "gold 1", 0.1, 1.0)])], "1 reranker pairs and 0 generator pairs"),
-        ([make_row([([1], "x", 0.1, 0.0), ([1], "x", 0.1, 0.0)])], "0 reranker pairs and 1 generator pairs"),
+        ([make_row([])], "no reranker pair from 0 of 1 questions"),
+        ([make_row([RIGHT])], "no reranker pair from 1 of 1 questions"),
+        ([make_row([RIGHT, ([2], "gold 1", 0.1, 1.0)])], "no generator pair from 1 of 1"),
+        ([make_row([([1], "x", 0.1, 0.0), ([1], "x", 0.1, 0.0)])], "no reranker pair"),
     ],
 )
 def test_a_missing_set_is_an_error_and_not_an_empty_file(rows, says):  # behaviour 20
@@ -217,6 +257,69 @@ def test_caps_take_a_seeded_sample_in_the_order_of_the_questions():
     for whole, some in zip(everything, first, strict=True):
         assert some == [pair for pair in whole if pair in some]
     assert first[0] != everything[0][:7]
+
+
+def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_answer():
+    rows = [make_row([([2], "gold 0", 0.5, 0.0), RIGHT, WORSE], n) for n in range(1, 11)]
+    rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # scores do not differ: not counted
+    reranker_set, generator_set = make(rows, "--recipe", "published")
+    asked = [[int(re.search(r"what is (\d+)\?", pair["instruction"])[1]) for pair in pairs] for pairs in (generator_set, reranker_set)]
+    assert asked == [[1, 2], list(range(3, 11))]
+    assert {pair["rejected"] for pair in generator_set} == {"gold 0"}
+    assert {(pair["chosen"], pair["rejected"]) for pair in reranker_set} == {("[1]", "[4]")}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pairs", "best"], ["--pairs", "top-bottom:0"], ["--pairs", "top-bottom"], ["--keep-mean", ".5"], ["--keep-mean", ".9,.1"],
+        ["--keep-mean", "0,2"], ["--keep-mean", "a,b"], ["--min-margin", "-1"], ["--max-pairs-a-question", "0"],
+        ["--recipe", "published", "--pairs", "all"], ["--recipe", "published", "--min-margin", ".1"],
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags):
+    with pytest.raises(SystemExit):
+        construct_dpo.parse_args(flags)
+
+
+def test_a_question_asked_twice_makes_its_pairs_once():
+    twice = {**make_row([RIGHT, WORSE]), "id": "another"}
+    assert tuple(map(len, make([make_row([RIGHT, WORSE]), twice]))) == (1, 1)
+
+
+def test_questions_are_filtered_before_pairs_are_made():
+    rows = [make_row([RIGHT, WORSE], 1), make_row([WRONG, WORSE], 2), make_row([RIGHT, ([1, 2], "gold 3", 0.5, 1.0)], 3)]
+    pairs = make(rows, "--keep-mean", ".01,.99")
+    assert [["what is 1?" in pair["instruction"] for pair in of_kind] for of_kind in pairs] == [[True], [True]]
+    assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["counts"] == {"questions": 3, "kept": 1, "reranker_pairs": 1, "generator_pairs": 1}
+
+
+def test_the_report_says_what_the_pairs_teach(caplog):
+    caplog.set_level("INFO")
+    rows = [
+        make_row([RIGHT, WRONG], 1, gold_docs=["d1"]), make_row([([1, 2], "x", 0.5, 0.0), ([3], "y", 0.42, 0.0)], 2, gold_docs=["d1", "d3"]),
+        make_row([([], "gold 3", 0.9, 1.0), ([1], "gold 3", 0.85, 1.0), WORSE], 3),
+    ]
+    make(rows)
+    summary = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]
+    assert summary["all"] == pytest.approx({
+        "pairs": 3, "margin": (0.6 + 0.08 + 0.8) / 3, "k chosen": 1, "k rejected": 4 / 3, "shorter": 2 / 3, "None": 1 / 3,
+        "equally right": 1 / 3, "gold in chosen": 1 / 2, "gold in rejected": 0,
+    })
+    assert {line: summary[line]["pairs"] for line in summary} == {"all": 3, "0.05 to 0.10": 1, "0.40 to 1.00": 2}
+    assert summary["0.05 to 0.10"]["gold in chosen"] == 0
+    assert "| 0.40 to 1.00 | 2 " in caplog.text
+    make([{**row, "gold_docs": []} for row in rows])
+    assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["gold in chosen"] is None
+
+
+def test_pairs_that_teach_brevity_alone_are_warned_of(caplog):
+    brief = [make_row([([1], "gold 1", 0.9, 1.0), ([1, 2], "gold 1", 0.8, 1.0), ([1, 2, 3], "x", 0.7, 0.0)], n) for n in range(1, 4)]
+    make(brief)
+    assert "teach brevity above all" in caplog.text and "in 100 % of the pairs" in caplog.text
+    caplog.clear()
+    make([*brief, *(make_row([([1, 2], "gold 1", 0.9, 1.0), ([1], "x", 0.1, 0.0)], n) for n in range(4, 8))])
+    assert "brevity" not in caplog.text
 
 
 @pytest.mark.parametrize(
