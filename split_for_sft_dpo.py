@@ -1,10 +1,12 @@
 """Divide the questions that are not expert rows between generator SFT and DPO, at random.
 
 The published sizes are 70,000 for SFT and the rest, 50,000, for DPO. A smaller data set divides in about the same
-proportion, three fifths and two fifths, so that neither part is empty.
+proportion, three fifths and two fifths, so that neither part is empty. --dev_size holds questions out of both, by which
+several rounds of DPO are compared (scripts/iterate.sh).
 
 Reads    training_data/retrieval_data_rerank_normal.jsonl
 Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.jsonl      rows unchanged
+         training_data/training_data_dev.jsonl                                             likewise, with --dev_size
 
     python split_for_sft_dpo.py
 """
@@ -26,43 +28,55 @@ def parse_args(argv=None):
     files.add_argument("--input_file", default="training_data/retrieval_data_rerank_normal.jsonl", help="labelled rows")
     files.add_argument("--sft_file", default="training_data/training_data_sft.jsonl", help="rows for generator SFT")
     files.add_argument("--dpo_file", default="training_data/training_data_dpo.jsonl", help="rows for DPO")
+    files.add_argument("--dev_file", default="training_data/training_data_dev.jsonl", help="rows held out")
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--sft_size", type=int, help="rows for SFT (default: 70,000, or three fifths of a smaller data set)")
     sizes.add_argument("--dpo_size", type=int, help="most rows for DPO (default: all others)")
+    sizes.add_argument("--dev_size", type=int, default=0, help="rows held out")
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.dev_size < 0:
+        parser.error("--dev_size must not be negative")
+    return args
 
 
-def divide(rows: int, sft_size: int | None, dpo_size: int | None, seed: int) -> tuple[set[int], set[int]]:
-    """Row numbers of the SFT part and of the DPO part. Raises UserError where a part would be empty."""
+def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int, seed: int) -> tuple[set[int], set[int], set[int]]:
+    """Row numbers of the SFT part, the DPO part and the held-out part. Raises UserError where one would be empty."""
+    order = random.Random(seed).sample(range(rows), rows)
+    left = max(rows - dev_size, 0)
+    rest, dev = order[:left], order[left:]
     if sft_size is None:
         sft_size = PUBLISHED_SFT_ROWS
         if rows < PUBLISHED_ROWS:
-            sft_size = min(PUBLISHED_SFT_ROWS, max(1, round(rows * 3 / 5)), rows - 1)
+            sft_size = min(PUBLISHED_SFT_ROWS, max(1, round(left * 3 / 5)), max(left - 1, 0))
             log.warning("%d rows are fewer than the published 120,000: %d for SFT, the rest for DPO", rows, sft_size)
-    order = random.Random(seed).sample(range(rows), rows)
-    sft, rest = order[:sft_size], order[sft_size:]
-    dpo = rest if dpo_size is None else rest[:dpo_size]
+    sft, dpo = rest[:sft_size], rest[sft_size:][:dpo_size]
     if not sft or not dpo:
-        raise UserError(f"{rows} rows cannot be divided into {len(sft)} for SFT and {len(dpo)} for DPO; lower --sft_size")
-    return set(sft), set(dpo)
+        raise UserError(
+            f"{rows} rows cannot be divided into {len(sft)} for SFT, {len(dpo)} for DPO and {len(dev)} held out; lower --sft_size or --dev_size"
+        )
+    return set(sft), set(dpo), set(dev)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.sft_file, args.dpo_file], [args.input_file])
+    dev_file = [args.dev_file] if args.dev_size else []
+    out = Output(args, [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
     if out.finished:
         return
     needs = ("docs", "true_id", "false_id")
     rows = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
-    sft, dpo = divide(rows, args.sft_size, args.dpo_size, args.seed)
+    sft, dpo, dev = divide(rows, args.sft_size, args.dpo_size, args.dev_size, args.seed)
 
     def part(numbers, reject):
         return (row for number, row in enumerate(read_rows(args.input_file, needs, reject=reject)) if number in numbers)
 
+    again = out.reject and (lambda _: None)  # malformed rows are recorded the first time only
     out.publish(args.sft_file, part(sft, out.reject))
-    out.publish(args.dpo_file, part(dpo, out.reject and (lambda _: None)))
-    out.finish(sft=len(sft), dpo=len(dpo))
+    out.publish(args.dpo_file, part(dpo, again))
+    for path in dev_file:
+        out.publish(path, part(dev, again))
+    out.finish(sft=len(sft), dpo=len(dpo), dev=len(dev))
 
 
 if __name__ == "__main__":

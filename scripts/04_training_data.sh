@@ -12,6 +12,7 @@ python reranker_sequence.py "${PROMPT_FLAGS[@]}" --input_file "$WORK/training_da
 # shellcheck disable=SC2086
 python split_for_sft_dpo.py --input_file "$WORK/training_data/retrieval_data_rerank_normal.jsonl" \
     --sft_file "$WORK/training_data/training_data_sft.jsonl" \
-    --dpo_file "$WORK/training_data/training_data_dpo.jsonl" $SPLIT_FLAGS
+    --dpo_file "$WORK/training_data/training_data_dpo.jsonl" \
+    --dev_file "$WORK/training_data/training_data_dev.jsonl" $SPLIT_FLAGS
 python construct_generator_sft.py "${PROMPT_FLAGS[@]}" --input_file "$WORK/training_data/training_data_sft.jsonl" \
     --output_file "$WORK/training_data/generator_sft_training.json"

@@ -5,4 +5,4 @@ needs "$WORK/training_data/reranker_bc_training.json" scripts/04_training_data.s
 needs "$WORK/training_data/generator_sft_training.json" scripts/04_training_data.sh
 
 # shellcheck disable=SC2086  # SFT_FLAGS is a list of key=value settings over the recipe's
-train sft model_name_or_path="$BASE_MODEL" $SFT_FLAGS
+train sft sft model_name_or_path="$BASE_MODEL" $SFT_FLAGS

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The SFT model samples trajectories: selections of documents, each answered.
+# The SFT model (or POLICY) samples trajectories: selections of documents, each answered.
 source "$(dirname "$0")/common.sh"
-needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
+needs "$POLICY/config.json" scripts/05_sft.sh
 
 # shellcheck disable=SC2086  # the *_FLAGS are lists of flags
 sharded "$WORK/training_data/training_data_dpo.jsonl" "$WORK/results/training_data_dpo_sampling.json" \
-    python sampling_dpo_trajectories.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$MODEL_DIR/sft" --input-jsonl '{in}' \
+    python sampling_dpo_trajectories.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$POLICY" --input-jsonl '{in}' \
     --output-json '{out}' --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS $SAMPLE_FLAGS

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rewards -> preference pairs -> LLaMA-Factory DPO from the SFT model.
+# Rewards -> preference pairs -> LLaMA-Factory DPO from the model that sampled. DPO_RECIPE=dpo_ftx or simpo for its variants.
 source "$(dirname "$0")/common.sh"
 needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 
@@ -8,4 +8,4 @@ python construct_dpo.py "${PROMPT_FLAGS[@]}" --input_file "$WORK/training_data/$
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
     --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" $PAIR_FLAGS
 # shellcheck disable=SC2086
-train dpo model_name_or_path="$MODEL_DIR/sft" $DPO_FLAGS
+train dpo "$DPO_RECIPE" model_name_or_path="$POLICY" $DPO_FLAGS

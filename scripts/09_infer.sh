@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every evaluation set answered with every selector, by the SFT model and by the DPO model.
+# Every evaluation set answered with every selector, by the SFT model, the DPO model and the best of several rounds.
 source "$(dirname "$0")/common.sh"
 needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
 
-for stage in sft dpo; do
-    [[ -f $MODEL_DIR/$stage/config.json ]] || { echo "no $stage model yet (scripts/08_dpo.sh); left out" >&2; continue; }
+for stage in sft dpo best; do
+    [[ -f $MODEL_DIR/$stage/config.json ]] || { [[ $stage == best ]] || echo "no $stage model yet (scripts/08_dpo.sh); left out" >&2; continue; }
     for questions in $EVAL_QUESTIONS; do
         name=$(basename "${questions%.*}")
         needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh

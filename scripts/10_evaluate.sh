@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 for questions in $EVAL_QUESTIONS; do
     name=$(basename "${questions%.*}")
     results=()
-    for stage in sft dpo; do
+    for stage in sft dpo best; do
         for selector in $SELECTORS; do
             file=$WORK/results/${name}_${stage}_${selector/:/}.json
             [[ -f $file ]] && results+=("$file")

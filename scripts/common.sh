@@ -35,6 +35,9 @@ PROMPT_FLAGS=()
 # shellcheck disable=SC2034  # used by the scripts that source this
 [[ -z ${PROMPTS:-} ]] || PROMPT_FLAGS=(--prompts "$PROMPTS")
 MODEL_DIR=$WORK/DynamicRAG_$MODEL
+# The model that samples and that DPO starts from, and the DPO recipe: dpo, dpo_ftx or simpo.
+POLICY=${POLICY:-$MODEL_DIR/sft}
+DPO_RECIPE=${DPO_RECIPE:-dpo}
 
 # needs FILE SCRIPT: end here, naming the script that makes FILE, where it is missing.
 needs() {
@@ -79,16 +82,17 @@ run_part() {
     "${command[@]//\{out\}/$out}"
 }
 
-# train STAGE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/STAGE.yaml on the data of this run. An interrupted
-# one continues from its last checkpoint, unless its data has changed; trained_on.sha256 marks completion.
+# train STAGE RECIPE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/RECIPE.yaml on the data of this run. An
+# interrupted one continues from its last checkpoint, unless its data has changed; trained_on.sha256 marks completion.
 train() {
-    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$1.yaml data=()
-    shift
+    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$2.yaml data=()
+    shift 2
     case $stage in
         sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
         dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json"
-            "$MODEL_DIR/sft/trainer_state.json") ;;
+            "$POLICY/trainer_state.json") ;;
     esac
+    [[ -f $recipe ]] || { echo "error: $recipe: no such recipe" >&2; exit 2; }
     local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 settings=$folder/settings.txt sums
     for sums in "$begun" "$finished"; do
         if [[ -f $sums ]] && ! { sha256sum --check --status "$sums" && [[ "$*" == "$(cat "$settings")" ]]; }; then

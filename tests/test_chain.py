@@ -159,3 +159,45 @@ def test_evaluation_scored_every_question(chain):
     metrics = json.loads((chain / "results/llama3_8b_nq.json.metrics.json").read_text())
     summary = metrics["results"]["llama3_8b_nq"]
     assert summary["n"] == 12 and summary["metric"] == "match" and summary["calls"] == 2
+
+
+@pytest.mark.slow
+def test_rounds_of_dpo_go_on_from_each_other_and_are_compared(chain):
+    """Two rounds from the SFT model: an untrained model is right about nothing, so the SFT model stays the best."""
+    environment = {
+        **os.environ, "WORK": str(chain), "DEV_QUESTIONS": str(chain / "eval_data/nq.jsonl"), "PATIENCE": "2", "BERT_MODEL": str(chain / "models/retriever"),
+        "DPO_FLAGS": TRAIN_ON_CPU, "DPO_RECIPE": "simpo", "SAMPLE_FLAGS": "--num-samples 4 --answer-max-tokens 8 --include-expert", "N_DOCS_SHOWN": "5",
+        "ENGINE_FLAGS": "--max-model-len 4096", "PAIR_FLAGS": "--pairs top-bottom:2", "VLLM_CPU_KVCACHE_SPACE": "1", "NUM_SHARDS": "1",
+    }
+    command = "bash scripts/iterate.sh 2 configs/llama3_8b.env"
+    _run(command, REPO, environment)
+    rounds = chain / "rounds"
+    assert (rounds / "best").read_text() == "0" and (chain / "DynamicRAG_llama3_8b/best").resolve() == (chain / "DynamicRAG_llama3_8b/sft").resolve()
+    manifests = [json.loads((rounds / f"{n}/results/training_data_dpo_sampling.json.manifest.json").read_text()) for n in (1, 2)]
+    assert manifests[1]["arguments"]["llm_model"] == str(rounds.resolve() / "1/DynamicRAG_llama3_8b/dpo")
+    assert [manifest["seed"] for manifest in manifests] == [43, 44]
+    assert len((rounds / "rounds.md").read_text().splitlines()) == 5
+    settings = (rounds / "2/DynamicRAG_llama3_8b/dpo/trained_on.sha256").read_text()
+    assert "simpo.yaml" in settings and "1/DynamicRAG_llama3_8b/dpo/trainer_state.json" in settings
+    before = {path: path.stat().st_mtime_ns for path in rounds.rglob("*.safetensors")}
+    _run(command, REPO, environment)
+    assert {path: path.stat().st_mtime_ns for path in rounds.rglob("*.safetensors")} == before and len(before) == 2, "nothing is done twice"
+
+
+READ_RECIPES = """
+import sys, yaml
+from llamafactory.hparams.parser import _parse_train_args
+for recipe in sys.argv[1:]:
+    print(recipe, file=sys.stderr)
+    _parse_train_args({**yaml.safe_load(open(recipe)), "use_cpu": True, "deepspeed": None})
+"""
+
+
+@pytest.mark.slow
+def test_every_recipe_is_one_the_trainer_reads():
+    recipes = sorted((REPO / "recipes").glob("*/*.yaml"))
+    assert len(recipes) == 12
+    environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    command = [REPO / ".venv-train/bin/python", "-c", READ_RECIPES, *recipes]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

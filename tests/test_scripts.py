@@ -1,5 +1,7 @@
 """The numbered scripts: shards that add up to one run, failures that are named, predecessors that are missed (behaviour 28)."""
 
+import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import make_text, read_jsonl, write_jsonl
+
+from dynamicrag.stage import UserError
 
 REPO = Path(__file__).parents[1]
 
@@ -31,8 +35,9 @@ def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
 
 
 def bash(script: str, settings: Path, **environment) -> subprocess.CompletedProcess:
+    rounds = ["2"] if script == "iterate.sh" else []
     return subprocess.run(
-        ["bash", f"scripts/{script}", str(settings)], cwd=REPO, env={**os.environ, **environment},
+        ["bash", f"scripts/{script}", *rounds, str(settings)], cwd=REPO, env={**os.environ, **environment},
         capture_output=True, text=True, timeout=300,
     )
 
@@ -81,7 +86,7 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("02_retrieve.sh", "scripts/01_embed.sh"), ("03_rerank.sh", "scripts/02_retrieve.sh"),
     ("04_training_data.sh", "scripts/03_rerank.sh"), ("05_sft.sh", "scripts/04_training_data.sh"),
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
-    ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"),
+    ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, script, maker):
     done = bash(script, settings)
@@ -124,3 +129,55 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)
     assert refused.returncode == 2 and "other data" in refused.stderr
+
+
+# ---------------------------------------------------------------- rounds
+
+
+@pytest.fixture
+def rounds_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    return importlib.import_module("rounds")
+
+
+def make_round(folder: Path, number: int, score: float, unfinished: str = "") -> None:
+    """The files of a round that the table is made of."""
+    stages = {
+        "results/training_data_dpo_sampling.json": {"k_mean": 1.5, "distinct_selections": 3.0},
+        "training_data/m_output_dpo.jsonl": {"reward": {"mean": 0.5}, "em": {"mean": 0.25}},
+        "training_data/m_reranker_dpo.json": {"all": {"pairs": 7, "k chosen": 1.0, "k rejected": 2.0, "shorter": 0.5, "gold in chosen": None}},
+    }
+    for name, summary in stages.items():
+        path = folder / f"{number}/{name}.manifest.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number and name != unfinished:
+            path.write_text(json.dumps({"summary": summary}))
+    dev = {"score": score, "low": score - 5, "high": score + 5, "documents": 1.2, "none_share": 0.1}
+    (folder / f"{number}/results/dev.metrics.json").write_text(json.dumps({"results": {"dev": dev}}))
+
+
+@pytest.mark.parametrize(("scores", "best"), [([30.0], 0), ([30.0, 31.0], 1), ([30.0, 31.0, 31.0], 1), ([30.0, 29.0, 29.5], 0), ([1, 2, 3], 2)])
+def test_the_best_round_is_the_earliest_of_the_highest_score(rounds_module, tmp_path, scores, best):
+    for number, score in enumerate([*scores, 99.0]):  # a later round of an earlier, longer run does not count
+        make_round(tmp_path, number, score)
+    rounds_module.main(["--rounds_dir", str(tmp_path), "--last", str(len(scores) - 1), "--model", "m"])
+    assert (tmp_path / "best").read_text() == str(best)
+    lines = (tmp_path / "rounds.md").read_text().splitlines()
+    assert len(lines) == 2 + len(scores) and "(best)" in lines[2 + best]
+    figures = json.loads((tmp_path / "rounds.json").read_text())
+    assert figures["best"] == best and [one["dev"]["score"] for one in figures["rounds"]] == scores
+    if len(scores) > 1:
+        assert [cell.strip() for cell in lines[3].split("|")][9:12] == ["0.500", "0.250", "7"]
+
+
+def test_a_round_that_is_not_finished_is_named(rounds_module, tmp_path):
+    make_round(tmp_path, 0, 1.0)
+    make_round(tmp_path, 1, 2.0, "training_data/m_output_dpo.jsonl")
+    with pytest.raises(UserError, match=r"1/training_data/m_output_dpo\.jsonl: is not finished"):
+        rounds_module.main(["--rounds_dir", str(tmp_path), "--last", "1", "--model", "m"])
+
+
+@pytest.mark.parametrize("rounds", ["", "0", "two", "-1"])
+def test_a_number_of_rounds_is_asked_for(rounds):
+    done = subprocess.run(["bash", "scripts/iterate.sh", rounds], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr

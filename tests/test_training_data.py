@@ -252,7 +252,19 @@ def test_the_rest_divides_without_loss_overlap_or_an_empty_part(rows, flags, sft
     assert ("fewer than the published 120,000" in caplog.text) == ("--sft_size" not in flags)
 
 
-@pytest.mark.parametrize(("rows", "flags"), [(1, []), (5, ["--sft_size", "5"]), (5, ["--sft_size", "0"]), (5, ["--dpo_size", "0"])])
+@pytest.mark.parametrize(("flags", "sizes"), [(["--dev_size", "20"], (48, 32, 20)), (["--dev_size", "5", "--sft_size", "10", "--dpo_size", "7"], (10, 7, 5))])
+def test_questions_held_out_are_in_no_other_part(flags, sizes):
+    write(NORMAL, [process_training_data.label(row, 3) for row in make_rows(100, 3)])
+    split_for_sft_dpo.main(flags)
+    parts = [read(f"training_data/training_data_{part}.jsonl") for part in ("sft", "dpo", "dev")]
+    assert tuple(map(len, parts)) == sizes
+    assert len({row["id"] for part in parts for row in part}) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags"),
+    [(1, []), (5, ["--sft_size", "5"]), (5, ["--sft_size", "0"]), (5, ["--dpo_size", "0"]), (5, ["--dev_size", "4"]), (5, ["--dev_size", "9"])],
+)
 def test_an_empty_part_is_an_error(rows, flags):
     write(NORMAL, [process_training_data.label(row, 3) for row in make_rows(rows, 3)])
     with pytest.raises(UserError, match="cannot be divided"):
@@ -260,13 +272,13 @@ def test_an_empty_part_is_an_error(rows, flags):
 
 
 def test_published_sizes_are_published_numbers(caplog):
-    sft, dpo = split_for_sft_dpo.divide(120_000, None, None, 1)
-    assert (len(sft), len(dpo), len(sft & dpo)) == (70_000, 50_000, 0)
+    sft, dpo, dev = split_for_sft_dpo.divide(120_000, None, None, 0, 1)
+    assert (len(sft), len(dpo), len(sft & dpo), len(dev)) == (70_000, 50_000, 0, 0)
     assert not caplog.text
 
 
 def test_the_division_is_random_and_seeded():  # behaviour 11
-    divisions = [split_for_sft_dpo.divide(100, None, None, seed) for seed in (1, 1, 2)]
+    divisions = [split_for_sft_dpo.divide(100, None, None, 0, seed) for seed in (1, 1, 2)]
     assert divisions[0] == divisions[1] != divisions[2]
     assert divisions[0][0] != set(range(60))
 

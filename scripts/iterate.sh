@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Rounds of sampling, reward, preference pairs and DPO, each from the model before it, compared on held-out questions:
+#     bash scripts/iterate.sh ROUNDS [configs/demo.env]
+# It stops when a round (or PATIENCE of them) is no better than the best so far; DynamicRAG_$MODEL/best is then the best
+# round's model, and rounds/rounds.md has a line a round. Run again, with more ROUNDS or after an interruption, it continues.
+# The questions held out are those of DEV_QUESTIONS, or of SPLIT_FLAGS="--dev_size N" in scripts/04_training_data.sh.
+set -euo pipefail
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash scripts/iterate.sh ROUNDS [SETTINGS]" >&2; exit 2; }
+ROUNDS=$1
+shift
+source "$(dirname "$0")/common.sh"
+needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
+needs "$WORK/training_data/training_data_dpo.jsonl" scripts/04_training_data.sh
+DEV_QUESTIONS=${DEV_QUESTIONS:-$WORK/training_data/training_data_dev.jsonl}
+[[ -f $DEV_QUESTIONS ]] || { echo "error: $DEV_QUESTIONS is missing; set SPLIT_FLAGS=\"--dev_size N\" and DEV_QUESTIONS, and move" \
+    "$WORK/training_data away to run scripts/04_training_data.sh anew" >&2; exit 2; }
+
+BASE=$(realpath "$WORK")
+BEST=$MODEL_DIR/best
+SEED=${SEED:-42}
+export JUDGE_CACHE=$BASE/results/judge_cache.sqlite
+
+dev() { # ROUND MODEL: answer the held-out questions and score the answers
+    local folder=$BASE/rounds/$1
+    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
+    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$2" --input-json "$DEV_QUESTIONS" \
+        --output-json "$folder/results/dev.json" --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS
+    python evaluate.py --results_file "$folder/results/dev.json" --eval_file "$DEV_QUESTIONS" --group_by "$GROUP_BY" \
+        --output_file "$folder/results/dev.metrics.json" >/dev/null
+}
+
+policy=$(realpath "$MODEL_DIR/sft")
+dev 0 "$policy"
+for ((round = 1; round <= ROUNDS; round++)); do
+    echo "round $round of $ROUNDS, from $policy" >&2
+    folder=$BASE/rounds/$round
+    mkdir -p "$folder/training_data"
+    ln -sf "$BASE/training_data/training_data_dpo.jsonl" "$folder/training_data/"
+    for script in 06_sample 07_reward 08_dpo; do
+        WORK=$folder POLICY=$policy SAMPLE_FLAGS="$SAMPLE_FLAGS --seed $((SEED + round))" bash "scripts/$script.sh" "$CONFIG"
+    done
+    policy=$folder/DynamicRAG_$MODEL/dpo
+    dev "$round" "$policy"
+    python scripts/rounds.py --rounds_dir "$BASE/rounds" --last "$round" --model "$MODEL"
+    best=$(cat "$BASE/rounds/best")
+    ((round - best < ${PATIENCE:-1})) || { echo "round $round is no better than round $best: stopping" >&2; break; }
+done
+if [[ $best == 0 ]]; then best_model=$MODEL_DIR/sft; else best_model=$BASE/rounds/$best/DynamicRAG_$MODEL/dpo; fi
+ln -sfn "$(realpath --relative-to="$MODEL_DIR" "$best_model")" "$BEST"
+cat "$BASE/rounds/rounds.md"
+echo "the best round is $best; its model is $BEST, the table $BASE/rounds/rounds.md" >&2

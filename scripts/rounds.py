@@ -1,0 +1,93 @@
+"""One table of all rounds of scripts/iterate.sh: what was sampled, rewarded and preferred, and the score on held-out questions.
+
+Reads    ROUNDS_DIR/N/                 the manifests of sampling, reward and pairs, and results/dev.metrics.json; round 0 is the SFT model
+Writes   ROUNDS_DIR/rounds.md          the table
+         ROUNDS_DIR/rounds.json        the same figures, and the stages' whole summaries
+         ROUNDS_DIR/best               the number of the round of highest score, the earliest of equals
+
+    python scripts/rounds.py --rounds_dir runs/demo_default/rounds --last 3 --model smollm2_135m
+"""
+
+from pathlib import Path
+
+import orjson
+
+from dynamicrag import stage
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.manifest import read_manifest
+from dynamicrag.stage import UserError
+from dynamicrag.tables import markdown_table
+
+# Column, where it is found (the summary of a stage, then keys), and how it is shown.
+COLUMNS = (
+    ("score", ("dev", "score"), "{:.1f}"), ("low", ("dev", "low"), "{:.1f}"), ("high", ("dev", "high"), "{:.1f}"),
+    ("documents", ("dev", "documents"), "{:.2f}"), ("None", ("dev", "none_share"), "{:.2f}"),
+    ("sampled k", ("sampling", "k_mean"), "{:.2f}"), ("distinct", ("sampling", "distinct_selections"), "{:.2f}"),
+    ("reward", ("reward", "reward", "mean"), "{:.3f}"), ("right", ("reward", "em", "mean"), "{:.3f}"),
+    ("pairs", ("pairs", "all", "pairs"), "{}"), ("k chosen", ("pairs", "all", "k chosen"), "{:.2f}"),
+    ("k rejected", ("pairs", "all", "k rejected"), "{:.2f}"), ("shorter", ("pairs", "all", "shorter"), "{:.2f}"),
+)
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("--rounds_dir", required=True, help="folder of the rounds")
+    parser.add_argument("--last", type=int, required=True, help="number of the last round to compare")
+    parser.add_argument("--model", required=True, help="MODEL of the settings file, which the stages' files are named after")
+    return parser.parse_args(argv)
+
+
+def read_round(folder: Path, model: str) -> dict[str, dict]:
+    """The summaries of a round's stages. Raises UserError where one has not finished."""
+    outputs = {
+        "sampling": folder / "results/training_data_dpo_sampling.json",
+        "reward": folder / f"training_data/{model}_output_dpo.jsonl",
+        "pairs": folder / f"training_data/{model}_reranker_dpo.json",
+    }
+    found = {}
+    for name, path in outputs.items() if folder.name != "0" else ():
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise UserError(f"{path}: is not finished; run scripts/iterate.sh again")
+        found[name] = manifest.get("summary", {})
+    metrics = folder / "results/dev.metrics.json"
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: is missing; run scripts/iterate.sh again")
+    [found["dev"]] = orjson.loads(metrics.read_bytes())["results"].values()
+    return found
+
+
+def figure(summaries: dict, keys: tuple[str, ...]) -> float | None:
+    """The figure under `keys`, or None where the round has none."""
+    for key in keys:
+        summaries = summaries.get(key) if isinstance(summaries, dict) else None
+    return summaries
+
+
+def best_round(scores: list[float]) -> int:
+    """The number of the round of highest score, the earliest of equals: a longer training has to earn its keep."""
+    return max(range(len(scores)), key=lambda number: (scores[number], -number))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = Path(args.rounds_dir)
+    rounds = [read_round(folder / str(number), args.model) for number in range(args.last + 1)]
+    best = best_round([summaries["dev"]["score"] for summaries in rounds])
+    cells = [
+        [f"{number}{' (best)' if number == best else ''}"]
+        + ["" if (value := figure(summaries, keys)) is None else form.format(value) for _, keys, form in COLUMNS]
+        for number, summaries in enumerate(rounds)
+    ]
+    table = markdown_table(["round", *(column for column, _, _ in COLUMNS)], cells)
+    for name, content in (
+        ("rounds.md", f"{table}\n".encode()),
+        ("rounds.json", orjson.dumps({"best": best, "rounds": rounds}, option=orjson.OPT_INDENT_2)),
+        ("best", str(best).encode()),
+    ):
+        with atomic_writer(folder / name) as file:
+            file.write(content)
+
+
+if __name__ == "__main__":
+    stage.run(main)
