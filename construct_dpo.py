@@ -12,12 +12,12 @@ Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: ins
     python construct_dpo.py
 """
 
+import argparse
 import itertools
 import math
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 from dynamicrag import stage
 from dynamicrag.gold import gold_documents
@@ -30,21 +30,24 @@ from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
 from dynamicrag.tasks import task_of
 
-PUBLISHED_GENERATOR_QUESTIONS = 10_000  # of 50,000
-GENERATOR_SHARE = 5  # of a smaller data set a fifth
-# Above this share of pairs whose chosen selection is the shorter one, a model may learn to choose nothing at all.
-BREVITY_SHARE = 2 / 3
+PUBLISHED_QUESTIONS = 50_000
+PUBLISHED_GENERATOR_QUESTIONS = 10_000
+GENERATOR_SHARE = 5  # a smaller data set gives a fifth
+# Pairs are warned of where the chosen selection is the shorter one in more than this share, or only shorter in this.
+SHORTER_SHARE, ONLY_SHORTER_SHARE = 2 / 3, 1 / 2
 MARGINS = (0.05, 0.1, 0.2, 0.4)  # edges of the report's lines
-FIGURES = ("margin", "k chosen", "k rejected", "shorter", "None", "equally right", "gold in chosen", "gold in rejected")
-T = TypeVar("T")
+FIGURES = ("margin", "k chosen", "k rejected", "None", "shorter", "equally right", "only shorter", "gold in chosen", "gold in rejected")
 NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
 
 
 def bounds(text: str) -> tuple[float, float]:
     """LO,HI with 0 <= LO <= HI <= 1."""
-    low, high = map(float, text.split(","))
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
     if not 0 <= low <= high <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected LO,HI with 0 <= LO <= HI <= 1, as .01,.99, found {text!r}")
     return low, high
 
 
@@ -77,8 +80,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not PAIRS.fullmatch(args.pairs):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
-    if args.min_margin < 0 or (args.max_pairs_a_question is not None and args.max_pairs_a_question < 1):
-        parser.error("--min-margin must not be negative, --max-pairs-a-question at least 1")
+    caps = (args.max_pairs_a_question, args.max_reranker_pairs, args.max_generator_pairs)
+    if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
+        parser.error("--min-margin must not be negative, and each --max-... at least 1")
     if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
         parser.error("--recipe published is best against worst, without a margin, and the gold answer; leave those flags out")
     return args
@@ -97,15 +101,21 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
     yield from (item for _, item in sorted(kept, key=lambda numbered: numbered[0]))
 
 
-def figures(row: Row, pair: Pair) -> list[float]:
-    """What a reranker pair teaches, in the order of FIGURES; NaN where no gold document is known."""
-    gold = gold_documents(row, "the input")
-    chosen, rejected = (row["id_lists"][trajectory] for trajectory in pair[:2])
-    right = [row["score_terms"][trajectory]["em"] for trajectory in pair[:2]]
-    held = [
-        float(gold.keys() <= {row["docs"][position - 1]["id"] for position in ids}) if gold else math.nan for ids in (chosen, rejected)
-    ]
-    return [pair.margin, len(chosen), len(rejected), len(chosen) < len(rejected), not chosen, right[0] == right[1], *held]
+def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
+    """What a reranker pair teaches; NaN where no gold document is known."""
+    chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
+    shorter = len(chosen) < len(rejected)
+    equally_right = row["score_terms"][pair.chosen]["em"] == row["score_terms"][pair.rejected]["em"]
+    gold = gold_documents(row, path)
+
+    def holds_gold(ids: list[int]) -> float:
+        return float(gold.keys() <= {row["docs"][position - 1]["id"] for position in ids}) if gold else math.nan
+
+    return {
+        "margin": pair.margin, "k chosen": len(chosen), "k rejected": len(rejected), "None": not chosen, "shorter": shorter,
+        "equally right": equally_right, "only shorter": shorter and equally_right,
+        "gold in chosen": holds_gold(chosen), "gold in rejected": holds_gold(rejected),
+    }
 
 
 def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
@@ -128,33 +138,33 @@ def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
 def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
     """A line a margin."""
     shown = {name: ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line.values()] for name, line in summary.items()}
-    return markdown_table(["margins", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
+    return markdown_table(["", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
 
 
-def reranker_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], list[float]]]:
+def reranker_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
     """The training row and the figures of every reranker pair."""
     for row in rows:
         for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question):
-            chosen, rejected = (format_ids(row["id_lists"][trajectory]) for trajectory in pair[:2])
             messages = prompts.reranker(row["question"], row["docs"][: row["docs_shown"]])
-            yield training_row(messages, chosen=chosen, rejected=rejected), figures(row, pair)
+            chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
+            yield training_row(messages, chosen=format_ids(chosen), rejected=format_ids(rejected)), figures(row, pair, args.input_file)
 
 
-def generator_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], None]]:
-    """The training row of every generator pair."""
+def generator_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+    """The training row of every generator pair; there is no figure of it."""
     for row in rows:
         if found := generator_pair(row, args.generator_chosen, args.recipe == "published"):
             best, chosen, rejected = found
             docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
             messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)
-            yield training_row(messages, chosen=chosen, rejected=rejected), None
+            yield training_row(messages, chosen=chosen, rejected=rejected), {}
 
 
-def distinct(pairs: Iterable[tuple[dict[str, str], T]]) -> Iterator[tuple[dict[str, str], T]]:
-    """Each training row once: a data set may ask a question twice."""
+def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dict[str, str], dict]]:
+    """The first of equal pairs, and of pairs that contradict each other: a data set may ask a question twice."""
     seen = set()
     for made, about in pairs:
-        key = hash(tuple(made.values()))
+        key = hash((made["instruction"], frozenset((made["chosen"], made["rejected"]))))
         if key not in seen:
             seen.add(key)
             yield made, about
@@ -165,47 +175,50 @@ def main(argv=None):
     out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts])])
     if out.finished:
         return
-    prompts, skip = Prompts(args.prompts), out.reject and (lambda _: None)
+    prompts = Prompts(args.prompts)
     count = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
 
-    def kept(reject=skip) -> Iterator[Row]:
-        rows = read_rows(args.input_file, NEEDS, reject=reject)
-        return (row for row in rows if worth_learning_from(row, args.keep_mean))
+    def kept(reject=out.ignore) -> Iterator[Row]:
+        return (row for row in read_rows(args.input_file, NEEDS, reject=reject) if worth_learning_from(row, args.keep_mean))
 
-    learnt_from = [len(set(row["response_scores"])) > 1 for row in kept(out.reject)]
-    for_generator = min(PUBLISHED_GENERATOR_QUESTIONS, sum(learnt_from) // GENERATOR_SHARE)
+    differing = [len(set(row["response_scores"])) > 1 for row in kept(out.reject)]
+    share = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
 
-    def pairs(make: Callable) -> Iterator:
-        rows = kept()
-        if args.recipe == "published":
-            differing = itertools.compress(rows, learnt_from)
-            rows = itertools.islice(differing, *((for_generator,) if make is generator_rows else (for_generator, None)))
-        return distinct(make(rows, prompts, args))
+    def questions(start: int, stop: int | None) -> Iterator[Row]:
+        """All questions for either set; by the published recipe a question serves one of them, and only if its rewards differ."""
+        return kept() if args.recipe == "default" else itertools.islice(itertools.compress(kept(), differing), start, stop)
 
-    for make in (reranker_rows, generator_rows):
-        if next(pairs(make), None) is None:
+    def generator() -> Iterator[tuple[dict, dict]]:
+        return distinct(generator_rows(questions(0, share), prompts, args))
+
+    def reranker() -> Iterator[tuple[dict, dict]]:
+        return distinct(reranker_rows(questions(share, None), prompts, args))
+
+    for name, pairs in (("reranker", reranker()), ("generator", generator())):
+        if next(pairs, None) is None:
             raise UserError(
-                f"{args.input_file}: no {make.__name__.removesuffix('_rows')} pair from {len(learnt_from)} of {count} questions; DPO needs both kinds. "
-                "Sample at a higher --temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
+                f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions; DPO needs both kinds. Sample at a higher "
+                "--temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
             )
     taught = array("f")
 
-    def published(path: str, make: Callable, most: int | None) -> int:
-        chosen = capped(pairs(make), most, args.seed)
-        return out.publish(path, (made for made, about in chosen if taught.extend(about or ()) is None))
+    def noted(pairs: Iterable[tuple[dict, dict]]) -> Iterator[dict]:
+        for made, about in pairs:
+            taught.extend(about[figure] for figure in FIGURES)
+            yield made
 
-    of_reranker = published(args.reranker_file, reranker_rows, args.max_reranker_pairs)
-    of_generator = published(args.generator_file, generator_rows, args.max_generator_pairs)
+    of_reranker = out.publish(args.reranker_file, noted(capped(reranker(), args.max_reranker_pairs, args.seed)))
+    of_generator = out.publish(args.generator_file, (made for made, _ in capped(generator(), args.max_generator_pairs, args.seed)))
     summary = summarise(taught)
     log.info("reranker pairs, by margin; means and shares:\n%s", summary_table(summary))
-    shorter, equally_right = (summary["all"][figure] for figure in ("shorter", "equally right"))
-    if shorter > BREVITY_SHARE:
+    shorter, only_shorter = (summary["all"][figure] for figure in ("shorter", "only shorter"))
+    if shorter > SHORTER_SHARE or only_shorter > ONLY_SHORTER_SHARE:
         log.warning(
-            "the chosen selection is the shorter one in %.0f %% of the pairs, and in %.0f %% both answers are equally right: these "
-            "pairs teach brevity above all. Raise --min-margin, give --keep-mean, or lower the weight of length (reward_trajectories.py "
-            "--reweight)", 100 * shorter, 100 * equally_right,
+            "the chosen selection is the shorter one in %.0f %% of the pairs, and in %.0f %% that is all, since both answers are "
+            "equally right: a model may learn to choose nothing. Raise --min-margin, give --keep-mean, or lower the weight of "
+            "length (reward_trajectories.py --reweight)", 100 * shorter, 100 * only_shorter,
         )
-    out.finish(summary, questions=count, kept=len(learnt_from), reranker_pairs=of_reranker, generator_pairs=of_generator)
+    out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def main(argv=None):
         return
     total = count_rows(args.input_json, ("docs",), skip_malformed=args.on_error == "skip")
 
-    callers = load_callers(args, both=any(selector in BY_LLM for selector in unfinished))
+    callers = load_callers(args, both=any(selector in BY_LLM for selector in args.selector))
     for selector, out in unfinished.items():
         answer = partial(answer_chunk, selector=selector, callers=callers, topn=args.topn)
         work = partial(work_on_fitting, callers=callers, work=answer, fail=fail_unanswered)

@@ -94,7 +94,6 @@ def main(argv=None):
             yield label(row, args.n_docs)
 
     # The file is read three times; malformed rows are recorded the first time only.
-    again = out.reject and (lambda _: None)
     candidates, rows = [], 0
     for row in labelled(out.reject):
         rows += 1
@@ -108,7 +107,7 @@ def main(argv=None):
     expert_ids = {row_id for row_id, _ in chosen}
 
     def sequences():
-        for row in labelled(again):
+        for row in labelled(out.ignore):
             for length in lengths_of(row, args.targets, args.max_length):
                 if (row["id"], length) not in chosen:
                     continue
@@ -121,7 +120,7 @@ def main(argv=None):
                     yield {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
 
     expert = out.publish(args.sequence_file, sequences())
-    others = (row for row in labelled(again) if row["id"] not in expert_ids)
+    others = (row for row in labelled(out.ignore) if row["id"] not in expert_ids)
     normal = out.publish(args.normal_file, others)
     lengths = Counter(length for _, length in chosen)
     log.info("expert rows by length: %s", ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)))

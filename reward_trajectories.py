@@ -1,7 +1,8 @@
 """Score every trajectory by the answer it led to (DynamicRAG, reward from generator feedback).
 
 The reward is a weighted mean of five terms in [0, 1]: exact match, BERTScore, ROUGE-L, brevity 1/(1+k), and an LLM
-judge. Each distinct (question, answer) is scored once. Without a judge the other weights are rescaled.
+judge. Each distinct (question, answer) is scored once. Without a judge the other weights are rescaled. The terms are
+kept: --reweight combines those of an earlier run by other --weights, in seconds and without a model.
 
 Reads    results/training_data_dpo_sampling.json         rows with answers, id_lists and responses
 Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, score_terms
@@ -10,21 +11,21 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
         --output_file training_data/llama3_8b_output_dpo.jsonl
 """
 
-import statistics
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from dynamicrag import stage
+from dynamicrag.bertscore import BertScore
 from dynamicrag.judge import Judge
 from dynamicrag.metrics import rouge_l
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag
 from dynamicrag.records import Row, count_rows, read_rows
-from dynamicrag.rewards import ANSWER_MATCHES, BertScore, combine, correctness, length_term, parse_weights
+from dynamicrag.rewards import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.stage import UserError, log
+from dynamicrag.tables import markdown_table
 
-NEEDS = ("answers", "id_lists", "responses")
+RESPONSE_LENGTH = "response_tokens"
 
 
 def parse_args(argv=None):
@@ -36,91 +37,174 @@ def parse_args(argv=None):
     reward.add_argument(
         "--weights", default="em=.2,bert=.2,rouge=.2,length=.2,judge=.2", help="weight of each term; one left out weighs nothing"
     )
-    reward.add_argument(
+    reward.add_argument("--reweight", action="store_true", help="combine the score_terms the input has; computes no term")
+    terms = parser.add_argument_group("terms")
+    terms.add_argument(
         "--answer-match", choices=ANSWER_MATCHES, default="exact", help="em term: equality, or containment for long answers"
     )
-    reward.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder, or a hub name")
-    reward.add_argument("--bert_layer", type=int, help="its layer (default: bert-score's own for a model it knows, else the last)")
-    reward.add_argument("--device", default="auto", help="where the encoder runs: auto, cuda, cpu")
-    reward.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
+    terms.add_argument(
+        "--length-of", choices=["documents", "response"], default="documents",
+        help="length term: 1/(1+documents chosen), or 1/(1+tokens of the response)"
+    )
+    terms.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder, or a hub name")
+    terms.add_argument("--bert_layer", type=int, help="its layer (default: bert-score's own for a model it knows, else the last)")
+    terms.add_argument(
+        "--bert_baseline", default="auto",
+        help="model whose bert-score baseline becomes 0: auto is the encoder's own where there is one; or none",
+    )
+    terms.add_argument("--device", default="auto", help="where the encoder runs: auto, cuda, cpu")
+    terms.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url", metavar="URL", help="OpenAI-compatible endpoint; the key is JUDGE_API_KEY's")
     judge.add_argument("--judge-model", help="model name at that endpoint")
+    judge.add_argument("--judge-format", choices=["json_schema", "json_object", "text"], default="json_schema",
+                       help="what the endpoint supports of structured output; grades are read strictly in any case")
+    judge.add_argument("--judge-limit", type=int, help="most calls this run may make; grades so far are kept")
     judge.add_argument("--judge-cache", default="results/judge_cache.sqlite", help="grades already given")
     judge.add_argument("--judge-concurrency", type=int, default=16, help="calls at a time")
     add_prompts_flag(judge)
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.judge_base_url) != bool(args.judge_model):
+        parser.error("--judge-base-url and --judge-model belong together")
+    if args.reweight and (args.judge_model or args.answer_match != "exact" or args.length_of != "documents"):
+        parser.error("--reweight takes the terms as they are stored; --judge-model, --answer-match and --length-of compute them anew")
+    return args
 
 
-def score_chunk(
-    rows: list[Row], bert: BertScore | None, judge: Judge | None, prompts: Prompts, weights: dict, answer_match: str
-) -> list[Row]:
-    """The rows with the terms and the reward of each of their trajectories."""
+def terms_of_answers(
+    rows: list[Row], bert: BertScore | None, judge: Judge | None, prompts: Prompts, answer_match: str
+) -> list[list[dict[str, float]]]:
+    """The terms that are about the answer, of every trajectory of every row; computed once for equal answers of a question."""
     answered = [(row, response) for row in rows for response in dict.fromkeys(row["responses"])]
     keys = [(row["id"], response) for row, response in answered]
     of_answer = {
-        (row["id"], response): {
-            "em": correctness(response, row, answer_match), "rouge": rouge_l(response, row["answers"]),
-        }
-        for row, response in answered
+        key: {"em": correctness(response, row, answer_match), "rouge": rouge_l(response, row["answers"])}
+        for key, (row, response) in zip(keys, answered, strict=True)
     }
     if bert:
         for key, score in zip(keys, bert.score([(response, row["answers"]) for row, response in answered]), strict=True):
             of_answer[key]["bert"] = score
     if judge:
-        grades = judge.grade([prompts.judge(row["question"], row["answers"], response) for row, response in answered])
+        grades = judge.grade([(row["id"], prompts.judge(row["question"], row["answers"], response)) for row, response in answered])
         for key, grade in zip(keys, grades, strict=True):
             of_answer[key]["judge"] = grade
-    scored = []
-    for row in rows:
-        terms = [
-            {**of_answer[row["id"], response], "length": length_term(len(ids))}
-            for ids, response in zip(row["id_lists"], row["responses"], strict=True)
-        ]
-        scored.append({**row, "response_scores": [combine(term, weights) for term in terms], "score_terms": terms})
-    return scored
+    return [[of_answer[row["id"], response] for response in row["responses"]] for row in rows]
 
 
-def collect(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """Every term, the reward and k, over all trajectories."""
-    collected: dict[str, list[float]] = defaultdict(list)
+def with_length(row: Row, terms: list[dict[str, float]], length_of: str) -> list[dict[str, float]]:
+    """The terms of a row's trajectories, with the one that is about the trajectory and not its answer alone."""
+    lengths = map(len, row["id_lists"]) if length_of == "documents" else row[RESPONSE_LENGTH]
+    return [{**term, "length": length_term(length)} for term, length in zip(terms, lengths, strict=True)]
+
+
+def rewarded(row: Row, terms: list[dict[str, float]], weights: dict[str, float]) -> Row:
+    """The row with the terms and the reward of each of its trajectories."""
+    return {**row, "response_scores": [combine(term, weights) for term in terms], "score_terms": terms}
+
+
+def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bool:
+    """Whether the trajectories have a judge's grade.
+
+    Raises UserError, naming the row, for a weighted term that is not there, and for terms that other rows have not.
+    """
+    needed = {term for term, weight in weights.items() if weight} - {"judge"}
+    found: set[str] | None = None
     for row in rows:
-        for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
-            for name, value in {**terms, "reward": reward, "k": len(ids)}.items():
-                collected[name].append(value)
-    return collected
+        for terms in row["score_terms"][:1]:  # the reader has seen to it that the others have the same
+            if lacking := sorted(needed - terms.keys()):
+                raise UserError(
+                    f"{path}: row {row['id']}: score_terms has no {lacking[0]}; leave its weight out, or run without --reweight to compute it"
+                )
+            found = found or set(terms)
+            if found != terms.keys():
+                raise UserError(f"{path}: row {row['id']}: score_terms has {', '.join(terms)}, other rows have {', '.join(sorted(found))}: "
+                                "their rewards do not compare")
+    return "judge" in (found or ())
+
+
+def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | None]]]:
+    """How many trajectories there are; and of every term, of the reward and of k, mean, spread and correlation with em and k.
+
+    A correlation with or of something constant is None.
+    """
+    import numpy as np
+
+    columns: list[str] = []
+
+    def values():
+        for row in rows:
+            for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
+                columns[:] = columns or [*terms, "reward", "k"]
+                yield from [*(terms[term] for term in columns[:-2]), reward, len(ids)]
+
+    table = np.fromiter(values(), dtype=np.float32)  # 34 MB at the published 1.2 million trajectories
+    if not columns:
+        return 0, {}
+    table = table.reshape(-1, len(columns)).T
+    mean, spread = table.mean(axis=1, dtype=np.float64), table.std(axis=1, dtype=np.float64)
+    centred = table - mean[:, None]
+
+    def correlation(a: int, b: int) -> float | None:
+        return float(centred[a] @ centred[b] / table.shape[1] / spread[a] / spread[b]) if min(spread[a], spread[b]) > 1e-9 else None
+
+    return table.shape[1], {
+        name: {
+            "mean": float(mean[number]), "spread": float(spread[number]),
+            **{f"correlation_with_{other}": correlation(number, columns.index(other)) for other in ("em", "k")},
+        }
+        for number, name in enumerate(columns)
+    }
+
+
+def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
+    """A line a term."""
+    header = ["", "mean", "spread", "with correctness", "with k"]
+    return markdown_table(header, [[name, *("" if v is None else f"{v:.3f}" for v in line.values())] for name, line in summary.items()])
 
 
 def main(argv=None):
     args = parse_args(argv)
     weights = parse_weights(args.weights)
-    if bool(args.judge_base_url) != bool(args.judge_model):
-        raise UserError("--judge-base-url and --judge-model belong together")
-    encoder = [args.bert_model] if Path(args.bert_model).is_dir() else []
+    if args.judge_model and not weights.get("judge"):
+        raise UserError("--judge-model would be paid for grades that --weights gives no weight; add judge=... or leave it out")
+    needs = ("id_lists", "score_terms") if args.reweight else ("answers", "id_lists", "responses")
+    if args.length_of == "response":
+        needs += (RESPONSE_LENGTH,)
+    encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
     out = Output(args, [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
     if out.finished:
         return
-    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    judge = None
-    if args.judge_base_url:
-        judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency)
-    elif weights.get("judge"):
+    total = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    judged = bool(args.judge_model)
+    if args.reweight:
+        judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=out.ignore), weights)
+    if weights.get("judge") and not judged:
         log.warning("no judge (--judge-base-url): the weights of the other terms are rescaled to sum to one")
-    bert = None
-    if weights.get("bert"):
+    bert = judge = None
+    if args.judge_model:
+        judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)
+    if weights.get("bert") and not args.reweight:
         from dynamicrag.device import pick_device
 
-        bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device))
+        bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)
     prompts = Prompts(args.prompts)
-    rows = read_rows(args.input_file, NEEDS, reject=out.reject)
-    out.process(
-        rows, args.chunk_size, lambda chunk: score_chunk(chunk, bert, judge, prompts, weights, args.answer_match), total, "reward"
-    )
-    collected = collect(out.written())
-    for name, values in collected.items():
-        log.info("%-7s mean %.3f  spread %.3f", name, statistics.fmean(values), statistics.pstdev(values))
-    out.finish(trajectories=len(collected.get("reward", ())), judge_calls=judge.calls if judge else 0)
+
+    def reward(rows: list[Row]) -> list[Row]:
+        if args.reweight:
+            return [rewarded(row, row["score_terms"], weights) for row in rows]
+        terms = terms_of_answers(rows, bert, judge, prompts, args.answer_match)
+        return [rewarded(row, with_length(row, of_row, args.length_of), weights) for row, of_row in zip(rows, terms, strict=True)]
+
+    try:
+        out.process(read_rows(args.input_file, needs, reject=out.reject), args.chunk_size, reward, total, "reward")
+    finally:
+        if judge:
+            log.info("the judge: %(calls)d calls, %(cached)d grades cached, %(prompt_tokens)d and %(generated_tokens)d tokens", vars(judge.usage))
+    trajectories, summary = summarise(out.written())
+    log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
+    usage = vars(judge.usage) if judge else {}
+    out.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
 
 
 if __name__ == "__main__":

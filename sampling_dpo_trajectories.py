@@ -22,10 +22,10 @@ from dynamicrag.calls import Caller, add_call_flags, load_callers, work_on_fitti
 from dynamicrag.engine import Completion, Request, Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import expert_sequence, format_ids, parse_ids
+from dynamicrag.selection import expert_sequence, format_ids, parse_ids, summarise_selections
 from dynamicrag.stage import UserError, derive_seed, log
 
-TRAJECTORY_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
+SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
 
 
 def parse_args(argv=None):
@@ -53,8 +53,10 @@ def parse_args(argv=None):
     add_call_flags(parser)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.num_samples < 1:
-        parser.error("--num-samples must be at least 1")
+    if args.num_samples < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--num-samples must be at least 1, --temperature not negative, --top-p above 0 and at most 1")
+    if args.temperature == 0 and args.num_samples > 1 and not args.permute:
+        parser.error("--temperature 0 samples the same selection every time; give --num-samples 1 or --permute")
     return args
 
 
@@ -88,12 +90,16 @@ def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[t
 
 
 def expert_selection(row: Row, shown: int) -> list[int]:
-    """The reranker's selection among the documents shown. Raises UserError where it has not judged them."""
-    true_id = [position for position in row["true_id"] if position <= shown]
-    unjudged = next((row["docs"][p - 1]["id"] for p in true_id if row["docs"][p - 1].get("rerank_score") is None), None)
-    if unjudged is not None:
-        raise UserError(f"row {row['id']}: document {unjudged} has no rerank_score; --include-expert needs reranked documents")
-    return expert_sequence(row["docs"], true_id)
+    """The reranker's selection among the documents shown."""
+    return expert_sequence(row["docs"], [position for position in row["true_id"] if position <= shown])
+
+
+def check_judged(path: str, rows: Iterable[Row]) -> None:
+    """--include-expert needs the reranker's scores. Raises UserError, before a model is loaded."""
+    for row in rows:
+        unjudged = next((p for p in row["true_id"] if row["docs"][p - 1].get("rerank_score") is None), None)
+        if unjudged is not None:
+            raise UserError(f"{path}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score, which --include-expert needs; run reranker.py")
 
 
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
@@ -147,38 +153,7 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
 def no_trajectory(row: Row, reason: str) -> Row:
     """A row whose question does not fit the window: it teaches nothing, and is kept."""
     log.warning("row %s: %s", row["id"], reason)
-    return {**row, "docs_shown": 0, **{key: [] for key in TRAJECTORY_KEYS}, "usage": vars(Usage())}
-
-
-def summarise(rows: Iterable[Row]) -> dict[str, float]:
-    """What the model wrote, over all its samples: counts of malformed ones, and the mean and spread of k, shares, variety."""
-    seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
-    valid = none = k = k_squared = distinct = answers = 0
-    for row in rows:
-        sampled = [trajectory for trajectory, expert in enumerate(row["from_expert"]) if not expert]
-        texts = [row["selections"][trajectory] for trajectory in sampled] + row["invalid_selections"]
-        parsed = [parse_ids(text, row["docs_shown"]) for text in texts]
-        seen["questions"] += 1
-        seen["trajectories"] += len(texts)
-        seen["malformed"] += len(row["invalid_selections"])
-        seen["out_of_range"] += sum(selection.out_of_range for selection in parsed)
-        seen["repeated"] += sum(selection.repeated for selection in parsed)
-        selections = [row["id_lists"][trajectory] for trajectory in sampled]
-        valid += len(selections)
-        none += selections.count([])
-        k += sum(map(len, selections))
-        k_squared += sum(len(ids) ** 2 for ids in selections)
-        distinct += len(set(map(tuple, selections)))
-        answers += len({row["responses"][trajectory] for trajectory in sampled})
-    mean = k / max(valid, 1)
-    return {
-        **seen,
-        "none_share": none / max(valid, 1),
-        "k_mean": mean,
-        "k_spread": max(k_squared / max(valid, 1) - mean**2, 0.0) ** 0.5,
-        "distinct_selections": distinct / max(seen["questions"], 1),
-        "distinct_answers": answers / max(seen["questions"], 1),
-    }
+    return {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())}
 
 
 def main(argv=None):
@@ -188,11 +163,13 @@ def main(argv=None):
         return
     needs = ("docs", "true_id") if args.include_expert else ("docs",)
     total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
+    if args.include_expert:
+        check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
     callers = load_callers(args)
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
     sample = partial(sample_trajectories, callers=callers, args=args)
     out.process(rows, args.chunk_size, partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory), total, "sampling")
-    seen = summarise(out.written())
+    seen = summarise_selections(out.written())
     log.info(
         "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
         "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "

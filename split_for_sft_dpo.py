@@ -71,11 +71,10 @@ def main(argv=None):
     def part(numbers, reject):
         return (row for number, row in enumerate(read_rows(args.input_file, needs, reject=reject)) if number in numbers)
 
-    again = out.reject and (lambda _: None)  # malformed rows are recorded the first time only
     out.publish(args.sft_file, part(sft, out.reject))
-    out.publish(args.dpo_file, part(dpo, again))
+    out.publish(args.dpo_file, part(dpo, out.ignore))
     for path in dev_file:
-        out.publish(path, part(dev, again))
+        out.publish(path, part(dev, out.ignore))
     out.finish(sft=len(sft), dpo=len(dpo), dev=len(dev))
 
 

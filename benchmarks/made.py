@@ -38,7 +38,8 @@ def shards(folder: Path, count: int, width: int) -> str:
     block = rng.standard_normal((min(count, 100_000), width), dtype=np.float32).astype(np.float16)
     for number, start in enumerate(range(0, count, 1_000_000)):
         size = min(1_000_000, count - start)
-        save_array(folder / f"passages_{number:02d}.npy", np.resize(block, (size, width)))
+        turned = [np.roll(block, start // len(block) + turn, axis=1) for turn in range(-(-size // len(block)))]  # no two are equal
+        save_array(folder / f"passages_{number:02d}.npy", np.concatenate(turned)[:size])
         save_ids(folder / f"passages_{number:02d}.ids.npy", [str(start + row) for row in range(size)])
     return f"{folder}/*"
 

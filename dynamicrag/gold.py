@@ -35,7 +35,7 @@ def gold_documents(row: Row, path: str) -> dict[str, int]:
         contexts = (doc if isinstance(doc, dict) else {} for doc in found)
         found = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
     if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
-        raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; mend it or give --qrels")
+        raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; mend or remove it")
     return dict.fromkeys(map(str, found), 1)
 
 

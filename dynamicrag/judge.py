@@ -1,15 +1,20 @@
 """The LLM judge: five grades of 0 to 20 points from any OpenAI-compatible endpoint, as one number in [0, 1].
 
-Calls are concurrent, retried with exponential backoff and cached on disk by their content. A judge that keeps failing
-is an error, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else OPENAI_API_KEY) alone and is
-written nowhere.
+Calls are concurrent, retried with exponential backoff and cached on disk by what decides the grade. A judge that keeps
+failing is an error that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else
+OPENAI_API_KEY) alone and is written nowhere; where a server repeats it, it is taken out of the error.
 """
 
 import asyncio
 import hashlib
 import os
+import re
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import orjson
@@ -19,14 +24,45 @@ from dynamicrag.stage import UserError
 
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 POINTS = 20
-ATTEMPTS = 6
-TIMEOUT_SECONDS = 60
+ATTEMPTS = 8
+TIMEOUT_SECONDS = 60  # for the whole of a call, however its bytes trickle
 MAX_WAIT_SECONDS = 30
+MAX_RETRY_AFTER_SECONDS = 120
+LOCK_SECONDS = 60
+MAX_TOKENS = 1024  # the grades are about 50; a model that reasons first needs more
+# What cannot be read (spaces up to MAX_TOKENS, say, which any JSON schema allows) comes back the same at temperature 0.
+RETRY_TEMPERATURE = 0.7
 PASSING_STATUSES = (408, 409, 429)  # and all from 500
+# Points are enumerated: a range (minimum, maximum) is refused by OpenAI for fine-tuned models and by other vendors'
+# strict modes always, while an endpoint that takes a schema takes an enumeration.
+SCHEMA = {
+    "type": "object", "properties": {name: {"type": "integer", "enum": list(range(POINTS + 1))} for name in CRITERIA},
+    "required": list(CRITERIA), "additionalProperties": False,
+}
+REPLY_FORMATS = {
+    "json_schema": {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": SCHEMA}},
+    "json_object": {"type": "json_object"},
+    "text": None,
+}
+BASE_URL = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d{1,5})?(/[^\s?#]*)?", re.IGNORECASE)
 
 
 class UnreadableGrade(ValueError):
     """The judge's reply is not five numbers in range."""
+
+
+class _LimitReached(Exception):
+    """No further call may be sent."""
+
+
+@dataclass
+class JudgeUsage:
+    """Calls answered with HTTP 200, readable or not, prompts found in the cache, and tokens where the replies give them."""
+
+    calls: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
 
 
 def parse_grade(reply: str) -> float:
@@ -36,79 +72,218 @@ def parse_grade(reply: str) -> float:
         grades = orjson.loads(reply[start : end + 1])
         points = [grades[criterion] for criterion in CRITERIA]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise UnreadableGrade(f"not a JSON object with {', '.join(CRITERIA)}: {reply[:200]!r}") from error
+        raise UnreadableGrade(f"not a JSON object with {', '.join(CRITERIA)}: {reply!r}") from error
     for criterion, value in zip(CRITERIA, points, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= POINTS:
             raise UnreadableGrade(f"{criterion} is {value!r}, expected a number from 0 to {POINTS}")
     return sum(points) / (POINTS * len(CRITERIA))
 
 
-class Judge:
-    """Grades answers; `calls` counts those that were not in the cache."""
+class GradeCache:
+    """Grades by key in an SQLite file that processes may share and a kill does not harm. UserErrors name the file."""
 
-    def __init__(self, base_url: str, model: str, cache: str | Path, concurrency: int = 16):
-        self._base_url, self._model, self._concurrency = base_url, model, concurrency
-        self.calls = 0
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        self._cache = sqlite3.connect(cache)
-        self._cache.execute("CREATE TABLE IF NOT EXISTS grades (key TEXT PRIMARY KEY, grade REAL NOT NULL, reply TEXT NOT NULL)")
+    def __init__(self, path: str | Path):
+        self._path = path
+        with self._errors_named():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
+            if self._db.execute("SELECT 1 FROM sqlite_master WHERE tbl_name != 'judge_grades'").fetchone():
+                raise sqlite3.DatabaseError("it is a database of something else")
+            # IMMEDIATE: a file that cannot be written is found here, before a call is paid for.
+            self._db.executescript(
+                "BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS judge_grades "
+                "(key TEXT PRIMARY KEY, grade REAL NOT NULL CHECK (grade BETWEEN 0 AND 1)) WITHOUT ROWID; COMMIT"
+            )
+            with suppress(sqlite3.OperationalError):  # another process is at it
+                self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
 
-    def grade(self, prompts: Sequence[Messages]) -> list[float]:
-        """A grade in [0, 1] for each prompt, equal prompts graded once. Raises UserError where the judge keeps failing."""
-        keys = [self._key(messages) for messages in prompts]
-        missing = {key: messages for key, messages in zip(keys, prompts, strict=True) if self._cached(key) is None}
-        if missing:
-            asyncio.run(self._grade_all(missing))
-        return [self._cached(key) for key in keys]
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{self._path}: cannot hold the judge's grades: {error}; give another file as --judge-cache") from error
 
-    def _key(self, messages: Messages) -> str:
-        return hashlib.sha256(orjson.dumps([self._base_url, self._model, messages])).hexdigest()
-
-    def _cached(self, key: str) -> float | None:
-        found = self._cache.execute("SELECT grade FROM grades WHERE key = ?", (key,)).fetchone()
+    def get(self, key: str) -> float | None:
+        with self._errors_named():
+            found = self._db.execute("SELECT grade FROM judge_grades WHERE key = ?", (key,)).fetchone()
         return found[0] if found else None
 
-    async def _grade_all(self, missing: dict[str, Messages]) -> None:
+    def put(self, key: str, grade: float) -> float:
+        """The grade that counts: this one, or the one another process has put there first."""
+        with self._errors_named():
+            self._db.execute("INSERT INTO judge_grades VALUES (?, ?) ON CONFLICT DO NOTHING", (key, grade))
+        return self.get(key)
+
+
+class Judge:
+    """Grades answers. `usage` is what that has cost so far; at most `limit` calls are sent, retries included."""
+
+    def __init__(
+        self, base_url: str, model: str, cache: str | Path, concurrency: int = 16, limit: int | None = None, reply_format: str = "json_schema",
+    ):
+        """Raises UserError for a base URL with more than host and path, a key no header can hold, or an unusable cache."""
+        self._secret = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not re.fullmatch("[!-~]*", self._secret):
+            raise UserError("JUDGE_API_KEY (or OPENAI_API_KEY): expected printable ASCII without spaces")
+        if not BASE_URL.fullmatch(base_url):  # not shown: what is wrong with it may be the key
+            raise UserError(
+                "--judge-base-url: expected http(s)://host[:port][/path] without user, password or query, as it is written to "
+                "manifests: a key belongs in the environment variable JUDGE_API_KEY"
+            )
+        if concurrency < 1:
+            raise UserError(f"--judge-concurrency: expected at least 1, got {concurrency}")
+        self._base_url, self._model, self._concurrency = base_url.rstrip("/"), model, concurrency
+        self._format_name, self._format = reply_format, REPLY_FORMATS[reply_format]
+        self._options = {"temperature": 0, "max_tokens": MAX_TOKENS}
+        self._limit, self._sent, self.usage = limit, 0, JudgeUsage()
+        self._cache = GradeCache(cache)
+
+    def grade(self, answers: Sequence[tuple[str, Messages]]) -> list[float]:
+        """A grade in [0, 1] for the prompt of each (row, prompt), in order; equal prompts are graded once.
+
+        Raises UserError for the first row at which the judge refuses or keeps failing, and where the limit leaves grades
+        missing. Rows that were begun are finished before, and what was graded is cached.
+        """
+        keys = [self._key(messages) for _, messages in answers]
+        prompts: dict[str, tuple[str, Messages]] = {}
+        for key, answer in zip(keys, answers, strict=True):
+            prompts.setdefault(key, answer)
+        grades = {key: grade for key in prompts if (grade := self._cached(key)) is not None}
+        missing = {key: answer for key, answer in prompts.items() if key not in grades}
+        if missing:
+            asyncio.run(self._grade_all(missing, grades))
+        if len(grades) < len(prompts):
+            raise UserError(
+                f"--judge-limit: all {self._limit} calls are used up; {len(grades)} distinct answers of this batch are graded and cached, "
+                f"{len(prompts) - len(grades)} are missing. Run again with a higher --judge-limit: cached grades cost nothing"
+            )
+        return [grades[key] for key in keys]
+
+    def _key(self, messages: Messages) -> str:
+        return hashlib.sha256(orjson.dumps([self._base_url, self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
+
+    def _cached(self, key: str) -> float | None:
+        grade = self._cache.get(key)
+        self.usage.cached += grade is not None
+        return grade
+
+    async def _grade_all(self, missing: dict[str, tuple[str, Messages]], grades: dict[str, float]) -> None:
+        """Adds the missing grades. Raises the UserError of the first row that failed."""
         import openai
-        from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
-        from tqdm.asyncio import tqdm
+        from tqdm import tqdm
 
-        def passes(error: BaseException) -> bool:
-            if isinstance(error, openai.APIStatusError):
-                return error.status_code in PASSING_STATUSES or error.status_code >= 500
-            return isinstance(error, openai.APIConnectionError | UnreadableGrade)
+        async def count(response) -> None:  # before the body is read: one that is cut off may be paid for too
+            self.usage.calls += response.status_code == 200
 
-        slots = asyncio.Semaphore(self._concurrency)
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
-        client = openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=0, timeout=TIMEOUT_SECONDS)
-
-        @retry(
-            retry=retry_if_exception(passes), stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS), reraise=True,
+        client = openai.AsyncOpenAI(
+            base_url=self._base_url, api_key=self._secret or "none", max_retries=0, timeout=TIMEOUT_SECONDS,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [count]}),
         )
-        async def ask(messages: Messages) -> tuple[float, str]:
-            try:
-                reply = await client.chat.completions.create(
-                    model=self._model, messages=messages, temperature=0, max_tokens=200,
-                    response_format={"type": "json_object"},
-                )
-                text = reply.choices[0].message.content or ""
-            except (ValueError, TypeError, AttributeError, IndexError, openai.APIResponseValidationError) as error:
-                raise UnreadableGrade(f"not a chat completion: {error!r}") from error
-            return parse_grade(text), text
+        waiting = enumerate(missing.items())
+        failures: dict[int, UserError] = {}
 
-        async def grade(key: str, messages: Messages) -> None:
-            async with slots:
+        async def work() -> None:
+            for position, (key, (row, messages)) in waiting:
+                if failures:
+                    return
                 try:
-                    value, text = await ask(messages)
-                except (openai.OpenAIError, UnreadableGrade) as error:
-                    raise UserError(
-                        f"the judge {self._model} failed {ATTEMPTS} times or refused: {error}; "
-                        f"the prompt begins {messages[-1]['content'][:80]!r}. Grades so far are cached: run again to continue"
-                    ) from error
-            self.calls += 1
-            with self._cache:
-                self._cache.execute("INSERT OR REPLACE INTO grades VALUES (?, ?, ?)", (key, value, text))
+                    grade = self._cached(key)  # by another process, since grade() looked
+                    grades[key] = self._cache.put(key, await self._ask(client, messages)) if grade is None else grade
+                except _LimitReached:
+                    return
+                except UserError as error:
+                    failures[position] = error
+                except (openai.OpenAIError, UnreadableGrade, OSError) as error:
+                    failures[position] = self._explained(row, error)
+                progress.update()
 
         async with client:
-            await tqdm.gather(*(grade(*item) for item in missing.items()), unit="answer", desc="judging")
+            with tqdm(total=len(missing), unit="answer", desc="judging") as progress:
+                await asyncio.gather(*(work() for _ in range(min(self._concurrency, len(missing)))))
+        if failures:
+            raise failures[min(failures)]
+
+    async def _ask(self, client, messages: Messages) -> float:
+        """The grade, after up to ATTEMPTS calls. Raises what went wrong last, or _LimitReached."""
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+
+        changed = {}
+        async for attempt in AsyncRetrying(retry=retry_if_exception(_passes), stop=stop_after_attempt(ATTEMPTS), wait=_wait, reraise=True):
+            with attempt:
+                try:
+                    return await self._call(client, messages, changed)
+                except UnreadableGrade:
+                    changed = {"temperature": RETRY_TEMPERATURE}
+                    raise
+
+    async def _call(self, client, messages: Messages, changed: dict[str, float]) -> float:
+        import openai
+
+        if self._limit is not None and self._sent >= self._limit:
+            raise _LimitReached
+        self._sent += 1
+        options = {name: changed.get(name, value) for name, value in self._options.items()}
+        if self._format:
+            options["response_format"] = self._format
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                reply = await client.chat.completions.create(model=self._model, messages=messages, **options)
+            self.usage.prompt_tokens += _tokens(reply.usage, "prompt_tokens")
+            self.usage.generated_tokens += _tokens(reply.usage, "completion_tokens")
+            text = reply.choices[0].message.content
+        except openai.BadRequestError as error:
+            # OpenAI's newer models refuse a temperature and have another name for max_tokens: neither is sent again.
+            if error.param not in ("temperature", "max_tokens") or error.param not in options or "unsupported" not in str(error.code):
+                raise
+            self._options.pop(error.param, None)
+            if error.param == "max_tokens":
+                self._options["max_completion_tokens"] = MAX_TOKENS
+            return await self._call(client, messages, changed)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
+            raise UnreadableGrade(f"not a chat completion: {error!r}") from error
+        return parse_grade(text if isinstance(text, str) else "")
+
+    def _explained(self, row: str, error: Exception) -> UserError:
+        import openai
+
+        advice = "The grades so far are cached: run again to continue"
+        if isinstance(error, openai.APIStatusError):
+            reason = f"HTTP {error.status_code}: {error.body!r}"
+            if error.status_code in (400, 422) and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
+                others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
+                advice = f"If the endpoint cannot do response_format {self._format_name}, try --judge-format {others}"
+        elif isinstance(error, TimeoutError | openai.APITimeoutError):
+            reason = f"no whole reply within {TIMEOUT_SECONDS} s"
+        else:
+            reason = str(error.__cause__ or error) if isinstance(error, openai.APIConnectionError) else str(error)
+        if self._secret:
+            reason = reason.replace(self._secret, "[key]")  # before it is cut, lest half of the key be left
+        how = f"failed {ATTEMPTS} times" if _passes(error) else "refused"
+        return UserError(f"row {row}: the judge {self._model} {how}: {reason[:500]}. {advice}")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether another try may help."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in PASSING_STATUSES or error.status_code >= 500
+    return isinstance(error, openai.APIConnectionError | UnreadableGrade | OSError)
+
+
+def _wait(state) -> float:
+    """Seconds to the next try: what the server asks for, and a random time under a bound that doubles."""
+    from tenacity import wait_random_exponential
+
+    asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
+    seconds = 0.0
+    with suppress(ValueError, OverflowError):
+        seconds = float(asked) if re.fullmatch(r"[\d.]+", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
+    return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS) + wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS)(state)
+
+
+def _tokens(usage, name: str) -> int:
+    value = getattr(usage, name, 0)
+    return value if isinstance(value, int) else 0

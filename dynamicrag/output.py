@@ -31,6 +31,19 @@ def exclusive(path: str | Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_turn(path: str | Path) -> Iterator[None]:
+    """Of several workers that started together, one works at a time, and none goes on before all have had their turn.
+
+    What each needs in memory for this work alone, they then never need beside what comes after.
+    """
+    with open(f"{path}.started", "w") as started:
+        fcntl.flock(started, fcntl.LOCK_SH)
+        with exclusive(path):
+            yield
+        fcntl.flock(started, fcntl.LOCK_EX)  # gives the shared lock up, and waits for those who still hold it
+
+
 class Output:
     """The output files of one run of one stage; the first one is written in resumable chunks.
 
@@ -45,7 +58,9 @@ class Output:
         self.partial = Path(f"{self.path}.partial")
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
         self.rejected = 0
-        self.reject = self._set_aside if args.on_error == "skip" else None  # what read_rows does with malformed rows
+        # What read_rows does with malformed rows, and what it does when a file is read again: they are set aside once.
+        self.reject = self._set_aside if args.on_error == "skip" else None
+        self.ignore = (lambda _: None) if args.on_error == "skip" else None
         self.rows = 0
         self.started = time.monotonic()
         self._file = None
@@ -115,6 +130,8 @@ class Output:
 
     def chunks(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         """Cut rows into chunks of `size` and yield those not written yet. Call write() with the result of each."""
+        if size < 1:
+            raise UserError(f"{self.path}: a chunk of {size} rows holds none; give --chunk-size of at least 1")
         self._keep_whole_chunks(self.begin(), size)
         rows = iter(rows)
         skipped = sum(1 for _ in itertools.islice(rows, self.rows))

@@ -28,6 +28,7 @@ from dynamicrag.stage import UserError, log
 if TYPE_CHECKING:
     import numpy as np
 
+COMPARED = 1 << 16  # ids compared with those of the corpus at a time
 ID_KEYS = ("id", "_id", "docid")
 TEXT_KEYS = ("text", "contents")
 TSV, JSON, PARQUET = (".tsv",), (".jsonl", ".json"), (".parquet",)
@@ -174,8 +175,12 @@ class PassageStore:
         column = self.table.data.column("id").slice(max(start, 0), len(ids))
         if start < 0 or len(column) < len(ids):
             return None
-        same = pyarrow.compute.equal(column.cast(pyarrow.binary()), pyarrow.array(ids, pyarrow.binary()))
-        return start if pyarrow.compute.all(same).as_py() else None
+        for offset in range(0, len(ids), COMPARED):  # what is compared at once stays in the allocator's pool
+            some = column.slice(offset, COMPARED).cast(pyarrow.binary())
+            same = pyarrow.compute.equal(some, pyarrow.array(ids[offset : offset + COMPARED], pyarrow.binary()))
+            if not pyarrow.compute.all(same).as_py():
+                return None
+        return start
 
 
 def _key(passage_id: str) -> int:

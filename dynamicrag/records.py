@@ -180,10 +180,20 @@ def _check_written(row: Row, needs: tuple[str, ...]) -> None:
             if key == "response_scores":
                 for trajectory, score in enumerate(lists):
                     _finite(score, f"response_scores[{trajectory}]")
+            if key == "response_tokens" and any(type(tokens) is not int or tokens < 0 for tokens in lists):
+                raise RowError(key, f"expected a list of integers from 0, found {_kind(lists)}")
             if key == "score_terms":
-                for trajectory, terms in enumerate(lists):
-                    for term, value in {"em": None, **terms}.items():
-                        _finite(value, f"score_terms[{trajectory}].{term}")
+                _check_terms(lists)
+
+
+def _check_terms(lists: list[dict]) -> None:
+    """Every trajectory has the same terms, em among them, each a number from 0 to 1."""
+    for trajectory, terms in enumerate(lists):
+        for term, value in {"em": None, **terms}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise RowError(f"score_terms[{trajectory}].{term}", f"expected a number from 0 to 1, found {_kind(value)}")
+        if terms.keys() != lists[0].keys():
+            raise RowError(f"score_terms[{trajectory}]", f"has {', '.join(terms)} where the first trajectory has {', '.join(lists[0])}")
 
 
 def _check_positions(value: object, key: str, documents: int | None) -> None:

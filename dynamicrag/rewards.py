@@ -3,18 +3,17 @@
 em        exact match with a gold answer (or containment, for models that answer in sentences)
 bert      semantic similarity: BERTScore F1
 rouge     textual similarity: ROUGE-L F
-length    1 / (1 + k) for k documents
+length    1 / (1 + k) for k documents (or for an answer of k tokens)
 judge     an LLM's grade out of 100, divided by 100
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dynamicrag.metrics import exact_match, match, score_row
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import task_of
 
-UNLIMITED = 1_000_000
 TERMS = ("em", "bert", "rouge", "length", "judge")
 ANSWER_MATCHES = {"exact": exact_match, "contains": match}
 
@@ -59,34 +58,5 @@ def correctness(response: str, row: Mapping, answer_match: str) -> float:
 
 
 def length_term(k: int) -> float:
-    """1 for no document, 1/2 for one, 1/3 for two, ..."""
+    """1 for no document (or token), 1/2 for one, 1/3 for two, ..."""
     return 1 / (1 + k)
-
-
-class BertScore:
-    """BERTScore F1 (Zhang et al. 2020) with one encoder, loaded once, over unique pairs in batches."""
-
-    def __init__(self, model: str, layer: int | None, device: str, batch_size: int = 64):
-        """`model` is an encoder folder or a name bert-score knows. Raises UserError where it cannot be loaded."""
-        from bert_score import BERTScorer
-        from bert_score.utils import model2layers
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(model)
-            layer = layer or model2layers.get(model) or config.num_hidden_layers
-            self._scorer = BERTScorer(model_type=model, num_layers=layer, lang="en", device=device, batch_size=batch_size)
-        except (OSError, ValueError, AssertionError) as error:
-            raise UserError(f"--bert_model {model}: no encoder could be loaded: {error}") from error
-        tokenizer = self._scorer._tokenizer
-        if tokenizer.model_max_length > UNLIMITED:  # not in its files; RoBERTa does not use two of its positions
-            tokenizer.model_max_length = config.max_position_embeddings - 2
-
-    def score(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
-        """F1 of each (response, gold answers), best gold answer, clipped to [0, 1]; an empty response scores 0."""
-        unique = sorted({(response, gold) for response, golds in pairs for gold in golds if response.strip() and gold.strip()})
-        scores: dict[tuple[str, str], float] = {}
-        if unique:
-            _, _, f1 = self._scorer.score([response for response, _ in unique], [gold for _, gold in unique])
-            scores = {pair: min(max(value, 0.0), 1.0) for pair, value in zip(unique, f1.tolist(), strict=True)}
-        return [max((scores.get((response, gold), 0.0) for gold in golds), default=0.0) for response, golds in pairs]

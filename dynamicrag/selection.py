@@ -4,10 +4,10 @@ A selection is an ordered list of 1-based positions into the documents shown: `[
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dynamicrag.records import Doc
+from dynamicrag.records import Doc, Row
 
 NO_DOCUMENT = "None"
 EXPERT_LENGTH = 14  # longest expert sequence, as published
@@ -66,3 +66,34 @@ def ids_pattern(n_docs: int) -> str:
         return NO_DOCUMENT
     identifier = rf"\[({'|'.join(map(str, range(1, n_docs + 1)))})\]"
     return rf"({NO_DOCUMENT}|{identifier}(, {identifier}){{0,{n_docs - 1}}})"
+
+
+def summarise_selections(rows: Iterable[Row]) -> dict[str, float]:
+    """What the model wrote, over all its samples: counts of malformed ones, and the mean and spread of k, shares, variety."""
+    seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
+    valid = none = k = k_squared = distinct = answers = 0
+    for row in rows:
+        sampled = [trajectory for trajectory, expert in enumerate(row["from_expert"]) if not expert]
+        texts = [row["selections"][trajectory] for trajectory in sampled] + row["invalid_selections"]
+        parsed = [parse_ids(text, row["docs_shown"]) for text in texts]
+        seen["questions"] += 1
+        seen["trajectories"] += len(texts)
+        seen["malformed"] += len(row["invalid_selections"])
+        seen["out_of_range"] += sum(selection.out_of_range for selection in parsed)
+        seen["repeated"] += sum(selection.repeated for selection in parsed)
+        selections = [row["id_lists"][trajectory] for trajectory in sampled]
+        valid += len(selections)
+        none += selections.count([])
+        k += sum(map(len, selections))
+        k_squared += sum(len(ids) ** 2 for ids in selections)
+        distinct += len(set(map(tuple, selections)))
+        answers += len({row["responses"][trajectory] for trajectory in sampled})
+    mean = k / max(valid, 1)
+    return {
+        **seen,
+        "none_share": none / max(valid, 1),
+        "k_mean": mean,
+        "k_spread": max(k_squared / max(valid, 1) - mean**2, 0.0) ** 0.5,
+        "distinct_selections": distinct / max(seen["questions"], 1),
+        "distinct_answers": answers / max(seen["questions"], 1),
+    }

@@ -7,8 +7,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 CONFIG=${1:-${CONFIG:-configs/llama3_8b.env}}
 [[ -f $CONFIG ]] || { echo "error: $CONFIG: no such settings file; see configs/" >&2; exit 2; }
+ASKED_WORK=${WORK:-}
 # shellcheck source=configs/llama3_8b.env
 source "$CONFIG"
+
+[[ $WORK == "${ASKED_WORK:-$WORK}" ]] || { echo "error: $CONFIG sets WORK over the environment; write WORK=\${WORK:-...}" >&2; exit 2; }
 
 PATH="$PWD/.venv/bin:$PATH"
 LLAMAFACTORY=${LLAMAFACTORY:-.venv-train/bin/llamafactory-cli}
@@ -85,17 +88,18 @@ run_part() {
 # train STAGE RECIPE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/RECIPE.yaml on the data of this run. An
 # interrupted one continues from its last checkpoint, unless its data has changed; trained_on.sha256 marks completion.
 train() {
-    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$2.yaml data=()
+    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$2.yaml data=() parent=$POLICY/trainer_state.json
     shift 2
+    [[ -f $parent ]] || parent=$POLICY/config.json  # a checkpoint that LLaMA-Factory did not write
     case $stage in
         sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
         dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json"
-            "$POLICY/trainer_state.json") ;;
+            "$parent") ;;
     esac
     [[ -f $recipe ]] || { echo "error: $recipe: no such recipe" >&2; exit 2; }
     local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 settings=$folder/settings.txt sums
     for sums in "$begun" "$finished"; do
-        if [[ -f $sums ]] && ! { sha256sum --check --status "$sums" && [[ "$*" == "$(cat "$settings")" ]]; }; then
+        if [[ -f $sums ]] && ! { sha256sum --check --status "$sums" && [[ "$recipe $*" == "$(cat "$settings")" ]]; }; then
             echo "error: $folder was trained on other data or with other settings; move it away to train anew" >&2
             exit 2
         fi
@@ -104,7 +108,7 @@ train() {
     [[ -x $LLAMAFACTORY ]] || { echo "error: $LLAMAFACTORY is missing; make it with: bash scripts/setup.sh" >&2; exit 2; }
     mkdir -p "$WORK/recipes" "$folder"
     [[ $WORK == . ]] || cp recipes/dataset_info.json "$WORK/recipes/"
-    echo "$*" >"$settings"
+    echo "$recipe $*" >"$settings"
     sha256sum "$recipe" "${data[@]}" >"$begun"
     env DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" \
         dataset_dir="$WORK/recipes" output_dir="$folder" "$@"

@@ -12,8 +12,8 @@ source "$(dirname "$0")/common.sh"
 needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
 needs "$WORK/training_data/training_data_dpo.jsonl" scripts/04_training_data.sh
 DEV_QUESTIONS=${DEV_QUESTIONS:-$WORK/training_data/training_data_dev.jsonl}
-[[ -f $DEV_QUESTIONS ]] || { echo "error: $DEV_QUESTIONS is missing; set SPLIT_FLAGS=\"--dev_size N\" and DEV_QUESTIONS, and move" \
-    "$WORK/training_data away to run scripts/04_training_data.sh anew" >&2; exit 2; }
+[[ -f $DEV_QUESTIONS ]] || { echo "error: $DEV_QUESTIONS is missing; name a file of rows with docs as DEV_QUESTIONS; or set" \
+    "SPLIT_FLAGS=\"--dev_size N\", move $WORK/training_data away and run scripts/04_training_data.sh anew" >&2; exit 2; }
 
 BASE=$(realpath "$WORK")
 BEST=$MODEL_DIR/best
@@ -43,9 +43,9 @@ for ((round = 1; round <= ROUNDS; round++)); do
     dev "$round" "$policy"
     python scripts/rounds.py --rounds_dir "$BASE/rounds" --last "$round" --model "$MODEL"
     best=$(cat "$BASE/rounds/best")
+    if [[ $best == 0 ]]; then best_model=$MODEL_DIR/sft; else best_model=$BASE/rounds/$best/DynamicRAG_$MODEL/dpo; fi
+    ln -sfn "$(realpath --relative-to="$MODEL_DIR" "$best_model")" "$BEST"
     ((round - best < ${PATIENCE:-1})) || { echo "round $round is no better than round $best: stopping" >&2; break; }
 done
-if [[ $best == 0 ]]; then best_model=$MODEL_DIR/sft; else best_model=$BASE/rounds/$best/DynamicRAG_$MODEL/dpo; fi
-ln -sfn "$(realpath --relative-to="$MODEL_DIR" "$best_model")" "$BEST"
 cat "$BASE/rounds/rounds.md"
 echo "the best round is $best; its model is $BEST, the table $BASE/rounds/rounds.md" >&2

@@ -15,6 +15,8 @@ import orjson
 from dynamicrag import stage
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.manifest import read_manifest
+from dynamicrag.records import read_rows
+from dynamicrag.selection import summarise_selections
 from dynamicrag.stage import UserError
 from dynamicrag.tables import markdown_table
 
@@ -49,7 +51,7 @@ def read_round(folder: Path, model: str) -> dict[str, dict]:
         manifest = read_manifest(path)
         if manifest is None:
             raise UserError(f"{path}: is not finished; run scripts/iterate.sh again")
-        found[name] = manifest.get("summary", {})
+        found[name] = manifest.get("summary") or summarise_selections(read_rows(path))  # sampled in shards, it has none
     metrics = folder / "results/dev.metrics.json"
     if not metrics.is_file():
         raise UserError(f"{metrics}: is missing; run scripts/iterate.sh again")

@@ -16,7 +16,7 @@ from dynamicrag import calls
 from dynamicrag.calls import Caller, documents_that_fit, fail_unanswered, work_on_fitting
 from dynamicrag.engine import Completion, Usage
 from dynamicrag.jsonio import read_json
-from dynamicrag.selection import Selection, format_ids
+from dynamicrag.selection import Selection, format_ids, summarise_selections
 from dynamicrag.stage import UserError
 
 SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
@@ -534,4 +534,4 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
         sampling_dpo_trajectories.no_trajectory,
     )
     assert [len(row["id_lists"]) for row in sampled] == [8, 0, 8]
-    assert sampling_dpo_trajectories.summarise(sampled)["trajectories"] == 16
+    assert summarise_selections(sampled)["trajectories"] == 16

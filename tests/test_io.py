@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from argparse import Namespace
 
 import pytest
@@ -15,7 +17,7 @@ from dynamicrag import jsonio, output, stage
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.manifest import read_manifest
-from dynamicrag.output import Output
+from dynamicrag.output import Output, in_turn
 from dynamicrag.records import count_rows, normalise_row, read_rows
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import derive_dataset
@@ -433,3 +435,28 @@ def test_a_finished_output_that_lost_a_file_is_not_mixed_with_another_run(tmp_pa
         Output(arguments(), paths, [str(source)])
     with pytest.raises(UserError, match="other arguments"):
         Output(arguments(seed=7), paths, [str(source)])
+
+
+# ---------------------------------------------------------------- workers that take turns
+
+
+def test_workers_work_one_at_a_time_and_go_on_together(tmp_path):
+    log, lock, ready = [], threading.Lock(), threading.Barrier(4)
+
+    def worker(number: int) -> None:
+        ready.wait()
+        time.sleep(0.02 * number)  # all have started before the first is done
+        with in_turn(tmp_path / "work"):
+            for event in ("begins", "ends"):
+                with lock:
+                    log.append(event)
+                time.sleep(0.1)
+        with lock:
+            log.append("goes on")
+
+    threads = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert log == ["begins", "ends"] * 4 + ["goes on"] * 4

@@ -2,20 +2,38 @@
 
 import json
 import os
+import random
+import re
+import signal
 import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from dynamicrag import judge as judge_module
-from dynamicrag.judge import CRITERIA, Judge, UnreadableGrade, parse_grade
+from dynamicrag.judge import (
+    CRITERIA,
+    MAX_TOKENS,
+    POINTS,
+    RETRY_TEMPERATURE,
+    Judge,
+    JudgeUsage,
+    UnreadableGrade,
+    parse_grade,
+)
 from dynamicrag.prompts import Prompts
 from dynamicrag.stage import UserError
 
-SECRET = "sk-very-secret"
+SECRET = "sk-very-secret-0123456789"
 
 
 def grades(points: float = 20, **other) -> str:
@@ -52,23 +70,40 @@ def test_anything_else_is_unreadable_and_never_a_number(reply):
 # ---------------------------------------------------------------- a server
 
 
+def completion(text, **other) -> bytes:
+    message = {"role": "assistant", "content": text}
+    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, **other}).encode()
+
+
 class Server(ThreadingHTTPServer):
-    """Answers each prompt with the next of its scripted replies, and the last of them ever after."""
+    """Answers each prompt with the next of its scripted replies, and the last of them ever after.
+
+    A prompt has the script of its answer to grade, else `script`. A reply is a status, or a misbehaviour, and what goes with it.
+    """
 
     daemon_threads = True
+    request_queue_size = 512
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list = [(200, grades(10))]
-        self.seen: dict[str, int] = defaultdict(int)
+        self.scripts: dict[str, list] = {}
+        self.seen: dict[str, int] = Counter()
+        self.times: dict[str, list[float]] = defaultdict(list)
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
-        self.now = self.most = 0
+        self.now = self.most = self.sent_200 = 0
+        self.outlasted = False
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    @property
+    def requests(self) -> int:
+        return sum(self.seen.values())
 
     def handle_error(self, request, client_address):
         pass
@@ -81,44 +116,58 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][1]["content"]
+        response = re.search("Answer to grade: (.*)", body["messages"][1]["content"])[1]
         with server.lock:
-            turn = server.seen[prompt]
-            server.seen[prompt] += 1
+            turn = server.seen[response]
+            server.seen[response] += 1
+            server.times[response].append(time.monotonic())
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
             server.now += 1
             server.most = max(server.most, server.now)
+        script = server.scripts.get(response, server.script)
         try:
-            self.reply(*server.script[min(turn, len(server.script) - 1)])
+            self.reply(*script[min(turn, len(script) - 1)])
         finally:
             with server.lock:
                 server.now -= 1
 
-    def reply(self, status, content):
-        if status == "cut":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if status == "half":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b'{"choices": [')
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
+    def reply(self, status, content=None, headers=()):
         if status == "slow":
             time.sleep(content)
             status, content = 200, grades(10)
-        if status == 200 and isinstance(content, str):
-            message = {"role": "assistant", "content": content}
-            content = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+        if status == "late":
+            time.sleep(content[0])
+            status, content = content[1]
+        if status == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if status in ("half", "trickle"):  # half: `content` and no more, though more was promised
+            self.head(200, 100_000)
+            self.wfile.write(content)
+            self.wfile.flush()
+            if status == "half":
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            for _ in range(100):  # no pause is as long as the timeout, the whole is far longer
+                time.sleep(0.1)
+                self.wfile.write(b" ")
+                self.wfile.flush()
+            self.server.outlasted = True
+            return
+        if status == 200 and (isinstance(content, str) or content is None):
+            content = completion(content)
         data = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.head(status, len(data), headers)
         self.wfile.write(data)
+
+    def head(self, status, length, headers=()):
+        with self.server.lock:
+            self.server.sent_200 += status == 200
+        self.send_response(status)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(length)), *headers):
+            self.send_header(name, value)
+        self.end_headers()
 
 
 @pytest.fixture
@@ -129,7 +178,7 @@ def server(monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
     monkeypatch.setattr(judge_module, "ATTEMPTS", 3)
     monkeypatch.setattr(judge_module, "MAX_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -139,35 +188,45 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def make(server, tmp_path):
-    return lambda model="m", concurrency=16, url=None: Judge(url or server.url, model, str(tmp_path / "deep/cache.sqlite"), concurrency)
+def cache(tmp_path) -> Path:
+    return tmp_path / "deep/cache.sqlite"
+
+
+@pytest.fixture
+def make(server, cache):
+    return lambda model="m", url=None, **options: Judge(url or server.url, model, cache, **options)
 
 
 def prompts(*responses: str) -> list:
-    return [Prompts().judge("what?", ["gold"], response) for response in responses]
+    """Each answer as the row of its name."""
+    return [(f"row-{response}", Prompts().judge("what?", ["gold"], response)) for response in responses]
+
+
+HANG = ("slow", 1.6)
 
 
 @pytest.mark.parametrize(
     "trouble",
     [
-        (429, {"error": "slow down"}), (500, None), (503, b"<html>"), (200, "no grade"), (200, grades(21)), (200, None), ("cut", None), ("half", None),
-        ("slow", 0.6), (200, {"choices": []}), (200, b"not json"), (200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": None}}]}),
-        (200, b"[]"), (200, b"null"), (408, None), (409, None),
+        (429, {"error": "slow down"}), (500, None), (503, b"<html>"), (200, "no grade"), (200, grades(21)), (200, None), ("cut",), ("half", b'{"choices": ['),
+        HANG, ("half", completion(grades(0))), (200, {"choices": []}), (200, b"not json"), (200, b"[]"), (200, b"null"), (200, b""), (408, None), (409, None),
+        (200, completion([{"type": "text", "text": grades(0)}])), (200, b"[" * 100_000), (200, grades(0)[:-1]), (200, {"error": {"message": "overloaded"}}),
+        (200, completion(grades(0)), [("Content-Encoding", "gzip")]),
     ],
-    ids=str,
+    ids=lambda trouble: str(trouble)[:60],
 )
 def test_trouble_that_passes_is_tried_again(server, make, trouble):
     server.script = [trouble, (200, grades(10))]
     assert make().grade(prompts("a")) == [0.5]
-    assert sum(server.seen.values()) == 2
+    assert server.requests == 2
 
 
-@pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut", None), ("slow", 0.6), (200, b"not json")], ids=str)
+@pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut",), HANG, (200, b"not json")], ids=str)
 def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):  # behaviour 18
     server.script = [trouble]
-    with pytest.raises(UserError, match=r"the judge m failed 3 times or refused: .*run again to continue"):
+    with pytest.raises(UserError, match=r"row row-a: the judge m failed 3 times: .*run again to continue"):
         make().grade(prompts("a"))
-    assert sum(server.seen.values()) == 3
+    assert server.requests == 3
     server.script = [(200, grades(0))]
     assert make().grade(prompts("a")) == [0.0], "nothing was cached for it"
 
@@ -175,53 +234,25 @@ def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble)
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refusal_is_not_tried_again(server, make, status):
     server.script = [(status, {"error": {"message": "no such model"}})]
-    with pytest.raises(UserError, match="the judge m failed"):
+    with pytest.raises(UserError, match=f"row row-a: the judge m refused: HTTP {status}: .*no such model.*run again to continue"):
         make().grade(prompts("a"))
-    assert sum(server.seen.values()) == 1
+    assert server.requests == 1
 
 
 def test_nobody_there_is_an_error(make):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(UserError, match="the judge m failed 3 times"):
+    with pytest.raises(UserError, match="row row-a: the judge m failed 3 times"):
         make(url=url).grade(prompts("a"))
 
 
-def test_what_was_graded_is_not_asked_again(server, make):
-    judge = make()
-    assert judge.grade(prompts("a", "b", "a")) == [0.5, 0.5, 0.5]
-    assert (judge.calls, len(server.bodies)) == (2, 2)
-    server.script = [(500, None)]
-    again = make()
-    assert again.grade(prompts("b", "a")) == [0.5, 0.5]
-    assert (again.calls, len(server.bodies)) == (0, 2)
-
-
-@pytest.mark.parametrize("other", ["model", "prompt", "url"])
-def test_another_model_prompt_or_endpoint_is_asked_anew(server, make, other):
-    make().grade(prompts("a"))
-    server.script = [(200, grades(20))]
-    judge = make(model="n" if other == "model" else "m", url=f"{server.url}/" if other == "url" else None)
-    assert judge.grade(prompts("b" if other == "prompt" else "a")) == [1.0]
-
-
-def test_grades_given_before_a_failure_are_kept(server, make):
-    server.script = [(200, grades(10))]
-    make().grade(prompts("a", "b"))
-    server.script = [(500, None)]
-    with pytest.raises(UserError):
-        make().grade(prompts("a", "b", "c"))
-    assert set(server.seen.values()) == {1, 3}
-
-
-def test_grades_come_back_in_the_order_of_the_prompts(server, make):
-    judge = make(concurrency=3)
-    server.script = [(200, grades(5))]
-    judge.grade(prompts("five"))
-    server.script = [(200, grades(10))]
-    assert judge.grade(prompts("x", "five", "y")) == [0.5, 0.25, 0.5]
-    assert judge.grade([]) == []
+def test_bytes_that_trickle_forever_are_a_timeout(server, make):
+    server.script = [("trickle", b" "), (200, grades(10))]
+    start = time.monotonic()
+    assert make().grade(prompts("a")) == [0.5]
+    assert time.monotonic() - start < 8
+    assert not server.outlasted
 
 
 def test_calls_are_concurrent_up_to_the_limit(server, make):
@@ -230,23 +261,421 @@ def test_calls_are_concurrent_up_to_the_limit(server, make):
     assert 2 <= server.most <= 4
 
 
-def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, make, tmp_path, monkeypatch, caplog):
-    server.script = [(200, grades(10)), (401, {"error": {"message": "bad key"}})]
+# ---------------------------------------------------------------- a storm
+
+TROUBLES = [
+    (429, {"error": {"message": "rate limit"}}, [("Retry-After", "0.05")]),
+    (429, completion(grades(3))),
+    (500, None),
+    (503, b"<html><body>503 Service Unavailable</body></html>", [("Content-Type", "text/html"), ("Retry-After", "soon")]),
+    ("slow", 2.5),
+    ("cut",),
+    ("half", b'{"id": "1", "choices": [{"index": 0, "mess'),
+    ("half", completion(grades(3))),  # all of a reply but for what was promised to follow
+    ("trickle", completion(grades(3))),
+    (200, "I would give this answer 80 out of 100."),
+    (200, grades(3)[:-4]),
+    (200, grades(3, clarity=21)),
+    (200, grades(3, support=-1)),
+    (200, b"\x00\xff\xfe garbage"),
+    (200, {"choices": []}),
+]
+
+
+def storm(response: str) -> tuple[list, float]:
+    """What befalls an answer before it is graded, and its grade: both depend on its text alone."""
+    rng = random.Random(response)
+    points = [rng.randint(0, POINTS) for _ in CRITERIA]
+    troubles = rng.choices(TROUBLES, k=rng.randint(0, 5))
+    return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
+
+
+def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
+    monkeypatch.setattr(judge_module, "ATTEMPTS", 12)
+    monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1.5)
+    responses = [f"answer {number}" for number in range(240)]
+    expected = [storm(response)[1] for response in responses]
+    server.scripts = {response: storm(response)[0] for response in responses}
+    befell = Counter(str(trouble) for script in server.scripts.values() for trouble in script[:-1])
+    assert len(befell) == len(TROUBLES), "every trouble happens"
+    assert make(concurrency=64).grade(prompts(*responses)) == pytest.approx(expected)
+    assert all(server.seen[response] >= len(server.scripts[response]) for response in responses)
+    assert not server.outlasted
+    asked = server.requests
+    again = make(concurrency=64)
+    assert again.grade(prompts(*reversed(responses))) == pytest.approx(expected[::-1])
+    assert (server.requests, again.usage) == (asked, JudgeUsage(cached=240))
+
+
+# ---------------------------------------------------------------- when it tries again
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [("0.4", 0.4, 2), ("0", 0, 0.5), ("20", 0.6, 2), ("in 20 seconds", 0.6, 2), ("-5", 0, 0.5), ("nan", 0, 0.5), ("inf", 0, 0.5), ("soon", 0, 0.5), ("1.2.3", 0, 0.5)],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_server_says_when_to_try_again_within_bounds(server, make, monkeypatch, status, header, least, most):
+    monkeypatch.setattr(judge_module, "MAX_RETRY_AFTER_SECONDS", 0.6)
+    if header == "in 20 seconds":
+        header = formatdate(time.time() + 20, usegmt=True)
+    server.script = [(status, None, [("Retry-After", header)]), (200, grades(10))]
+    assert make().grade(prompts("a")) == [0.5]
+    [first, second] = server.times["a"]
+    assert least - 0.05 <= second - first < most
+
+
+def test_the_wait_doubles_and_differs_from_row_to_row(server, make, monkeypatch):
+    monkeypatch.setattr(judge_module, "MAX_WAIT_SECONDS", 1)
+    server.script = [(500, None), (500, None), (200, grades(10))]
+    make().grade(prompts(*map(str, range(16))))
+    waits = [[times[turn + 1] - times[turn] for times in server.times.values()] for turn in (0, 1)]
+    assert max(waits[0]) - min(waits[0]) > 0.15, "spread over half a second"
+    assert sum(waits[1]) > sum(waits[0])
+    assert max(waits[1]) > 0.5
+
+
+def test_an_unreadable_reply_is_not_asked_for_in_the_same_way(server, make):
+    server.script = [(429, None), (200, "garbage"), (200, grades(10))]
+    make().grade(prompts("a"))
+    assert [body["temperature"] for body in server.bodies] == [0, 0, RETRY_TEMPERATURE]
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def test_the_judge_is_asked_without_chance_for_five_integers_in_range(server, make):
+    make().grade(prompts("a"))
+    [body] = server.bodies
+    assert (body["temperature"], body["model"], body["max_tokens"]) == (0, "m", MAX_TOKENS)
+    assert body["messages"] == prompts("a")[0][1]
+    asked = body["response_format"]["json_schema"]
+    assert (body["response_format"]["type"], asked["strict"]) == ("json_schema", True)
+    assert asked["schema"]["required"] == list(asked["schema"]["properties"]) == list(CRITERIA)
+    assert asked["schema"]["additionalProperties"] is False
+    for points in asked["schema"]["properties"].values():
+        assert points == {"type": "integer", "enum": list(range(21))}
+
+
+@pytest.mark.parametrize(("reply_format", "sent"), [("json_object", {"type": "json_object"}), ("text", "absent")])
+def test_an_endpoint_that_can_do_less_is_asked_for_less(server, make, reply_format, sent):
+    assert make(reply_format=reply_format).grade(prompts("a")) == [0.5]
+    assert [body.get("response_format", "absent") for body in server.bodies] == [sent]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize(("reply_format", "others"), [("json_schema", "json_object or text"), ("json_object", "json_schema or text"), ("text", None)])
+def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status, reply_format, others):
+    server.script = [(status, {"detail": "This response_format is unavailable now"})]
+    with pytest.raises(UserError, match="row row-a: the judge m refused") as error:
+        make(reply_format=reply_format).grade(prompts("a"))
+    assert (f"try --judge-format {others}" in str(error.value)) == bool(others)
+    assert ("run again" in str(error.value)) == (not others)
+    assert server.requests == 1
+
+
+def test_an_option_the_endpoint_does_not_have_is_left_out(server, make):
+    def refusal(option, code):
+        return 400, {"error": {"message": f"{option} is not supported", "param": option, "code": code, "type": "invalid_request_error"}}
+
+    server.scripts = {"a": [refusal("max_tokens", "unsupported_parameter"), refusal("temperature", "unsupported_value"), (200, grades(10))]}
+    assert make(concurrency=1).grade(prompts("a", "b")) == [0.5, 0.5]
+    options = [{name: body[name] for name in ("temperature", "max_tokens", "max_completion_tokens") if name in body} for body in server.bodies]
+    renamed = {"max_completion_tokens": MAX_TOKENS}
+    assert options == [{"temperature": 0, "max_tokens": MAX_TOKENS}, {"temperature": 0, **renamed}, renamed, renamed]
+    server.script = [refusal("temperature", "unsupported_value")]
+    with pytest.raises(UserError, match="refused"):
+        make().grade(prompts("c"))
+    assert server.seen["c"] == 2
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_what_was_graded_is_not_asked_again(server, make):
+    judge = make()
+    assert judge.grade(prompts("a", "b", "a")) == [0.5, 0.5, 0.5]
+    assert (judge.usage.calls, judge.usage.cached, server.requests) == (2, 0, 2)
+    server.script = [(500, None)]
+    again = make()
+    assert again.grade(prompts("b", "a", "b")) == [0.5, 0.5, 0.5]
+    assert (again.usage.calls, again.usage.cached, server.requests) == (0, 2, 2)
+
+
+@pytest.mark.parametrize("other", ["model", "prompt", "system", "url", "format"])
+def test_another_model_prompt_endpoint_or_format_is_asked_anew(server, make, other):
+    make().grade(prompts("a"))
+    server.script = [(200, grades(20))]
+    judge = make(
+        model="n" if other == "model" else "m", url=server.url.replace("127.0.0.1", "localhost") if other == "url" else None,
+        reply_format="text" if other == "format" else "json_schema",
+    )
+    [(row, messages)] = prompts("b" if other == "prompt" else "a")
+    if other == "system":
+        messages[0]["content"] += "!"
+    assert judge.grade([(row, messages)]) == [1.0]
+
+
+def test_a_slash_more_is_the_same_endpoint_and_another_row_the_same_prompt(server, make):
+    make().grade(prompts("a"))
+    assert make(url=f"{server.url}/").grade([("another", prompts("a")[0][1])]) == [0.5]
+    assert server.requests == 1
+
+
+def test_grades_come_back_in_the_order_of_the_prompts(server, make):
+    judge = make(concurrency=3)
+    server.script = [(200, grades(5))]
+    judge.grade(prompts("five"))
+    server.script = [(200, grades(10))]
+    server.scripts = {"x": [("late", (0.2, (200, grades(1))))]}
+    assert judge.grade(prompts("x", "five", "y")) == [0.05, 0.25, 0.5]
+    assert judge.grade([]) == []
+
+
+def together(*functions) -> list:
+    barrier = threading.Barrier(len(functions))
+
+    def run(function):
+        barrier.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions))
+
+
+def test_judges_that_share_a_cache_agree_and_ask_little_twice(server, make):
+    """A server of moods: where two judges ask for one grade at once, the one that came first counts for both."""
+    responses = [f"answer {number}" for number in range(60)]
+    rng = random.Random(3)
+    server.scripts = {response: [("late", (0.02, (200, grades(rng.randint(0, 20))))) for _ in range(4)] for response in responses}
+    runs = together(*(lambda: make(concurrency=4).grade(prompts(*responses)) for _ in range(4)))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert make().grade(prompts(*responses)) == runs[0]
+    server.scripts = {}
+    asked = server.requests
+    backwards = together(lambda: make(concurrency=1).grade(prompts(*"abcdefghij")), lambda: make(concurrency=1).grade(prompts(*"jihgfedcba")))
+    assert backwards == [[0.5] * 10] * 2
+    assert server.requests - asked <= 13, "each finds what the other has graded since it began"
+
+
+def test_many_may_open_a_new_cache_at_once(server, tmp_path):
+    for turn in range(25):
+        together(*(lambda path=tmp_path / f"{turn}.sqlite": Judge(server.url, "m", path) for _ in range(8)))
+
+
+@pytest.mark.parametrize("content", [b"not a database at all", b"SQLite format 3\0" + bytes(4000), b"\xff" * 8192])
+def test_a_file_that_is_no_cache_is_named(make, cache, content):
+    cache.parent.mkdir()
+    cache.write_bytes(content)
+    with pytest.raises(UserError, match=f"{cache}: cannot hold the judge's grades: .*--judge-cache"):
+        make()
+    assert cache.read_bytes() == content
+
+
+@pytest.mark.parametrize("table", ["people (name TEXT)", "grades (key TEXT PRIMARY KEY, grade REAL NOT NULL, reply TEXT NOT NULL)"])
+def test_a_database_of_something_else_is_left_alone(make, cache, table):
+    cache.parent.mkdir()
+    with sqlite3.connect(cache) as database:
+        database.execute(f"CREATE TABLE {table}")
+    database.close()
+    before = cache.read_bytes()
+    with pytest.raises(UserError, match=f"{cache}: .*something else"):
+        make()
+    assert cache.read_bytes() == before
+
+
+def test_a_folder_or_a_place_that_cannot_be_written_is_named(make, cache):
+    cache.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{cache}: cannot hold"):
+        make()
+    (cache.parent / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="file/cache: cannot hold"):
+        Judge("http://localhost/v1", "m", cache.parent / "file/cache")
+
+
+def test_a_cache_damaged_in_use_is_named_and_no_call_is_sent(server, make, cache):
+    judge = make()
+    judge.grade(prompts(*(f"answer {number}" for number in range(100))))
+    judge._cache._db.close()
+    pages = bytearray(cache.read_bytes())
+    pages[4096:] = b"\x55" * (len(pages) - 4096)
+    cache.write_bytes(pages)
+    asked = server.requests
+    with pytest.raises(UserError, match=f"{cache}: cannot hold"):
+        make().grade(prompts("answer 1"))
+    assert server.requests == asked
+
+
+def test_a_cache_that_cannot_be_written_any_more_is_named(server, make, cache, monkeypatch):
+    judge = make()
+    judge._cache._db.execute("PRAGMA query_only = 1")
+    with pytest.raises(UserError, match=f"{cache}: cannot hold"):
+        judge.grade(prompts("a"))
+
+
+# ---------------------------------------------------------------- when it fails
+
+
+def test_grades_given_before_a_failure_are_kept(server, make):
+    make().grade(prompts("a", "b"))
+    server.script = [(500, None)]
+    with pytest.raises(UserError, match="row row-c"):
+        make().grade(prompts("a", "b", "c"))
+    assert server.seen == {"a": 1, "b": 1, "c": 3}
+
+
+def test_what_is_in_flight_at_a_failure_is_finished_and_nothing_else_begun(server, make):
+    server.scripts = {
+        "a": [("late", (0.1, (401, None)))], "b": [("slow", 0.4)], "c": [(429, None, [("Retry-After", "0.4")]), (200, grades(20))],
+    }
+    with pytest.raises(UserError, match="row row-a: the judge m refused"):
+        make(concurrency=3).grade(prompts(*"abcdefg"))
+    assert server.seen == {"a": 1, "b": 1, "c": 2}
+    judge = make()
+    assert judge.grade(prompts("b", "c")) == [0.5, 1.0]
+    assert judge.usage == JudgeUsage(cached=2)
+
+
+def test_the_first_of_the_rows_that_failed_is_named(server, make):
+    server.scripts = {"b": [("late", (0.3, (401, None)))], "c": [(403, None)]}
+    with pytest.raises(UserError, match="row row-b: the judge m refused: HTTP 401"):
+        make(concurrency=3).grade(prompts("a", "b", "c"))
+    with pytest.raises(UserError, match="row q17"):
+        make().grade([("q17", prompts("c")[0][1]), ("q18", prompts("c")[0][1])])
+
+
+SCRIPT = """
+import signal, sys
+from dynamicrag.judge import Judge
+from dynamicrag.prompts import Prompts
+prompts = [(response, Prompts().judge("what?", ["gold"], response)) for response in "abcdef"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+try:
+    Judge(sys.argv[1], "m", sys.argv[2], concurrency=1).grade(prompts)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupt_ends_it_at_once_and_keeps_what_was_graded(server, make, cache, number, status):
+    server.scripts = {"d": [("slow", 30)]}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(cache)], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while "d" not in server.seen and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(10) == status
+    judge = make()
+    assert judge.grade(prompts("a", "b", "c")) == [0.5] * 3
+    assert (judge.usage.cached, server.requests) == (3, 4)
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_what_was_paid_is_counted(server, make):
+    usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}}
+    server.scripts = {
+        "a": [(429, None), (200, completion("garbage", **usage)), (200, completion(grades(10), **usage))],
+        "b": [(200, completion(grades(10), usage={"prompt_tokens": "many"}))],
+        "c": [("half", b"{"), ("cut",), (200, completion(grades(10), usage=None))],
+    }
+    judge = make()
+    judge.grade(prompts("a", "b", "c"))
+    assert judge.usage == JudgeUsage(calls=server.sent_200, prompt_tokens=200, generated_tokens=14) == JudgeUsage(5, 0, 200, 14)
+    judge.grade(prompts("a", "b", "d"))
+    assert judge.usage == JudgeUsage(6, 2, 200, 14)
+
+
+def test_no_more_calls_are_sent_than_the_limit_allows(server, make):
+    judge = make(limit=5, concurrency=2)
+    judge.grade(prompts("a", "b"))
+    with pytest.raises(UserError, match=r"--judge-limit: all 5 calls .*; 4 distinct .* graded and cached, 3 are missing\. .*higher --judge-limit"):
+        judge.grade(prompts("b", "c", "d", "e", "f", "g", "h", "c"))
+    assert server.requests == 5
+    with pytest.raises(UserError, match="--judge-limit"):
+        judge.grade(prompts("z"))
+    again = make(limit=3)
+    assert again.grade(prompts(*"abcdefgh")) == [0.5] * 8
+    assert (again.usage.calls, again.usage.cached, server.requests) == (3, 5, 8)
+    assert make(limit=0).grade(prompts(*"abcdefgh")) == [0.5] * 8
+
+
+def test_tries_count_against_the_limit(server, make):
+    server.script = [(500, None)]
+    with pytest.raises(UserError, match=r"--judge-limit: all 2 calls .*; 0 distinct .*, 2 are missing"):
+        make(limit=2, concurrency=1).grade(prompts("a", "b"))
+    assert server.requests == 2
+    with pytest.raises(UserError, match="row row-a: the judge m failed 3 times"):
+        make(limit=3, concurrency=1).grade(prompts("a", "b"))
+
+
+# ---------------------------------------------------------------- the key
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, make, tmp_path, monkeypatch, caplog, capfd):
+    caplog.set_level("DEBUG")
+    server.scripts = {"a": [(200, grades(10, comment=f"your key is {SECRET}"))]}
     make().grade(prompts("a"))
     assert server.keys == {f"Bearer {SECRET}"}
     monkeypatch.delenv("JUDGE_API_KEY")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another\n")
     make().grade(prompts("b"))
     assert "Bearer sk-another" in server.keys
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert written
-    assert SECRET.encode() not in written
-    assert b"sk-another" not in written
-    assert SECRET not in caplog.text
+    for key in (SECRET, "sk-another"):
+        assert key.encode() not in written
+        assert key not in caplog.text + "".join(capfd.readouterr())
 
 
-def test_the_judge_is_asked_for_json_without_chance(server, make):
-    make().grade(prompts("a"))
-    [body] = server.bodies
-    assert (body["temperature"], body["model"], body["response_format"]) == (0, "m", {"type": "json_object"})
-    assert body["messages"] == prompts("a")[0]
+@pytest.mark.parametrize("padding", [0, 300, 440, 460, 480])
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda text: (401, {"error": {"message": text}}), lambda text: (500, text.encode()), lambda text: (200, text), lambda text: (200, grades(5, clarity=text)),
+        lambda text: (400, {"detail": [{"loc": ["header"], "input": text}]}),
+    ],
+)
+def test_a_key_the_server_repeats_is_not_repeated(server, make, echo, padding):
+    server.script = [echo("x" * padding + f" Authorization: Bearer {SECRET} is unknown")]
+    with pytest.raises(UserError, match="row row-a: the judge m") as raised:
+        make().grade(prompts("a"))
+    error, shown = raised.value, str(raised.value)
+    assert not any(SECRET[:length] in shown for length in range(5, len(SECRET) + 1)), "not even half of it"
+    assert "[key]" in shown or padding
+    assert error.__cause__ is None
+    assert error.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://{SECRET}@127.0.0.1/v1", f"http://user:{SECRET}@127.0.0.1/v1", f"http://127.0.0.1/v1?api_key={SECRET}", f"http://127.0.0.1/v1#{SECRET}",
+        "127.0.0.1/v1", "ftp://127.0.0.1/v1", "http://", "http:///v1", "http://127.0.0.1:port/v1", "http://127.0.0.1 /v1", "http://127.0.0.1/v1\n", "",
+    ],
+)
+def test_an_url_with_credentials_or_without_a_host_is_refused(make, url, cache):
+    with pytest.raises(UserError, match=r"--judge-base-url: .*JUDGE_API_KEY") as error:
+        Judge(url, "m", cache)
+    assert SECRET not in str(error.value)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/v1", "https://api.example.com:8443/openai/v1/", "http://[::1]:8000/v1", "http://localhost", "http://h/a@b/v1"])
+def test_any_other_url_is_taken(url, cache, server):
+    Judge(url, "m", cache)
+
+
+@pytest.mark.parametrize("key", ["sk with space", "schlüssel", "sk-1\nsk-2"])
+def test_a_key_no_header_can_hold_is_refused_and_not_shown(make, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with pytest.raises(UserError, match="JUDGE_API_KEY") as error:
+        make()
+    assert key not in str(error.value)
+
+
+def test_a_judge_that_may_not_call_is_refused(make):
+    with pytest.raises(UserError, match="--judge-concurrency: expected at least 1, got 0"):
+        make(concurrency=0)

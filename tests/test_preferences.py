@@ -259,7 +259,7 @@ def test_caps_take_a_seeded_sample_in_the_order_of_the_questions():
     assert first[0] != everything[0][:7]
 
 
-def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_answer():
+def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_answer(monkeypatch):
     rows = [make_row([([2], "gold 0", 0.5, 0.0), RIGHT, WORSE], n) for n in range(1, 11)]
     rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # scores do not differ: not counted
     reranker_set, generator_set = make(rows, "--recipe", "published")
@@ -267,6 +267,9 @@ def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_
     assert asked == [[1, 2], list(range(3, 11))]
     assert {pair["rejected"] for pair in generator_set} == {"gold 0"}
     assert {(pair["chosen"], pair["rejected"]) for pair in reranker_set} == {("[1]", "[4]")}
+    monkeypatch.setattr(construct_dpo, "PUBLISHED_QUESTIONS", 11)
+    monkeypatch.setattr(construct_dpo, "PUBLISHED_GENERATOR_QUESTIONS", 4)
+    assert tuple(map(len, make(rows, "--recipe", "published"))) == (6, 4), "the published number, whatever share is eligible"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_
     [
         ["--pairs", "best"], ["--pairs", "top-bottom:0"], ["--pairs", "top-bottom"], ["--keep-mean", ".5"], ["--keep-mean", ".9,.1"],
         ["--keep-mean", "0,2"], ["--keep-mean", "a,b"], ["--min-margin", "-1"], ["--max-pairs-a-question", "0"],
-        ["--recipe", "published", "--pairs", "all"], ["--recipe", "published", "--min-margin", ".1"],
+        ["--max-reranker-pairs", "0"], ["--max-generator-pairs", "-1"], ["--min-margin", "nan"], ["--recipe", "published", "--pairs", "all"], ["--recipe", "published", "--min-margin", ".1"],
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags):
@@ -303,8 +306,8 @@ def test_the_report_says_what_the_pairs_teach(caplog):
     make(rows)
     summary = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]
     assert summary["all"] == pytest.approx({
-        "pairs": 3, "margin": (0.6 + 0.08 + 0.8) / 3, "k chosen": 1, "k rejected": 4 / 3, "shorter": 2 / 3, "None": 1 / 3,
-        "equally right": 1 / 3, "gold in chosen": 1 / 2, "gold in rejected": 0,
+        "pairs": 3, "margin": (0.6 + 0.08 + 0.8) / 3, "k chosen": 1, "k rejected": 4 / 3, "None": 1 / 3, "shorter": 2 / 3,
+        "equally right": 1 / 3, "only shorter": 0, "gold in chosen": 1 / 2, "gold in rejected": 0,
     })
     assert {line: summary[line]["pairs"] for line in summary} == {"all": 3, "0.05 to 0.10": 1, "0.40 to 1.00": 2}
     assert summary["0.05 to 0.10"]["gold in chosen"] == 0
@@ -313,13 +316,29 @@ def test_the_report_says_what_the_pairs_teach(caplog):
     assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["gold in chosen"] is None
 
 
-def test_pairs_that_teach_brevity_alone_are_warned_of(caplog):
-    brief = [make_row([([1], "gold 1", 0.9, 1.0), ([1, 2], "gold 1", 0.8, 1.0), ([1, 2, 3], "x", 0.7, 0.0)], n) for n in range(1, 4)]
-    make(brief)
-    assert "teach brevity above all" in caplog.text and "in 100 % of the pairs" in caplog.text
-    caplog.clear()
-    make([*brief, *(make_row([([1, 2], "gold 1", 0.9, 1.0), ([1], "x", 0.1, 0.0)], n) for n in range(4, 8))])
-    assert "brevity" not in caplog.text
+SHORT = ([1], "gold 1", 0.9, 1.0)
+AS_RIGHT, WRONG_LONG, WRONG_SHORT = ([1, 2], "gold 1", 0.5, 1.0), ([1, 2], "x", 0.5, 0.0), ([2], "x", 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rejected", "says"),
+    [
+        ([AS_RIGHT] * 3, "in 100 % of the pairs, and in 100 % that is all"), ([WRONG_LONG] * 3, "in 100 % of the pairs, and in 0 % that is all"),
+        ([AS_RIGHT, AS_RIGHT, AS_RIGHT, WRONG_SHORT, WRONG_SHORT], "in 60 % of the pairs, and in 60 % that is all"),
+        ([WRONG_LONG, WRONG_LONG, AS_RIGHT, WRONG_SHORT, WRONG_SHORT], None), ([WRONG_SHORT] * 3, None),
+    ],
+)
+def test_pairs_that_teach_brevity_are_warned_of(rejected, says, caplog):
+    wrong = ([3], "y", 0.6, 0.0)  # for the generator's pair
+    make([make_row([SHORT, other, wrong], number) for number, other in enumerate(rejected, start=1)])
+    assert (says in caplog.text) if says else "learn to choose nothing" not in caplog.text
+
+
+def test_pairs_that_contradict_each_other_are_made_once():
+    row = make_row([([1], "gold 1", 0.9, 1.0), ([2], "x", 0.1, 0.0)])
+    other = {**row, "id": "again", "response_scores": [0.1, 0.9]}
+    [pair], _ = make([row, other])
+    assert (pair["chosen"], pair["rejected"]) == ("[1]", "[2]")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +348,8 @@ def test_pairs_that_teach_brevity_alone_are_warned_of(caplog):
         ({"id_lists": [[1], [8]]}, r"id_lists\[1\]"), ({"id_lists": [[0], [1]]}, r"id_lists\[0\]"), ({"id_lists": [1, 2]}, "id_lists"),
         ({"responses": ["a", None]}, "responses"), ({"response_scores": ["a", "b"]}, "response_scores"), ({"docs": None}, "docs"),
         ({"docs_shown": "5"}, "docs_shown"), ({"docs_shown": 1}, r"id_lists\[1\]"), ({"docs_shown": 9}, "docs_shown"),
-        ({"score_terms": [{}, {"em": 1.0}]}, r"score_terms\[0\]\.em"), ({"answers": []}, "answers"),
+        ({"score_terms": [{}, {"em": 1.0}]}, r"score_terms\[0\]\.em"), ({"score_terms": [{"em": "1.0"}, {"em": 1.0}]}, r"score_terms\[0\]\.em"),
+        ({"score_terms": [{"em": 1.0}, {"em": 1.0, "bert": 1.0}]}, r"score_terms\[1\]"), ({"score_terms": [{"em": 1.0}, {"em": 1.1}]}, r"score_terms\[1\]\.em"), ({"answers": []}, "answers"),
     ],
 )
 def test_lists_that_are_not_parallel_or_name_no_document_are_refused(broken, key):

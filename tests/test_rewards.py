@@ -2,16 +2,21 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reward_trajectories
+from dynamicrag.bertscore import BertScore
 from dynamicrag.jsonio import read_json
+from dynamicrag.judge import JudgeUsage
+from dynamicrag.manifest import read_manifest
+from dynamicrag.metrics import rouge_l
 from dynamicrag.prompts import Prompts
-from dynamicrag.rewards import TERMS, BertScore, combine, correctness, length_term, parse_weights
+from dynamicrag.rewards import TERMS, combine, correctness, length_term, parse_weights
 from dynamicrag.stage import UserError
 
 EQUAL = dict.fromkeys(TERMS, 0.2)
@@ -102,7 +107,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def bert(encoder_dir):
-    return BertScore(str(encoder_dir), None, "cpu", batch_size=3)
+    return BertScore(str(encoder_dir), None, "cpu", batch_tokens=60)
 
 
 def test_bertscore_lies_between_0_and_1_and_an_empty_response_scores_0(bert):
@@ -123,7 +128,7 @@ def test_bertscore_depends_neither_on_the_batch_nor_on_the_order(bert, encoder_d
     scores = bert.score(PAIRS)
     assert bert.score(PAIRS[::-1])[::-1] == pytest.approx(scores, abs=1e-5)
     assert [bert.score([pair])[0] for pair in PAIRS] == pytest.approx(scores, abs=1e-5)
-    assert BertScore(str(encoder_dir), None, "cpu", batch_size=1).score(PAIRS) == pytest.approx(scores, abs=1e-5)
+    assert BertScore(str(encoder_dir), None, "cpu", batch_tokens=1).score(PAIRS) == pytest.approx(scores, abs=1e-5)
     assert scores[2] == scores[7]
 
 
@@ -146,10 +151,57 @@ def test_bertscore_of_nothing(bert):
     assert bert.score([("x", [])]) == [0.0]
 
 
+def test_a_layer_without_a_baseline_is_named(encoder_dir, monkeypatch):
+    Path("one-layer.tsv").write_text("LAYER,P,R,F\n0,0.3,0.3,0.3\n")
+    monkeypatch.setattr("dynamicrag.bertscore._baseline_path", lambda model: Path("one-layer.tsv"))
+    with pytest.raises(UserError, match="--bert_layer 2: the baseline of one-layer has no such layer"):
+        BertScore(str(encoder_dir), 2, "cpu", "one-layer")
+
+
 @pytest.mark.parametrize(("model", "layer"), [("missing/model", None), ("{encoder}", 99)])
 def test_a_bert_model_that_is_missing_or_has_no_such_layer_is_an_error(model, layer, encoder_dir):  # behaviour 18
     with pytest.raises(UserError, match="--bert_model"):
         BertScore(model.format(encoder=encoder_dir), layer, "cpu")
+
+
+def test_similarities_below_zero_do_not_depend_on_the_padding_beside_them(bert):
+    """The package pads with a similarity of 0, which wins over a negative one."""
+    import torch
+
+    opposite, long = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]] * 9)
+    embedded = {
+        "a": (opposite, torch.ones(1)), "b": (-opposite, torch.ones(1)), "c": (long, torch.ones(9) / 9), "d": (long, torch.ones(9) / 9)
+    }
+    alone, beside = bert._f1([("a", "b")], embedded), bert._f1([("a", "b"), ("c", "d")], embedded)
+    assert alone == [-1.0] and beside == [-1.0, pytest.approx(1.0)]
+
+
+def test_more_tokens_than_a_block_change_nothing(bert, monkeypatch):
+    scores = bert.score(PAIRS)
+    monkeypatch.setattr("dynamicrag.bertscore.BLOCK_TOKENS", 5)
+    assert bert.score(PAIRS) == pytest.approx(scores, abs=1e-5)
+
+
+@given(st.lists(st.tuples(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=3)), max_size=6), st.randoms())
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_bertscore_of_any_text_lies_between_0_and_1_and_does_not_depend_on_order(bert, pairs, rng):
+    scores = bert.score(pairs)
+    assert all(0 <= score <= 1 for score in scores)
+    order = rng.sample(range(len(pairs)), len(pairs))
+    assert bert.score([pairs[position] for position in order]) == pytest.approx([scores[position] for position in order], abs=1e-5)
+
+
+def test_a_baseline_of_the_package_becomes_0(encoder_dir, bert):
+    folder = Path(shutil.copytree(encoder_dir, "distilroberta-base"))  # bert-score has a baseline of that name
+    plain, rescaled = bert.score(PAIRS), BertScore(str(folder), 2, "cpu")
+    base = rescaled.baseline
+    assert 0.3 < base < 0.9
+    assert rescaled.score(PAIRS) == pytest.approx([max((score - base) / (1 - base), 0) for score in plain], abs=1e-5)
+    assert min(rescaled.score(PAIRS)) == 0 < min(score for score in plain if score)
+    assert BertScore(str(folder), 2, "cpu", "none").score(PAIRS) == pytest.approx(plain, abs=1e-5)
+    assert BertScore(str(encoder_dir), 2, "cpu", "distilroberta-base").score(PAIRS) == pytest.approx(rescaled.score(PAIRS), abs=1e-5)
+    with pytest.raises(UserError, match="--bert_baseline nonsense"):
+        BertScore(str(encoder_dir), None, "cpu", "nonsense")
 
 
 # ---------------------------------------------------------------- the stage
@@ -253,9 +305,15 @@ def test_a_broken_row_is_named_before_anything_is_loaded_or_set_aside(broken, ke
 
 
 @pytest.mark.parametrize("flags", [["--judge-model", "m"], ["--judge-base-url", "http://localhost:1"]])
-def test_half_a_judge_is_refused(flags):
-    with pytest.raises(UserError, match="belong together"):
+def test_half_a_judge_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
         reward(ROWS, *flags)
+    assert "belong together" in capsys.readouterr().err
+
+
+def test_a_judge_that_weighs_nothing_is_not_paid_for():
+    with pytest.raises(UserError, match="gives no weight"):
+        reward(ROWS, "--weights", "em=1", "--judge-model", "m", "--judge-base-url", "http://localhost:1/v1")
 
 
 def test_a_judge_is_asked_once_for_each_distinct_answer(monkeypatch):
@@ -263,16 +321,115 @@ def test_a_judge_is_asked_once_for_each_distinct_answer(monkeypatch):
 
     class Judge:
         def __init__(self, *args):
-            self.calls = 0
+            self.usage = JudgeUsage()
 
-        def grade(self, prompts):
-            asked.extend(prompts)
-            return [0.1 * number for number in range(1, len(prompts) + 1)]
+        def grade(self, answers):
+            asked.extend(answers)
+            return [0.1 * number for number in range(1, len(answers) + 1)]
 
     monkeypatch.setattr(reward_trajectories, "Judge", Judge)
     rows = reward(ROWS, "--weights", "em=1,judge=1", "--judge-model", "m", "--judge-base-url", "http://localhost:1/v1")
     assert [term["judge"] for term in rows[0]["score_terms"]] == pytest.approx([0.1, 0.1, 0.2, 0.3])
     assert rows[2]["score_terms"][0]["judge"] == pytest.approx(0.4)
     assert rows[0]["response_scores"][0] == pytest.approx(0.55)
-    assert asked[0] == Prompts().judge("what?", ["river 1"], "river 1")
+    assert asked[0] == ("q1", Prompts().judge("what?", ["river 1"], "river 1"))
     assert len(asked) == 4
+
+
+# ---------------------------------------------------------------- length, re-weighting, summary
+
+
+def test_brevity_may_be_that_of_the_response():
+    rows = [{**ROWS[0], "response_tokens": [3, 3, 1, 0]}]
+    assert [term["length"] for term in reward(rows, "--weights", "em=1", "--length-of", "response")[0]["score_terms"]] == [0.25, 0.25, 0.5, 1]
+    for tokens in (None, [-1, 0, 0, 0], [True, 0, 0, 0], [1.5, 0, 0, 0], [1]):
+        with pytest.raises(UserError, match=r"in\.jsonl:1: key 'response_tokens'"):
+            reward([{**ROWS[0], "response_tokens": tokens}], "--weights", "em=1", "--length-of", "response")
+
+
+def reweight(*flags: str) -> list[dict]:
+    reward_trajectories.main(["--input_file", "out.jsonl", "--output_file", "again.jsonl", "--overwrite", "--reweight", *flags])
+    return [row for _, row in read_json("again.jsonl")]
+
+
+WEIGHTS = ["em=1", "em=.2,bert=.2,rouge=.2,length=.2,judge=.2", "rouge=.5,length=2", "bert=1,em=0", "length=1"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_reweighting_is_the_same_as_computing_anew(weights, encoder_dir, monkeypatch):
+    flags = ["--bert_model", str(encoder_dir), "--device", "cpu"]
+    anew = reward(ROWS, *flags, "--weights", weights)
+    reward(ROWS, *flags)
+    for name in ("BertScore", "Judge", "rouge_l", "correctness"):
+        monkeypatch.setattr(reward_trajectories, name, None)  # no term is computed
+    again = reweight("--weights", weights)
+    assert [row["response_scores"] for row in again] == [pytest.approx(row["response_scores"], abs=1e-6) for row in anew]
+
+
+@given(
+    terms=st.lists(st.fixed_dictionaries(dict.fromkeys(("em", "bert", "rouge"), st.floats(0, 1))), min_size=1, max_size=8),
+    ids=st.data(), weights=st.fixed_dictionaries(dict.fromkeys(("em", "bert", "rouge", "length"), st.floats(0.01, 1))), rng=st.randoms(),
+)
+def test_permuting_the_trajectories_of_a_row_permutes_its_rewards(terms, ids, weights, rng):
+    row = {"id_lists": [ids.draw(st.lists(st.integers(1, 9), max_size=4)) for _ in terms]}
+    terms = reward_trajectories.with_length(row, terms, "documents")
+    scores = reward_trajectories.rewarded(row, terms, weights)["response_scores"]
+    assert all(0 <= score <= 1 for score in scores)
+    order = rng.sample(range(len(terms)), len(terms))
+    permuted = reward_trajectories.rewarded(
+        {"id_lists": [row["id_lists"][t] for t in order]}, [terms[t] for t in order], weights
+    )
+    assert permuted["response_scores"] == [scores[t] for t in order]
+
+
+@given(response=st.text(max_size=40), answers=st.lists(st.text(max_size=40).filter(str.strip), min_size=1, max_size=3), how=st.sampled_from(["exact", "contains"]))
+def test_every_term_of_any_answer_lies_between_0_and_1(response, answers, how):
+    assert 0 <= correctness(response, {"answers": answers}, how) <= 1
+    assert 0 <= rouge_l(response, answers) <= 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ([{"em": 1.0, "bert": 1.0, "length": 1.0}], r"out\.jsonl: row q3: score_terms has no rouge"), ([{"em": 1.0, "bert": 1.2}], r"score_terms\[0\]\.bert"),
+        ([{"em": 1.0, "bert": 1.0, "rouge": 1.0, "length": 1.0, "judge": 0.5}], r"row q3: score_terms has .*judge, other rows have"),
+    ],
+)
+def test_terms_that_cannot_be_reweighted_are_refused(broken, says, encoder_dir):
+    reward(ROWS, "--bert_model", str(encoder_dir), "--device", "cpu")
+    rows = [row for _, row in read_json("out.jsonl")]
+    rows[2]["score_terms"] = broken
+    Path("out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=says):
+        reweight()
+
+
+def test_reweighting_keeps_brevity_as_it_was_measured():
+    rows = [{**ROWS[0], "response_tokens": [3, 3, 1, 0]}]
+    scores = reward(rows, "--weights", "em=1,length=1", "--length-of", "response")[0]["response_scores"]
+    assert reweight("--weights", "em=1,length=1")[0]["response_scores"] == scores
+
+
+@pytest.mark.parametrize("flags", [["--answer-match", "contains"], ["--length-of", "response"], ["--judge-model", "m", "--judge-base-url", "http://x/v1"]])
+def test_reweighting_computes_no_term(flags, capsys):
+    with pytest.raises(SystemExit):
+        reweight(*flags)
+    assert "--reweight takes the terms as they are stored" in capsys.readouterr().err
+
+
+def test_the_summary_says_what_goes_with_correctness_and_with_k(caplog):
+    caplog.set_level("INFO")
+    reward(ROWS, "--weights", "em=1,length=1")
+    manifest = read_manifest("out.jsonl")
+    assert manifest["counts"]["trajectories"] == 5
+    summary = manifest["summary"]
+    em, k = [1, 1, 0, 0, 0], [2, 0, 1, 0, 1]
+    assert summary["em"] == {"mean": pytest.approx(0.4), "spread": pytest.approx(statistics.pstdev(em)),
+                             "correlation_with_em": pytest.approx(1), "correlation_with_k": pytest.approx(statistics.correlation(em, k), abs=1e-6)}
+    assert summary["k"]["mean"] == pytest.approx(0.8)
+    assert summary["length"]["correlation_with_k"] == pytest.approx(statistics.correlation([1 / (1 + n) for n in k], k), abs=1e-6)
+    assert "with correctness" in caplog.text and "| length " in caplog.text
+    reward(ROWS[2:], "--weights", "em=1")
+    assert read_manifest("out.jsonl")["summary"]["em"]["correlation_with_k"] is None
+    reward(ROWS[1:2], "--weights", "em=1")
+    assert read_manifest("out.jsonl")["counts"]["trajectories"] == 0

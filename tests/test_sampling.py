@@ -3,14 +3,15 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import make_text, write_jsonl
 from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
 
 import sampling_dpo_trajectories
 from dynamicrag.manifest import read_manifest
-from dynamicrag.selection import expert_sequence
+from dynamicrag.selection import expert_sequence, summarise_selections
 from dynamicrag.stage import UserError
 
 
@@ -53,13 +54,13 @@ def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
     [row, other], _ = sampled([question(1), question(2)], ["prose"] * 8)
     assert row["id_lists"] == row["responses"] == row["selections"] == row["response_tokens"] == row["from_expert"] == []
     assert len(row["invalid_selections"]) == 8
-    seen = sampling_dpo_trajectories.summarise([row, other])
+    seen = summarise_selections([row, other])
     assert seen["malformed"] == 16 and seen["k_mean"] == seen["none_share"] == 0
 
 
 def test_trajectories_are_counted():
     rows, _ = sampled([question()], EIGHT)
-    assert sampling_dpo_trajectories.summarise(rows) == pytest.approx({
+    assert summarise_selections(rows) == pytest.approx({
         "questions": 1, "trajectories": 8, "malformed": 2, "out_of_range": 1, "repeated": 1, "none_share": 1 / 6,
         "k_mean": 9 / 6, "k_spread": (17 / 6 - 1.5**2) ** 0.5, "distinct_selections": 4, "distinct_answers": 4,
     })
@@ -77,7 +78,7 @@ def test_the_sampling_flags_reach_the_requests():
 
 def judged(*scores: float, **more) -> dict:
     """A question whose documents have these rerank scores, true above .5."""
-    docs = [{**doc, "rerank_score": score} for doc, score in zip(documents(len(scores)), scores, strict=True)]
+    docs = [{**doc, "rerank_score": score, "rerank_label": "true"} for doc, score in zip(documents(len(scores)), scores, strict=True)]
     return question(1, docs, true_id=[n for n, score in enumerate(scores, start=1) if score > 0.5], **more)
 
 
@@ -90,7 +91,7 @@ def test_the_expert_is_one_more_trajectory_among_the_documents_shown(scores, exp
     assert row["from_expert"] == [False] * 8 + [True]
     assert row["responses"][-1] == "from " + " ".join(f"d{n}" for n in expert)
     assert [len(batch) for batch in engine.batches] == [1, 1 if expert == [1] else 2]
-    assert sampling_dpo_trajectories.summarise([row])["k_mean"] == 1, "what the model wrote, without the expert"
+    assert summarise_selections([row])["k_mean"] == 1, "what the model wrote, without the expert"
 
 
 def test_an_expert_that_agrees_with_a_sample_is_not_answered_again():
@@ -98,15 +99,20 @@ def test_an_expert_that_agrees_with_a_sample_is_not_answered_again():
     assert len(engine.batches[1]) == 1
 
 
-def test_an_expert_without_scores_is_an_error_that_names_the_row():
-    with pytest.raises(UserError, match=r"row q1: document d1 has no rerank_score"):
-        sampled([question(true_id=[1])], EIGHT, "--include-expert")
-
-
-def test_the_expert_needs_labels(here):  # noqa: F811
-    with pytest.raises(UserError, match=r"q\.jsonl:1: key 'true_id'"):
+@pytest.mark.parametrize(
+    ("rows", "says"), [([question()], r"q\.jsonl:1: key 'true_id'"), ([judged(0.9), question(2, true_id=[1])], r"q\.jsonl: row q2: docs\[0\] has no rerank_score")]
+)
+def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded(here, rows, says):  # noqa: F811
+    write_jsonl(Path("q.jsonl"), rows)
+    with pytest.raises(UserError, match=says):
         sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--include-expert"])
     assert here == []
+
+
+@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--temperature", "0"], ["--top-p", "0"], ["--top-p", "1.1"]])
+def test_sampling_that_makes_no_sense_is_refused(flags):
+    with pytest.raises(SystemExit):
+        sampling_dpo_trajectories.parse_args(flags)
 
 
 def test_the_expert_is_the_one_that_is_cloned():

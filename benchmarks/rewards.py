@@ -1,0 +1,89 @@
+"""How fast trajectories are rewarded, beside one BERTScore call a pair and the limit the encoder sets: ratios of one run.
+
+The published loop calls bert_score.score for every trajectory and gold answer, which loads the model each time; the
+kinder loop loads it once. The limit is the encoder alone over the same unique texts, in full batches of texts of exactly
+one length. What is timed of ours is the stage's own work on a chunk, exact match and ROUGE included, without a judge.
+The input is what sampling wrote: the demo's by default, made by `bash scripts/demo.sh`.
+
+    python benchmarks/rewards.py --input_file runs/demo_default/results/training_data_dpo_sampling.json --bert_model models/minilm
+"""
+
+import argparse
+import sys
+
+import bert_score
+import measure
+import numpy as np
+from bert_score import BERTScorer
+
+import reward_trajectories
+from dynamicrag.batches import default_batch_tokens
+from dynamicrag.bertscore import BertScore
+from dynamicrag.prompts import Prompts
+from dynamicrag.records import read_rows
+from dynamicrag.stage import UserError
+
+LIMIT = "encoder, padding-free limit"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_file", default="runs/demo_default/results/training_data_dpo_sampling.json")
+    parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
+    parser.add_argument("--published_pairs", type=int, default=5, help="pairs the published loop is timed on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        rows = list(read_rows(args.input_file, ("answers", "id_lists", "responses")))
+    except UserError as error:
+        sys.exit(f"error: {error}; bash scripts/demo.sh makes the default one")
+    pairs = [(response, gold) for row in rows for response in row["responses"] for gold in row["answers"] if response.strip() and gold.strip()]
+    trajectories = sum(len(row["responses"]) for row in rows)
+    bert = BertScore(args.bert_model, None, args.device, "none")
+    texts = list(dict.fromkeys(text.strip() for pair in pairs for text in pair))
+    lengths = [len(tokens) for tokens in bert._tokenizer(texts, truncation=True)["input_ids"]]
+    sample = [pairs[number] for number in np.random.default_rng(0).choice(len(pairs), args.published_pairs, replace=False)]
+
+    def published() -> float:
+        for response, gold in sample:
+            bert_score.score([response], [gold], model_type=args.bert_model, num_layers=bert.layer, device=args.device)
+        return len(sample) * trajectories / len(pairs)
+
+    scorer = BERTScorer(model_type=args.bert_model, num_layers=bert.layer, device=args.device)
+
+    def loaded_once() -> float:
+        some = pairs[:: max(len(pairs) // 200, 1)]
+        for response, gold in some:
+            scorer.score([response], [gold])
+        return len(some) * trajectories / len(pairs)
+
+    def ours() -> float:
+        reward_trajectories.terms_of_answers(rows, bert, None, Prompts(), "exact")
+        return trajectories
+
+    def limit() -> float:
+        passes = measure.encoder_alone(bert._model, lengths, default_batch_tokens(args.device), args.device)
+        return passes * trajectories / len(texts)
+
+    systems = {
+        "bert_score.score a pair, as published": published, "one call a pair, model loaded once": loaded_once,
+        "reward_trajectories.py": ours, LIMIT: limit,
+    }
+    seconds = measure.in_turns(systems, args.rounds)
+    rows_of_table = [
+        [name, f"{1 / s:.1f}", f"{seconds['bert_score.score a pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]
+        for name, s in seconds.items()
+    ]
+    title = (f"Rewards, {trajectories} trajectories, {len(pairs)} pairs, {len(texts)} unique texts of {np.mean(lengths):.0f} tokens "
+             f"({min(lengths)} to {max(lengths)}), {args.device}")
+    measure.report(title, ["", "trajectories/s", "to the published loop", "to the limit"], rows_of_table, {n: 1 / s for n, s in seconds.items()}, args.output_file)
+
+
+if __name__ == "__main__":
+    main()
