@@ -34,12 +34,14 @@ class BertScore:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
         from transformers import AutoConfig
+        from transformers.utils import logging
 
         names = {known.rpartition("/")[2]: known for known in model2layers} | {known: known for known in model2layers}
         called = names.get(model) or (names.get(Path(model).name) if Path(model).is_dir() else None)
         path = _baseline_path(called or "" if baseline == "auto" else baseline)
         if path is None and baseline not in ("auto", "none"):
             raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline of that model")
+        logging.set_verbosity_error()  # it would report the pooling layer, which BERTScore does without
         try:
             config = AutoConfig.from_pretrained(model)
             layer = model2layers.get(called, config.num_hidden_layers) if layer is None else layer
@@ -58,7 +60,8 @@ class BertScore:
             self._tokenizer.model_max_length = getattr(config, "max_position_embeddings", 514) - 2
         self._unweighted = {self._tokenizer.cls_token_id, self._tokenizer.sep_token_id}
         self._pad_id = self._tokenizer.pad_token_id or 0
-        self._batch_tokens = batch_tokens or default_batch_tokens(device)
+        # Answers are of very different lengths: a quarter of the usual batch keeps the padding beside a long one small.
+        self._batch_tokens = batch_tokens or default_batch_tokens(device) // 4
         if path:
             log.info("BERTScore is rescaled by bert-score's baseline of %s, layer %d: %.3f becomes 0", path.stem, layer, self.baseline)
 
@@ -113,7 +116,9 @@ class BertScore:
                     for side in (0, 1)
                 )
                 similarity = torch.bmm(given, gold.transpose(1, 2))
-                similarity.masked_fill_(~given.any(dim=2).unsqueeze(2) | ~gold.any(dim=2).unsqueeze(1), -1.0)  # padding is matched last
+                for row, position in enumerate(batch):  # padding is matched last
+                    similarity[row, len(embedded[pairs[position][0]][1]) :] = -1.0
+                    similarity[row, :, len(embedded[pairs[position][1]][1]) :] = -1.0
                 precision = (similarity.amax(dim=2) * given_weights).sum(dim=1)
                 recall = (similarity.amax(dim=1) * gold_weights).sum(dim=1)
                 scores = torch.nan_to_num(2 * precision * recall / (precision + recall), nan=0.0, posinf=0.0, neginf=0.0)

@@ -104,7 +104,8 @@ class VllmEngine:
     def __init__(self, model: str, args: Namespace):
         self._chat_template = read_template(args.template)
         self.max_model_len = args.max_model_len
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # on a CPU it warns of every weight it converts
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         import torch
 
         on_cpu = not torch.cuda.is_available()
@@ -116,7 +117,7 @@ class VllmEngine:
         from vllm import LLM
 
         # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset").
-        whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": args.max_model_len} if on_cpu else {}
+        on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": args.max_model_len, "block_size": 32} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
         self._llm = LLM(
             model=model,
@@ -127,7 +128,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
             generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
-            **whole_prompts,
+            **on_a_cpu,
         )
         self._tokenizer = self._llm.get_tokenizer()
 

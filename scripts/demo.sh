@@ -11,8 +11,8 @@ source scripts/common.sh configs/demo.env
 
 # Minutes a step takes on two cores, measured; they only feed the estimate.
 case $DEMO_SIZE in
-    default) MINUTES=(1 1 4 1 3 1 1 11 1 1 3 2 1) ;;
-    full) MINUTES=(1 1 4 1 3 3 1 66 4 1 20 6 1) ;;
+    default) MINUTES=(1 1 3 1 3 1 1 11 3 1 4 3 1) ;;
+    full) MINUTES=(1 1 3 1 3 3 1 66 5 1 30 6 1) ;;
 esac
 STARTED=$SECONDS
 done_steps=0
