@@ -149,6 +149,11 @@ def turns(row: dict) -> list[dict]:
     return [{"role": "system", "content": row["system"]}, {"role": "user", "content": "\n".join(filter(None, [row["instruction"], row["input"]]))}]
 
 
+def first_pair(make, row: dict, prompts: Prompts) -> dict:
+    """The first training row of a question."""
+    return next(made for made, _ in make([row], prompts, construct_dpo.parse_args([])))
+
+
 def test_the_reranker_is_trained_on_what_it_is_asked(prompts_file):
     prompts = Prompts(prompts_file)
     labelled = process_training_data.label(ROW, 2)
@@ -156,7 +161,7 @@ def test_the_reranker_is_trained_on_what_it_is_asked(prompts_file):
         asked = caller(prompts_file).select(ROW, DOCS[:n]).messages
         if n == 2:
             assert turns(reranker_sequence.sft_row({**labelled, "sequence": [1]}, prompts)) == asked
-        assert turns(construct_dpo.reranker_pair({**ROW, "docs_shown": n}, prompts, 0.0)) == asked
+        assert turns(first_pair(construct_dpo.reranker_rows, {**ROW, "docs_shown": n}, prompts)) == asked
 
 
 def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
@@ -165,10 +170,10 @@ def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
     best_first = caller(prompts_file).answer(ROW, [DOCS[0], DOCS[2]]).messages
     assert turns(construct_generator_sft.sft_row(labelled, prompts, 14)) == best_first
     chosen = caller(prompts_file).answer(ROW, [DOCS[2], DOCS[0]]).messages
-    assert turns(construct_dpo.generator_pair(ROW, prompts, "gold")) == chosen
+    assert turns(first_pair(construct_dpo.generator_rows, ROW, prompts)) == chosen
     nothing = caller(prompts_file).answer(ROW, []).messages
     assert turns(construct_generator_sft.sft_row({**labelled, "true_id": []}, prompts, 14)) == nothing
-    assert turns(construct_dpo.generator_pair({**ROW, "id_lists": [[], [2]]}, prompts, "gold")) == nothing
+    assert turns(first_pair(construct_dpo.generator_rows, {**ROW, "id_lists": [[], [2]]}, prompts)) == nothing
 
 
 @pytest.mark.parametrize("targets", [{"output": "None"}, {"chosen": "[1]", "rejected": "[2]"}])
