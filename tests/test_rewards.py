@@ -279,6 +279,24 @@ def test_chunks_change_nothing(encoder_dir):
         assert one["response_scores"] == pytest.approx(two["response_scores"], abs=1e-5)
 
 
+def test_an_interrupted_run_continues_to_the_same_bytes(monkeypatch, encoder_dir):
+    flags = ["--bert_model", str(encoder_dir), "--device", "cpu", "--chunk_size", "1"]
+    reward(ROWS, *flags)
+    whole, real, chunks = Path("out.jsonl").read_bytes(), reward_trajectories.terms_of_answers, []
+
+    def dies_on_the_second(*args):
+        chunks.append(None)
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(reward_trajectories, "terms_of_answers", dies_on_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        reward(ROWS, *flags)
+    reward_trajectories.main(["--input_file", "in.jsonl", "--output_file", "out.jsonl", *flags])
+    assert len(chunks) == 4 and Path("out.jsonl").read_bytes() == whole
+
+
 def test_a_failing_scorer_ends_the_run_and_writes_nothing(monkeypatch, encoder_dir):  # behaviour 18
     def fails(self, pairs):
         raise RuntimeError("out of memory")

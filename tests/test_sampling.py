@@ -169,6 +169,24 @@ def test_sampling_writes_what_the_reward_stage_reads(here):  # noqa: F811
     assert manifest["summary"]["distinct_selections"] == pytest.approx(2 / 3)
 
 
+def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch):  # noqa: F811
+    flags = ["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja", "--chunk-size", "1"]
+    sampling_dpo_trajectories.main(flags)
+    whole, real, chunks = Path("s.json").read_bytes(), sampling_dpo_trajectories.sample_trajectories, []
+
+    def dies_on_the_third(*args, **named):
+        chunks.append(None)
+        if len(chunks) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **named)
+
+    monkeypatch.setattr(sampling_dpo_trajectories, "sample_trajectories", dies_on_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sampling_dpo_trajectories.main([*flags, "--overwrite"])
+    sampling_dpo_trajectories.main(flags)
+    assert len(chunks) == 4 and Path("s.json").read_bytes() == whole
+
+
 def test_another_model_may_choose(here):  # noqa: F811
     flags = ["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"]
     sampling_dpo_trajectories.main([*flags, "--llm-model", "G", "--reranker-model", "C"])

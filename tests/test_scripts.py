@@ -180,6 +180,18 @@ def test_the_best_round_is_the_earliest_of_the_highest_score(rounds_module, tmp_
         assert [cell.strip() for cell in lines[3].split("|")][9:12] == ["0.500", "0.250", "7"]
 
 
+def test_a_round_sampled_in_shards_is_summarised_from_its_rows(rounds_module, tmp_path):
+    make_round(tmp_path, 0, 1.0)
+    make_round(tmp_path, 1, 2.0)
+    sampled = tmp_path / "1/results/training_data_dpo_sampling.json"
+    Path(f"{sampled}.manifest.json").write_text("{}")  # as aggregate.py's has no summary of what was sampled
+    row = {"id": "q", "question": "?", "docs_shown": 3, "id_lists": [[1, 2], []], "selections": ["[1], [2]", "None"], "responses": ["a", "b"],
+           "from_expert": [False, False], "invalid_selections": []}
+    sampled.write_text(json.dumps([row]))
+    rounds_module.main(["--rounds_dir", str(tmp_path), "--last", "1", "--model", "m"])
+    assert json.loads((tmp_path / "rounds.json").read_text())["rounds"][1]["sampling"]["k_mean"] == 1.0
+
+
 def test_a_round_that_is_not_finished_is_named(rounds_module, tmp_path):
     make_round(tmp_path, 0, 1.0)
     make_round(tmp_path, 1, 2.0, "training_data/m_output_dpo.jsonl")
