@@ -2,7 +2,8 @@
 
 Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). Rows that could not be
 answered (the remain file of the run) and rows of --eval_file that are missing from the results count as wrong. Several
-result files make one table, a row each.
+result files make one table, a row each. --compare says how the first of them differs from each of the others, question by
+question: the difference, its interval and p, by paired bootstrap.
 
 Reads    results/llama3_8b_nq.json                       rows with answers and response, and the remain file beside it
 Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interval, n, documents, calls, tokens
@@ -21,7 +22,7 @@ import orjson
 from dynamicrag import stage
 from dynamicrag.calls import unanswered
 from dynamicrag.manifest import read_manifest
-from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, score_row
+from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, paired_bootstrap, score_row
 from dynamicrag.records import Row, read_rows
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table, system_names
@@ -38,6 +39,7 @@ def parse_args(argv=None):
     files.add_argument("--table_file", help="also write the Markdown table here")
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
+    scoring.add_argument("--compare", action="store_true", help="compare the first results file with each of the others")
     scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are broken down")
     scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
     stage.add_common_flags(parser)
@@ -95,6 +97,41 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int)
             for group, values in sorted(by_group.items())
         },
     }
+
+
+def scores_by_id(rows: Iterable[Row], metric: str | None) -> dict[str, float]:
+    """The score of every question that has a gold answer, in [0, 1]; without `response` it is 0."""
+    scores = {}
+    for row in rows:
+        response = row["response"] if isinstance(row.get("response"), str) else ""
+        score = score_row(metric or task_of(row.get("dataset")).metric, response, row)
+        if score is not None:
+            scores[row["id"]] = score
+    return scores
+
+
+def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
+    """The first system less each other one, on 0 to 100, with its 95 % interval and p, over the same questions.
+
+    Raises UserError for systems that were not asked the same: without --eval_file a missing question has no score.
+    """
+    (first, own), *others = scores.items()
+    compared = {}
+    for name, theirs in others:
+        if missing := sorted(own.keys() ^ theirs.keys()):
+            raise UserError(f"{first} and {name} have {len(missing)} questions that the other has not, {missing[0]} the first; give --eval_file")
+        found = paired_bootstrap([own[row_id] for row_id in own], [theirs[row_id] for row_id in own], seed)
+        compared[name] = {"n": len(own), **{key: value * (1 if key == "p" else 100) for key, value in found._asdict().items()}}
+    return compared
+
+
+def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
+    """One line a system that the first is compared with."""
+    lines = [
+        [name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}"]
+        for name, found in compared.items()
+    ]
+    return f"{first} less each of the others:\n\n" + markdown_table(["system", "n", "difference", "95 %", "p"], lines)
 
 
 def summary_tables(summaries: dict[str, dict]) -> str:
@@ -161,14 +198,21 @@ def main(argv=None):
     args = parse_args(argv)
     if args.remain_file and len(args.results_file) > 1:
         raise UserError("--remain_file belongs to one results file; of several, each one's manifest names its own")
-    summaries = {}
-    for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
-        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset)
-        summaries[name] = summarise(rows, args.metric, args.group_by, args.seed)
+    if args.compare and len(args.results_file) < 2:
+        raise UserError("--compare needs two results files or more")
+
+    def by_name(score: Callable[[Iterable[Row]], dict]) -> dict[str, dict]:
+        files = zip(system_names(args.results_file), args.results_file, strict=True)
+        return {name: score(result_rows(path, args.remain_file, args.eval_file, args.dataset)) for name, path in files}
+
+    summaries = by_name(lambda rows: summarise(rows, args.metric, args.group_by, args.seed))
+    compared = compare(by_name(lambda rows: scores_by_id(rows, args.metric)), args.seed) if args.compare else {}
     output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries}, option=orjson.OPT_INDENT_2))
+    output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries, "compared": compared}, option=orjson.OPT_INDENT_2))
     table = summary_tables(summaries)
+    if compared:
+        table += "\n\n" + comparison_table(next(iter(summaries)), compared)
     if args.table_file:
         Path(args.table_file).write_text(table + "\n", encoding="utf-8")
     print(table)

@@ -224,3 +224,32 @@ def test_what_was_scored_is_named_in_the_metrics_file():
     write("r.json", RIGHT)
     run("r.json", metric="f1")
     assert json.loads(Path("r.json.metrics.json").read_text())["arguments"]["metric"] == "f1"
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def compared(*files: str, **flags) -> dict:
+    evaluate.main(["--results_file", *files, "--compare", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))])
+    return json.loads(Path(f"{files[0]}.metrics.json").read_text())["compared"]
+
+
+def test_the_first_run_is_compared_with_each_other_question_by_question(capsys):
+    better = [make_row(n, "gold" if n % 4 else "bad") for n in range(100)]
+    worse = [make_row(n, "gold" if n % 2 else "bad") for n in range(100)]
+    write("a.json", better), write("b.json", worse[::-1]), write("c.json", better)
+    found = compared("a.json", "b.json", "c.json")
+    assert found["b"]["n"] == 100 and found["b"]["difference"] == pytest.approx(25)
+    assert 15 < found["b"]["low"] < 25 < found["b"]["high"] < 35 and found["b"]["p"] < 0.001
+    assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1}
+    assert "a less each of the others" in capsys.readouterr().out
+
+
+def test_only_the_same_questions_are_compared():
+    write("a.json", RIGHT), write("b.json", RIGHT[:4])
+    with pytest.raises(UserError, match="2 questions that the other has not, q5 the first; give --eval_file"):
+        compared("a.json", "b.json")
+    write("asked.json", [make_row(n, None) for n in range(1, 7)])
+    assert compared("a.json", "b.json", eval_file="asked.json")["b"]["difference"] == pytest.approx(100 / 3), "missing ones are wrong"
+    with pytest.raises(UserError, match="--compare needs two"):
+        compared("a.json")

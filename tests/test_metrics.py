@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamicrag import metrics
-from dynamicrag.metrics import METRIC_NAMES, METRICS, bootstrap_interval, score_row
+from dynamicrag.metrics import METRIC_NAMES, METRICS, bootstrap_interval, paired_bootstrap, score_row
 from dynamicrag.tasks import TASKS, target_answer, task_of
 
 CASES = [
@@ -182,3 +182,26 @@ def test_more_questions_make_a_narrower_interval():
     few, many = ([float(n % 2) for n in range(count)] for count in (20, 2000))
     widths = [high - low for low, high in (bootstrap_interval(few, 1), bootstrap_interval(many, 1))]
     assert widths[0] > 5 * widths[1]
+
+
+def test_a_paired_comparison_finds_no_difference_where_there_is_none_about_as_often_as_it_says():
+    rng = random.Random(4)
+    found = [
+        paired_bootstrap([float(rng.random() < 0.4) for _ in range(60)], [float(rng.random() < 0.4) for _ in range(60)], seed, resamples=200)
+        for seed in range(200)
+    ]
+    assert 0.88 < sum(one.low <= 0 <= one.high for one in found) / 200 <= 0.99
+    assert sum(one.p < 0.05 for one in found) < 24
+
+
+def test_a_paired_comparison_uses_the_pairs():
+    """Two systems that differ on few questions, always the same way: unpaired, the difference would drown in the spread."""
+    own = [float(n % 2) for n in range(200)]
+    others = [score if n % 20 else 0.0 for n, score in enumerate(own, start=1)]
+    found = paired_bootstrap(own, others, 1)
+    assert found == paired_bootstrap(own, others, 1)
+    assert found.difference == pytest.approx(sum(own) / 200 - sum(others) / 200)
+    assert 0 < found.low < found.difference < found.high and found.p < 0.01
+    reverse = paired_bootstrap(others, own, 1)
+    assert reverse.difference == -found.difference and reverse.p == pytest.approx(found.p, abs=0.01)
+    assert paired_bootstrap(own, own, 1) == (0, 0, 0, 1)
