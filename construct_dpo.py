@@ -24,7 +24,7 @@ from dynamicrag.gold import gold_documents
 from dynamicrag.output import Output
 from dynamicrag.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.records import Row, read_rows
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
@@ -176,23 +176,24 @@ def main(argv=None):
     if out.finished:
         return
     prompts = Prompts(args.prompts)
-    count = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-
-    def kept(reject=out.ignore) -> Iterator[Row]:
-        return (row for row in read_rows(args.input_file, NEEDS, reject=reject) if worth_learning_from(row, args.keep_mean))
-
-    differing = [len(set(row["response_scores"])) > 1 for row in kept(out.reject)]
-    share = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
+    count, differing = 0, []  # of the questions kept, whether their rewards differ
+    for row in read_rows(args.input_file, NEEDS, reject=out.reject):
+        count += 1
+        if worth_learning_from(row, args.keep_mean):
+            differing.append(len(set(row["response_scores"])) > 1)
+    for_generator = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
 
     def questions(start: int, stop: int | None) -> Iterator[Row]:
         """All questions for either set; by the published recipe a question serves one of them, and only if its rewards differ."""
-        return kept() if args.recipe == "default" else itertools.islice(itertools.compress(kept(), differing), start, stop)
+        rows = read_rows(args.input_file, NEEDS, reject=out.ignore)
+        kept = (row for row in rows if worth_learning_from(row, args.keep_mean))
+        return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
     def generator() -> Iterator[tuple[dict, dict]]:
-        return distinct(generator_rows(questions(0, share), prompts, args))
+        return distinct(generator_rows(questions(0, for_generator), prompts, args))
 
     def reranker() -> Iterator[tuple[dict, dict]]:
-        return distinct(reranker_rows(questions(share, None), prompts, args))
+        return distinct(reranker_rows(questions(for_generator, None), prompts, args))
 
     for name, pairs in (("reranker", reranker()), ("generator", generator())):
         if next(pairs, None) is None:

@@ -46,13 +46,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int) -> dict:
-    """Scores on 0 to 100, and cost a question.
+def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int) -> tuple[dict, dict[str, float]]:
+    """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
 
     Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
     counted.
     """
-    scores: list[float] = []
+    scores: dict[str, float] = {}
     by_group: dict[str, list[float]] = defaultdict(list)
     documents_by_group: dict[str, list[int]] = defaultdict(list)
     documents: list[int] = []
@@ -67,7 +67,7 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int)
             seen["without_gold_answer"] += 1
             continue
         metrics.add(row_metric)
-        scores.append(score)
+        scores[row["id"]] = score
         by_group[str(row.get(group_by, ""))].append(score)
         seen["unanswered"] += not answered
         if answered:
@@ -84,9 +84,9 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int)
         low, high = bootstrap_interval(values, seed)
         return {"n": len(values), "score": 100 * statistics.fmean(values), "low": 100 * low, "high": 100 * high}
 
-    return {
+    summary = {
         "metric": "+".join(sorted(metrics)),
-        **cell(scores),
+        **cell(list(scores.values())),
         "unanswered": seen["unanswered"],
         "without_gold_answer": seen["without_gold_answer"],
         "documents": statistics.fmean(documents) if documents else 0.0,
@@ -97,17 +97,7 @@ def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int)
             for group, values in sorted(by_group.items())
         },
     }
-
-
-def scores_by_id(rows: Iterable[Row], metric: str | None) -> dict[str, float]:
-    """The score of every question that has a gold answer, in [0, 1]; without `response` it is 0."""
-    scores = {}
-    for row in rows:
-        response = row["response"] if isinstance(row.get("response"), str) else ""
-        score = score_row(metric or task_of(row.get("dataset")).metric, response, row)
-        if score is not None:
-            scores[row["id"]] = score
-    return scores
+    return summary, scores
 
 
 def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
@@ -200,13 +190,11 @@ def main(argv=None):
         raise UserError("--remain_file belongs to one results file; of several, each one's manifest names its own")
     if args.compare and len(args.results_file) < 2:
         raise UserError("--compare needs two results files or more")
-
-    def by_name(score: Callable[[Iterable[Row]], dict]) -> dict[str, dict]:
-        files = zip(system_names(args.results_file), args.results_file, strict=True)
-        return {name: score(result_rows(path, args.remain_file, args.eval_file, args.dataset)) for name, path in files}
-
-    summaries = by_name(lambda rows: summarise(rows, args.metric, args.group_by, args.seed))
-    compared = compare(by_name(lambda rows: scores_by_id(rows, args.metric)), args.seed) if args.compare else {}
+    summaries, scores = {}, {}
+    for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
+        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset)
+        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed)
+    compared = compare(scores, args.seed) if args.compare else {}
     output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries, "compared": compared}, option=orjson.OPT_INDENT_2))

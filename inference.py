@@ -36,7 +36,7 @@ from dynamicrag.calls import (
 from dynamicrag.engine import Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import format_ids, parse_ids
+from dynamicrag.selection import expert_sequence, format_ids, parse_ids
 from dynamicrag.stage import UserError
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|top:[1-9]\d*")
@@ -75,9 +75,9 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     unscored = next((doc["id"] for doc in docs if any(doc.get(score) is None for score in needed)), None)
     if unscored is not None:
         raise UserError(f"--selector {selector}: document {unscored} has no {' and '.join(needed)}; run reranker.py first")
-    best_first = sorted(range(1, len(docs) + 1), key=lambda position: -docs[position - 1][key])
     if selector == "monot5":
-        return [position for position in best_first if docs[position - 1]["rerank_label"] == "true"]
+        return expert_sequence(docs, [n for n, doc in enumerate(docs, start=1) if doc["rerank_label"] == "true"], len(docs))
+    best_first = sorted(range(1, len(docs) + 1), key=lambda position: -docs[position - 1][key])
     scores = [docs[position - 1][key] for position in best_first]
     gaps = [higher - lower for higher, lower in itertools.pairwise(scores)]
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first

@@ -33,7 +33,8 @@ from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.index import CANDIDATES, NPROBE
-from dynamicrag.output import Output, in_turn
+from dynamicrag.locks import in_turn
+from dynamicrag.output import Output
 from dynamicrag.runs import Run, fuse
 
 if TYPE_CHECKING:

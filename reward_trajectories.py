@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.bertscore import BertScore
-from dynamicrag.judge import Judge
+from dynamicrag.judge import REPLY_FORMATS, Judge
 from dynamicrag.metrics import rouge_l
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url", metavar="URL", help="OpenAI-compatible endpoint; the key is JUDGE_API_KEY's")
     judge.add_argument("--judge-model", help="model name at that endpoint")
-    judge.add_argument("--judge-format", choices=["json_schema", "json_object", "text"], default="json_schema",
+    judge.add_argument("--judge-format", choices=REPLY_FORMATS, default="json_schema",
                        help="what the endpoint supports of structured output; grades are read strictly in any case")
     judge.add_argument("--judge-limit", type=int, help="most calls this run may make; grades so far are kept")
     judge.add_argument("--judge-cache", default="results/judge_cache.sqlite", help="grades already given")

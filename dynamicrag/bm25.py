@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamicrag.output import exclusive
+from dynamicrag.locks import exclusive
 from dynamicrag.passages import PassageStore
 from dynamicrag.stage import UserError, log
 

@@ -94,7 +94,8 @@ def work_on_fitting(
 
     One over-long question costs itself, not the run.
     """
-    reasons = {row["id"]: next(filter(None, (caller.too_long(row) for caller in dict.fromkeys(callers))), None) for row in rows}
+    models = list(dict.fromkeys(callers))
+    reasons = {row["id"]: next((reason for caller in models if (reason := caller.too_long(row))), None) for row in rows}
     done = iter(work([row for row in rows if not reasons[row["id"]]]))
     return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
 

@@ -116,7 +116,8 @@ class VllmEngine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset").
+        # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
+        # prompts in blocks of 128 tokens: each of several samples would read what is left over of its prompt again.
         on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": args.max_model_len, "block_size": 32} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
         self._llm = LLM(

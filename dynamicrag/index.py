@@ -11,8 +11,8 @@ import orjson
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.device import devices_of
 from dynamicrag.flat import ExactIndex
+from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint
-from dynamicrag.output import exclusive
 from dynamicrag.rescoring import rescore
 from dynamicrag.shards import Shard
 from dynamicrag.stage import UserError, log

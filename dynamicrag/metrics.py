@@ -3,13 +3,19 @@
 Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single spaces.
 """
 
+from __future__ import annotations
+
 import re
+import statistics
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = {ord(character): None for character in string.punctuation}
@@ -105,13 +111,19 @@ def score_row(metric: str, response: str, row: dict) -> float | None:
 
 def bootstrap_interval(scores: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `scores` (n,)."""
+    low, high, _ = _bootstrap(scores, seed, resamples)
+    return low, high
+
+
+def _bootstrap(values: Sequence[float], seed: int, resamples: int) -> tuple[float, float, np.ndarray]:
+    """The 95 % percentile interval of the mean of `values` (n,), and the means of all resamples (resamples,)."""
     import numpy as np
 
-    values = np.asarray(scores, dtype=np.float64)
+    values = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return float(low), float(high), means
 
 
 class Comparison(NamedTuple):
@@ -129,11 +141,7 @@ def paired_bootstrap(scores: Sequence[float], others: Sequence[float], seed: int
     p is twice the smaller share of resamples in which the difference is not above, or not below, zero; it is at least
     2 / (resamples + 1), since no finite number of resamples shows more.
     """
-    import numpy as np
-
-    differences = np.asarray(scores, dtype=np.float64) - np.asarray(others, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = np.array([differences[generator.integers(0, len(differences), len(differences))].mean() for _ in range(resamples)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    return Comparison(float(differences.mean()), float(low), float(high), float(min(1.0, 2 * (tail + 1) / (resamples + 1))))
+    differences = [score - other for score, other in zip(scores, others, strict=True)]
+    low, high, means = _bootstrap(differences, seed, resamples)
+    tail = int(min((means <= 0).sum(), (means >= 0).sum()))
+    return Comparison(statistics.fmean(differences), low, high, min(1.0, 2 * (tail + 1) / (resamples + 1)))

@@ -6,7 +6,6 @@ fixed positions, the result equals that of an undisturbed run. The manifest is w
 """
 
 import argparse
-import contextlib
 import fcntl
 import itertools
 import os
@@ -21,27 +20,6 @@ from dynamicrag.atomic import atomic_writer
 from dynamicrag.jsonio import dump_line, write_json
 from dynamicrag.manifest import identity, manifest_path, read_manifest, versions
 from dynamicrag.stage import UserError, log
-
-
-@contextlib.contextmanager
-def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold `<path>.lock`: of several workers that need the same cached file, one makes it and the others wait."""
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def in_turn(path: str | Path) -> Iterator[None]:
-    """Of several workers that started together, one works at a time, and none goes on before all have had their turn.
-
-    What each needs in memory for this work alone, they then never need beside what comes after.
-    """
-    with open(f"{path}.started", "w") as started:
-        fcntl.flock(started, fcntl.LOCK_SH)
-        with exclusive(path):
-            yield
-        fcntl.flock(started, fcntl.LOCK_EX)  # gives the shared lock up, and waits for those who still hold it
 
 
 class Output:

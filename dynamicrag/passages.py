@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import orjson
 
 from dynamicrag.jsonio import read_json
+from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint
-from dynamicrag.output import exclusive
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:

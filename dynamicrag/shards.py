@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.atomic import atomic_writer
+from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint, read_manifest
-from dynamicrag.output import exclusive
 from dynamicrag.passages import PassageStore
 from dynamicrag.stage import UserError, log
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from dynamicrag import jsonio, output, stage
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.jsonio import read_json, write_json
+from dynamicrag.locks import in_turn
 from dynamicrag.manifest import read_manifest
-from dynamicrag.output import Output, in_turn
+from dynamicrag.output import Output
 from dynamicrag.records import count_rows, normalise_row, read_rows
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import derive_dataset
