@@ -11,7 +11,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -77,7 +77,21 @@ def str_em(response: str, short_answers: Sequence[Sequence[str]]) -> float:
 def _rouge(kind: str):
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], use_stemmer=True)
+    return RougeScorer([kind], tokenizer=_StemmingOnce())
+
+
+class _StemmingOnce:
+    """rouge-score's own tokens, with stemming; a word that comes again is not stemmed again, which takes most of the time."""
+
+    def __init__(self):
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = lru_cache(100_000)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        from rouge_score.tokenize import tokenize
+
+        return tokenize(text, self)
 
 
 def split_sentences(text: str) -> str:
