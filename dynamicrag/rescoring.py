@@ -48,11 +48,10 @@ def inner_products(vectors: torch.Tensor, row: torch.Tensor, exact: torch.Tensor
     """vectors[row] . exact[query], summed in float64: float32 of the length of row and query."""
     import torch
 
-    products = [
-        (vectors[rows].double() * exact[queries]).sum(dim=1)
-        for rows, queries in zip(row.split(RESCORED), query.split(RESCORED), strict=True)
-    ]
-    return torch.cat(products).float()
+    scores = torch.empty(len(row), device=vectors.device)  # made first: kept results between freed vectors would spread them over memory
+    for of_some, rows, queries in zip(scores.split(RESCORED), row.split(RESCORED), query.split(RESCORED), strict=True):
+        of_some.copy_((vectors[rows].double() * exact[queries]).sum(dim=1))
+    return scores
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

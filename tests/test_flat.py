@@ -1,5 +1,9 @@
 """Exact search: the same documents and the same scores as brute force in float64, to the last bit and tie."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +148,19 @@ def test_anything(data):
         patch.setattr(flat, "TILE_VECTORS", {"cpu": data.draw(st.sampled_from([1, 13, 64, 128]))})
         patch.setattr(flat, "BLOCK_VECTORS", data.draw(st.sampled_from([1, 50, 128, 1000])))
         assert_exact(values, rng.choice([0.0, 1.0, -0.5, 3.0], (questions, width)).astype(np.float32), k, cuts=(cut,))
+
+
+def test_comparing_many_candidates_takes_no_more_memory_than_a_few(rough):
+    """It was 360 MB, in every worker at the same time: results kept between freed vectors spread them over the heap."""
+    measured = """
+import resource, torch
+from dynamicrag.rescoring import inner_products
+vectors, queries = torch.ones(20_000, 768, dtype=torch.float16), torch.ones(64, 768, dtype=torch.float64)
+row, query = torch.arange(60_000) % 20_000, torch.arange(60_000) % 64
+inner_products(vectors, row[:600], queries, query[:600])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+inner_products(vectors, row, queries, query)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert float(done.stdout) < 50
