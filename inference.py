@@ -7,7 +7,8 @@ The baselines a paper compares with are other values of --selector:
     monot5       those the reranker labelled relevant, best first
     adaptive     those before the largest gap between neighbouring scores
     pointwise    the LLM is asked once for every document whether it is needed
-Several selectors may be given; the model is loaded once and {selector} in the output paths is replaced by each.
+Several files and selectors may be given: the model is loaded once, and {input} and {selector} in the output paths stand
+for the name of the file and the selector.
 
 Reads    eval_data/nq.jsonl                      rows with docs
 Writes   results/llama3_8b_nq.json               + id_list, final_docs, response, docs_shown, usage
@@ -21,21 +22,12 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
 import itertools
 import re
 from argparse import Namespace
-from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import (
-    Caller,
-    add_call_flags,
-    fail_unanswered,
-    load_callers,
-    remain_path,
-    unanswered,
-    work_on_fitting,
-)
-from dynamicrag.engine import Usage, add_engine_flags, engine_inputs
-from dynamicrag.output import Output
-from dynamicrag.records import Doc, Row, count_rows, read_rows
+from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
+from dynamicrag.calls import Caller, add_call_flags, load_callers
+from dynamicrag.engine import Usage, add_engine_flags
+from dynamicrag.records import Doc, Row
 from dynamicrag.selection import expert_sequence, format_ids, parse_ids
 from dynamicrag.stage import UserError
 
@@ -45,21 +37,14 @@ BY_LLM = ("dynamic", "pointwise")
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument("--input-json", "--input-jsonl", dest="input_json", default="eval_data/nq.jsonl", help="questions")
-    files.add_argument(
-        "--output-json", "--output-jsonl", dest="output_json", default="results/llama3_8b_nq.json", help="answered rows"
-    )
-    files.add_argument("--remain-output-json", help="rows without an answer (default: <output>_remain)")
+    add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
     choice.add_argument("--selector", nargs="+", default=["dynamic"], help="who chooses the documents")
     choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown, as in training")
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
-    args = parser.parse_args(argv)
-    args.remain_output_json = args.remain_output_json or remain_path(args.output_json)
-    return args
+    return parser.parse_args(argv)
 
 
 def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
@@ -106,14 +91,14 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
     return choices, usages
 
 
-def answer_chunk(rows: list[Row], selector: str, callers: tuple[Caller, Caller], topn: int) -> list[Row]:
+def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
     """The rows answered; one whose selection cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
-    shown = [chooser.shown(row["question"], row["docs"][:topn]) for row in rows]
-    if selector in BY_LLM:
-        choices, usages = select_by_llm(selector, rows, shown, chooser)
+    shown = [chooser.shown(row["question"], row["docs"][: run.topn]) for row in rows]
+    if run.selector in BY_LLM:
+        choices, usages = select_by_llm(run.selector, rows, shown, chooser)
     else:
-        choices, usages = [select_by_rule(selector, docs) for docs in shown], [Usage() for _ in rows]
+        choices, usages = [select_by_rule(run.selector, docs) for docs in shown], [Usage() for _ in rows]
     readable = [number for number, choice in enumerate(choices) if isinstance(choice, list)]
     completions = generator.engine.complete([
         generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]) for number in readable
@@ -135,33 +120,16 @@ def answer_chunk(rows: list[Row], selector: str, callers: tuple[Caller, Caller],
     return results
 
 
-def open_output(args: Namespace, selector: str) -> Output:
-    """The output files of one selector."""
-    name = selector.replace(":", "")
-    paths = {key: getattr(args, key).replace("{selector}", name) for key in ("output_json", "remain_output_json")}
-    one = Namespace(**{**vars(args), **paths, "selector": selector})
-    return Output(one, list(paths.values()), [args.input_json, *engine_inputs(args)])
-
-
 def main(argv=None):
     args = parse_args(argv)
     for selector in args.selector:
         if not SELECTOR.fullmatch(selector):
             raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive or pointwise")
-    if len(args.selector) > 1 and not ("{selector}" in args.output_json and "{selector}" in args.remain_output_json):
-        raise UserError("several selectors need {selector} in --output-json and --remain-output-json")
-    outputs = {selector: open_output(args, selector) for selector in args.selector}
-    unfinished = {selector: out for selector, out in outputs.items() if not out.finished}
-    if not unfinished:
-        return
-    total = count_rows(args.input_json, ("docs",), skip_malformed=args.on_error == "skip")
 
-    callers = load_callers(args, both=any(selector in BY_LLM for selector in args.selector))
-    for selector, out in unfinished.items():
-        answer = partial(answer_chunk, selector=selector, callers=callers, topn=args.topn)
-        work = partial(work_on_fitting, callers=callers, work=answer, fail=fail_unanswered)
-        out.process(read_rows(args.input_json, ("docs",), args.dataset, out.reject), args.chunk_size, work, total, selector)
-        out.finish_answers()
+    def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
+        return load_callers(args, both=any(run.selector in BY_LLM for run in runs))
+
+    answer_runs(runs_of(args, "selector"), load, answer_rows, "selector")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,14 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
         --remain-output-json results/llama3_8b_top_500_nq_remain.json --max-context-window 40 --topn 500
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.calls import (
-    Caller,
-    add_call_flags,
-    fail_unanswered,
-    load_callers,
-    remain_path,
-    unanswered,
-    work_on_fitting,
-)
-from dynamicrag.engine import Usage, add_engine_flags, engine_inputs
-from dynamicrag.output import Output
-from dynamicrag.records import Doc, Row, count_rows, read_rows
+from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
+from dynamicrag.calls import Caller, add_call_flags, load_callers
+from dynamicrag.engine import Usage, add_engine_flags
+from dynamicrag.records import Doc, Row
 from dynamicrag.selection import Selection, parse_ids
 from dynamicrag.stage import UserError
 
@@ -38,25 +30,18 @@ Window = tuple[int, list[Doc]]  # (number of the question, documents shown)
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input-jsonl", "--input-json", dest="input_json", default="eval_data/nq_top500.jsonl", help="questions"
-    )
-    files.add_argument(
-        "--output-json", "--output-jsonl", dest="output_json", default="results/llama3_8b_top_500_nq.json", help="answered rows"
-    )
-    files.add_argument(
-        "--remain-output-json", help="rows without an answer (default: <output>_remain)"
-    )
+    add_files_flags(parser.add_argument_group("files"), "eval_data/nq_top500.jsonl", "results/llama3_8b_top_500_nq.json")
     windows = parser.add_argument_group("windows")
     windows.add_argument("--max-context-window", type=int, default=40, help="documents a window")
-    windows.add_argument("--topn", type=int, default=500, help="documents a question, from the first")
+    windows.add_argument("--topn", type=int, nargs="+", default=[500], help="documents a question, from the first")
+    windows.add_argument(
+        "--order", choices=["final", "retrieval"], default="final",
+        help="order of the documents to answer from: as the LLM wrote them in the last window, or as they were retrieved",
+    )
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
-    args = parser.parse_args(argv)
-    args.remain_output_json = args.remain_output_json or remain_path(args.output_json)
-    return args
+    return parser.parse_args(argv)
 
 
 def reduce_to_window(
@@ -91,7 +76,7 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
     return list(first.values())
 
 
-def answer_chunk(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
+def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
     """The rows answered; one whose last selection cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
     usages = [Usage() for _ in rows]
@@ -105,12 +90,13 @@ def answer_chunk(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[
             usages[number].add(completion)
         return [parse_ids(completion.texts[0], len(docs)) for (_, docs), completion in zip(shown, completions, strict=True)]
 
-    candidates = reduce_to_window([row["docs"][: args.topn] for row in rows], args.max_context_window, choose)
+    candidates = reduce_to_window([row["docs"][: run.topn] for row in rows], run.max_context_window, choose)
     open_questions = [number for number, docs in enumerate(candidates) if docs]
     final = dict(zip(open_questions, choose([(number, candidates[number]) for number in open_questions]), strict=True))
+    in_order = sorted if run.order == "retrieval" else list  # candidates are in the order of retrieval
     readable = [number for number in range(len(rows)) if number not in final or final[number].valid]
     chosen = {
-        number: [candidates[number][position - 1] for position in final[number].ids] if number in final else []
+        number: [candidates[number][position - 1] for position in in_order(final[number].ids)] if number in final else []
         for number in readable
     }
     completions = generator.engine.complete([generator.answer(rows[number], chosen[number]) for number in readable])
@@ -136,16 +122,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.max_context_window < 1:
         raise UserError("--max-context-window: at least 1")
-    out = Output(args, [args.output_json, args.remain_output_json], [args.input_json, *engine_inputs(args)])
-    if out.finished:
-        return
-    total = count_rows(args.input_json, ("docs",), skip_malformed=bool(out.reject))
-    callers = load_callers(args)
-    rows = read_rows(args.input_json, ("docs",), args.dataset, out.reject)
-    answer = partial(answer_chunk, callers=callers, args=args)
-    work = partial(work_on_fitting, callers=callers, work=answer, fail=fail_unanswered)
-    out.process(rows, args.chunk_size, work, total, f"top {args.topn}")
-    out.finish_answers()
+    if min(args.topn) < 1:
+        raise UserError("--topn: at least 1")
+    answer_runs(runs_of(args, "topn"), lambda _: load_callers(args), answer_rows, "topn")
 
 
 if __name__ == "__main__":

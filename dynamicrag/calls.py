@@ -5,7 +5,6 @@ Sampling, inference and top-N inference build their requests here and nowhere el
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from dynamicrag.engine import ApiEngine, Request, VllmEngine, load_engine
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
@@ -13,9 +12,6 @@ from dynamicrag.records import Doc, Row
 from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of
-
-# What inference.py and top_inference.py add to a row.
-RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
 
 
 def add_call_flags(parser: ArgumentParser) -> None:
@@ -34,16 +30,6 @@ def add_call_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument("--dataset", help="data set of every row, over what the rows say")
     group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
-
-
-def unanswered(row: Row) -> Row:
-    """The row without what an earlier run answered: result and remain files are usable inputs."""
-    return {key: value for key, value in row.items() if key not in RESULT_KEYS}
-
-
-def fail_unanswered(row: Row, reason: str) -> Row:
-    """The row as the remain file has it."""
-    return {**unanswered(row), "error": reason}
 
 
 def documents_that_fit(
@@ -65,12 +51,6 @@ def documents_that_fit(
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
     return list(docs[:fitting])
-
-
-def remain_path(output: str) -> str:
-    """Where the rows go that a run to `output` could not answer, unless a flag says otherwise."""
-    path = Path(output)
-    return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:

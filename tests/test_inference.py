@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import inference
 import sampling_dpo_trajectories
 import top_inference
 from dynamicrag import calls
-from dynamicrag.calls import Caller, documents_that_fit, fail_unanswered, work_on_fitting
+from dynamicrag.answering import fail_unanswered
+from dynamicrag.calls import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.engine import Completion, Usage
 from dynamicrag.jsonio import read_json
 from dynamicrag.selection import Selection, format_ids, summarise_selections
@@ -75,7 +77,7 @@ def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Ca
 
 def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
     call = caller(reply, inference, window, *flags)
-    return inference.answer_chunk(rows, selector, (call, call), topn), call.engine
+    return inference.answer_rows(rows, (call, call), Namespace(selector=selector, topn=topn)), call.engine
 
 
 def choosing(text: str):
@@ -310,6 +312,35 @@ def test_several_selectors_load_one_model_and_write_a_file_each(here):
     assert len(here) == 1, "a finished run loads nothing"
 
 
+def test_several_files_load_one_model_and_each_is_as_if_it_were_answered_alone(here):
+    Path("more.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (2, 5)))
+    several = ["--input-json", "q.jsonl", "more.jsonl", "--output-json", "several/{input}_{selector}.json"]
+    inference.main([*several, "--template", "t.jinja", "--selector", "dynamic", "none"])
+    assert len(here) == 1
+    for name in ("q", "more"):
+        inference.main(["--input-json", f"{name}.jsonl", "--output-json", f"alone/{name}_dynamic.json", "--template", "t.jinja"])
+        for suffix in ("", "_remain"):
+            assert Path(f"several/{name}_dynamic{suffix}.json").read_bytes() == Path(f"alone/{name}_dynamic{suffix}.json").read_bytes()
+    assert [row["id_list"] for row in read("several/more_none.json")] == [[], []]
+    loaded = len(here)
+    inference.main([*several, "--template", "t.jinja", "--selector", "dynamic", "none"])
+    assert len(here) == loaded, "a finished run loads nothing"
+
+
+def test_a_broken_file_among_several_is_found_before_a_model_is_loaded(here):
+    Path("broken.jsonl").write_text(json.dumps({**question(1), "docs": "none"}))
+    with pytest.raises(UserError, match="broken.jsonl:1: key 'docs'"):
+        run(inference, "--input-json", "q.jsonl", "broken.jsonl", "--output-json", "out/{input}.json", "--remain-output-json", "out/{input}_r.json")
+    assert here == [] and not list(Path("out").glob("*.json"))
+
+
+def test_several_numbers_of_documents_load_one_model_and_write_a_file_each(here):
+    run(top_inference, "--topn", "2", "5", "--max-context-window", "2", "--output-json", "out/{input}_{topn}.json", "--remain-output-json", "out/r{topn}")
+    assert len(here) == 1
+    assert [row["usage"]["calls"] for row in read("out/q_2.json")] == [2, 2], "one window, and the answer"
+    assert [row["usage"]["calls"] for row in read("out/q_5.json")] == [3 + 2 + 1 + 1] * 2, "three windows, two, the last, and the answer"
+
+
 @pytest.mark.parametrize(("selector", "models"), [("dynamic", ["G", "C"]), ("all", ["G"])])
 def test_a_reranker_model_chooses_where_given_and_is_loaded_only_where_it_is_asked(here, selector, models):
     run(inference, "--selector", selector, "--llm-model", "G", "--reranker-model", "C")
@@ -323,7 +354,9 @@ def test_a_reranker_model_chooses_where_given_and_is_loaded_only_where_it_is_ask
     ("flags", "says"),
     [
         (["--selector", "best"], "--selector best: expected"), (["--selector", "top:0"], "--selector top:0"),
-        (["--selector", "all", "none", "--output-json", "one.json"], "several selectors need {selector}"),
+        (["--selector", "all", "none", "--output-json", "one.json"], "one.json: would be written by 2 runs; put {input} in --output-json"),
+        (["--selector", "all", "none", "--remain-output-json", "one.json"], "put {input} in --remain-output-json"),
+        (["--input-json", "q.jsonl", "more.jsonl"], "out/dynamic.json: would be written by 2 runs"),
         (["--prompts", "missing.yaml"], "missing.yaml"), (["--template", "missing.jinja"], "missing.jinja"),
         (["--input-json", "missing.jsonl"], "missing.jsonl"),
     ],
@@ -346,7 +379,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
     flags = ["--chunk-size", "1", "--output-json", f"a.{suffix}", "--remain-output-json", f"b.{suffix}"]
     run(inference, *flags)
     whole = Path(f"a.{suffix}").read_bytes(), Path(f"b.{suffix}").read_bytes()
-    real, chunks = inference.answer_chunk, []
+    real, chunks = inference.answer_rows, []
 
     def dies_on_the_third(*args, **named):
         chunks.append(None)
@@ -354,7 +387,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
             raise KeyboardInterrupt
         return real(*args, **named)
 
-    monkeypatch.setattr(inference, "answer_chunk", dies_on_the_third)
+    monkeypatch.setattr(inference, "answer_rows", dies_on_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(inference, *flags, "--overwrite")
     with Path(f"a.{suffix}.partial").open("ab") as file:
@@ -388,7 +421,7 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour
         return format_ids(range(1, len(titles) + 1)) if titles[0] == "d40" else format_ids([len(titles)])
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_chunk([question(docs=500)], (call, call), call_args())
+    [row] = top_inference.answer_rows([question(docs=500)], (call, call), call_args())
     expected = [*range(40, 481, 40), 500]
     assert row["id_list"] == expected
     assert row["final_docs"] == row["candidates"] == [f"d{n}" for n in expected]
@@ -397,7 +430,8 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour
 
 
 def call_args(*flags: str):
-    return top_inference.parse_args(list(flags))
+    args = top_inference.parse_args(list(flags))
+    return Namespace(**{**vars(args), "topn": args.topn[0]})
 
 
 def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval():
@@ -407,7 +441,7 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
         return "[2], [1]" if len(titles) > 1 else "[1]"
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_chunk([question(docs=6)], (call, call), call_args("--max-context-window", "3", "--topn", "6"))
+    [row] = top_inference.answer_rows([question(docs=6)], (call, call), call_args("--max-context-window", "3", "--topn", "6"))
     # {d1 d2 d3} and {d4 d5 d6} keep d1 d2 d4 d5; then {d1 d2 d4} {d5} keep d1 d2 d5; of these [2], [1]
     assert row["candidates"] == ["d1", "d2", "d5"]
     assert row["final_docs"] == ["d2", "d1"]
@@ -416,9 +450,56 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
     assert row["usage"]["calls"] == 2 + 2 + 1 + 1
 
 
+@pytest.mark.parametrize(("order", "chosen"), [("final", ["d5", "d1", "d3"]), ("retrieval", ["d1", "d3", "d5"])])
+def test_the_documents_are_read_in_the_order_of_the_last_window_or_of_retrieval(order, chosen):
+    call = caller(lambda request, kind, titles: "from " + " ".join(titles) if kind == "answer" else "[3], [1], [2]", top_inference)
+    flags = call_args("--order", order, "--max-context-window", "3", "--topn", "5")
+    [row] = top_inference.answer_rows([question(docs=[doc for doc in documents(5) if doc["id"] in ("d1", "d3", "d5")])], (call, call), flags)
+    assert (row["final_docs"], row["response"]) == (chosen, "from " + " ".join(chosen))
+    assert row["id_list"] == [{"d1": 1, "d3": 2, "d5": 3}[doc_id] for doc_id in chosen]
+
+
+WRITTEN = st.one_of(
+    st.text(max_size=30), st.just("None"), st.lists(st.integers(-3, 1100), max_size=60).map(lambda ids: ", ".join(f"[{n}]" for n in ids)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(1, 1000), window=st.integers(1, 1100), written=st.lists(WRITTEN, min_size=1, max_size=8), seed=st.integers(0, 99),
+       order=st.sampled_from(["final", "retrieval"]))
+def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):  # behaviour 23
+    """Repeated ids among the documents, and any text as a selection: nothing from outside, nothing twice, and an end."""
+    rng = random.Random(seed)
+    docs = [{**doc, "id": f"d{rng.randrange(count)}"} for doc in documents(count)]
+    read_from = []
+
+    def reply(request, kind, titles):
+        if kind == "answer":
+            read_from.append(titles)
+            return "an answer"
+        return rng.choice(written)
+
+    call = caller(reply, top_inference)
+    flags = call_args("--max-context-window", str(window), "--topn", str(count), "--order", order)
+    [row] = top_inference.answer_rows([question(docs=docs)], (call, call), flags)
+    unique = {doc["id"]: doc for doc in reversed(docs)}
+    if len(unique) > window:
+        assert len(call.engine.batches[0]) == -(-len(unique) // window)
+    assert len(row["candidates"]) <= window and len(set(row["candidates"])) == len(row["candidates"])
+    if "response" in row:
+        assert set(row["final_docs"]) <= set(row["candidates"]) <= unique.keys()
+        assert len(set(row["final_docs"])) == len(row["final_docs"])
+        assert [docs[position - 1]["id"] for position in row["id_list"]] == row["final_docs"]
+        assert read_from == [[unique[doc_id]["title"] for doc_id in row["final_docs"]]]
+        if order == "retrieval":
+            assert row["id_list"] == sorted(row["id_list"])
+    else:
+        assert "no selection" in row["error"]
+
+
 def test_a_window_of_which_nothing_is_chosen_leaves_an_answer_without_documents():
     call = caller(choosing("None"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=90)], (call, call), call_args())
+    [row] = top_inference.answer_rows([question(docs=90)], (call, call), call_args())
     assert (row["id_list"], row["final_docs"], row["candidates"]) == ([], [], [])
     assert isinstance(row["response"], str)
 
@@ -428,7 +509,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
         return "a" if kind == "answer" else "prose" if titles[0] == "d1" else "[1]"
 
     call = caller(reply, top_inference)
-    rows = top_inference.answer_chunk([question(docs=6), question(2, 0)], (call, call), call_args("--max-context-window", "4"))
+    rows = top_inference.answer_rows([question(docs=6), question(2, 0)], (call, call), call_args("--max-context-window", "4"))
     # {d1..d4} unreadable, kept; {d5 d6} keeps d5; five are cut again: {d1..d4} kept, {d5} kept: no shrinking, cut to four
     assert rows[0]["candidates"] == ["d1", "d2", "d3", "d4"]
     assert "error" in rows[0]
@@ -441,14 +522,14 @@ def test_documents_are_identified_by_id_not_by_position_or_text():  # behaviour 
     kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
     call = caller(choosing("[2], [1]"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=docs)], (call, call), call_args("--max-context-window", "5"))
+    [row] = top_inference.answer_rows([question(docs=docs)], (call, call), call_args("--max-context-window", "5"))
     assert row["final_docs"] == ["d1", "d0"]
     assert row["id_list"] == [2, 1]
 
 
 def test_top_inference_shows_no_more_than_topn():
     call = caller(choosing("[1]"), top_inference)
-    [row] = top_inference.answer_chunk([question(docs=90)], (call, call), call_args("--topn", "50"))
+    [row] = top_inference.answer_rows([question(docs=90)], (call, call), call_args("--topn", "50"))
     assert row["candidates"] == ["d1", "d41"]
 
 
@@ -521,7 +602,7 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
     call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"] and fits(messages, max_tokens)
     rows = [question(1), {**question(2), "question": "endless", "response": "of an earlier run"}, question(3)]
     results = work_on_fitting(
-        rows, (call, call), lambda some: inference.answer_chunk(some, "dynamic", (call, call), 20), fail_unanswered
+        rows, (call, call), lambda some: inference.answer_rows(some, (call, call), Namespace(selector="dynamic", topn=20)), fail_unanswered
     )
     assert [row["id"] for row in results] == ["q1", "q2", "q3"]
     assert results[0]["response"] and results[2]["response"] and "response" not in results[1]
