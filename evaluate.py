@@ -20,7 +20,7 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.calls import unanswered
+from dynamicrag.answering import unanswered
 from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, paired_bootstrap, score_row
 from dynamicrag.records import Row, read_rows

@@ -329,7 +329,7 @@ def test_several_files_load_one_model_and_each_is_as_if_it_were_answered_alone(h
 
 def test_a_broken_file_among_several_is_found_before_a_model_is_loaded(here):
     Path("broken.jsonl").write_text(json.dumps({**question(1), "docs": "none"}))
-    with pytest.raises(UserError, match="broken.jsonl:1: key 'docs'"):
+    with pytest.raises(UserError, match=r"broken\.jsonl:1: key 'docs'"):
         run(inference, "--input-json", "q.jsonl", "broken.jsonl", "--output-json", "out/{input}.json", "--remain-output-json", "out/{input}_r.json")
     assert here == [] and not list(Path("out").glob("*.json"))
 
