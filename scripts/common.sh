@@ -78,6 +78,31 @@ sharded() {
     python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
 }
 
+# divided COMMAND FILE...: COMMAND on the files, divided among the GPUs; each calls it once, with its part of them.
+divided() {
+    local command=$1 pids=() failed=0 shard number log files
+    shift
+    if ((NUM_SHARDS == 1)); then
+        "$command" "$@"
+        return
+    fi
+    mkdir -p "$WORK/logs"
+    for ((shard = 0; shard < NUM_SHARDS && shard < $#; shard++)); do
+        files=()
+        for ((number = shard + 1; number <= $#; number += NUM_SHARDS)); do files+=("${!number}"); done
+        CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") "$command" "${files[@]}" >"$WORK/logs/$command.$shard.log" 2>&1 &
+        pids+=("$!:$shard")
+    done
+    for shard in "${pids[@]}"; do
+        log=$WORK/logs/$command.${shard##*:}.log
+        wait "${shard%%:*}" || { echo "error: part ${shard##*:} failed; its log is $log" >&2; failed=1; }
+    done
+    ((failed == 0)) || exit 1
+}
+
+# newest_model: the folder of the DPO model where there is one, else of the SFT model.
+newest_model() { if [[ -f $MODEL_DIR/dpo/config.json ]]; then echo "$MODEL_DIR/dpo"; else echo "$MODEL_DIR/sft"; fi; }
+
 run_part() {
     local in=$1 out=$2
     shift 2

@@ -162,6 +162,24 @@ def test_evaluation_scored_every_question(chain):
 
 
 @pytest.mark.slow
+def test_the_scripts_answer_every_set_with_one_model_and_compare_windows(chain):
+    """Two evaluation sets, one of them with documents beyond the window."""
+    rows = read_jsonl(chain / "eval_data/nq.jsonl")
+    write_jsonl(chain / "eval_data/popqa.jsonl", [{**row, "id": f"popqa_{n}", "dataset": "popqa"} for n, row in enumerate(rows[:5])])
+    environment = {
+        **os.environ, "WORK": str(chain), "EVAL_QUESTIONS": "nq.jsonl popqa.jsonl", "SELECTORS": "none dynamic", "N_DOCS_SHOWN": "5",
+        "TOP_N": "7 12", "ENGINE_FLAGS": "--max-model-len 4096 --answer-max-tokens 8", "VLLM_CPU_KVCACHE_SPACE": "1", "NUM_SHARDS": "1",
+    }
+    _run("bash scripts/infer_all.sh configs/llama3_8b.env && bash scripts/11_top_n.sh configs/llama3_8b.env", REPO, environment)
+    for name, asked in {"nq": 12, "popqa": 5}.items():
+        for result in ("none", "dynamic", "windows7", "windows12", "monot5_of_7"):
+            assert len(json.loads((chain / f"results/{name}_dpo_{result}.json").read_text())) == asked
+        assert len((chain / f"results/{name}_top_n.md").read_text().split("\n\n")[0].splitlines()) == 2 + 1 + 2 + 2
+    windows = json.loads((chain / "results/nq_top_n.metrics.json").read_text())["results"]
+    assert 2 <= windows["nq_dpo_dynamic"]["calls"] < windows["nq_dpo_windows7"]["calls"] < windows["nq_dpo_windows12"]["calls"]
+
+
+@pytest.mark.slow
 def test_rounds_of_dpo_go_on_from_each_other_and_are_compared(chain):
     """Two rounds from the SFT model: an untrained model is right about nothing, so the SFT model stays the best."""
     environment = {

@@ -87,11 +87,28 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("04_training_data.sh", "scripts/03_rerank.sh"), ("05_sft.sh", "scripts/04_training_data.sh"),
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
     ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
+    ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, script, maker):
     done = bash(script, settings)
     assert done.returncode == 2
     assert maker in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("shards", "calls"), [(1, ["a b c"]), (2, ["a c", "b"]), (8, ["a", "b", "c"])])
+@pytest.mark.parametrize("fails", ["", "b"])
+def test_files_are_divided_among_the_gpus_and_a_part_that_fails_is_named(settings, tmp_path, shards, calls, fails):
+    work = f'work() {{ echo "$CUDA_VISIBLE_DEVICES:$*" >>{tmp_path}/calls; [[ "$*" != *{fails or "nothing"}* ]]; }}'
+    done = subprocess.run(
+        ["bash", "-c", f"source scripts/common.sh {settings}; {work}; divided work a b c; echo finished"], cwd=REPO, capture_output=True, text=True,
+        env={**os.environ, "NUM_SHARDS": str(shards), "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
+    )
+    made = sorted((tmp_path / "calls").read_text().splitlines())
+    assert [line.split(":")[1] for line in made] == calls
+    assert (done.returncode == 0, "finished" in done.stdout) == (not fails, not fails)
+    if shards > 1:
+        assert [line.split(":")[0] for line in made] == [str(n) for n in range(len(calls))]
+        assert ("logs/work.1.log" in done.stderr) == bool(fails)
 
 
 @pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.sh")), ids=lambda path: path.name)
