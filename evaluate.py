@@ -1,32 +1,35 @@
 """Score result files against their gold answers, with 95 % bootstrap intervals, and what the answers cost.
 
 Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). Rows that could not be
-answered (the remain file of the run) and rows of --eval_file that are missing from the results count as wrong. Several
-result files make one table, a row each. --compare says how the first of them differs from each of the others, question by
-question: the difference, its interval and p, by paired bootstrap.
+answered (the remain file of the run) and rows of --eval_file that are missing from the results count as wrong; of rows
+that answer one question the first counts. Several result files make one table, a row each. Where the rows say which
+documents are needed (gold_docs, or DPR's positive_ctxs), another table scores those chosen. --entity_support adds how many
+of an answer's named entities are in the documents it was given. --compare says how the first file differs from each of
+the others, question by question: the difference, its interval and p, by paired bootstrap.
 
 Reads    results/llama3_8b_nq.json                       rows with answers and response, and the remain file beside it
-Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interval, n, documents, calls, tokens
-         standard output                                 the table, in Markdown
+Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interval, n, documents, calls, tokens, selection
+         standard output                                 the tables, in Markdown
 
     python evaluate.py --results_file results/llama3_8b_nq.json --metric match
 """
 
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.answering import unanswered
+from dynamicrag.answering import fail_unanswered
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.grounding import with_entity_support
 from dynamicrag.manifest import read_manifest
-from dynamicrag.metrics import METRIC_NAMES, bootstrap_interval, paired_bootstrap, score_row
+from dynamicrag.metrics import METRIC_NAMES, paired_bootstrap
 from dynamicrag.records import Row, read_rows
+from dynamicrag.result_tables import comparison_table, selection_tables, summary_tables
+from dynamicrag.scoring import MISSING, summarise
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table, system_names
-from dynamicrag.tasks import task_of
+from dynamicrag.tables import system_names
 
 
 def parse_args(argv=None):
@@ -39,65 +42,12 @@ def parse_args(argv=None):
     files.add_argument("--table_file", help="also write the Markdown table here")
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
+    scoring.add_argument("--entity_support", action="store_true", help="look for the answers' named entities in the documents")
     scoring.add_argument("--compare", action="store_true", help="compare the first results file with each of the others")
     scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are broken down")
     scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
-
-
-def summarise(rows: Iterable[Row], metric: str | None, group_by: str, seed: int) -> tuple[dict, dict[str, float]]:
-    """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
-
-    Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
-    counted.
-    """
-    scores: dict[str, float] = {}
-    by_group: dict[str, list[float]] = defaultdict(list)
-    documents_by_group: dict[str, list[int]] = defaultdict(list)
-    documents: list[int] = []
-    usage: dict[str, list[int]] = defaultdict(list)
-    seen: dict[str, int] = defaultdict(int)
-    metrics = set()
-    for row in rows:
-        row_metric = metric or task_of(row.get("dataset")).metric
-        answered = isinstance(row.get("response"), str)
-        score = score_row(row_metric, row["response"] if answered else "", row)
-        if score is None:
-            seen["without_gold_answer"] += 1
-            continue
-        metrics.add(row_metric)
-        scores[row["id"]] = score
-        by_group[str(row.get(group_by, ""))].append(score)
-        seen["unanswered"] += not answered
-        if answered:
-            chosen = len(row.get("id_list", ()))
-            documents.append(chosen)
-            documents_by_group[str(row.get(group_by, ""))].append(chosen)
-            seen["none"] += not chosen
-            for key, value in row.get("usage", {}).items():
-                usage[key].append(value)
-    if not scores:
-        raise UserError("no row has a gold answer to score against")
-
-    def cell(values: list[float]) -> dict:
-        low, high = bootstrap_interval(values, seed)
-        return {"n": len(values), "score": 100 * statistics.fmean(values), "low": 100 * low, "high": 100 * high}
-
-    summary = {
-        "metric": "+".join(sorted(metrics)),
-        **cell(list(scores.values())),
-        "unanswered": seen["unanswered"],
-        "without_gold_answer": seen["without_gold_answer"],
-        "documents": statistics.fmean(documents) if documents else 0.0,
-        "none_share": seen["none"] / len(documents) if documents else 0.0,
-        **{key: statistics.fmean(values) for key, values in usage.items()},
-        "groups": {
-            group: {**cell(values), "documents": statistics.fmean(documents_by_group[group] or [0])}
-            for group, values in sorted(by_group.items())
-        },
-    }
-    return summary, scores
 
 
 def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
@@ -115,48 +65,16 @@ def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[st
     return compared
 
 
-def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
-    """One line a system that the first is compared with."""
-    lines = [
-        [name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}"]
-        for name, found in compared.items()
-    ]
-    return f"{first} less each of the others:\n\n" + markdown_table(["system", "n", "difference", "95 %", "p"], lines)
+def result_rows(
+    results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None, asked: set[str] | None = None
+) -> Iterable[Row]:
+    """Answered rows, then those of the remain file, then what else was asked, each question once: its first row counts.
 
-
-def summary_tables(summaries: dict[str, dict]) -> str:
-    """One line a system: score with interval, documents, cost; then score and documents by group."""
-    columns: dict[str, Callable[[dict], str]] = {
-        "n": lambda s: str(s["n"]),
-        "score": lambda s: f"{s['score']:.1f}",
-        "95 %": lambda s: f"{s['low']:.1f} to {s['high']:.1f}",
-        "documents": lambda s: f"{s['documents']:.2f}",
-        "None": lambda s: f"{100 * s['none_share']:.0f} %",
-        "unanswered": lambda s: str(s["unanswered"]),
-        "calls": lambda s: f"{s.get('calls', 0):.1f}",
-        "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
-        "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
-    }
-    rows = [[name, *(show(summary) for show in columns.values())] for name, summary in summaries.items()]
-    tables = [markdown_table(["system", *columns], rows)]
-    groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
-    if len(groups) > 1:
-        def group_cell(summary: dict, group: str) -> str:
-            found = summary["groups"].get(group)
-            return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
-
-        rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
-        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *groups], rows))
-    return "\n\n".join(tables)
-
-
-def result_rows(results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None) -> Iterable[Row]:
-    """Answered rows, then those of the remain file (a row in both is taken once), then what else was asked.
-
-    Raises UserError for a row that is not among those asked: results of another file would look like missing answers.
+    `asked` are the ids of eval_file, where they were read already. Raises UserError for a row that is not among those
+    asked: results of another file would look like missing answers.
     """
-    seen = set()
-    asked = {row["id"] for row in read_rows(eval_file)} if eval_file else None
+    if asked is None and eval_file:
+        asked = read_ids(eval_file)
     manifest = read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
         named = Path(manifest["outputs"][1])
@@ -164,20 +82,39 @@ def result_rows(results_file: str, remain_file: str | None, eval_file: str | Non
     if remain_file is None and eval_file is None:
         log.warning("%s: no manifest names its remain file and no --eval_file was given: questions that got no answer are "
                     "not counted", results_file)
+    seen, repeats, first_repeat = set(), 0, None
     for path in filter(None, [results_file, remain_file]):
         if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
             continue
-        for row in read_rows(path, dataset=dataset):
+        for row in read_rows(path, dataset=dataset, unique=False):
             if asked is not None and row["id"] not in asked:
                 raise UserError(f"{path}: row {row['id']} is not in {eval_file}; these are not the answers to its questions")
-            if row["id"] not in seen:
+            if row["id"] in seen:
+                repeats, first_repeat = repeats + 1, first_repeat or f"{row['id']} in {path}"
+            else:
                 seen.add(row["id"])
                 yield row
+    if repeats:
+        log.warning("%s: answered again and not counted: %d rows, %s the first; the first row of a question counts",
+                    results_file, repeats, first_repeat)
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
         for row in read_rows(eval_file, dataset=dataset):
             if row["id"] not in seen:
-                yield unanswered(row)
+                yield fail_unanswered(row, MISSING)
+
+
+def read_ids(path: str) -> set[str]:
+    """The ids of the questions asked. Raises UserError as read_rows does, for a question asked twice too."""
+    return {row["id"] for row in read_rows(path)}
+
+
+def with_progress(rows: Iterable[Row], results_file: str, asked: set[str] | None, name: str) -> Iterable[Row]:
+    """The rows, under a progress bar; how many there will be is what was asked, or what the run's manifest counted."""
+    from tqdm import tqdm
+
+    counts = (read_manifest(results_file) or {}).get("counts", {})
+    return tqdm(rows, desc=name, unit=" rows", total=len(asked) if asked is not None else counts.get("rows"))
 
 
 def _holds_no_row(path: Path) -> bool:
@@ -190,19 +127,31 @@ def main(argv=None):
         raise UserError("--remain_file belongs to one results file; of several, each one's manifest names its own")
     if args.compare and len(args.results_file) < 2:
         raise UserError("--compare needs two results files or more")
+    output = args.output_file or f"{args.results_file[0]}.metrics.json"
+    inputs = {Path(path).resolve() for path in (*args.results_file, args.remain_file, args.eval_file) if path}
+    for path in filter(None, (output, args.table_file)):
+        if Path(path).resolve() in inputs:
+            raise UserError(f"{path}: is input and output; give the output another path")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    asked = read_ids(args.eval_file) if args.eval_file else None
     summaries, scores = {}, {}
     for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
-        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset)
-        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed)
+        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset, asked)
+        if args.entity_support:
+            rows = with_entity_support(rows, results_file)
+        rows = with_progress(rows, results_file, asked, name)
+        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file)
     compared = compare(scores, args.seed) if args.compare else {}
-    output = Path(args.output_file or f"{args.results_file[0]}.metrics.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(orjson.dumps({"arguments": vars(args), "results": summaries, "compared": compared}, option=orjson.OPT_INDENT_2))
-    table = summary_tables(summaries)
+    tables = [summary_tables(summaries), selection_tables(summaries)]
     if compared:
-        table += "\n\n" + comparison_table(next(iter(summaries)), compared)
+        tables.append(comparison_table(next(iter(summaries)), compared))
+    table = "\n\n".join(filter(None, tables))
+    metrics = {"arguments": vars(args), "results": summaries, "compared": compared}
+    with atomic_writer(output) as file:
+        file.write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2))
     if args.table_file:
-        Path(args.table_file).write_text(table + "\n", encoding="utf-8")
+        with atomic_writer(args.table_file) as file:
+            file.write(f"{table}\n".encode())
     print(table)
     log.info("metrics in %s%s", output, f", table in {args.table_file}" if args.table_file else "")
 

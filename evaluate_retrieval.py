@@ -22,6 +22,7 @@ from typing import NamedTuple
 import orjson
 
 from dynamicrag import stage
+from dynamicrag.atomic import atomic_writer
 from dynamicrag.gold import Question, Ranked, ranked_questions, read_questions
 from dynamicrag.metrics import bootstrap_interval
 from dynamicrag.ranking import SCORES, answer_rank, gold_measures, in_order
@@ -182,10 +183,12 @@ def main(argv=None):
         questions = ranked_questions(path, args.group_by, qrels, args.dataset, asked, args.eval_file)
         orders = score_orders(path, questions, args.stage, args.k)
         results[name] = {order: summarise_file(path, scored, args.qrels, args.seed) for order, scored in orders.items()}
-    Path(output).write_bytes(orjson.dumps({"arguments": vars(args), "results": results}, option=orjson.OPT_INDENT_2))
     table = summary_tables(results, args.group_by)
+    with atomic_writer(output) as file:
+        file.write(orjson.dumps({"arguments": vars(args), "results": results}, option=orjson.OPT_INDENT_2))
     if args.table_file:
-        Path(args.table_file).write_text(table + "\n", encoding="utf-8")
+        with atomic_writer(args.table_file) as file:
+            file.write(f"{table}\n".encode())
     if args.run_file:
         [(name, orders)] = results.items()
         order = list(orders)[-1]

@@ -22,21 +22,33 @@ _PUNCTUATION = {ord(character): None for character in string.punctuation}
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalised form; text that consists of articles and punctuation alone keeps its lower-cased words."""
+    """SQuAD's normalised form, of NFKC text; what consists of articles and punctuation alone keeps its lower-cased words.
+
+    SQuAD's script leaves nothing of "the", "A" or "?" and so takes them for equal to each other and to no answer at all.
+    """
     lowered = unicodedata.normalize("NFKC", text).lower()
     bare = lowered.translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split()) or " ".join(bare.split()) or lowered.strip()
+    return _without_articles(bare) or " ".join(bare.split()) or lowered.strip()
+
+
+def _without_articles(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(response: str, answers: Sequence[str]) -> float:
     """1 where the normalised response equals a normalised answer."""
-    return float(any(normalise(response) == normalise(answer) for answer in answers))
+    given = normalise(response)
+    return float(any(given == normalise(answer) for answer in answers))
 
 
 def match(response: str, answers: Sequence[str]) -> float:
-    """1 where a normalised answer occurs in the normalised response; an empty response is wrong."""
+    """1 where a normalised answer occurs in the normalised response; an empty response is wrong.
+
+    A response of articles alone has nothing for an answer to occur in ("he" is not in "the"); it may equal one.
+    """
     given = normalise(response)
-    return float(bool(given) and any(normalise(answer) in given for answer in answers))
+    golds = [normalise(answer) for answer in answers]
+    return float(bool(given) and (given in golds or any(gold in _without_articles(given) for gold in golds)))
 
 
 def accuracy(response: str, answers: Sequence[str]) -> float:
@@ -48,9 +60,10 @@ def accuracy(response: str, answers: Sequence[str]) -> float:
 
 def token_f1(response: str, answers: Sequence[str]) -> float:
     """F1 over the bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer tokens."""
+    given = normalise(response).split()
 
     def f1(answer: str) -> float:
-        given, gold = normalise(response).split(), normalise(answer).split()
+        gold = normalise(answer).split()
         common = sum((Counter(given) & Counter(gold)).values())
         return 2 * common / (len(given) + len(gold)) if common else 0.0
 
@@ -58,7 +71,7 @@ def token_f1(response: str, answers: Sequence[str]) -> float:
 
 
 def rouge_l(response: str, answers: Sequence[str]) -> float:
-    """ROUGE-L F (Lin 2004), stemmed: longest common subsequence over the whole text."""
+    """ROUGE-L F (Lin 2004), stemmed: longest common subsequence over the whole text. Words are runs of a-z and 0-9."""
     return max(_rouge("rougeL").score(answer, response)["rougeL"].fmeasure for answer in answers)
 
 

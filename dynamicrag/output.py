@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 import orjson
 
-from dynamicrag.atomic import atomic_writer
+from dynamicrag.atomic import atomic_writer, naming
 from dynamicrag.jsonio import dump_line, write_json
-from dynamicrag.manifest import identity, manifest_path, read_manifest, versions
+from dynamicrag.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.stage import UserError, log
 
 
@@ -42,6 +42,7 @@ class Output:
         self.rows = 0
         self.started = time.monotonic()
         self._file = None
+        self._by_rows = False
         for path in self.paths:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +120,16 @@ class Output:
             yield chunk
 
     def begin(self) -> BinaryIO:
-        """Open and lock the partial file. It is empty, or what an interrupted run of the same arguments left there."""
+        """The partial file, which becomes the output. It is empty, or what an interrupted run of the same arguments left there."""
+        self._lock()
+        self._by_rows = True
+        return self._file
+
+    def _lock(self) -> None:
+        """Open the partial file for this run alone. A stage that writes whole files has nothing in it."""
         if self._file is not None:
             self._file.seek(0)
-            return self._file
+            return
         if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
             self.path.replace(self.partial)  # interrupted between the rename and the manifest
         self._file = self.partial.open("a+b")
@@ -133,12 +140,11 @@ class Output:
         if not self._mark_begun():
             self._file.truncate(0)
         self._file.seek(0)
-        return self._file
 
     def _mark_begun(self) -> bool:
         """Note what this run is made from, before its first byte; True where an earlier run of the same had begun."""
         if self._begun.exists():
-            self._refuse_other(orjson.loads(self._begun.read_bytes()), self.partial)
+            self._refuse_other(parse_manifest(self._begun), self.partial)
             return True
         with atomic_writer(self._begun) as file:
             file.write(orjson.dumps(self.identity))
@@ -159,9 +165,10 @@ class Output:
 
     def write(self, rows: list[dict]) -> None:
         """Append one finished chunk."""
-        self._file.write(b"".join(map(dump_line, rows)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.partial):
+            self._file.write(b"".join(map(dump_line, rows)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows += len(rows)
 
     def process(
@@ -185,7 +192,7 @@ class Output:
 
     def publish(self, path: str | Path, rows: Iterable[dict]) -> int:
         """Write one whole output file atomically; returns its number of rows."""
-        self._mark_begun()
+        self._lock()
         return write_json(path, rows)
 
     def _set_aside(self, record: dict) -> None:
@@ -198,7 +205,7 @@ class Output:
 
         `counts` are said and kept in the manifest; `summary`, a stage's figures for other programs to read, only kept.
         """
-        if self._file is not None:
+        if self._by_rows:
             if not self.path.exists():
                 if self.path.suffix == ".json":
                     write_json(self.path, self.written())

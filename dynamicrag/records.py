@@ -71,18 +71,20 @@ def read_rows(
     needs: tuple[str, ...] = (),
     dataset: str | None = None,
     reject: Callable[[dict], None] | None = None,
+    unique: bool = True,
 ) -> Iterator[Row]:
     """Stream the rows of a JSON or JSONL file in the project's own form.
 
     `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
     say. Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
-    skipped. (A line that is not JSON always raises: nothing after it can be trusted.)
+    skipped. (A line that is not JSON always raises: nothing after it can be trusted.) An id that comes again is an
+    error of its row; without `unique` it is the caller's to see.
     """
     seen: dict[str, int] = {}
     for line, value in read_json(path):
         try:
             row = normalise_row(value, needs, dataset, Path(path).stem)
-            if row["id"] in seen:
+            if unique and row["id"] in seen:
                 raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
         except RowError as error:
             if reject is None:
@@ -112,6 +114,9 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise RowError("question", f"expected a non-empty string, found {_kind(question)}")
+    for key, (accepts, expected) in OPTIONAL.items():
+        if row.get(key) is not None and not accepts(row[key]):
+            raise RowError(key, f"expected {expected}, found {_kind(row[key])}")
     answers = _answers(row)
     if answers is not None:
         row["answers"] = answers
@@ -123,13 +128,13 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
         row["docs"] = [normalise_doc(doc, position, docs_key) for position, doc in enumerate(docs, start=1)]
     named = dataset or row.get("dataset") or derive_dataset(row["id"], stem)
     if named is not None:
-        if not isinstance(named, str):
-            raise RowError("dataset", f"expected a string, found {_kind(named)}")
         row["dataset"] = named
     for key in needs:
         if key not in row:
             raise RowError(key, "missing; it is written by an earlier stage or is part of the data set")
     _check_written(row, needs)
+    if "response" in row:
+        _check_result(row)
     return row
 
 
@@ -142,6 +147,8 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
     text = doc.get("text")
     if not isinstance(text, str):
         raise RowError(f"{where}.text", f"expected a string, found {_kind(text)}")
+    if doc.get("id") is not None and (type(doc["id"]) not in (str, int) or doc["id"] == ""):
+        raise RowError(f"{where}.id", f"expected a non-empty string or an integer, found {_kind(doc['id'])}")
     doc["id"] = str(doc["id"]) if doc.get("id") is not None else f"doc{position}"
     doc["title"] = doc.get("title") or ""
     if not isinstance(doc["title"], str):
@@ -166,11 +173,12 @@ def _check_written(row: Row, needs: tuple[str, ...]) -> None:
         if key == "docs_shown" and (type(row[key]) is not int or not 0 <= row[key] <= (documents or 0)):
             raise RowError(key, f"expected an integer from 0 to {documents}, found {_kind(row[key])}")
         if key in POSITION_KEYS:
-            _check_positions(row[key], key, documents)
+            labelled = key == "sequence" and {"true_id", "false_id"} <= {*needs}  # a sequence names none but these
+            _check_positions(row[key], key, len(row["true_id"]) + len(row["false_id"]) if labelled else documents)
         elif key in TRAJECTORY_KEYS:
             lists, kind = row[key], TRAJECTORY_KEYS[key]
             if not isinstance(lists, list) or not all(isinstance(value, kind) for value in lists):
-                raise RowError(key, f"expected a list of one {kind} a trajectory, found {_kind(lists)}")
+                raise RowError(key, f"expected a list of one {getattr(kind, '__name__', 'number')} a trajectory, found {_kind(lists)}")
             if len(lists) != len(row["id_lists"]):
                 raise RowError(key, f"has {len(lists)} entries for {len(row['id_lists'])} id_lists")
             if key == "id_lists":
@@ -196,6 +204,15 @@ def _check_terms(lists: list[dict]) -> None:
             raise RowError(f"score_terms[{trajectory}]", f"has {', '.join(terms)} where the first trajectory has {', '.join(lists[0])}")
 
 
+def _check_result(row: Row) -> None:
+    """What evaluate.py counts of an answered row."""
+    if not isinstance(row.get("id_list") or [], list):
+        raise RowError("id_list", f"expected a list of positions, found {_kind(row['id_list'])}")
+    usage = row.get("usage") or {}
+    if not isinstance(usage, dict) or not all(type(value) in (int, float) for value in usage.values()):
+        raise RowError("usage", f"expected an object of numbers, found {_kind(usage)}")
+
+
 def _check_positions(value: object, key: str, documents: int | None) -> None:
     if not isinstance(value, list) or not all(type(position) is int for position in value):
         raise RowError(key, f"expected a list of integers, found {_kind(value)}")
@@ -217,12 +234,9 @@ def _answers(row: dict) -> list[str] | None:
     """Gold answers from whichever key the data set uses; a lone string is one answer, never its characters."""
     key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
     if key is None:
-        if "qa_pairs" not in row:
+        if row.get("qa_pairs") is None:
             return None
-        try:
-            return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
-        except (TypeError, KeyError) as error:
-            raise RowError("qa_pairs", "expected a list of objects with short_answers") from error
+        return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
     answers = [row[key]] if isinstance(row[key], str) else row[key]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise RowError(key, f"expected a string or a list of strings, found {_kind(row[key])}")
@@ -231,12 +245,33 @@ def _answers(row: dict) -> list[str] | None:
 
 def _finite(value: object, where: str) -> float:
     try:
-        number = float(value)  # published files carry scores as strings
-    except (TypeError, ValueError) as error:
-        raise RowError(where, f"expected a number, found {_kind(value)}") from error
+        number = float(value) if type(value) in (int, float, str) else None  # published files carry scores as strings
+    except ValueError:
+        number = None
+    if number is None:
+        raise RowError(where, f"expected a number, found {_kind(value)}")
     if not math.isfinite(number):
         raise RowError(where, f"expected a finite number, found {number}")
     return number
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_readings(value: object) -> bool:
+    """Whether it is ASQA's qa_pairs: the readings of a question, each with its short answers."""
+    return isinstance(value, list) and all(
+        isinstance(pair, dict) and isinstance(pair.get("short_answers"), list) and all(map(_is_text, pair["short_answers"])) for pair in value
+    )
+
+
+# Keys that a row need not have, and that stages read where it does.
+OPTIONAL: dict[str, tuple[Callable[[object], bool], str]] = {
+    "dataset": (_is_text, "a string"),
+    "retrieved_question": (_is_text, "a string"),
+    "qa_pairs": (_is_readings, "a list of objects with short_answers, each a list of strings"),
+}
 
 
 def _kind(value: object) -> str:

@@ -1,8 +1,10 @@
 """What every stage does besides its algorithm and its files: flags, logging, errors, seeds."""
 
 import argparse
+import errno
 import hashlib
 import logging
+import signal
 import sys
 
 log = logging.getLogger("dynamicrag")
@@ -47,22 +49,52 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster sends it before it takes the machine away; handled like Ctrl-C."""
+
+
+# What an OSError of these says is the disk's, and for the user to mend.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+MOST_SAID = 1000  # characters of an error
+
+
 def run(main) -> None:
-    """Call a stage's main(): logs to stderr, a UserError is one line and exit status 2, an interrupt is status 130."""
+    """Call a stage's main(), with logs to stderr.
+
+    A UserError and a disk that is full or may not be written are one line and exit status 2; an interrupt is status 130,
+    SIGTERM 143.
+    """
+
+    def terminated(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminated)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
         main()
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; finished rows are kept, run the same command again to continue", 130))
+    except KeyboardInterrupt as interrupt:
+        status = 143 if isinstance(interrupt, _Terminated) else 130
+        sys.exit(_fail("interrupted; finished rows are kept, run the same command again to continue", status))
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror or error}; finished rows are kept: mend this, then run "
+                       "the same command again", 2))
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    """Say it on one line of bounded length: what it quotes may be long, and hold what a terminal would obey."""
+    line = " ".join(message.split())
+    if len(line) > MOST_SAID:
+        line = f"{line[: MOST_SAID * 3 // 4]} ... {line[-MOST_SAID // 4 :]}"
+    print("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
     return status
 
 

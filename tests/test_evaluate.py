@@ -1,11 +1,21 @@
 """evaluate.py: what is counted, under which metric, and what the table says."""
 
 import json
+import re
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import evaluate
+import evaluate_retrieval
+import inference
+import top_inference
+from dynamicrag.answering import fail_unanswered
+from dynamicrag.calls import Caller, work_on_fitting
+from dynamicrag.engine import Completion
+from dynamicrag.scoring import unanswered_reason
 from dynamicrag.stage import UserError
 
 
@@ -26,6 +36,11 @@ def write(path: str, rows: list[dict], remain: list[dict] | None = None) -> str:
         write(f"remain_{path}", remain)
         Path(f"{path}.manifest.json").write_text(json.dumps({"outputs": [path, f"elsewhere/remain_{path}"]}))
     return path
+
+
+def ask(count: int) -> str:
+    """An evaluation file of the first `count` questions."""
+    return write("asked.jsonl", [make_row(number, None) for number in range(1, count + 1)])
 
 
 def run(*files: str, **flags) -> dict:
@@ -61,10 +76,7 @@ FAILED = [make_row(n, None, error="no selection") for n in range(9, 11)]
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_whatever_was_asked_is_in_the_denominator(rows, remain, asked, n, score, unanswered, suffix):
     write(f"r.{suffix}", rows, remain)
-    flags = {}
-    if asked:
-        write("asked.jsonl", [{"id": f"q{number}", "question": "?", "answers": ["gold"]} for number in range(1, asked + 1)])
-        flags["eval_file"] = "asked.jsonl"
+    flags = {"eval_file": ask(asked)} if asked else {}
     found = run(f"r.{suffix}", metric="em", **flags)["r"]
     assert (found["n"], found["score"], found["unanswered"]) == (n, score, unanswered)
     assert found["low"] <= score <= found["high"]
@@ -78,7 +90,7 @@ def test_a_run_that_answered_nothing_scores_nothing_and_does_not_fail():
 
 def test_rows_of_other_questions_do_not_stand_in_for_missing_ones():
     """Twelve asked, ten of them missing, and nine answers to questions nobody asked."""
-    write("asked.jsonl", [{"id": f"q{n}", "question": "?", "answers": ["gold"]} for n in range(1, 13)])
+    ask(12)
     write("r.json", [make_row(1), make_row(2), *(make_row(n) for n in range(100, 109))])
     with pytest.raises(UserError, match=r"r\.json: row q100 is not in asked\.jsonl"):
         run("r.json", eval_file="asked.jsonl")
@@ -91,10 +103,90 @@ def test_a_missing_question_is_wrong_in_its_own_data_set_too():
     assert {name: (group["n"], round(group["score"], 1)) for name, group in groups.items()} == {"fever": (3, 33.3), "nq": (2, 50.0)}
 
 
-def test_a_row_that_stands_in_a_file_twice_is_refused():
-    write("r.jsonl", [make_row(1), make_row(1)])
-    with pytest.raises(UserError, match=r"r\.jsonl:2: key 'id': 'q1' is already used on line 1"):
-        run("r.jsonl")
+@pytest.mark.parametrize(
+    ("rows", "remain", "asked", "n", "score", "unanswered", "repeats", "first"),
+    [
+        (RIGHT + WRONG, FAILED, None, 10, 60.0, 2, 0, None),
+        ([*RIGHT, *RIGHT[:2], *WRONG], None, None, 8, 75.0, 0, 2, "q1 in r.jsonl"),
+        ([*RIGHT, *WRONG, *RIGHT, *WRONG], [], None, 8, 75.0, 0, 8, "q1 in r.jsonl"),  # the same shard twice
+        ([make_row(1, "bad"), make_row(1)], None, None, 1, 0.0, 0, 1, "q1 in r.jsonl"),  # the first counts, be it wrong
+        ([make_row(1), make_row(1, "bad"), make_row(1, "bad")], None, None, 1, 100.0, 0, 2, "q1 in r.jsonl"),
+        ([make_row(1, None, error="no selection"), make_row(1)], None, None, 1, 0.0, 1, 1, "q1 in r.jsonl"),
+        (RIGHT + WRONG, [make_row(3, None), *FAILED], None, 10, 60.0, 2, 1, "q3 in remain_r.jsonl"),  # answered and failed
+        (RIGHT + WRONG, [*FAILED, *FAILED], None, 10, 60.0, 2, 2, "q9 in remain_r.jsonl"),
+        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, make_row(8, None)], None, 10, 60.0, 2, 3, "q3 in r.jsonl"),
+        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, FAILED[1]], 15, 15, 40.0, 7, 3, "q3 in r.jsonl"),  # all of it, and five missing
+        ([*RIGHT, *WRONG, *WRONG], None, 12, 12, 50.0, 4, 2, "q7 in r.jsonl"),
+        ([], [*FAILED, *FAILED], None, 2, 0.0, 2, 2, "q9 in remain_r.jsonl"),
+    ],
+)
+def test_a_question_answered_more_than_once_counts_once_and_is_said(rows, remain, asked, n, score, unanswered, repeats, first, caplog):
+    write("r.jsonl", rows, remain)
+    flags = {"eval_file": ask(asked)} if asked else {}
+    found = run("r.jsonl", metric="em", **flags)["r"]
+    assert (found["n"], found["score"], found["unanswered"]) == (n, score, unanswered)
+    assert sum(group["n"] for group in found["groups"].values()) == n
+    said = [message for message in caplog.messages if "answered again and not counted" in message]
+    assert len(said) == bool(repeats)
+    if repeats:
+        assert f"r.jsonl: answered again and not counted: {repeats} rows, {first} the first" in said[0]
+    missing = re.findall(r"(\d+) of (\d+) questions are missing", caplog.text)
+    assert missing == ([(str(asked - len({row["id"] for row in rows + (remain or [])})), str(asked))] if asked else [])
+
+
+def test_a_repeated_row_is_counted_once_in_what_it_cost_and_chose():
+    write("r.jsonl", [make_row(1, id_list=[1], usage={"calls": 2}), make_row(2, id_list=[1, 2, 3], usage={"calls": 4}), make_row(1, id_list=[], usage={"calls": 90})])
+    found = run("r.jsonl")["r"]
+    assert (found["documents"], found["none_share"], found["calls"]) == (2.0, 0.0, 3.0)
+
+
+def test_a_question_asked_twice_is_refused():
+    write("r.jsonl", RIGHT)
+    write("asked.jsonl", [*RIGHT, RIGHT[0]])
+    with pytest.raises(UserError, match=r"asked\.jsonl:7: key 'id': 'q1' is already used on line 1"):
+        run("r.jsonl", eval_file="asked.jsonl")
+
+
+# ---------------------------------------------------------------- why there is no answer
+
+
+def test_unanswered_questions_are_counted_by_reason(capsys):
+    write("r.jsonl", [
+        *RIGHT, {**make_row(7), "response": None}, make_row(8, None, error="no selection in the model's output 'x'; expected [1], [2] or None"),
+    ], [
+        make_row(9, None, error="no selection in the model's output for the last window"), make_row(10, None, error="disk full"),
+        make_row(11, None, error="the question alone is longer than --max-model-len 100: 'what'"),
+    ])
+    found = run("r.jsonl", eval_file=ask(14))["r"]
+    assert found["unanswered_by_reason"] == {"no_selection": 2, "question_too_long": 1, "missing": 3, "other": 2}
+    assert (found["n"], found["unanswered"]) == (14, 8)
+    assert capsys.readouterr().out.count("unanswered") == 1, "one column of the table"
+    write("all.jsonl", RIGHT)
+    assert run("all.jsonl")["all"]["unanswered_by_reason"] == dict.fromkeys(("no_selection", "question_too_long", "missing", "other"), 0)
+
+
+def test_rows_that_a_run_could_not_answer_have_a_reason_that_is_known():
+    """The rows are made by the stages themselves, with a stub for the model."""
+
+    class Engine:
+        def fits(self, messages, max_tokens):
+            return "too long" not in messages[-1]["content"]
+
+        def complete(self, requests):
+            return [Completion(["prose"], 1, 1) for _ in requests]
+
+    docs = [{"id": "d", "title": "", "text": "x"}]
+    rows = [make_row(1, None, docs=docs), make_row(2, None, docs=docs, question="this is too long")]
+    caller = Caller(Engine(), inference.parse_args([]))
+    by_windows = top_inference.parse_args([])
+    by_windows.topn, by_windows.max_context_window = 10, 5
+    for answer, args in ((inference.answer_rows, Namespace(selector="dynamic", topn=5)), (top_inference.answer_rows, by_windows)):
+        work = partial(answer, callers=(caller, caller), run=args)
+        found = work_on_fitting(rows, (caller, caller), work, fail_unanswered)
+        assert [unanswered_reason(row) for row in found] == ["no_selection", "question_too_long"]
+
+
+# ---------------------------------------------------------------- what is scored
 
 
 def test_rows_without_gold_answers_are_left_out_and_counted():
@@ -174,6 +266,7 @@ def test_documents_none_and_cost_are_means_over_what_was_answered():
     usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 7}
     write("r.json", [
         make_row(1, id_list=[1, 2, 3], usage=usage), make_row(2, id_list=[], usage={**usage, "calls": 4}), *FAILED,
+        make_row(3, None, usage={**usage, "calls": 90}),
     ])
     found = run("r.json")["r"]
     assert (found["documents"], found["none_share"]) == (1.5, 0.5)
@@ -224,6 +317,67 @@ def test_what_was_scored_is_named_in_the_metrics_file():
     write("r.json", RIGHT)
     run("r.json", metric="f1")
     assert json.loads(Path("r.json.metrics.json").read_text())["arguments"]["metric"] == "f1"
+
+
+# ---------------------------------------------------------------- files and progress
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("stage", [evaluate, evaluate_retrieval])
+def test_outputs_are_there_whole_or_as_they_were(stage, failing, monkeypatch):
+    """The disk is full at the first file, the metrics, or at the second, the table."""
+    write("r.json", [make_row(1, docs=[{"id": "d", "title": "", "text": "gold"}])])
+    flags = ["--results_file", "r.json", "--output_file", "out/m.json", "--table_file", "tables/t.md"]
+    stage.main(flags)
+    before = {path: path.read_bytes() for path in (Path("out/m.json"), Path("tables/t.md"))}
+    synced = []
+    write("r.json", [make_row(n, "bad", docs=[{"id": "d", "title": "", "text": "x"}]) for n in range(5)])
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == failing:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dynamicrag.atomic.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            stage.main(flags)
+    assert [path.read_bytes() == content for path, content in before.items()] == [failing == 1, True]
+    assert sorted(path.name for folder in ("out", "tables") for path in Path(folder).iterdir()) == ["m.json", "t.md"]
+    stage.main(flags)
+    assert all(path.read_bytes() != content for path, content in before.items())
+
+
+@pytest.mark.parametrize(("flag", "path"), [("output_file", "r.json"), ("table_file", "./r.json"), ("output_file", "asked.jsonl"), ("table_file", "left.json")])
+def test_an_input_is_not_overwritten(flag, path):
+    write("r.json", RIGHT), write("left.json", FAILED), ask(10)
+    with pytest.raises(UserError, match="is input and output"):
+        run("r.json", remain_file="left.json", eval_file="asked.jsonl", **{flag: path})
+    assert len(json.loads(Path("r.json").read_text())) == len(RIGHT)
+
+
+def last_bar(text: str) -> str:
+    return next(line for line in reversed(re.split(r"[\r\n]", text)) if "rows" in line)
+
+
+def test_reading_shows_a_rate_and_how_many_rows_there_will_be(capsys):
+    write("r.json", RIGHT, FAILED)
+    run("r.json")
+    assert re.search(r"^r: 8 rows \[.* rows/s\]", last_bar(capsys.readouterr().err)), "no total known"
+    manifest = json.loads(Path("r.json.manifest.json").read_text())
+    Path("r.json.manifest.json").write_text(json.dumps({**manifest, "counts": {"rows": 8, "answered": 6, "unanswered": 2}}))
+    run("r.json")
+    assert re.search(r"^r: 100%.* 8/8 .* rows/s\]", last_bar(capsys.readouterr().err)), "what the run's manifest counted"
+    run("r.json", eval_file=ask(12))
+    assert re.search(r"^r: 100%.* 12/12 .* rows/s\]", last_bar(capsys.readouterr().err)), "what was asked"
+
+
+def test_the_questions_asked_are_read_once_for_all_runs(monkeypatch):
+    read = []
+    monkeypatch.setattr(evaluate, "read_rows", lambda path, *args, real=evaluate.read_rows, **more: (read.append(path), real(path, *args, **more))[1])
+    write("a.json", RIGHT), write("b.json", RIGHT), write("c.json", RIGHT)
+    run("a.json", "b.json", "c.json", eval_file=ask(6))
+    assert sorted(map(str, read)) == ["a.json", "asked.jsonl", "b.json", "c.json"]
 
 
 # ---------------------------------------------------------------- comparison

@@ -1,9 +1,6 @@
-"""dynamicrag/metrics.py and the task table: each metric against cases worked out by hand, and against independent code."""
+"""dynamicrag/metrics.py and the task table: each metric against cases worked out by hand (test_metrics_reference.py: against references)."""
 
 import random
-import re
-import string
-from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -21,7 +18,7 @@ CASES = [
     ("em", "U.S.", ["US"], 1), ("em", "two-thirds", ["twothirds"], 1), ("em", "anthem", ["them"], 0), ("em", "é", ["e"], 0),
     ("match", "It is the Eiffel Tower, I think.", ["Eiffel tower"], 1), ("match", "", ["a"], 0), ("match", "", ["x", ""], 0),
     ("match", "...", ["x"], 0), ("match", "the", ["x"], 0), ("match", "Paris", ["Paris, France"], 0), ("match", "in 1999 or so", ["2000", "1999"], 1),
-    ("match", " \n", ["x"], 0),
+    ("match", " \n", ["x"], 0), ("match", "the", ["he"], 0), ("match", "The", ["the"], 1), ("match", "A", ["a", "x"], 1), ("match", "A", ["An"], 0),
     ("accuracy", "A", ["A"], 1), ("accuracy", "A", ["B"], 0), ("accuracy", "a) because", ["A"], 1), ("accuracy", "(B) An apple", ["A"], 0),
     ("accuracy", "An apple", ["A"], 0), ("accuracy", "SUPPORTS", ["SUPPORTS"], 1), ("accuracy", "supports.", ["SUPPORTS"], 1),
     ("accuracy", "REFUTES, not SUPPORTS", ["SUPPORTS"], 0), ("accuracy", "NOT ENOUGH INFO", ["NOT ENOUGH INFO"], 1),
@@ -67,49 +64,6 @@ def test_rouge_is_of_the_response_against_the_reference_and_not_the_other_way_ro
     metrics.rouge_l("the response", ["the reference"])
     metrics.rouge_lsum("the response", ["the reference"])
     assert seen == [("the reference", "the response")] * 2
-
-
-WORDS = "the a an cat cats Dog, running! ran U.S. São 42 (blue) it's".split()
-
-
-def sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
-
-
-def squad_normalise(text: str) -> str:
-    """As in the evaluation script of SQuAD 1.1."""
-    text = "".join(character for character in text.lower() if character not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def test_em_and_f1_agree_with_squads_script():
-    rng, compared = random.Random(5), 0
-    for _ in range(2000):
-        response, gold = sentence(rng), sentence(rng)
-        given, wanted = squad_normalise(response), squad_normalise(gold)
-        if not given or not wanted:  # articles alone, which SQuAD's script would call equal
-            continue
-        compared += 1
-        assert metrics.exact_match(response, [gold]) == float(given == wanted)
-        tokens, golds = given.split(), wanted.split()
-        common = sum((Counter(tokens) & Counter(golds)).values())
-        precision, recall = common / len(tokens), common / len(golds)
-        expected = 2 * precision * recall / (precision + recall) if common else 0.0
-        assert metrics.token_f1(response, [gold]) == pytest.approx(expected)
-    assert compared > 1500
-
-
-def test_rouge_agrees_with_rouge_score():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer, rng = RougeScorer(["rougeL", "rougeLsum"], use_stemmer=True), random.Random(6)
-    for _ in range(200):
-        words = "rivers river running mountain mountains blue climate seven".split()  # no abbreviations: they end no sentence
-        sentences = [[" ".join(rng.choices(words, k=6)).capitalize() + "." for _ in range(rng.randint(1, 3))] for _ in range(2)]
-        response, gold = (" ".join(some) for some in sentences)
-        assert metrics.rouge_l(response, [gold]) == scorer.score(gold, response)["rougeL"].fmeasure
-        lines = ["\n".join(some) for some in sentences]
-        assert metrics.rouge_lsum(response, [gold]) == scorer.score(lines[1], lines[0])["rougeLsum"].fmeasure
 
 
 @pytest.mark.parametrize("metric", METRICS)

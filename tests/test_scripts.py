@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,40 @@ def test_files_are_divided_among_the_gpus_and_a_part_that_fails_is_named(setting
     if shards > 1:
         assert [line.split(":")[0] for line in made] == [str(n) for n in range(len(calls))]
         assert ("logs/work.1.log" in done.stderr) == bool(fails)
+
+
+def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
+    """reranker.py with the scores of runs, one a part: that of part 3 is missing at first."""
+    docs = [{"id": "d1", "title": "", "text": "x"}, {"id": "d2", "title": "", "text": "y"}]
+    questions = write_jsonl(tmp_path / "in.jsonl", [{"id": f"q{n}", "question": "what?", "docs": docs} for n in range(16)])
+    (tmp_path / "out.jsonl.parts/in").mkdir(parents=True)
+    runs = [tmp_path / f"out.jsonl.parts/in/split_{part}.json.run" for part in range(8)]
+    for part, run in enumerate(runs):
+        if part != 3:
+            run.write_text("".join(f"q{n} Q0 d2 1 0.9 r\n" for n in (2 * part, 2 * part + 1)))
+
+    def rerank() -> subprocess.CompletedProcess:
+        command = f"python reranker.py --run '{{in}}.run' --input_file '{{in}}' --output_file '{{out}}'"
+        return subprocess.run(["bash", "-c", f"source scripts/common.sh {settings}; sharded {questions} {tmp_path}/out.jsonl {command}"],
+                              cwd=REPO, capture_output=True, text=True, env={**os.environ, "NUM_SHARDS": "8"})
+
+    failed = rerank()
+    assert failed.returncode == 1 and failed.stderr.count("error: part") == 1 and "error: part 3 failed; its log is" in failed.stderr
+    assert "split_3.json.run" in (tmp_path / "out.jsonl.parts/3.log").read_text()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.jsonl.parts").glob("out_*.jsonl")}
+    assert len(finished) == 7 and not (tmp_path / "out.jsonl").exists()
+    runs[3].write_text("q6 Q0 d2 1 0.9 r\nq7 Q0 d2 1 0.9 r\n")
+    done = rerank()
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == [f"q{n}" for n in range(16)] and all(row["docs"][1]["rerank_label"] == "true" for row in rows)
+
+
+def test_shellcheck_finds_nothing():
+    scripts = sorted((REPO / "scripts").glob("*.sh"))
+    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *scripts], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.sh")), ids=lambda path: path.name)

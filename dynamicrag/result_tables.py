@@ -1,0 +1,79 @@
+"""The Markdown tables of evaluate.py, from its summaries: scores, selections, comparisons."""
+
+from collections.abc import Callable
+
+from dynamicrag.selected import UNANSWERED
+from dynamicrag.tables import markdown_table
+
+Summaries = dict[str, dict]  # by system, as scoring.summarise() gives them
+
+
+def summary_tables(summaries: Summaries) -> str:
+    """One line a system: score with interval, documents, cost; then score and documents by group."""
+    columns: dict[str, Callable[[dict], str]] = {
+        "n": lambda s: str(s["n"]),
+        "score": lambda s: f"{s['score']:.1f}",
+        "95 %": lambda s: f"{s['low']:.1f} to {s['high']:.1f}",
+        "documents": lambda s: f"{s['documents']:.2f}",
+        "None": lambda s: f"{100 * s['none_share']:.0f} %",
+        "unanswered": lambda s: str(s["unanswered"]),
+        "calls": lambda s: f"{s.get('calls', 0):.1f}",
+        "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
+        "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
+    }
+    if any("entity_support" in summary for summary in summaries.values()):
+        columns["entities in chosen"] = lambda s: f"{_number(s['entity_support']['chosen'])} (of {s['entity_support']['responses']})"
+        columns["in retrieved"] = lambda s: _number(s["entity_support"]["retrieved"])
+    rows = [[name, *(show(summary) for show in columns.values())] for name, summary in summaries.items()]
+    tables = [markdown_table(["system", *columns], rows)]
+    groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
+    if len(groups) > 1:
+        def group_cell(summary: dict, group: str) -> str:
+            found = summary["groups"].get(group)
+            return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
+
+        rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
+        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *groups], rows))
+    return "\n\n".join(tables)
+
+
+def selection_tables(summaries: Summaries) -> str:
+    """Where gold documents are known: one line a system, then how many documents it chose by how many are needed."""
+    known = {name: summary["selection"] for name, summary in summaries.items() if "selection" in summary}
+    if not known:
+        return ""
+    lines = [
+        [
+            name, str(found["n"]), str(found["needing_documents"]),
+            *(_number(found[key]) for key in ("precision", "recall", "f1", "recall_ceiling", "exact")),
+            *(_number(found[key], 2) for key in ("needed_k", "chosen_k")),
+        ]
+        for name, found in known.items()
+    ]
+    header = ["system", "n", "need some", "precision", "recall", "F1", "recall of all retrieved", "exact", "needed k", "chosen k"]
+    counts = {(name, needed): cell for name, found in known.items() for needed, cell in found["by_needed_k"].items()}
+    chosen = sorted({k for cell in counts.values() for k in cell["counts"]} - {UNANSWERED}, key=int)
+    if any(UNANSWERED in cell["counts"] for cell in counts.values()):
+        chosen.append(UNANSWERED)
+    by_k = [
+        [name, needed, _number(cell["chosen_k"], 2), *(str(cell["counts"].get(k, 0)) for k in chosen)]
+        for (name, needed), cell in counts.items()
+    ]
+    return (
+        "Documents chosen against gold documents:\n\n" + markdown_table(header, lines)
+        + "\n\nQuestions by documents needed (lines) and chosen (columns):\n\n"
+        + markdown_table(["system", "needed", "mean chosen", *chosen], by_k)
+    )
+
+
+def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
+    """One line a system that the first is compared with."""
+    lines = [
+        [name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}"]
+        for name, found in compared.items()
+    ]
+    return f"{first} less each of the others:\n\n" + markdown_table(["system", "n", "difference", "95 %", "p"], lines)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

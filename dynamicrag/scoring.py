@@ -1,0 +1,113 @@
+"""Answers scored question by question, and what a whole run comes to: score, cost, selection, and why questions went unanswered."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dynamicrag.grounding import Support, summarise_support
+from dynamicrag.metrics import bootstrap_interval, score_row
+from dynamicrag.records import Row
+from dynamicrag.selected import Chosen, chosen_of, summarise_chosen
+from dynamicrag.stage import UserError
+from dynamicrag.tasks import task_of
+
+MISSING = "missing from the results"
+# Why a question has no answer, by how the `error` of its row begins.
+REASONS = {"no_selection": "no selection in", "question_too_long": "the question alone is longer", "missing": MISSING}
+
+
+class Outcome(NamedTuple):
+    """One question. What it used is None, and its usage empty, where it was not answered; `reason` is None where it was."""
+
+    score: float  # in [0, 1]
+    metric: str
+    group: str
+    reason: str | None
+    documents: int | None
+    usage: dict[str, int]
+    chosen: Chosen | None
+    support: Support | None
+
+
+def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Outcome | None:
+    """A row under `metric`, or its data set's own; None where it has no gold answer. Without a `response` it is wrong."""
+    metric = metric or task_of(row.get("dataset")).metric
+    answered = isinstance(row.get("response"), str)
+    score = score_row(metric, row["response"] if answered else "", row)
+    if score is None:
+        return None
+    return Outcome(
+        score, metric, str(row.get(group_by, "")),
+        None if answered else unanswered_reason(row),
+        len(row.get("id_list", ())) if answered else None,
+        row.get("usage", {}) if answered else {},
+        chosen_of(row, path),
+        row.get("entity_support"),
+    )
+
+
+def unanswered_reason(row: Row) -> str:
+    """One of REASONS, or other: an error that no stage writes, or a response that is no text."""
+    error = str(row.get("error", ""))
+    return next((reason for reason, beginning in REASONS.items() if error.startswith(beginning)), "other")
+
+
+def summarise(
+    rows: Iterable[Row], metric: str | None, group_by: str, seed: int, path: str = "the results"
+) -> tuple[dict, dict[str, float]]:
+    """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
+
+    Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
+    counted. `selection` is there where it is known of a row which documents it needs, `entity_support` where the rows
+    have it. `path` is what errors call the rows' file.
+    """
+    outcomes: dict[str, Outcome] = {}
+    without_gold_answer, grounded = 0, False
+    for row in rows:
+        grounded |= "entity_support" in row
+        outcome = score_question(row, metric, group_by, path)
+        if outcome is None:
+            without_gold_answer += 1
+        else:
+            outcomes[row["id"]] = outcome
+    if not outcomes:
+        raise UserError("no row has a gold answer to score against")
+    by_group: dict[str, list[Outcome]] = defaultdict(list)
+    usage: dict[str, list[int]] = defaultdict(list)
+    for outcome in outcomes.values():
+        by_group[outcome.group].append(outcome)
+        for key, value in outcome.usage.items():
+            usage[key].append(value)
+    every = list(outcomes.values())
+    reasons = Counter(outcome.reason for outcome in every if outcome.reason)
+    documents = [outcome.documents for outcome in every if outcome.documents is not None]
+    summary = {
+        "metric": "+".join(sorted({outcome.metric for outcome in every})),
+        **_scores(every, seed),
+        "unanswered": reasons.total(),
+        "unanswered_by_reason": {reason: reasons[reason] for reason in (*REASONS, "other")},
+        "without_gold_answer": without_gold_answer,
+        "documents": _mean_documents(every),
+        "none_share": documents.count(0) / len(documents) if documents else 0.0,
+        **{key: statistics.fmean(values) for key, values in usage.items()},
+        "groups": {
+            group: {**_scores(members, seed), "documents": _mean_documents(members)}
+            for group, members in sorted(by_group.items())
+        },
+    }
+    if chosen := [outcome.chosen for outcome in every if outcome.chosen]:
+        summary["selection"] = summarise_chosen(chosen)
+    if grounded:
+        summary["entity_support"] = summarise_support([outcome.support for outcome in every if outcome.support])
+    return summary, {row_id: outcome.score for row_id, outcome in outcomes.items()}
+
+
+def _scores(outcomes: list[Outcome], seed: int) -> dict:
+    values = [outcome.score for outcome in outcomes]
+    low, high = bootstrap_interval(values, seed)
+    return {"n": len(values), "score": 100 * statistics.fmean(values), "low": 100 * low, "high": 100 * high}
+
+
+def _mean_documents(outcomes: list[Outcome]) -> float:
+    return statistics.fmean([outcome.documents for outcome in outcomes if outcome.documents is not None] or [0.0])

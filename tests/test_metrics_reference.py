@@ -1,0 +1,289 @@
+"""dynamicrag/metrics.py against public references: rouge-score as it comes, and the published formulae written down anew.
+
+Each metric is compared on some thousand pairs of a response and a gold answer, seeded: mutations of one another and
+unrelated ones, of texts chosen to be awkward. Where ours differs from the reference on purpose, the test says which pairs
+those are, that there is no other, and what the reference gets wrong.
+"""
+
+import itertools
+import random
+import re
+import string
+import unicodedata
+
+import pytest
+
+from dynamicrag import metrics
+from dynamicrag.metrics import METRICS, score_row
+
+NFD = unicodedata.normalize("NFD", "São Tomé, Malmö, Ångström, Việt Nam")
+AWKWARD = [
+    "", " ", "\t\n", "\u3000\u2003", "\u200b", "the", "The", "a", "A", "an AN", "a the", "the.", "(a)", "...", "?!", "…", ".", "-", "—", "“”", "'", "''",
+    "São Tomé, Malmö, Ångström, Việt Nam", NFD, "é", "e\u0301", "a\u0301", "a\u0489", "ﬁve", "five", "Ⅳ", "½", "x²", "ＡＢＣ", "ABC", "İstanbul", "i̇stanbul", "ẞ",
+    "STRASSE", "straße", "ß", "Ωmega", "Ω", "東京", "東京都は日本の首都です。", "東京、大阪", "한국어", "ﾊﾝｶｸ", "ハンカク", "مرحبا", "שלום", "नमस्ते", "🙂", "👩‍👩‍👧", "42", "42.0", "1,000",
+    "1000", "1 000", "-5", "−5", "$3.5 billion", "3.5%", "1e5", "0", "007", "٣", "U.S.", "US", "u s", "two-thirds", "twothirds", "two thirds", "it's", "its",
+    "it’s", "rock 'n' roll", "C++", "C#", "theatre", "another", "anthem", "banana", "a_b", "x-a-x", "the-the", "The Who", "Who", "The The", "An", "A, B and the C",
+    "the cat sat on the mat", "The  cat\nsat, on a mat.", "mat the on sat cat the", "Dr. Smith went to Washington. He was not alone.", "One. Two. Three.",
+    "running runs ran runner", "run", "generously general generals", "New\u00a0York", "New York", "new york city", "New\u2028York", "NEW-YORK", "None", "[3], [1]",
+    "word " * 400, "the " * 300, "x" * 3000, "." * 2000, "东" * 500,
+]
+SHORT = [text for text in AWKWARD if len(text) < 200]
+
+
+def mutate(rng: random.Random, text: str) -> str:
+    """Something near `text`: in another case or form, with more around it, with words dropped, repeated or moved."""
+    words = text.split()
+    kind = rng.randrange(12)
+    if kind == 0:
+        return text
+    if kind == 1:
+        return rng.choice([str.upper, str.lower, str.title, str.swapcase])(text)
+    if kind == 2:
+        return unicodedata.normalize(rng.choice(["NFC", "NFD", "NFKC", "NFKD"]), text)
+    if kind == 3:
+        return f"{rng.choice(['the', 'A', 'an ', 'The '])} {text}{rng.choice('.!?)')}"
+    if kind == 4:
+        return f"{rng.choice(SHORT)} {text} {rng.choice(SHORT)}"
+    if kind == 5:
+        return f"I think it is {text}, {rng.choice(SHORT)}."
+    if kind == 6:
+        return text.replace(" ", rng.choice(["\n", "  ", "\u00a0", "-", ""]))
+    if kind == 7:
+        return " ".join(rng.sample(words, len(words)))
+    if kind == 8:
+        return " ".join(word for word in words if rng.random() < 0.6)
+    if kind == 9:
+        return " ".join([*words, *rng.choices(words, k=2)]) if words else text
+    if kind == 10:
+        return "".join(f"{letter}{rng.choice(['', '', '', rng.choice(string.punctuation)])}" for letter in text)
+    return text[rng.randrange(len(text) + 1) :]
+
+
+def make_pairs(seed: int, count: int, longest: int) -> list[tuple[str, str]]:
+    """`count` (response, answer): every awkward text with itself and with the article-like, then mutations, then unrelated ones."""
+    rng = random.Random(seed)
+    texts = [text[:longest] for text in AWKWARD]
+    pairs = [(text, text) for text in texts] + list(itertools.product(texts[:22], repeat=2))
+    while len(pairs) < count:
+        gold = rng.choice(texts) if rng.random() < 0.5 else " ".join(rng.choices(SHORT, k=rng.randint(1, 4)))[:longest]
+        response = mutate(rng, gold) if rng.random() < 0.7 else rng.choice(texts)
+        pairs.append((response, gold) if rng.random() < 0.8 else (gold, response))
+    return pairs
+
+
+PAIRS = make_pairs(11, 6000, 4000)
+
+
+# ---------------------------------------------------------------- the references
+
+
+def squad_form(text: str) -> str:
+    """SQuAD v1.1: lower case, then without ASCII punctuation, then without articles, then single spaces."""
+    text = "".join("" if character in string.punctuation else character for character in text.lower())
+    return re.sub(r"\s+", " ", re.sub(r"\b(?:the|an?)\b", " ", text)).strip()
+
+
+def squad_em(response: str, answer: str) -> float:
+    return 1.0 if squad_form(response) == squad_form(answer) else 0.0
+
+
+def squad_f1(response: str, answer: str) -> float:
+    """From precision and recall, 0 where no word is shared."""
+    given, gold = squad_form(response).split(), squad_form(answer).split()
+    left = list(gold)
+    shared = 0
+    for word in given:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(given), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains(response: str, answer: str) -> float:
+    """ALCE and the evaluations of PopQA: the normalised answer is somewhere in the normalised response."""
+    return float(squad_form(answer) in squad_form(response))
+
+
+def alce_str_em(response: str, qa_pairs: list[list[str]]) -> float:
+    """ALCE: the mean over all readings of whether one of its short answers is somewhere in the response."""
+    return sum(max([contains(response, answer) for answer in answers], default=0.0) for answers in qa_pairs) / len(qa_pairs)
+
+
+def composed(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def leaves_nothing(text: str) -> bool:
+    """White space, ASCII punctuation and articles alone."""
+    return squad_form(composed(text)) == ""
+
+
+def as_it_reads(text: str) -> str:
+    """Its words, articles too, without case and punctuation; where it has none, its marks."""
+    text = composed(text).lower()
+    return " ".join("".join(character for character in text if character not in string.punctuation).split()) or text.strip()
+
+
+# ---------------------------------------------------------------- em, f1, match: SQuAD v1.1, ALCE
+
+
+def test_there_are_pairs_of_every_kind():
+    """Else the agreement below would say little."""
+    assert len(PAIRS) >= 6000
+    equal = sum(squad_em(*pair) for pair in PAIRS)
+    partial = sum(0 < squad_f1(*pair) < 1 for pair in PAIRS)
+    assert equal > 1000 and partial > 1000 and len(PAIRS) - equal - partial > 1000
+    assert sum(composed(response) != response or composed(answer) != answer for response, answer in PAIRS) > 500
+    assert sum(leaves_nothing(response) != leaves_nothing(answer) for response, answer in PAIRS) > 200
+    assert sum(leaves_nothing(response) and leaves_nothing(answer) for response, answer in PAIRS) > 200
+    assert max(len(response) for response, _ in PAIRS) >= 3000
+
+
+@pytest.mark.parametrize(("metric", "reference"), [("em", squad_em), ("f1", squad_f1), ("match", contains)])
+def test_em_f1_and_match_are_the_references_of_composed_text_that_leaves_something(metric, reference):
+    """Everywhere but where nothing is left of the gold answer, the score is the reference's on the NFKC forms."""
+    compared = 0
+    for response, answer in PAIRS:
+        if not leaves_nothing(answer):
+            compared += 1
+            assert METRICS[metric](response, [answer]) == pytest.approx(reference(composed(response), composed(answer)), abs=1e-6), (response, answer)
+    assert compared > 4500
+
+
+@pytest.mark.parametrize(("metric", "reference"), [("em", squad_em), ("f1", squad_f1), ("match", contains)])
+def test_the_references_differ_on_two_kinds_of_pairs_alone(metric, reference):
+    """Of the text as it comes, the reference differs only where
+
+    1. NFKC changes one of the two. The reference takes "é" in one code point for another letter than "é" in two, and "ﬁve" for
+       another word than "five": the same text to a reader, right or wrong by the editor it was typed in.
+    2. The gold answer is nothing but articles and punctuation. For em the reference has "the" equal to "a", "?" and no answer at
+       all; for match every response holds it; for f1 "A" against "A" is 0. Ours compares the words themselves.
+    """
+    differing = {1: 0, 2: 0}
+    for response, answer in PAIRS:
+        if METRICS[metric](response, [answer]) != pytest.approx(reference(response, answer), abs=1e-6):
+            kind = 2 if leaves_nothing(answer) else 1
+            differing[kind] += 1
+            assert kind == 2 or (composed(response), composed(answer)) != (response, answer), (response, answer)
+    assert min(differing.values()) > 20, "both kinds occur"
+
+
+def test_texts_of_articles_and_punctuation_are_compared_as_they_are():
+    """The second kind in full: ours is 1 for the same words, or the same marks where there are no words, and else 0."""
+    both = [pair for pair in PAIRS if all(map(leaves_nothing, pair)) and all(text.strip() for text in pair)]
+    same = [as_it_reads(response) == as_it_reads(answer) for response, answer in both]
+    assert 100 < sum(same) < len(same) - 100
+    for (response, answer), equal in zip(both, same, strict=True):
+        assert metrics.exact_match(response, [answer]) == equal, (response, answer)
+        assert squad_em(composed(response), composed(answer)) == 1 and squad_f1(composed(response), composed(answer)) == 0
+        assert metrics.match(response, [answer]) >= equal
+        assert metrics.token_f1(response, [answer]) == 1 or not equal
+    for response in ("", " ", "\n"):
+        assert metrics.exact_match(response, ["the"]) == 0 == metrics.match(response, ["..."]), "no answer is not right"
+        assert squad_em(response, "the") == 1 == contains(response, "...")
+    assert metrics.match("the", ["he"]) == 0 == contains("the", "he")
+
+
+def test_several_answers_are_the_best_of_each():
+    rng = random.Random(12)
+    for _ in range(1000):
+        (response, _), *others = rng.choices(PAIRS, k=rng.randint(2, 5))
+        answers = [answer for _, answer in others if not leaves_nothing(answer)]
+        if not answers:
+            continue
+        for metric, reference in (("em", squad_em), ("f1", squad_f1), ("match", contains)):
+            expected = max(reference(composed(response), composed(answer)) for answer in answers)
+            assert METRICS[metric](response, answers) == pytest.approx(expected, abs=1e-6)
+
+
+def test_str_em_is_alces():
+    """But for readings without any short answer that says something, which ALCE counts as found (blank) or missed (no answer)."""
+    rng, compared = random.Random(13), 0
+    for _ in range(4000):
+        readings = [[composed(answer) for _, answer in rng.choices(PAIRS, k=rng.randint(1, 3))] for _ in range(rng.randint(1, 4))]
+        said = [rng.choice(reading) for reading in readings if rng.random() < 0.5]
+        response = composed(" and ".join([*said, rng.choice(SHORT)]))
+        row = {"qa_pairs": [{"short_answers": reading} for reading in readings]}
+        if not any(leaves_nothing(answer) for reading in readings for answer in reading):
+            compared += 1
+            assert score_row("str_em", response, row) == pytest.approx(alce_str_em(response, readings), abs=1e-6), (response, readings)
+        kept = [[answer for answer in reading if not leaves_nothing(answer)] for reading in readings]
+        if all(kept):
+            more = {"qa_pairs": [*({"short_answers": [*reading, " "]} for reading in kept), {"short_answers": []}, {"short_answers": ["", "\n"]}]}
+            assert score_row("str_em", response, more) == pytest.approx(alce_str_em(response, kept), abs=1e-6)
+    assert compared > 1000
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+def starts_with_label(response: str, answer: str) -> float:
+    """The response's words begin with the label's, letter case and ASCII punctuation aside; no label is none."""
+    response, answer = (re.sub(rf"[{re.escape(string.punctuation)}]+", "", text).lower() for text in (response, answer))
+    response, answer = (re.sub(r"\s+", " ", text).strip() for text in (response, answer))
+    return float(answer != "" and f"{response} ".startswith(f"{answer} "))
+
+
+def test_accuracy_is_whether_the_response_begins_with_the_label():
+    labels = ["SUPPORTS", "REFUTES", "NOT ENOUGH INFO", "A", "B", "the", "not", "Supports.", "(A)", "...", "", "yes", "no", "不"]
+    rng = random.Random(14)
+    pairs = [(response, label) for response in [*AWKWARD, *labels] for label in labels]
+    for _ in range(1500):
+        label = rng.choice(labels)
+        pairs.append((f"{mutate(rng, label)}{rng.choice(['', ' ', '. ', ', '])}{rng.choice(SHORT)}", rng.choice([label, label, rng.choice(labels)])))
+    assert len(pairs) > 2000
+    found = [metrics.accuracy(response, [label]) for response, label in pairs]
+    assert found == [starts_with_label(response, label) for response, label in pairs]
+    assert 300 < sum(found) < len(found) - 300
+    for (response, one), (_, other) in itertools.pairwise(pairs):
+        assert metrics.accuracy(response, [one, other]) == max(starts_with_label(response, one), starts_with_label(response, other))
+
+
+# ---------------------------------------------------------------- ROUGE: rouge-score called plainly
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL", "rougeLsum"], use_stemmer=True)
+
+
+def test_rouge_is_rouge_scores(scorer):
+    pairs = make_pairs(15, 2500, 800)
+    scores = []
+    for response, answer in pairs:
+        scores.append(metrics.rouge_l(response, [answer]))
+        assert scores[-1] == pytest.approx(scorer.score(answer, response)["rougeL"].fmeasure, abs=1e-6), (response, answer)
+    assert sum(score == 1 for score in scores) > 300 and sum(0 < score < 1 for score in scores) > 300 and sum(score == 0 for score in scores) > 300
+
+
+def test_rouge_of_several_answers_is_rouge_scores_best(scorer):
+    rng, pairs = random.Random(16), make_pairs(16, 1000, 300)
+    for response, _ in pairs:
+        answers = [answer for _, answer in rng.choices(pairs, k=3)]
+        assert metrics.rouge_l(response, answers) == pytest.approx(scorer.score_multi(answers, response)["rougeL"].fmeasure, abs=1e-6)
+
+
+def test_rouge_lsum_is_rouge_scores_over_our_sentences(scorer):
+    """rouge-score takes a line for a sentence; the lines are what metrics.split_sentences makes of the text."""
+    for response, answer in make_pairs(17, 2000, 600):
+        lines = metrics.split_sentences(answer), metrics.split_sentences(response)
+        assert metrics.rouge_lsum(response, [answer]) == pytest.approx(scorer.score(*lines)["rougeLsum"].fmeasure, abs=1e-6), (response, answer)
+
+
+def test_rouge_lsum_is_rouge_scores_over_sentences_known_beforehand(scorer):
+    """Here the sentences are joined into a paragraph, which ours has to part again."""
+    rng = random.Random(18)
+    words = "rivers river running mountain mountains blue climate seven café 42 东京 exports imports population generously".split()
+    different = 0
+    for _ in range(1000):
+        sides = [[" ".join(rng.choices(words, k=rng.randint(2, 7))).capitalize() + rng.choice(".!?") for _ in range(rng.randint(1, 5))] for _ in range(2)]
+        response, answer = (" ".join(side) for side in sides)
+        expected = scorer.score("\n".join(sides[1]), "\n".join(sides[0]))
+        assert metrics.rouge_lsum(response, [answer]) == pytest.approx(expected["rougeLsum"].fmeasure, abs=1e-6), sides
+        different += expected["rougeLsum"].fmeasure != expected["rougeL"].fmeasure
+    assert different > 500, "over one sentence both are the same"
