@@ -135,7 +135,10 @@ def encode_questions(args: Namespace, path: str, count: int) -> None:
     with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
         while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
-            file.write(encoder.encode(texts, args.batch_tokens).tobytes())
+            vectors = encoder.encode(texts, args.batch_tokens)
+            if not np.isfinite(vectors).all():
+                raise stage.UserError(f"{args.model_name_or_path}: gives no finite vector for a question; try --dtype float32")
+            file.write(vectors.tobytes())
             progress.update(len(texts))
 
 
@@ -151,7 +154,8 @@ def dense_searches(
     from dynamicrag.dense import hidden_size
     from dynamicrag.device import pick_device
     from dynamicrag.index import open_index
-    from dynamicrag.shards import check_shards, open_shards, part_of, shard_bounds
+    from dynamicrag.rescoring import NotFiniteError
+    from dynamicrag.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
     device = pick_device(args.device)
     shards = open_shards(shard_paths)
@@ -172,7 +176,10 @@ def dense_searches(
 
         def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
             vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
-            scores, found = index.search(np.array(vectors), args.n_docs)
+            try:
+                scores, found = index.search(np.array(vectors), args.n_docs)
+            except NotFiniteError as error:
+                raise stage.UserError(f"{name_of(shards, error.position)} is not finite; embed this shard again") from error
             return scores, np.where(found >= 0, found + corpus.start if isinstance(corpus, range) else corpus[found], -1)
 
         return search
@@ -240,8 +247,8 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass, retrieve, count, "retrieving")
+    Path(queries).unlink(missing_ok=True)  # before the run is complete: afterwards nothing would ever remove it
     output.finish(docs_a_question=min(args.n_docs, len(store)))
-    Path(queries).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,385 @@
+"""Every stage interrupted: killed at any moment, within a write, or asked to stop; without disk, permission, input or engine; run twice.
+
+After each, the same command completes what an undisturbed run writes, byte for byte, leaves nothing else, and says in its
+exit status what happened. Stages run in forked processes, as their scripts would, on tiny models; a stub stands in for the
+LLM, since what is tested are the files.
+
+    KILLS=20 pytest tests/faults/test_interruption.py -s       the long version: as many kills a stage; otherwise 3
+"""
+
+import ctypes
+import importlib
+import itertools
+import json
+import logging
+import mmap
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import make_text, write_jsonl
+from test_inference import StubEngine
+
+from dynamicrag import calls, stage
+
+KILLS = int(os.environ.get("KILLS", "3"))
+QUESTIONS = 40
+
+# Flags of each stage: {0} is the folder of the inputs, {1} that of the outputs. What one writes is there for the next.
+DENSE = "--model_name_or_path {0}/encoder --passages {0}/passages.tsv --dtype float32 --device cpu"
+LLM = "--template {0}/t.jinja --llm-model {0}/encoder --chunk-size 7 --topn 5"
+STAGES = {
+    "generate_passage_embeddings": f"{DENSE} --output_dir {{1}}/embeddings --passage_store {{1}}/store",
+    "split_data": "--input_file {0}/train.jsonl --output_dir {1}/splits --num_splits 3",
+    "retriever": f"{DENSE} --passages_embeddings {{0}}/embeddings/*.npy --passage_store {{1}}/store --query {{0}}/train.jsonl "
+                 "--output_file {1}/retrieved_0.jsonl --n_docs 6 --questions_a_pass 7",
+    "aggregate": "--input_files {0}/retrieved_*.jsonl --output_file {1}/aggregated.jsonl --splits_dir {0}/none",
+    "reranker": "--model_name_or_path {0}/monot5 --input_file {0}/retrieved_0.jsonl --output_file {1}/reranked.jsonl --dtype float32 --device cpu",
+    "process_training_data": "--input_file {0}/reranked.jsonl --sequence_file {1}/sequence.jsonl --normal_file {1}/normal.jsonl --n_docs 5",
+    "reranker_sequence": "--input_file {0}/sequence.jsonl --output_file {1}/bc.json",
+    "split_for_sft_dpo": "--input_file {0}/normal.jsonl --sft_file {1}/sft.jsonl --dpo_file {1}/dpo.jsonl --dev_file {1}/dev.jsonl --dev_size 4",
+    "construct_generator_sft": "--input_file {0}/sft.jsonl --output_file {1}/generator.json",
+    "sampling_dpo_trajectories": f"{LLM} --input-json {{0}}/normal.jsonl --output-json {{1}}/sampled.json",
+    "reward_trajectories": "--input_file {0}/sampled.json --output_file {1}/rewarded.jsonl --bert_model {0}/encoder --device cpu --chunk_size 7",
+    "construct_dpo": "--input_file {0}/rewarded.jsonl --reranker_file {1}/reranker.json --generator_file {1}/generator.json",
+    "inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/answered.json",
+    "top_inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/windows.jsonl --max-context-window 2",
+}
+LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
+# Files of another stage's folder that are copied beside the inputs once they are made.
+HANDED_ON = ("embeddings", "retrieved_0.jsonl", "retrieved_0.jsonl.manifest.json", "reranked.jsonl", "sequence.jsonl", "normal.jsonl", "sft.jsonl", "sampled.json", "rewarded.jsonl")
+
+
+def reply(request, kind: str, titles: list[str]) -> str | list[str]:
+    """Depends on the request alone, as the engine's does."""
+    rng = random.Random(request.seed)
+    if kind == "answer":
+        return rng.choice(["oil", "gas", make_text(rng, 1, 5)])
+    return ["prose" if rng.random() < 0.05 else f"[{rng.randint(1, len(titles))}]" if titles else "None" for _ in range(request.n)]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a stage writes when nothing happens, in how many seconds, and with how many operations on files."""
+
+    files: dict[str, bytes]
+    seconds: float
+    operations: int
+
+
+def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None] = lambda: None, interfere=lambda pid: None) -> tuple[int, str]:
+    """Run a stage as its script would; exit status (negative: the signal that ended it) and what it said on stderr."""
+    said = out.with_name(f"{out.name}.stderr")
+    module = importlib.import_module(name)
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            with said.open("w") as file:
+                os.dup2(file.fileno(), 2)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - of this process to its end
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            logging.root.handlers.clear()  # pytest's; stage.run makes its own
+            calls.load_engine = lambda args: StubEngine(reply)
+            prepare()
+            stage.run(lambda: module.main(STAGES[name].format(inputs, out).split()))
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    interfere(pid)
+    _, ended = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(ended), said.read_text(errors="replace")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by its path; of manifests, what is not about time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix not in (".lock", ".started"):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+            if path.name.endswith(".manifest.json"):
+                manifest = json.loads(path.read_bytes())
+                text = json.dumps({key: value for key, value in manifest.items() if key != "seconds"}).replace(str(folder), "")
+                found[str(path.relative_to(folder))] = "".join(part for part in text.split('"') if "passages/s" not in part).encode()
+            if "store" in path.parts and path.suffix == ".json":  # Arrow's own files name their time and place
+                found[str(path.relative_to(folder))] = b""
+    return found
+
+
+def each_operation(act: Callable[[], None]) -> Callable[[], None]:
+    """A `prepare` that acts whenever the process is about to open for writing, rename, remove, truncate or lock a file."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in ("os.rename", "os.remove", "os.truncate", "fcntl.flock") or (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
+        ):
+            act()
+
+    return lambda: sys.addaudithook(hook)
+
+
+def on_operation(number: int, act: Callable[[], None]) -> Callable[[], None]:
+    """A `prepare` that acts at the `number`-th of those operations, from 1."""
+    left = itertools.count(number - 1, -1)
+    return each_operation(lambda: act() if next(left) == 0 else None)
+
+
+def ended_by(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def within_bytes(size: int, then: int) -> Callable[[], None]:
+    """A `prepare` after which no file grows beyond `size` bytes: the write that would is cut there, and `then` decides how it goes on."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGXFSZ, then)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, dict[str, Undisturbed]]:
+    """The folder of all inputs, and what each stage writes when nothing happens."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    (inputs / "encoder").symlink_to(encoder_dir)
+    (inputs / "monot5").symlink_to(monot5_dir)
+    shutil.copy(corpus_tsv, inputs / "passages.tsv")
+    (inputs / "t.jinja").write_text("x")
+    rng = random.Random(11)
+    questions = [{"id": f"q{n}", "question": make_text(rng, 3, 9), "answers": [make_text(rng, 1, 2)]} for n in range(QUESTIONS)]
+    write_jsonl(inputs / "train.jsonl", questions)
+    undisturbed = {}
+    operations = mmap.mmap(-1, 8)  # shared with the forked processes
+
+    def count() -> None:
+        operations[:] = (int.from_bytes(operations[:], "big") + 1).to_bytes(8, "big")
+
+    for name in STAGES:
+        importlib.import_module(name)
+        for _ in range(2):  # the first one imports
+            out, before = tmp_path_factory.mktemp(name), time.monotonic()
+            operations[:] = bytes(8)
+            status, said = in_a_process(name, inputs, out, each_operation(count))
+            seconds = time.monotonic() - before
+            assert status == 0, said
+        for made in HANDED_ON:
+            if (out / made).exists():
+                (shutil.copytree if (out / made).is_dir() else shutil.copy)(out / made, inputs / made)
+        undisturbed[name] = Undisturbed(contents(out), seconds, int.from_bytes(operations[:], "big"))
+    return inputs, undisturbed
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def assert_completes(name: str, inputs: Path, out: Path, undisturbed: Undisturbed) -> None:
+    status, said = in_a_process(name, inputs, out)
+    assert status == 0, said
+    found = contents(out)
+    assert found.keys() == undisturbed.files.keys()
+    assert [path for path in found if found[path] != undisturbed.files[path]] == []
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix == ".json"}
+    status, said = in_a_process(name, inputs, out)
+    assert status == 0 and "nothing to do" in said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def torn(out: Path) -> bool:
+    """Whether a write was cut off: a temporary file was left, or a line without its end."""
+    return any(
+        path.name.endswith(".writing") or (path.name.endswith(".jsonl.partial") and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0)
+        for path in out.rglob("*")
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_at_any_moment(runs, tmp_path, name, capsys):
+    inputs, undisturbed = runs[0], runs[1][name]
+    rng = random.Random(f"{name} {os.environ.get('KILL_SEED', 0)}")
+    largest = max(map(len, undisturbed.files.values()))
+    within_a_write = 0
+    for kill in range(KILLS):
+        out = tmp_path / f"killed_{kill}"
+        out.mkdir()
+        ended = 0
+        while ended not in (-signal.SIGKILL, -signal.SIGXFSZ):
+            way = kill % 3
+            if way == 0:
+                moment = rng.uniform(0, undisturbed.seconds)
+
+                def strike(pid: int, moment: float = moment) -> None:
+                    time.sleep(moment)
+                    os.kill(pid, signal.SIGKILL)
+
+                ended, said = in_a_process(name, inputs, out, interfere=strike)
+            elif way == 1:
+                ended, said = in_a_process(name, inputs, out, on_operation(rng.randint(1, undisturbed.operations), ended_by(signal.SIGKILL)))
+            else:
+                ended, said = in_a_process(name, inputs, out, within_bytes(rng.randrange(largest), signal.SIG_DFL))
+            assert ended in (0, -signal.SIGKILL, -signal.SIGXFSZ), said
+            if ended == 0:  # it was done before
+                shutil.rmtree(out)
+                out.mkdir()
+        within_a_write += torn(out)
+        assert_completes(name, inputs, out, undisturbed)
+        shutil.rmtree(out)
+    with capsys.disabled():
+        print(f"\n{name}: {KILLS} of {KILLS} kills, {within_a_write} of them within a write", end=" ")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", STAGES)
+def test_asked_to_stop(runs, out, name, number, status):
+    inputs, undisturbed = runs[0], runs[1][name]
+    operation = random.Random(f"{name} {number}").randint(1, undisturbed.operations)
+    ended, said = in_a_process(name, inputs, out, on_operation(operation, ended_by(number)))
+    assert ended == status, said
+    assert "run the same command again to continue" in said and "Traceback" not in said
+    assert_completes(name, inputs, out, undisturbed)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
+    inputs, undisturbed = runs[0], runs[1][name]
+    size = random.Random(name).randrange(max(map(len, undisturbed.files.values())))
+    ended, said = in_a_process(name, inputs, out, within_bytes(size, signal.SIG_IGN))
+    assert ended == 2, said
+    assert "Traceback" not in said
+    [error] = re.findall("error: .*", said)
+    assert "File too large" in error and str(out) in error
+    assert_completes(name, inputs, out, undisturbed)
+
+
+def without_privileges() -> None:
+    """Root may write anywhere: this process gives up all its capabilities."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_disk_that_was_full_has_room_again(runs, out, name):
+    """A real one, of a size at which the largest file does not fit, where this user may mount one."""
+    inputs, undisturbed = runs[0], runs[1][name]
+    pages = random.Random(name).randint(1, max(max(map(len, undisturbed.files.values())) // 4096, 1))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", out], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        status, said = in_a_process(name, inputs, out)
+        assert status == 2 and "Traceback" not in said, said
+        [error] = re.findall("error: .*", said)
+        assert "No space left on device" in error and str(out) in error
+        subprocess.run(["mount", "-o", "remount,size=64m", out], check=True)
+        assert_completes(name, inputs, out, undisturbed)
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
+    inputs, undisturbed = runs[0], runs[1][name]
+    made = {out / Path(path).parts[0] for path in undisturbed.files if len(Path(path).parts) > 1 and not path.startswith("store")}
+    for path in made:
+        path.mkdir()
+    for path in (out, *made):
+        path.chmod(0o555)
+    status, said = in_a_process(name, inputs, out, without_privileges)
+    assert status == 2, said
+    assert "is not writable" in said.splitlines()[-1] and str(out) in said.splitlines()[-1]
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    for path in (out, *made):
+        path.chmod(0o755)
+    assert_completes(name, inputs, out, undisturbed)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_input_that_vanished_is_named_and_what_was_done_is_kept(runs, out, tmp_path, name):
+    inputs, undisturbed = runs[0], runs[1][name]
+    last = on_operation(undisturbed.operations, ended_by(signal.SIGKILL))
+    ended, said = in_a_process(name, inputs, out, last)
+    assert ended == -signal.SIGKILL, said
+    kept = contents(out)
+    flags = STAGES[name].split()
+    [vanished] = [flags[number + 1] for number, flag in enumerate(flags) if flag in ("--input_file", "--input-json", "--query", "--input_files")] or ["{0}/passages.tsv"]
+    [path] = inputs.glob(Path(vanished.format("x", "x")).name)
+    path.rename(tmp_path / "vanished")
+    try:
+        status, said = in_a_process(name, inputs, out)
+    finally:
+        (tmp_path / "vanished").rename(path)
+    assert status == 2, said
+    assert Path(vanished).name in said.splitlines()[-1] and "Traceback" not in said
+    assert contents(out) == kept
+    assert_completes(name, inputs, out, undisturbed)
+
+
+@pytest.mark.parametrize("name", LLM_STAGES)
+def test_an_engine_that_dies_costs_its_batch(runs, out, name):
+    inputs, undisturbed = runs[0], runs[1][name]
+
+    def dies_in_its_fifth_batch() -> None:
+        def complete(engine: StubEngine, requests: list) -> list:
+            if len(engine.batches) == 4:
+                raise RuntimeError("EngineCore encountered an issue")
+            return StubEngine.complete(engine, requests)
+
+        calls.load_engine = lambda args: type("DyingEngine", (StubEngine,), {"complete": complete})(reply)
+
+    status, said = in_a_process(name, inputs, out, dies_in_its_fifth_batch)
+    assert status not in (0, 2, 130) and "EngineCore" in said
+    [partial] = out.glob("*.partial")
+    assert len(partial.read_bytes().splitlines()) in (7, 14), "the chunks before it"
+    assert_completes(name, inputs, out, undisturbed)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_runs_at_once_do_not_mix(runs, out, name):
+    """The first is stopped where it has the lock; the second is refused; the first goes on."""
+    inputs, undisturbed = runs[0], runs[1][name]
+
+    def stops_with_the_lock() -> None:
+        """Once: at the first file it opens after it has locked the partial file."""
+        state = ["before"]
+
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "fcntl.flock" and state[0] == "before" and os.readlink(f"/proc/self/fd/{arguments[0]}").endswith(".partial"):
+                state[0] = "locked"
+            elif event == "open" and state[0] == "locked":
+                state[0] = "stopped"
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        sys.addaudithook(hook)
+
+    refused = []
+
+    def second_run(pid: int) -> None:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), "it ended without taking a lock"
+        refused.append(in_a_process(name, inputs, out))
+        os.kill(pid, signal.SIGCONT)
+
+    status, said = in_a_process(name, inputs, out, stops_with_the_lock, second_run)
+    assert status == 0, said
+    assert refused[0][0] == 2 and "another run is writing this output" in refused[0][1]
+    assert_completes(name, inputs, out, undisturbed)
