@@ -4,6 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
+# The report is tested in a browser too: in the one there is, or in Debian's Chromium where it may be installed.
+if ! command -v chromium chromium-browser google-chrome >/dev/null && ((EUID == 0)) && command -v apt-get >/dev/null; then
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null ||
+        echo "Chromium could not be installed: the tests in a browser are skipped" >&2
+fi
 .venv/bin/ruff check .
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m pytest "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Results -> one HTML page: tables, the figures of the paper, and every case to browse. It opens from disk, without a network.
+#     bash scripts/report.sh runs/demo_default/results [--cases 500]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[[ ${1:-} ]] || { echo "usage: bash scripts/report.sh RESULTS_DIR [flags of scripts/report/report.py]" >&2; exit 2; }
+PATH="$PWD/.venv/bin:$PATH"
+python scripts/report/report.py "$@"

@@ -1,0 +1,110 @@
+"""The figure gallery of a paper, made from one's own results: one HTML file that needs no network, and its figures as PNG.
+
+Results are the files in RESULTS_DIR that have a manifest of inference.py or top_inference.py; the training curves are those
+of the models in the folder above it. A section whose data is missing says in a line which script makes it.
+
+Reads    RESULTS_DIR/*.json, *.jsonl             answered rows, their remain files and manifests
+         RESULTS_DIR/../DynamicRAG_*/            the trainer's logs; and rounds/ of scripts/iterate.sh
+Writes   RESULTS_DIR/report/index.html           tables, figures, and every case to browse
+         RESULTS_DIR/report/*.png                the figures
+
+    bash scripts/report.sh runs/demo_default/results
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import comparisons
+import costs
+import orjson
+import training
+from cases import case_sets
+from figures import METRICS
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from sections import Section, Table
+from systems import System, by_evaluation_set, read_systems
+
+from dynamicrag import stage
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.metrics import METRIC_NAMES
+from dynamicrag.stage import UserError
+
+HERE = Path(__file__).parent
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("results_dir", help="folder of results files")
+    parser.add_argument("--output_dir", help="folder of the report (default: RESULTS_DIR/report)")
+    parser.add_argument("--cases", type=int, default=200, help="questions of each evaluation set in the case browser")
+    parser.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap")
+    return parser.parse_args(argv)
+
+
+def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
+    """The lines of the result table, by evaluation set: evaluate.py's figures, and who is best."""
+    return {
+        name: [
+            {**system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
+             "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.summary["score"] == max(other.summary["score"] for other in members)}
+            for system in members
+        ]
+        for name, members in by_evaluation_set(list(systems)).items()
+    }
+
+
+def published(systems: Sequence[System]) -> Section:
+    """Published numbers of the data sets in the report, beside this run's dynamic selection; without a table where there are none."""
+    section = Section("published", "Published numbers", "Published, other models and data: for orientation, not for comparison.")
+    rows = []
+    for entry in orjson.loads((HERE / "published.json").read_bytes()):
+        own = [
+            [f"this run, {system.name}", entry["dataset"], system.summary["metric"], f"{cell['score']:.1f}", f"{system.evaluation_set}, n = {cell['n']}"]
+            for system in systems if system.selector == "dynamic" and (cell := system.summary["groups"].get(entry["dataset"]))
+        ]
+        if own:
+            rows += [[entry["system"], entry["dataset"], entry["metric"], f"{entry['score']:.1f}", f"published: {entry['source']}"], *own]
+    if rows:
+        section.tables.append(Table("", ["system", "data set", "metric", "score", "source"], rows))
+    return section
+
+
+def render(**values: object) -> str:
+    """The page. Everything from the results is escaped: as HTML by the template, as JSON in the script element it is read from."""
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    own = {name: Markup((HERE / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    return environment.get_template("page.html.jinja").render(**own, **values)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    results = Path(args.results_dir)
+    if not results.is_dir():
+        raise UserError(f"{results}: no such folder; give the folder that scripts/09_infer.sh wrote, runs/demo_default/results say")
+    if args.cases < 0:
+        raise UserError("--cases: 0 or more")
+    folder = Path(args.output_dir or results / "report")
+    systems = read_systems(results, args.metric, args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    work = results.resolve().parent
+    compared = [system for system in systems if not system.wider]
+    sections = [
+        comparisons.generators(compared, folder), comparisons.rerankers(compared, folder), comparisons.documents(compared, folder),
+        comparisons.chosen(compared, folder), training.trained(work, folder), costs.top_n(systems, folder), costs.efficiency(systems, folder),
+        published(compared),
+    ]
+    page = render(
+        title=work.name if results.resolve().name == "results" else results.resolve().name, sections=[one for one in sections if one.pictures or one.tables], findings={name: comparisons.findings(members) for name, members in by_evaluation_set(systems).items()},
+        missing=[one for one in sections if one.missing], results=result_lines(systems), groups=comparisons.group_tables(systems),
+        cases=case_sets(systems, args.cases, args.metric) if args.cases else [], systems=systems,
+    )
+    with atomic_writer(folder / "index.html") as file:
+        file.write(page.encode())
+    print(folder / "index.html")
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,89 @@
+"""Pictures of a report for the README: the page on a desktop and on a phone, and a case opened in its browser.
+
+Chromium is $CHROMIUM, or chromium, chromium-browser or google-chrome on the PATH; none is downloaded.
+
+Reads    RESULTS_DIR/report/index.html           of scripts/report.sh
+Writes   docs/report_desktop.png                 1280 pixels wide
+         docs/report_phone.png                   390 pixels wide, at twice the resolution
+         docs/report_case.png                    the case browser, 1280 pixels wide
+
+    python scripts/screenshots.py runs/demo_default/results/report/index.html
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from dynamicrag import stage
+from dynamicrag.stage import UserError, log
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("page", help="index.html of a report")
+    parser.add_argument("--output_dir", default="docs", help="folder of the pictures")
+    parser.add_argument("--case", help="id of the case to show (default: one that systems disagree on)")
+    return parser.parse_args(argv)
+
+
+def find_chromium() -> str:
+    """The browser's path. Raises UserError where there is none."""
+    if given := os.environ.get("CHROMIUM"):
+        if not shutil.which(given):
+            raise UserError(f"CHROMIUM={given}: no such program")
+        return shutil.which(given)
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if found := shutil.which(name):
+            return found
+    raise UserError("no Chromium found; install one (apt-get install chromium, say), or name its program in CHROMIUM")
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+def open_page(started: Browser, path: str, width: int, height: int, scale: float = 1) -> Page:
+    """The report, as light as on paper, in a window of CSS pixels; `path` may end in #case-ID."""
+    name, _, fragment = path.partition("#")
+    page = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="light", reduced_motion="reduce")
+    page.goto(Path(name).resolve().as_uri() + (f"#{fragment}" if fragment else ""))
+    return page
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not Path(args.page).is_file():
+        raise UserError(f"{args.page}: no such file; make it with: bash scripts/report.sh RESULTS_DIR")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with browser() as started:
+        open_page(started, args.page, 1280, 1500).screenshot(path=folder / "report_desktop.png")
+        open_page(started, args.page, 390, 844, scale=2).screenshot(path=folder / "report_phone.png")
+        page = open_page(started, f"{args.page}#case-{args.case}" if args.case else args.page, 1280, 1500)
+        if page.locator("#case-detail").count() == 0:
+            raise UserError(f"{args.page}: has no cases; make it anew without --cases 0")
+        if not args.case:
+            page.locator("#filter-disagree").check()
+        page.evaluate("document.getElementById('cases').scrollIntoView()")
+        page.screenshot(path=folder / "report_case.png")
+    log.info("pictures in %s", folder)
+
+
+if __name__ == "__main__":
+    stage.run(main)
