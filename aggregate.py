@@ -12,15 +12,14 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
 """
 
 import glob
-import heapq
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.manifest import fingerprint, read_manifest
+from dynamicrag.manifest import fingerprint, manifest_path, read_manifest
 from dynamicrag.output import Output
 from dynamicrag.stage import UserError
 
@@ -85,7 +84,10 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
 
 def corpus_shard(path: Path) -> tuple[int, int] | None:
     """(i, n) where the file holds part i of n of a corpus searched for all questions; None where it was searched whole."""
-    part, parts = map(int, (read_manifest(path) or {}).get("arguments", {}).get("corpus_shard", "0/1").split("/"))
+    named = (read_manifest(path) or {}).get("arguments", {}).get("corpus_shard", "0/1")
+    if not isinstance(named, str) or not re.fullmatch(r"\d{1,6}/\d{1,6}", named):
+        raise UserError(f"{manifest_path(path)}: not a manifest of retriever.py: its corpus_shard is {named!r}; run retriever.py again with --overwrite")
+    part, parts = map(int, named.split("/"))
     return (part, parts) if parts > 1 else None
 
 
@@ -114,12 +116,15 @@ def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
     """The rows of files that hold the same questions, each with the n_docs best documents of all; ties keep the corpus's order."""
     from dynamicrag.records import read_rows
 
-    for rows in zip(*(read_rows(path, needs=("docs",)) for path in paths), strict=True):
-        if len({row["id"] for row in rows}) > 1:
-            raise UserError(f"{paths[0].parent}: row {rows[0]['id']!r} is in one corpus shard where another has "
-                            f"{next(row['id'] for row in rows if row['id'] != rows[0]['id'])!r}; run retriever.py again")
-        docs = heapq.merge(*(row["docs"] for row in rows), key=lambda doc: -doc["score"])
-        yield {**rows[0], "docs": list(islice(docs, n_docs))}
+    for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
+        for path, row in zip(paths, rows, strict=True):
+            if row is None or row["id"] != (rows[0] or row)["id"]:
+                found = "no further row" if row is None else f"row {row['id']!r}"
+                raise UserError(f"{path}: has {found} where another corpus shard has another; run retriever.py again for all of them")
+            if any(doc.get("score") is None for doc in row["docs"]):
+                raise UserError(f"{path}: row {row['id']!r}: a document has no score; run retriever.py again for this corpus shard")
+        docs = chain.from_iterable(row["docs"] for row in rows)
+        yield {**rows[0], "docs": sorted(docs, key=lambda doc: -doc["score"])[:n_docs]}
 
 
 def read_shards(paths: list[Path]) -> Iterator[dict]:
@@ -146,13 +151,18 @@ def main(argv: list[str] | None = None) -> None:
 
     if any(map(corpus_shard, shards)):
         shards = in_corpus_order(shards)
-        rows = merge_by_score(shards, read_manifest(shards[0])["arguments"]["n_docs"])
+        n_docs = read_manifest(shards[0])["arguments"].get("n_docs")
+        if type(n_docs) is not int or n_docs < 1:
+            raise UserError(f"{manifest_path(shards[0])}: not a manifest of retriever.py: its n_docs is {n_docs!r}; run retriever.py again with --overwrite")
+        rows = merge_by_score(shards, n_docs)
     else:
         rows = read_shards(shards)
     with tqdm(desc="aggregating", unit=" questions") as progress:
         for chunk in output.chunks(rows, ROWS_A_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
+    if not output.rows:
+        raise UserError(f"{args.input_files}: holds no row")
     output.finish(shards=len(shards))
 
 

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dynamicrag import stage
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, read_rows
-from dynamicrag.stage import log
+from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import target_answer, task_of
+
+NEEDS = ("docs", "true_id")
 
 
 def parse_args(argv=None):
@@ -45,12 +47,16 @@ def main(argv=None):
 
     def examples() -> Iterator[dict[str, str]]:
         nonlocal unanswered
-        for row in read_rows(args.input_file, ("docs", "true_id"), reject=out.reject):
+        for row in read_rows(args.input_file, NEEDS, reject=out.reject):
+            unjudged = next((p for p in row["true_id"] if row["docs"][p - 1].get("rerank_score") is None), None)
+            if unjudged is not None:
+                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run reranker.py")
             if any(answer.strip() for answer in row.get("answers") or ()):
                 yield sft_row(row, prompts, args.max_docs)
             else:
                 unanswered += 1
 
+    count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     count = out.publish(args.output_file, examples())
     if unanswered:
         log.warning("%d rows have no gold answer and train nothing", unanswered)

@@ -98,6 +98,8 @@ def main(argv=None):
     for row in labelled(out.reject):
         rows += 1
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
+    if not rows:
+        raise UserError(f"{args.input_file}: holds no usable row")
     max_rows = args.max_rows
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))

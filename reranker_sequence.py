@@ -9,8 +9,10 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
 from dynamicrag import stage
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, read_rows
+from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
+
+NEEDS = ("docs", "true_id", "false_id", "sequence")
 
 
 def parse_args(argv=None):
@@ -37,7 +39,8 @@ def main(argv=None):
     if out.finished:
         return
     prompts = Prompts(args.prompts)
-    rows = read_rows(args.input_file, ("docs", "true_id", "false_id", "sequence"), reject=out.reject)
+    count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+    rows = read_rows(args.input_file, NEEDS, reject=out.reject)
     out.finish(examples=out.publish(args.output_file, (sft_row(row, prompts) for row in rows)))
 
 

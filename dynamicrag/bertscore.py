@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.checkpoints import NO_CODE
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class BertScore:
         """
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
-        from transformers import AutoConfig
+        from transformers import AutoConfig, dynamic_module_utils
         from transformers.utils import logging
 
         names = {known.rpartition("/")[2]: known for known in model2layers} | {known: known for known in model2layers}
@@ -42,17 +43,18 @@ class BertScore:
         if path is None and baseline not in ("auto", "none"):
             raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline of that model")
         logging.set_verbosity_error()  # it would report the pooling layer, which BERTScore does without
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # bert-score does not say no to code beside the weights: refused, nobody is asked
         try:
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, **NO_CODE)
             layer = model2layers.get(called, config.num_hidden_layers) if layer is None else layer
             scorer = BERTScorer(
                 model_type=model, num_layers=layer, lang="en", device=device, rescale_with_baseline=path is not None,
                 baseline_path=path and str(path),
             )
             self.baseline = float(scorer.baseline_vals[2]) if path else 0.0
-        except IndexError as error:
-            raise UserError(f"--bert_layer {layer}: the baseline of {path.stem} has no such layer; give another, or --bert_baseline none") from error
-        except (OSError, ValueError, AssertionError) as error:
+        except Exception as error:  # in a damaged folder the libraries raise almost any
+            if path and isinstance(error, IndexError):
+                raise UserError(f"--bert_layer {layer}: the baseline of {path.stem} has no such layer; give another, or --bert_baseline none") from error
             raise UserError(f"--bert_model {model}: no encoder could be loaded: {error}") from error
         self.layer = layer
         self._model, self._tokenizer, self._device = scorer._model, scorer._tokenizer, device

@@ -28,10 +28,18 @@ class Bm25Index:
     """Search by words over every passage of a store."""
 
     def __init__(self, folder: Path):
+        """Raises UserError where its files are damaged."""
         import bm25s
+        import numpy as np
 
-        self._bm25 = bm25s.BM25.load(folder, mmap=True)
-        self.count: int = self._bm25.scores["num_docs"]
+        try:
+            self._bm25 = bm25s.BM25.load(folder, mmap=True)
+            self.count: int = self._bm25.scores["num_docs"]
+            arrays = [self._bm25.scores[name] for name in ("data", "indices", "indptr")]
+            if type(self.count) is not int or not all(isinstance(array, np.ndarray) for array in arrays):
+                raise ValueError("its files are others")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
+            raise UserError(f"{folder}: the BM25 index is damaged ({error}); remove it, it is built anew") from error
 
     def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best passages for each text, best first: scores float32 and positions int64, both [n, k].

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT = "checkpoint.pth"
+ENCODER = f"an encoder, or Contriever's {CHECKPOINT}"
 # Names of the query encoder's weights in Contriever's checkpoints: trained with a momentum queue, or in-batch.
 CHECKPOINT_PREFIXES = ("encoder_q.", "encoder.")
 # More characters than this a token cannot come from a text that matters; a 1 MB text is cut before it is tokenised.
@@ -85,12 +87,10 @@ def hidden_size(path: str) -> int:
     from transformers import AutoConfig
 
     checkpoint = _checkpoint(path)
-    try:
+    with loading(path, ENCODER):
         if checkpoint is not None and not (checkpoint.parent / "config.json").is_file():
             return _load(path, None)[0].config.hidden_size
-        return AutoConfig.from_pretrained(checkpoint.parent if checkpoint else path).hidden_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise _unusable(path, error) from error
+        return AutoConfig.from_pretrained(checkpoint.parent if checkpoint else path, **NO_CODE).hidden_size
 
 
 def _checkpoint(path: str) -> Path | None:
@@ -103,18 +103,17 @@ def _checkpoint(path: str) -> Path | None:
 
 
 def _load(path: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would report the pooling layer, which mean pooling does without
     checkpoint = _checkpoint(path)
-    try:
+    with loading(path, ENCODER):
         if checkpoint is not None:
             return _load_checkpoint(checkpoint, dtype)
-        return AutoModel.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _unusable(path, error) from error
+        model = load_weights(AutoModel, path, dtype=dtype)
+        return model, load_tokenizer(path, model)
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
@@ -122,7 +121,7 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
     import pickle
 
     import torch
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -139,16 +138,9 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
         if any(name.startswith("embeddings.") for name in inner):
             weights = inner
             break
-    model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(base, **NO_CODE), dtype=dtype, **NO_CODE)
     missing = [name for name in model.load_state_dict(weights, strict=False).missing_keys if "pooler" not in name]
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing:
         raise UserError(f"{path}: has no weights for {missing[0]} and {len(missing) - 1} more of {base}")
-    return model, AutoTokenizer.from_pretrained(base)
-
-
-def _unusable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: cannot be loaded as an encoder ({str(error).splitlines()[0]}); give the folder of a Hugging Face "
-        f"model, or one with Contriever's {CHECKPOINT}"
-    )
+    return model, load_tokenizer(base, model)

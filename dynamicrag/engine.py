@@ -10,8 +10,12 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+
+from dynamicrag.endpoint import check_url, read_key, without_key
 from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError, log
+from dynamicrag.templates import forgeable, read_template
 
 API_CONCURRENCY = 64
 API_RETRIES = 5
@@ -73,7 +77,11 @@ def resolve_model(name: str) -> str:
     """
     folder = Path(name)
     for stage_folder in (folder, folder / "dpo", folder / "sft"):
-        if (stage_folder / "config.json").is_file():
+        if (config := stage_folder / "config.json").is_file():
+            try:
+                orjson.loads(config.read_bytes())
+            except orjson.JSONDecodeError as error:
+                raise UserError(f"{config}: not valid JSON ({error}); train the model again, or give another --llm-model") from error
             return str(stage_folder)
     if folder.is_dir() or name.startswith("DynamicRAG_") or name.startswith(("/", ".")):
         raise UserError(
@@ -132,6 +140,9 @@ class VllmEngine:
             **on_a_cpu,
         )
         self._tokenizer = self._llm.get_tokenizer()
+        if tokens := forgeable(self._chat_template, self._tokenizer):
+            log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/prompts.py "
+                        "before you train", args.template, ", ".join(tokens))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The token ids of a prompt, up to where the answer begins."""
@@ -180,7 +191,9 @@ class ApiEngine:
     """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY alone."""
 
     def __init__(self, base_url: str, model: str):
-        self._base_url = base_url
+        """Raises UserError for a base URL with more than host and path, and for a key no header can hold."""
+        self._base_url = check_url("--api-base", base_url, "OPENAI_API_KEY")
+        self._key = read_key("OPENAI_API_KEY")
         self._model = model
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
@@ -196,39 +209,27 @@ class ApiEngine:
         from tqdm.asyncio import tqdm
 
         slots = asyncio.Semaphore(API_CONCURRENCY)
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=key, max_retries=API_RETRIES) as client:
+        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=self._key or "none", max_retries=API_RETRIES) as client:
 
             async def complete(request: Request) -> Completion:
-                async with slots:
-                    reply = await client.chat.completions.create(
-                        model=self._model, messages=request.messages, n=request.n, seed=request.seed,
-                        max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
-                        extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
-                    )
-                if len(reply.choices) < request.n:
-                    raise UserError(f"{self._base_url}: returned {len(reply.choices)} of n={request.n} samples; it does not support n")
-                return Completion(
-                    texts=[(choice.message.content or "").strip() for choice in reply.choices],
-                    prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
-                    generated_tokens=reply.usage.completion_tokens if reply.usage else 0,
-                )
+                try:
+                    async with slots:
+                        reply = await client.chat.completions.create(
+                            model=self._model, messages=request.messages, n=request.n, seed=request.seed,
+                            max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
+                            extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
+                        )
+                    texts = [(choice.message.content or "").strip() for choice in reply.choices]
+                    used = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
+                    if not all(type(count) is int for count in used):
+                        raise TypeError(f"usage is {used}")
+                except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:  # what parsing JSON and reading it raise
+                    raise UserError(without_key(f"{self._base_url}: its reply is no chat completion ({error})", self._key)) from error
+                if len(texts) < request.n:
+                    raise UserError(f"{self._base_url}: returned {len(texts)} of n={request.n} samples; it does not support n")
+                return Completion(texts, *used)
 
             try:
                 return await tqdm.gather(*map(complete, requests), unit="request")
             except openai.OpenAIError as error:
-                raise UserError(f"{self._base_url}: {error}") from error
-
-
-def read_template(path: str) -> str:
-    """A chat template's text. Raises UserError where it cannot be read or is not Jinja."""
-    import jinja2
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        jinja2.Environment().parse(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the chat template cannot be read: {error}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
-    return text
+                raise UserError(without_key(f"{self._base_url}: {error}", self._key)) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from dynamicrag.rescoring import as_tensor, best_first, inner_products
+from dynamicrag.rescoring import NotFiniteError, as_tensor, best_first, inner_products
 from dynamicrag.stage import log
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ExactIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best of all vectors for each query, best first: scores float32 and positions int64, both [n, k].
 
-        `queries` is float32 [n, width]. With fewer than k vectors, k is their number.
+        `queries` is float32 [n, width]. With fewer than k vectors, k is their number. Raises NotFiniteError.
         """
         import numpy as np
 
@@ -137,7 +137,10 @@ class _Part:
         for start in range(0, len(block.vectors), len(exact)):
             rounded = self._round(block, start, exact, rough)
             tile = exact[: len(rounded)]
-            length = max(length, tile.norm(dim=1).max().item())
+            lengths = tile.norm(dim=1)
+            if not lengths.isfinite().all():
+                raise NotFiniteError(block.offset + start + int(lengths.isfinite().logical_not().nonzero()[0]))
+            length = max(length, lengths.max().item())
             lost = max(lost, tile.sub_(rounded).norm(dim=1).max().item())
         return length, lost
 

@@ -78,10 +78,18 @@ def open_index(
                 _save(_build(shards, factory, seed), kept, manifest, holds)
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as the latter
         raise UserError(f"{kept}: the index cannot be written ({error}); give --index_path") from error
-    if orjson.loads(manifest.read_bytes()) != holds:
+    if _made_from(manifest) != holds:
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
     return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
+
+
+def _made_from(manifest: Path) -> object:
+    """What the index was built from; None where its manifest is none."""
+    try:
+        return orjson.loads(manifest.read_bytes())
+    except orjson.JSONDecodeError:
+        return None
 
 
 def _build(shards: list[Shard], factory: str, seed: int) -> object:

@@ -18,6 +18,8 @@ from dynamicrag.stage import UserError
 READ_BYTES = 1 << 20
 # A decoder that runs into the end of its buffer reports an error this close to it; further away, the JSON is broken.
 CUT_MARGIN = 32
+# A row may be nested so deep at most, or orjson, which reads it, could not write it again beneath another level.
+MOST_LEVELS = 253
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -33,9 +35,23 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"{path}: is in UTF-16 or UTF-32; save it as UTF-8")
     if not head:
         raise UserError(f"{path}: the file is empty; expected a JSON array or one JSON object a line")
     yield from _read_array(path) if head.startswith(b"[") else _read_lines(path)
+
+
+def _value(text: bytes | str) -> object:
+    """The value of one JSON text. Raises ValueError for what is no JSON, and for what could not be written as JSON again."""
+    value = orjson.loads(text)
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, brackets)) > MOST_LEVELS:
+        try:
+            orjson.dumps([value])  # as a row that is set aside
+        except orjson.JSONEncodeError as error:
+            raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from error
+    return value
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -44,8 +60,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
             line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
             if line:
                 try:
-                    yield number, orjson.loads(line)
-                except orjson.JSONDecodeError as error:
+                    yield number, _value(line)
+                except ValueError as error:
                     raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
 
 
@@ -93,7 +109,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                     _, end = decoder.raw_decode(buffer, position)
                     # a number at the end of the buffer may go on behind it: 1, then .5 or e+5
                     if end < len(buffer) - 2 or buffer[end - 1] in "}]\"" or not read(size):
-                        value = orjson.loads(buffer[position:end])  # strict about what json lets pass: lone surrogates
+                        value = _value(buffer[position:end])  # strict about what json lets pass: lone surrogates
                         advance(end)
                         return value
                 except json.JSONDecodeError as error:

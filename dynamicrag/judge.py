@@ -7,7 +7,6 @@ OPENAI_API_KEY) alone and is written nowhere; where a server repeats it, it is t
 
 import asyncio
 import hashlib
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import orjson
 
+from dynamicrag.endpoint import check_url, read_key, without_key
 from dynamicrag.judge_cache import GradeCache
 from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError
@@ -43,7 +43,6 @@ REPLY_FORMATS = {
     "json_object": {"type": "json_object"},
     "text": None,
 }
-BASE_URL = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d{1,5})?(/[^\s?#]*)?", re.IGNORECASE)
 
 
 class UnreadableGrade(ValueError):
@@ -85,17 +84,11 @@ class Judge:
         self, base_url: str, model: str, cache: str | Path, concurrency: int = 16, limit: int | None = None, reply_format: str = "json_schema",
     ):
         """Raises UserError for a base URL with more than host and path, a key no header can hold, or an unusable cache."""
-        self._secret = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not re.fullmatch("[!-~]*", self._secret):
-            raise UserError("JUDGE_API_KEY (or OPENAI_API_KEY): expected printable ASCII without spaces")
-        if not BASE_URL.fullmatch(base_url):  # not shown: what is wrong with it may be the key
-            raise UserError(
-                "--judge-base-url: expected http(s)://host[:port][/path] without user, password or query, as it is written to "
-                "manifests: a key belongs in the environment variable JUDGE_API_KEY"
-            )
+        self._secret = read_key("JUDGE_API_KEY", "OPENAI_API_KEY")
+        self._base_url = check_url("--judge-base-url", base_url, "JUDGE_API_KEY")
         if concurrency < 1:
             raise UserError(f"--judge-concurrency: expected at least 1, got {concurrency}")
-        self._base_url, self._model, self._concurrency = base_url.rstrip("/"), model, concurrency
+        self._model, self._concurrency = model, concurrency
         self._format_name, self._format = reply_format, REPLY_FORMATS[reply_format]
         self._options = {"temperature": 0, "max_tokens": MAX_TOKENS}
         self._limit, self._sent, self.usage = limit, 0, JudgeUsage()
@@ -219,8 +212,7 @@ class Judge:
             reason = f"no whole reply within {TIMEOUT_SECONDS} s"
         else:
             reason = str(error.__cause__ or error) if isinstance(error, openai.APIConnectionError) else str(error)
-        if self._secret:
-            reason = reason.replace(self._secret, "[key]")  # before it is cut, lest half of the key be left
+        reason = without_key(reason, self._secret)  # before it is cut, lest half of the key be left
         how = f"failed {ATTEMPTS} times" if _passes(error) else "refused"
         return UserError(f"row {row}: the judge {self._model} {how}: {reason[:500]}. {advice}")
 

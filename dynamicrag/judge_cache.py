@@ -18,7 +18,7 @@ class GradeCache:
         with self._errors_named():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
-            if self._db.execute("SELECT 1 FROM sqlite_master WHERE tbl_name != 'judge_grades'").fetchone():
+            if self._db.execute("SELECT 1 FROM sqlite_master WHERE tbl_name != 'judge_grades' OR type NOT IN ('table', 'index')").fetchone():
                 raise sqlite3.DatabaseError("it is a database of something else")
             # IMMEDIATE: a file that cannot be written is found here, before a call is paid for.
             self._db.executescript(
@@ -39,6 +39,8 @@ class GradeCache:
     def get(self, key: str) -> float | None:
         with self._errors_named():
             found = self._db.execute("SELECT grade FROM judge_grades WHERE key = ?", (key,)).fetchone()
+        if found and not (isinstance(found[0], float) and 0 <= found[0] <= 1):
+            raise UserError(f"{self._path}: holds {found[0]!r} as a grade; give another file as --judge-cache")
         return found[0] if found else None
 
     def put(self, key: str, grade: float) -> float:

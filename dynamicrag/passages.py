@@ -79,6 +79,8 @@ def _read_tsv(path: Path) -> Iterator[Passage]:
             header = next(reader, [])
             if "id" not in header or "text" not in header:
                 raise UserError(f"{path}:1: expected the header id, text, title (separated by tabs), found {header[:4]}")
+            if twice := next((name for name in header if header.count(name) > 1), None):
+                raise UserError(f"{path}:1: the header has {twice!r} twice; which of the columns counts?")
             line = reader.line_num + 1
             for fields in reader:
                 if fields:
@@ -103,7 +105,7 @@ def _read_parquet(path: Path) -> Iterator[Passage]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _passage(record, f"{path}: row {number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where its compressed pages are broken
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
@@ -113,6 +115,8 @@ def _passage(record: object, where: str) -> Passage:
     passage_id = next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
     if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
         raise UserError(f"{where}: key 'id': expected a non-empty string or an integer, found {passage_id!r}")
+    if "\0" in str(passage_id):
+        raise UserError(f"{where}: key 'id': {passage_id!r} has a NUL, which no file of ids can hold; give it another")
     key = next((key for key in TEXT_KEYS if record.get(key) is not None), "text")
     text, title = record.get(key), record.get("title")
     if not isinstance(text, str):
@@ -129,13 +133,19 @@ class PassageStore:
     """The passages of a corpus by position, and the position of a passage by its id (always a string)."""
 
     def __init__(self, folder: str | Path):
+        """Raises UserError where the files of the store are damaged."""
         import numpy as np
+        import pyarrow
         from datasets import Dataset
 
         self.folder = Path(folder)
-        self.table = Dataset.from_file(str(self.folder / "passages.arrow"))
-        self._keys = np.load(self.folder / "keys.npy", mmap_mode="r")
-        self._order = np.load(self.folder / "order.npy", mmap_mode="r")
+        try:
+            self.table = Dataset.from_file(str(self.folder / "passages.arrow"))
+            self._keys, self._order = (np.lib.format.open_memmap(self.folder / name, mode="r") for name in ("keys.npy", "order.npy"))
+            if not len(self.table) == len(self._keys) == len(self._order):
+                raise ValueError("its files are of different lengths")
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"{folder}: the passage store is damaged ({error}); remove it, it is built anew") from error
 
     def __len__(self) -> int:
         return len(self.table)
@@ -198,12 +208,20 @@ def open_passages(path: str | Path, store: str | Path | None = None) -> PassageS
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder):
             content = fingerprint(path)
-            made_from = folder / "store.json"
-            if not made_from.is_file() or orjson.loads(made_from.read_bytes())["passages"] != content:
+            if _made_from(folder) != content:
                 _build(path, folder, content)
     except OSError as error:
         raise UserError(f"{folder}: the passage store cannot be written ({error}); give --passage_store") from error
     return PassageStore(folder)
+
+
+def _made_from(folder: Path) -> object:
+    """The content of the corpus a store holds; None where there is no whole store."""
+    try:
+        found = orjson.loads((folder / "store.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
+        return None
+    return found.get("passages") if isinstance(found, dict) else None
 
 
 def _build(path: Path, folder: Path, content: str) -> None:

@@ -4,6 +4,7 @@ model is trained on and what it is asked later are the same bytes.
 A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`).
 """
 
+import re
 import string
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
         ),
     },
 }
+# What chat templates mark turns with. A tokenizer reads these in a document as it reads them from the template, so that a
+# document could end its turn and begin another; with a space after the first character they are nothing but text.
+TURN_MARKERS = re.compile(r"<(?=\||/?s>|<?/?SYS>>)|\[(?=/?INST\])")
+MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
 PLACEHOLDERS = {
     ("reranker", "user"): {"question", "documents"},
     ("reranker", "document"): {"n", "title", "text"},
@@ -62,22 +67,22 @@ def add_prompts_flag(parser: ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="YAML file of other prompts; keys as in dynamicrag/prompts.py")
 
 
+def as_text(text: str) -> str:
+    """A text in which no tokenizer finds a marker of template/*.jinja: `<|im_end|>` is `< |im_end|>`, all else unchanged."""
+    return TURN_MARKERS.sub(r"\g<0> ", text)
+
+
 class Prompts:
     """The prompts in use: the project's own, or those of a YAML file over them."""
 
     def __init__(self, path: str | None = None):
-        """Raises UserError for a file that is not YAML, an unknown key, or a placeholder the prompt does not have."""
+        """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder the prompt does not have, or a turn marker."""
         self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
         if path is not None:
             self._override(Path(path))
 
     def _override(self, path: Path) -> None:
-        import yaml
-
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: not a readable YAML file of prompts: {error}") from error
+        given = _read_yaml(path)
         if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
             raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
         for name, parts in given.items():
@@ -88,6 +93,9 @@ class Prompts:
                 if not isinstance(text, str) or not text.strip():
                     # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
                     raise UserError(f"{where}: expected a text that is not empty")
+                if marker := TURN_MARKERS.search(text):
+                    found = text[marker.start() : marker.start() + 20]
+                    raise UserError(f"{where}: {found!r} begins with what a chat template marks turns with; a prompt is the text between")
                 try:
                     fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
                 except ValueError as error:
@@ -125,8 +133,29 @@ class Prompts:
     def _messages(self, name: str, user: str, **fields: str) -> Messages:
         return [
             {"role": "system", "content": self._texts[name]["system"].format()},
-            {"role": "user", "content": self._texts[name][user].format(**fields)},
+            {"role": "user", "content": as_text(self._texts[name][user].format(**fields))},
         ]
+
+
+def _read_yaml(path: Path) -> object:
+    """A YAML file without aliases, which a few lines of can make unfold to any size, and without tags, which name types."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_PROMPTS_BYTES + 1).decode()
+        if len(text) > MOST_PROMPTS_BYTES:
+            raise ValueError("it is larger than 1 MB")
+        depth = 0
+        for token in yaml.scan(text):
+            kind = type(token).__name__
+            depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+            if kind in ("AliasToken", "TagToken") or depth > MOST_LEVELS:
+                what = "aliases (*name) and tags (!name) have no place in it" if depth <= MOST_LEVELS else "it is nested too deep"
+                raise ValueError(f"line {token.start_mark.line + 1}: {what}")
+        return yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable YAML file of prompts: {error}") from error
 
 
 def _names() -> list[str]:
@@ -139,4 +168,5 @@ def training_row(messages: Messages, **targets: str) -> dict[str, str]:
     `targets` is output=... for SFT, or chosen=... and rejected=... for DPO.
     """
     system, user = messages
-    return {"instruction": user["content"], "input": "", **targets, "system": system["content"]}
+    answers = {name: as_text(target) for name, target in targets.items()}
+    return {"instruction": user["content"], "input": "", **answers, "system": system["content"]}

@@ -126,6 +126,8 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
         if not isinstance(docs, list):
             raise RowError(docs_key, f"expected a list of documents, found {_kind(docs)}")
         row["docs"] = [normalise_doc(doc, position, docs_key) for position, doc in enumerate(docs, start=1)]
+    if not dataset and row.get("dataset") is not None and not _is_text(row["dataset"]):
+        raise RowError("dataset", f"expected a string, found {_kind(row['dataset'])}")
     named = dataset or row.get("dataset") or derive_dataset(row["id"], stem)
     if named is not None:
         row["dataset"] = named
@@ -268,7 +270,6 @@ def _is_readings(value: object) -> bool:
 
 # Keys that a row need not have, and that stages read where it does.
 OPTIONAL: dict[str, tuple[Callable[[object], bool], str]] = {
-    "dataset": (_is_text, "a string"),
     "retrieved_question": (_is_text, "a string"),
     "qa_pairs": (_is_readings, "a list of objects with short_answers, each a list of strings"),
 }

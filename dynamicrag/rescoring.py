@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 RESCORED = 512
 
 
+class NotFiniteError(ValueError):
+    """A vector that cannot be compared: NaN, infinity, or longer than float32 can say. `position` is its number."""
+
+    def __init__(self, position: int):
+        super().__init__(f"vector {position} is not finite")
+        self.position = position
+
+
 def best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of each row; equal scores by position."""
     import numpy as np
@@ -27,7 +35,7 @@ def best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.nd
 def rescore(arrays: list[np.ndarray], queries: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of the candidates an approximate index found, [n, any] positions (-1 for none), by their exact scores.
 
-    As ExactIndex.search; where there are fewer than k candidates, the last positions are -1.
+    As ExactIndex.search; where there are fewer than k candidates, the last positions are -1. Raises NotFiniteError.
     """
     import numpy as np
     import torch
@@ -40,6 +48,9 @@ def rescore(arrays: list[np.ndarray], queries: np.ndarray, positions: np.ndarray
         row = torch.from_numpy(positions[query, column] - offset)
         scores[query, column] = inner_products(as_tensor(array), row, exact, torch.from_numpy(query)).numpy()
         offset += len(array)
+    wrong = ~np.isfinite(scores) & (positions >= 0)
+    if wrong.any():
+        raise NotFiniteError(int(positions[wrong][0]))
     scores, positions = best_first(scores, np.where(positions < 0, offset, positions), k)
     return scores, np.where(positions == offset, -1, positions)
 

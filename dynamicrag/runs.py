@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
 FUSION_CONSTANT = 60  # a document at rank r of a ranking is worth 1 / (60 + r)
+MOST = {int: 2**31 - 1, float: 3.4028234e38}  # what trec_eval, and a score in float32, can hold
 QRELS_FIELDS = "query_id iteration doc_id relevance"
 
 
@@ -187,12 +188,11 @@ def _rank_and_score(path: Path, number: int, fields: list[str]) -> tuple[int, fl
 def _parse(kind: type, path: Path, number: int, field: str, text: str) -> float:
     try:
         value = kind(text)
-        finite = math.isfinite(value)
-    except (ValueError, OverflowError):
-        finite = False
-    if not finite:
+    except ValueError:  # of an integer, also where it has thousands of digits
+        value = math.nan
+    if not abs(value) <= MOST[kind]:
         expected = "an integer" if kind is int else "a finite number"
-        raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}")
+        raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}{'' if value != value else ', which is too large'}")
     return value
 
 

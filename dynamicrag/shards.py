@@ -10,13 +10,14 @@ from __future__ import annotations
 import glob
 import itertools
 import pickle
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.locks import exclusive
-from dynamicrag.manifest import fingerprint, read_manifest
+from dynamicrag.manifest import fingerprint, manifest_path, read_manifest
 from dynamicrag.passages import PassageStore
 from dynamicrag.stage import UserError, log
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 PICKLED = ("", ".pkl", ".pickle")
 NUMPY_TYPES = {"f2": "<f2", "f4": "<f4"}
+# What numpy raises for a file that is no .npy, has objects in it, or is shorter than its header says.
+NPY_ERRORS = (OSError, ValueError, TypeError, OverflowError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError)
 
 
 @dataclass
@@ -54,12 +57,20 @@ def find_shards(pattern: str) -> list[Path]:
     shards = sorted([*pickled, *(name for name in own if name not in converted)])
     if not shards:
         raise UserError(f"{pattern}: no embedding shards; make them with generate_passage_embeddings.py")
-    made = [manifest["arguments"] for manifest in map(read_manifest, shards) if manifest]
-    expected = max((arguments.get("num_shards", 1) for arguments in made), default=0)  # 0: published shards
-    missing = sorted(set(range(expected)) - {arguments.get("shard_id", 0) for arguments in made})
-    if missing:
-        raise UserError(f"{pattern}: shard {missing[0]} of {expected} is missing; run generate_passage_embeddings.py "
-                        f"--shard_id {missing[0]} --num_shards {expected}")
+    made: set[int] = set()
+    expected = 0  # of published shards, which have no manifests
+    for shard in shards:
+        if manifest := read_manifest(shard):
+            part, parts = (manifest["arguments"].get(key, default) for key, default in (("shard_id", 0), ("num_shards", 1)))
+            if type(part) is not int or type(parts) is not int:
+                raise UserError(f"{manifest_path(shard)}: not a manifest of generate_passage_embeddings.py: it is shard {part!r} of "
+                                f"{parts!r}; embed this shard again with --overwrite")
+            made.add(part)
+            expected = max(expected, parts)
+    missing = next((part for part in range(expected) if part not in made), None)
+    if missing is not None:
+        raise UserError(f"{pattern}: shard {missing} of {expected} is missing; run generate_passage_embeddings.py "
+                        f"--shard_id {missing} --num_shards {expected}")
     return shards
 
 
@@ -72,12 +83,12 @@ def _open_npy(path: Path, named: Path) -> Shard:
     import numpy as np
 
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        ids = np.load(ids_path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Not np.load: it would open archives, too.
+        vectors, ids = (np.lib.format.open_memmap(name, mode="r") for name in (path, ids_path(path)))
+    except NPY_ERRORS as error:
         raise UserError(f"{named}: not a shard of embeddings ({error})") from error
-    if vectors.ndim != 2 or vectors.dtype.kind != "f" or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
-        raise UserError(f"{named}: expected float vectors [n, width] and n ids, found {vectors.dtype} "
+    if vectors.ndim != 2 or vectors.dtype.str not in NUMPY_TYPES.values() or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
+        raise UserError(f"{named}: expected float16 or float32 vectors [n, width] and n ids, found {vectors.dtype} "
                         f"{list(vectors.shape)} and {ids.dtype} {list(ids.shape)}")
     return Shard(named, ids, vectors)
 
@@ -97,6 +108,15 @@ def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
     return chosen
 
 
+def name_of(shards: list[Shard], position: int) -> str:
+    """What an error calls the vector at `position`, counted over all shards."""
+    for shard in shards:
+        if position < len(shard.ids):
+            return f"{shard.path}: the vector of passage {shard.ids[position].decode()!r}"
+        position -= len(shard.ids)
+    raise IndexError(position)
+
+
 def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
     """The first row of a shard and the one after its last: contiguous parts that differ by one at most."""
     return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
@@ -114,14 +134,17 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         if shard.vectors.shape[1] != width:
             raise UserError(f"{shard.path}: its vectors have {shard.vectors.shape[1]} dimensions, those of {model} "
                             f"have {width}; give the model that made the shards")
-        start = store.follow(shard.ids)  # the usual case, ten times faster than a look-up each
-        if start is not None:
-            found = range(start, start + len(shard.ids))
-        else:
-            found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
-            if len(unknown := np.flatnonzero(found < 0)):
-                raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the first "
-                                f"is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
+        try:
+            start = store.follow(shard.ids)  # the usual case, ten times faster than a look-up each
+            if start is not None:
+                found = range(start, start + len(shard.ids))
+            else:
+                found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{shard.path}: its ids are not UTF-8 ({error.reason}); embed this shard again") from error
+        if start is None and len(unknown := np.flatnonzero(found < 0)):
+            raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the first "
+                            f"is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
         positions.append(found)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and fingerprint(model) not in manifest["inputs"].values():
@@ -191,8 +214,11 @@ ADMITTED = {
 }
 
 
-class _ShardUnpickler(pickle.Unpickler):
-    """Admits strings, numbers, lists, tuples and float arrays. No name in the file ever reaches an import."""
+class _ShardUnpickler(pickle._Unpickler):
+    """Admits strings, numbers, lists, tuples and float arrays. No name in the file ever reaches an import.
+
+    In Python, a second a million ids: the one in C reserves what memory a few bytes of the file tell it to.
+    """
 
     def find_class(self, module: str, name: str) -> object:
         try:
@@ -208,10 +234,12 @@ def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
             ids, vectors = _ShardUnpickler(file).load()
         if not isinstance(ids, list) or not all(isinstance(passage_id, str | int) for passage_id in ids):
             raise pickle.UnpicklingError("no list of ids")
+        if b"\0" in "".join(map(str, ids)).encode():
+            raise pickle.UnpicklingError("an id with a NUL")
         if not isinstance(vectors, _Array):
             raise pickle.UnpicklingError("no array of vectors")
         return [str(passage_id) for passage_id in ids], vectors.array()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError) as error:
         raise UserError(f"{path}: not a shard of embeddings, a pickle of (list of ids, float16 array); "
                         f"refused: {error}") from error
 

@@ -55,7 +55,11 @@ def read_round(folder: Path, model: str) -> dict[str, dict]:
     metrics = folder / "results/dev.metrics.json"
     if not metrics.is_file():
         raise UserError(f"{metrics}: is missing; run scripts/iterate.sh again")
-    [found["dev"]] = orjson.loads(metrics.read_bytes())["results"].values()
+    try:
+        [found["dev"]] = orjson.loads(metrics.read_bytes())["results"].values()
+        float(found["dev"]["score"])
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{metrics}: not what evaluate.py writes ({error!r}); remove it and run scripts/iterate.sh again") from error
     return found
 
 

@@ -61,7 +61,7 @@ def browser() -> Iterator[Browser]:
 def open_page(started: Browser, path: str, width: int, height: int, scale: float = 1) -> Page:
     """The report, as light as on paper, in a window of CSS pixels; `path` may end in #case-ID."""
     name, _, fragment = path.partition("#")
-    page = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="light", reduced_motion="reduce")
+    page = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="light")
     page.goto(Path(name).resolve().as_uri() + (f"#{fragment}" if fragment else ""))
     return page
 

@@ -23,12 +23,12 @@ from dynamicrag.stage import UserError
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/report"))
 import cases
+import reading
 import report
 import screenshots
-import systems
 
 REPO = Path(__file__).parents[1]
-HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \u2028 & \"quoted\""
+HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \u2028 & \"quoted\" $\\frac$"
 ANSWER = {"none": [], "top:1": [1], "top:2": [1, 2], "all": [1, 2, 3, 4], "monot5": [2], "dynamic": [2, 1]}
 
 
@@ -48,7 +48,7 @@ def questions(count: int = 12, **more) -> list[dict]:
 
 def finish_run(results: Path, name: str, rows: list[dict], selector: str = "dynamic", model: str = "dpo", right=lambda n: n % 2 == 0, failed=(),
                questions_file: str = "test", reranker: str | None = None, seconds: float = 4, **arguments) -> Path:
-    """A results file, its remain file and their manifests, as inference.py makes them. `right` says which are answered right."""
+    """A results file, its remain file and their manifests, as inference.py makes them. `right` says which are answered right, or how."""
     asked = write_jsonl(results.parent / f"{questions_file}.jsonl", rows)
     path, remain = results / f"{name}.json", results / f"{name}_remain.json"
     arguments = {"selector": selector, "topn": 4, **arguments}
@@ -62,7 +62,7 @@ def finish_run(results: Path, name: str, rows: list[dict], selector: str = "dyna
         if n in failed:
             answered.append({**row, "error": "no selection in the output"})
         else:
-            response = row["answers"][0] if right(n) else "something else"
+            response = right(n) if isinstance(right(n), str) else row["answers"][0] if right(n) else "something else"
             answered.append({**row, "id_list": ids, "final_docs": [row["docs"][i - 1]["id"] for i in ids], "response": response})
     for chunk in out.chunks(answered, 5):
         out.write(chunk)
@@ -99,7 +99,8 @@ def case_data(page: str) -> list[dict]:
 
 def test_the_numbers_are_evaluates(results):
     for selector in ANSWER:
-        finish_run(results, f"test_{selector.replace(':', '')}", questions(97), selector, failed=(3, 5) if selector == "dynamic" else (), right=lambda n: n % 3)
+        finish_run(results, f"test_{selector.replace(':', '')}", questions(97), selector, failed=(3, 5) if selector == "dynamic" else (),
+                   right=lambda n: n % 3 and f"gold{n}{' more' * (n % 7 if n % 3 == 2 else 0)}")
     page = make(results)
     files = sorted(str(path) for path in results.glob("test_*.json") if not re.search(r"remain|manifest", path.name))
     assert len(files) == len(ANSWER)
@@ -123,7 +124,7 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "c", questions(), model="x/sft", reranker="other/chooser")
     finish_run(results, "d", questions(), model="x/sft", reranker="other/chooser", prompts="mine.yaml")
     finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made anew
-    read = systems.read_systems(results, None, 1)
+    read = reading.read_systems(results, None, 1)
     assert [(one.path.stem, one.evaluation_set, one.name) for one in read] == [
         ("b", "test", "sft · top 2"), ("c", "test", "sft · dynamic, chosen by chooser (c)"), ("d", "test", "sft · dynamic, chosen by chooser (d)"),
         ("a", "test", "dpo · dynamic"), ("e", "test (2)", "dpo · dynamic"),
@@ -135,19 +136,19 @@ def test_runs_of_another_number_of_documents_say_so_and_are_compared_apart(resul
     finish_run(results, "all", questions(), "all")
     finish_run(results, "dynamic_of_6", questions(), topn=6)
     finish_run(results, "windows", questions(), None, topn=6, max_context_window=2)
-    assert [(one.label, one.wider) for one in systems.read_systems(results, None, 1)] == [
-        ("all", False), ("dynamic", False), ("dynamic of 6", True), ("windows, of 6", True),
+    assert [(one.label, one.wider) for one in reading.read_systems(results, None, 1)] == [
+        ("all", False), ("dynamic", False), ("dynamic, N = 6", True), ("windows, N = 6", True),
     ]
     page = make(results)
     figures = page[page.index('id="generators"'): page.index('id="topn"')]
-    assert "dynamic of 6" not in figures and "windows" not in figures and cells(page, "dynamic_of_6.json")[0] == "dynamic of 6"
+    assert "N = 6" not in figures and "windows" not in figures and cells(page, "dynamic_of_6.json")[0] == "dynamic, N = 6"
 
 
 def test_the_documents_needed_are_dprs_too(results):
     rows = [{key: value for key, value in row.items() if key != "gold_docs"} for row in questions(3)]
     rows[0]["positive_ctxs"] = [{"passage_id": "d1_2", "text": "t" * 1000}]
     finish_run(results, "test_dynamic", rows)
-    [system] = systems.read_systems(results, None, 1)
+    [system] = reading.read_systems(results, None, 1)
     assert [row["needed"] for row in system.rows] == [1, None, None] and "positive_ctxs" not in system.rows[0]
     page = make(results)
     assert [case["gold"] for case in case_data(page)[0]["cases"]] == [[2], [], []]
@@ -158,7 +159,7 @@ def test_the_documents_needed_are_dprs_too(results):
     (["a/x/sft", "a/x/dpo"], ["sft", "dpo"]), (["a/x/sft", "a/y/sft"], ["x/sft", "y/sft"]), (["m"], ["m"]), ([], []),
 ])
 def test_models_are_named_by_what_tells_them_apart(paths, names):
-    assert [systems.short_names(paths)[path] for path in paths] == names
+    assert [reading.short_names(paths)[path] for path in paths] == names
 
 
 def test_files_that_are_no_results_are_left_out(results, caplog):
@@ -167,15 +168,25 @@ def test_files_that_are_no_results_are_left_out(results, caplog):
     (results / "sampling.json").write_text("[]")
     (results / "sampling.json.manifest.json").write_text(json.dumps({"arguments": {"input_json": "x"}, "outputs": ["sampling.json"]}))
     caplog.set_level("INFO", "dynamicrag")
-    assert [one.path.name for one in systems.read_systems(results, None, 1)] == ["test_dynamic.json"]
+    assert [one.path.name for one in reading.read_systems(results, None, 1)] == ["test_dynamic.json"]
     assert "stray.json" in caplog.text and "sampling.json" not in caplog.text
+
+
+def test_results_without_gold_answers_are_left_out_and_those_that_cannot_be_read_are_an_error(results, caplog):
+    finish_run(results, "test_dynamic", questions(), failed=(1,))
+    finish_run(results, "open_dynamic", [{**row, "answers": [" "]} for row in questions()], questions_file="open")
+    assert [one.path.stem for one in reading.read_systems(results, None, 1)] == ["test_dynamic"]
+    assert "open_dynamic.json: left out: no row has a gold answer" in caplog.text
+    (results / "test_dynamic_remain.json").unlink()
+    with pytest.raises(UserError, match=r"test_dynamic_remain\.json"):
+        reading.read_systems(results, None, 1)
 
 
 def test_a_copied_folder_is_read_by_itself(results):
     finish_run(results, "test_dynamic", questions(), failed=(1,))
     copied = Path(shutil.copytree(results, results.parent / "elsewhere/results"))
     (results / "test_dynamic_remain.json").write_text(json.dumps([{"id": f"q{n}", "question": "?", "answers": ["a"]} for n in (1, 98, 99)]))
-    assert [len(one.rows) for one in systems.read_systems(copied, None, 1)] == [12]
+    assert [len(one.rows) for one in reading.read_systems(copied, None, 1)] == [12]
 
 
 def test_a_folder_without_results_is_an_error_that_names_the_script(results):

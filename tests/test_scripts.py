@@ -123,7 +123,7 @@ def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings,
             run.write_text("".join(f"q{n} Q0 d2 1 0.9 r\n" for n in (2 * part, 2 * part + 1)))
 
     def rerank() -> subprocess.CompletedProcess:
-        command = f"python reranker.py --run '{{in}}.run' --input_file '{{in}}' --output_file '{{out}}'"
+        command = "python reranker.py --run '{in}.run' --input_file '{in}' --output_file '{out}'"
         return subprocess.run(["bash", "-c", f"source scripts/common.sh {settings}; sharded {questions} {tmp_path}/out.jsonl {command}"],
                               cwd=REPO, capture_output=True, text=True, env={**os.environ, "NUM_SHARDS": "8"})
 

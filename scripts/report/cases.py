@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from systems import System, answered_rows, by_evaluation_set, gold_ids
+from reading import answered_rows, gold_ids
+from systems import System, by_evaluation_set
 
 from dynamicrag.records import Row
 from dynamicrag.tasks import task_of

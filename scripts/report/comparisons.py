@@ -7,7 +7,7 @@ from pathlib import Path
 import figures
 from drawing import picture
 from sections import Section, Table, slug
-from systems import System, by_evaluation_set, by_generator
+from systems import BY_LLM, System, by_evaluation_set, by_generator
 
 from dynamicrag.records import Row
 
@@ -26,12 +26,12 @@ def findings(members: Sequence[System]) -> list[str]:
     sentences = []
     for generator, own in by_generator(members).items():
         dynamic = next((system for system in own if system.selector == "dynamic"), None)
-        fixed = max((system for system in own if system.fixed), key=lambda system: system.summary["score"], default=None)
+        fixed = max((system for system in own if system.fixed), key=lambda system: system.score, default=None)
         if dynamic and fixed:
             sentences.append(
-                f"On {members[0].evaluation_set}, {generator} with dynamic selection scores {dynamic.summary['score']:.1f} from "
-                f"{dynamic.summary['documents']:.2f} documents a question; its best fixed number, {fixed.label}, "
-                f"{fixed.summary['score']:.1f} from {fixed.summary['documents']:.2f}. The intervals "
+                f"On {members[0].evaluation_set}, {generator} with dynamic selection scores {dynamic.score:.1f} from "
+                f"{dynamic.documents:.2f} documents a question; its best fixed number, {fixed.label}, "
+                f"{fixed.score:.1f} from {fixed.documents:.2f}. The intervals "
                 f"{'overlap' if overlap(dynamic, fixed) else 'do not overlap'}."
             )
     return sentences
@@ -46,12 +46,11 @@ def group_tables(systems: Sequence[System]) -> list[Table]:
             if len(groups) < 2:
                 continue
             sizes = {group: max(summary["groups"].get(group, {"n": 0})["n"] for summary in summaries if summary) for group in groups}
-            rows = [
-                [system.name, *(f"{cell['score']:.1f} ({cell['documents']:.1f})" if (cell := summary["groups"].get(group)) else "" for group in groups)]
-                for system, summary in zip(members, summaries, strict=True) if summary
-            ]
+            cells = [[summary["groups"].get(group) for group in groups] for summary in summaries if summary]
+            shown = [[f"{cell['score']:.1f} ({cell['documents']:.1f})" if cell else "" for cell in line] for line in cells]
+            rows = [[system.name, *line] for system, line in zip((one for one in members if one.kinds or what == "data set"), shown, strict=True)]
             header = ["system", *(f"{group or 'other'} ({sizes[group]})" for group in groups)]
-            tables.append(Table(f"{name} by {what}", header, rows, "score, and mean documents in brackets; number of questions in the heading"))
+            tables.append(Table(f"{name} by {what}", header, rows, "score, and mean documents in brackets; questions in the heading"))
     return tables
 
 
@@ -75,9 +74,8 @@ def generators(systems: Sequence[System], folder: Path) -> Section:
         caption += f" {' and '.join(f'{model} is highest on {count}' for model, count in best.most_common())} of {len(groups)}; "
         caption += f"on {apart} two intervals do not overlap." if apart else "the intervals overlap on all."
     groups = {f"{group}\nn = {next(iter(cells.values()))['n']}": cells for group, cells in groups.items()}
-    alt = "Grouped bars: " + "; ".join(
-        f"{group.replace(chr(10), ', ')}: " + ", ".join(f"{model} {cell['score']:.1f}" for model, cell in cells.items()) for group, cells in groups.items()
-    )
+    bars = {group: ", ".join(f"{model} {cell['score']:.1f}" for model, cell in cells.items()) for group, cells in groups.items()}
+    alt = "Grouped bars: " + "; ".join(f"{group.replace(chr(10), ', ')}: {shown}" for group, shown in bars.items())
     section.pictures.append(picture(folder, "generators", lambda width: figures.generator_bars(groups, width), alt, caption))
     return section
 
@@ -90,14 +88,16 @@ def rerankers(systems: Sequence[System], folder: Path) -> Section:
             continue
         sentences = [f"{name}: score by selector, with 95 % intervals."]
         for generator, own in by_generator(compared).items():
-            best = max(own, key=lambda system: system.summary["score"])
-            sentences.append(f"With {generator}, {best.label} is highest ({best.summary['score']:.1f})")
+            best = max(own, key=lambda system: system.score)
+            sentences.append(f"With {generator}, {best.label} is highest ({best.score:.1f})")
             if (dynamic := next((system for system in own if system.selector == "dynamic"), None)) and len(own) > 1:
                 within = sum(overlap(dynamic, other) for other in own if other is not dynamic)
                 sentences[-1] += f"; the interval of dynamic overlaps those of {within} of the {len(own) - 1} others"
             sentences[-1] += "."
-        alt = "Bars: " + "; ".join(f"{system.name} {system.summary['score']:.1f}" for system in compared)
-        section.pictures.append(picture(folder, f"rerankers_{slug(name)}", lambda width, shown=compared: figures.selector_bars(shown, width), alt, " ".join(sentences)))
+        alt = "Bars: " + "; ".join(f"{system.name} {system.score:.1f}" for system in compared)
+        section.pictures.append(picture(
+            folder, f"rerankers_{slug(name)}", lambda width, shown=compared: figures.selector_bars(shown, width), alt, " ".join(sentences),
+        ))
     if not section.pictures:
         section.missing = "no model has results of several selectors; SELECTORS of the settings file and scripts/09_infer.sh make them."
     return section
@@ -110,14 +110,17 @@ def documents(systems: Sequence[System], folder: Path) -> Section:
                  for system in own if system.fixed or system.selector == "dynamic"]
         if not shown:
             continue
-        points = [f"{one.generator} dynamic: {one.summary['score']:.1f} at k = {one.summary['documents']:.2f}, {one.summary.get('prompt_tokens', 0):.0f} prompt tokens"
-                  for one in shown if one.selector == "dynamic"]
-        caption = f"{name}: score with 95 % intervals, and prompt tokens, against k. " + (
-            "; ".join(points) + " (the call that chooses reads all documents shown, and is counted)." if points else "There is no dynamic selection.")
-        alt = "Curves: " + "; ".join(f"{one.name} k {one.summary['documents']:.2f}, score {one.summary['score']:.1f}" for one in shown)
+        points = [
+            f"{one.generator} dynamic: {one.score:.1f} at k = {one.documents:.2f}, {one.prompt_tokens:.0f} prompt tokens"
+            for one in shown if one.selector == "dynamic"
+        ]
+        caption = f"{name}: score with 95 % intervals, and prompt tokens, against k."
+        if points:
+            caption += f" {'; '.join(points)} (the call that chooses reads all documents shown, and is counted)."
+        alt = "Curves: " + "; ".join(f"{one.name} k {one.documents:.2f}, score {one.score:.1f}" for one in shown)
         section.pictures.append(picture(folder, f"k_{slug(name)}", lambda width, shown=shown: figures.k_curves(shown, width), alt, caption))
     if not section.pictures:
-        section.missing = "no model has results of two fixed numbers of documents; SELECTORS=\"none top:1 top:5 all dynamic\" and scripts/09_infer.sh make them."
+        section.missing = "no model has results of two fixed numbers of documents; SELECTORS of the settings file and scripts/09_infer.sh make them."
     return section
 
 
@@ -148,7 +151,8 @@ def chosen(systems: Sequence[System], folder: Path) -> Section:
                 sentences[-1] += f", as many as are needed for {100 * sum(same) / len(same):.0f} %"
         if sentences:
             alt = "Shares by kind and k. " + "; ".join(sentences)
-            section.pictures.append(picture(folder, f"chosen_{slug(name)}", lambda width, shown=groups: figures.k_heat(shown, width), alt, f"{name}: {'; '.join(sentences)}."))
+            caption = f"{name}: {'; '.join(sentences)}."
+            section.pictures.append(picture(folder, f"chosen_{slug(name)}", lambda width, shown=groups: figures.k_heat(shown, width), alt, caption))
     section.tables = selection_tables(systems)
     if not section.pictures:
         section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
@@ -156,15 +160,17 @@ def chosen(systems: Sequence[System], folder: Path) -> Section:
 
 
 def selection_tables(systems: Sequence[System]) -> list[Table]:
-    """How well documents were chosen, where the gold ones are known: evaluate.py's figures, a line a system."""
+    """How well documents were chosen, where the gold ones are known: evaluate.py's figures, a line a rule and a line a model that chose."""
     columns = {"precision": 1, "recall": 1, "f1": 1, "exact": 1, "needed_k": 2, "chosen_k": 2}
     tables = []
     for name, members in by_evaluation_set(list(systems)).items():
-        rows = [
-            [system.name, *("" if found[key] is None else f"{found[key]:.{digits}f}" for key, digits in columns.items())]
-            for system in members if (found := system.summary.get("selection"))
-        ]
+        rows: dict[str, list[str]] = {}
+        for system in members:
+            if found := system.summary.get("selection"):
+                shown = ["" if found[key] is None else f"{found[key]:.{digits}f}" for key, digits in columns.items()]
+                rows.setdefault(system.name if system.selector in BY_LLM else system.label, shown)
         if rows:
-            header = ["system", "precision", "recall", "F1", "exact", "needed k", "chosen k"]
-            tables.append(Table(f"{name}: chosen against gold documents", header, rows, "per cent; exact: those needed and no other"))
+            header = ["chosen by", "precision", "recall", "F1", "exact", "needed k", "chosen k"]
+            lines = [[chooser, *shown] for chooser, shown in rows.items()]
+            tables.append(Table(f"{name}: chosen against gold documents", header, lines, "per cent; exact: those needed and no other"))
     return tables

@@ -32,7 +32,8 @@ def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:
         if bars[edge][0] != bars[edge - 1][0]:
             axes.axhline(edge - 0.5, color=MUTED, linewidth=0.6, linestyle=(0, (2, 3)))
     middles = [[place for place, (group, _, _) in enumerate(bars) if group == name] for name in groups]
-    axes.set_yticks([sum(places) / len(places) for places in middles], ["\n".join(short(part, width) for part in name.split("\n")) for name in groups])
+    shown = ["\n".join(short(line, width) for line in name.split("\n")) for name in groups]
+    axes.set_yticks([sum(places) / len(places) for places in middles], shown)
     axes.set_xlabel("score, 0 to 100")
     key(figure, [(short(name, width), {"color": colours[name]}) for name in generators])
     return figure
@@ -59,18 +60,18 @@ def k_curves(systems: Sequence[System], width: int) -> Figure:
     colours = {}
     for number, (generator, members) in enumerate(by_generator(systems).items()):
         colour = colours[generator] = LINE_COLOURS[number % len(LINE_COLOURS)]
-        fixed = sorted((system for system in members if system.fixed), key=lambda system: system.summary["documents"])
+        fixed = sorted((system for system in members if system.fixed), key=lambda system: system.documents)
         for chosen, look in (
             (fixed, {"marker": "o"}),
             ([system for system in members if system.selector == "dynamic"], {"marker": "D", "linestyle": "none", "markersize": 9, "zorder": 4}),
         ):
             look = {"color": colour, "markeredgecolor": PAPER, **look}
-            k = [system.summary["documents"] for system in chosen]
-            score = [system.summary["score"] for system in chosen]
-            bounds = [[abs(system.summary[side] - system.summary["score"]) for system in chosen] for side in ("low", "high")]
-            shift = 0.012 * max(system.summary["documents"] for system in systems) * number  # intervals beside each other
+            k = [system.documents for system in chosen]
+            score = [system.score for system in chosen]
+            bounds = [[abs(system.summary[side] - system.score) for system in chosen] for side in ("low", "high")]
+            shift = 0.012 * max(system.documents for system in systems) * number  # intervals beside each other
             scores.errorbar([value + shift for value in k], score, yerr=bounds, elinewidth=1, **look)
-            tokens.plot(k, [system.summary.get("prompt_tokens", 0) for system in chosen], **look)
+            tokens.plot(k, [system.prompt_tokens for system in chosen], **look)
     for axes, label in ((scores, score_label(systems)), (tokens, "prompt tokens a question")):
         axes.set_xlabel("documents answered from, mean k")
         axes.set_title(label)
@@ -113,27 +114,28 @@ def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System],
     points += [(name, [system], {"marker": "D", "linestyle": "none", "markersize": 7}) for name, system in single.items()]
     for name, members, look in points:
         n = [system.shown for system in members]
-        bounds = [[abs(system.summary[side] - system.summary["score"]) for system in members] for side in ("low", "high")]
-        axes[0].errorbar(n, [system.summary["score"] for system in members], yerr=bounds, color=colours[name], elinewidth=1, **look)
-        for panel, cost in zip(axes[1:], ("calls", "prompt_tokens"), strict=True):
-            panel.plot(n, [system.summary.get(cost, 0) for system in members], color=colours[name], **look)
+        bounds = [[abs(system.summary[side] - system.score) for system in members] for side in ("low", "high")]
+        axes[0].errorbar(n, [system.score for system in members], yerr=bounds, color=colours[name], elinewidth=1, **look)
+        axes[1].plot(n, [system.calls for system in members], color=colours[name], **look)
+        axes[2].plot(n, [system.prompt_tokens for system in members], color=colours[name], **look)
     for name, system in single.items():
-        axes[0].axhline(system.summary["score"], color=colours[name], linewidth=0.9, linestyle=(0, (2, 3)))
+        axes[0].axhline(system.score, color=colours[name], linewidth=0.9, linestyle=(0, (2, 3)))
     every = [system for members in series.values() for system in members]
     for panel, title in zip(axes, (score_label(every), "calls a question", "prompt tokens a question"), strict=True):
         panel.set_title(title)
         panel.set(xlabel="N, documents read")
         panel.set_ylim(0, None)
-    key(figure, [(short(name, width), {"color": colour}) for name, colour in colours.items()] + [("one window, dynamic", {"marker": "D", "color": MUTED})])
+    marks = [("one window, dynamic", {"marker": "D", "color": MUTED})]
+    key(figure, [(short(name, width), {"color": colour}) for name, colour in colours.items()] + marks)
     return figure
 
 
 def cost_bars(systems: Sequence[System], width: int) -> Figure:
     """Calls, tokens and speed of every system of one evaluation set."""
     costs = {
-        "calls": [system.summary.get("calls", 0) for system in systems],
-        "prompt tokens": [system.summary.get("prompt_tokens", 0) for system in systems],
-        "generated tokens": [system.summary.get("generated_tokens", 0) for system in systems],
+        "calls": [system.calls for system in systems],
+        "prompt tokens": [system.prompt_tokens for system in systems],
+        "generated tokens": [system.generated_tokens for system in systems],
         "questions a second": [system.speed for system in systems],
     }
     figure, axes = panels(len(costs), width, 56 + 23 * len(systems), len(costs))

@@ -22,8 +22,9 @@ from cases import case_sets
 from figures import METRICS
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from reading import read_systems
 from sections import Section, Table
-from systems import System, by_evaluation_set, read_systems
+from systems import System, by_evaluation_set
 
 from dynamicrag import stage
 from dynamicrag.atomic import atomic_writer
@@ -45,14 +46,17 @@ def parse_args(argv=None):
 
 def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
     """The lines of the result table, by evaluation set: evaluate.py's figures, and who is best."""
-    return {
-        name: [
-            {**system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
-             "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.summary["score"] == max(other.summary["score"] for other in members)}
+    lines = {}
+    for name, members in by_evaluation_set(list(systems)).items():
+        best = max(system.score for system in members)
+        lines[name] = [
+            {
+                **system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
+                "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best,
+            }
             for system in members
         ]
-        for name, members in by_evaluation_set(list(systems)).items()
-    }
+    return lines
 
 
 def published(systems: Sequence[System]) -> Section:
@@ -60,10 +64,11 @@ def published(systems: Sequence[System]) -> Section:
     section = Section("published", "Published numbers", "Published, other models and data: for orientation, not for comparison.")
     rows = []
     for entry in orjson.loads((HERE / "published.json").read_bytes()):
-        own = [
-            [f"this run, {system.name}", entry["dataset"], system.summary["metric"], f"{cell['score']:.1f}", f"{system.evaluation_set}, n = {cell['n']}"]
-            for system in systems if system.selector == "dynamic" and (cell := system.summary["groups"].get(entry["dataset"]))
-        ]
+        own = []
+        for system in systems:
+            if system.selector == "dynamic" and (cell := system.summary["groups"].get(entry["dataset"])):
+                source = f"{system.evaluation_set}, n = {cell['n']}"
+                own.append([f"this run, {system.name}", entry["dataset"], system.summary["metric"], f"{cell['score']:.1f}", source])
         if own:
             rows += [[entry["system"], entry["dataset"], entry["metric"], f"{entry['score']:.1f}", f"published: {entry['source']}"], *own]
     if rows:
@@ -97,9 +102,14 @@ def main(argv=None):
         published(compared),
     ]
     page = render(
-        title=work.name if results.resolve().name == "results" else results.resolve().name, sections=[one for one in sections if one.pictures or one.tables], findings={name: comparisons.findings(members) for name, members in by_evaluation_set(systems).items()},
-        missing=[one for one in sections if one.missing], results=result_lines(systems), groups=comparisons.group_tables(systems),
-        cases=case_sets(systems, args.cases, args.metric) if args.cases else [], systems=systems,
+        title=work.name if results.resolve().name == "results" else results.resolve().name,
+        systems=systems,
+        results=result_lines(systems),
+        findings={name: comparisons.findings([one for one in members if not one.wider]) for name, members in by_evaluation_set(systems).items()},
+        groups=comparisons.group_tables(systems),
+        sections=[one for one in sections if one.pictures or one.tables],
+        missing=[one for one in sections if one.missing],
+        cases=case_sets(systems, args.cases, args.metric) if args.cases else [],
     )
     with atomic_writer(folder / "index.html") as file:
         file.write(page.encode())

@@ -108,17 +108,22 @@ def round_curves(rounds: list[dict], width: int) -> Figure:
 
 def trained(work: Path, folder: Path) -> Section:
     """Losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
-    section = Section("training", "Training", "What the trainer logged for each model, step by step, and the rounds of preference optimisation.")
+    text = "What the trainer logged for each model, step by step, and the rounds of preference optimisation."
+    section = Section("training", "Training", text)
     logs, rounds = read_logs(work), read_rounds(work)
     if sft := logs["sft"]:
-        caption = "Behaviour cloning: " + "; ".join(f"{name}, loss {log[0]['loss']:.2f} at step {log[0]['step']}, {log[-1]['loss']:.2f} at step {log[-1]['step']}" for name, log in sft.items()) + "."
+        ends = [
+            f"{name}, loss {first['loss']:.2f} at step {first['step']}, {last['loss']:.2f} at step {last['step']}"
+            for name, log in sft.items() for first, last in [(log[0], log[-1])]
+        ]
+        caption = f"Behaviour cloning: {'; '.join(ends)}."
         section.pictures.append(picture(folder, "sft", lambda width: sft_curves(sft, width), caption, caption))
     if dpo := logs["dpo"]:
         ends = [
             f"{name} ends with reward accuracy {log[-1]['rewards/accuracies']:.2f} and margin {log[-1].get('rewards/margins', 0):.3f}"
             if "rewards/accuracies" in log[-1] else f"{name} ends with loss {log[-1]['loss']:.2f}" for name, log in dpo.items()
         ]
-        caption = f"Preference optimisation: {'; '.join(ends)}. An accuracy of 0.5 is chance; each point is one batch of pairs, or the mean of several."
+        caption = f"Preference optimisation: {'; '.join(ends)}. An accuracy of 0.5 is chance; a point is a batch of pairs, or the mean of several."
         section.pictures.append(picture(folder, "dpo", lambda width: dpo_curves(dpo, width), caption, caption))
     if rounds:
         best = max(range(len(rounds)), key=lambda number: (rounds[number]["dev"]["score"], -number))

@@ -1,0 +1,41 @@
+"""Encoders and rerankers in folders that others made: loaded without running any code they bring, refused in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dynamicrag.stage import UserError
+
+# transformers asks on the terminal whether code beside the weights may run, where it is not told; it is always told no.
+NO_CODE = {"trust_remote_code": False}
+
+
+@contextmanager
+def loading(path: str, what: str) -> Iterator[None]:
+    """Say in one line why `path` cannot be loaded as `what`: in a damaged folder the libraries raise almost any exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded as {what} ({reason}); give the folder of a Hugging Face model") from error
+
+
+def load_weights(auto: type, path: str, **options: object) -> object:
+    """The model of an Auto class. Raises ValueError where the folder has no weights for a part of it: they would be noise."""
+    model, found = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name and not name.endswith("position_ids"))
+    if missing:
+        raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+    return model
+
+
+def load_tokenizer(path: str, model: object) -> object:
+    """The tokenizer of a model. Raises ValueError where it has tokens that the model has not."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {known}")
+    return tokenizer

@@ -1,0 +1,72 @@
+"""Chat templates: files that are programs, written by whoever made the model.
+
+transformers renders them in Jinja's sandbox (ImmutableSandboxedEnvironment), which has no way to files, modules or the
+inside of objects. What a sandbox does not bound, time and memory, is bounded here, before a model is loaded: a template is
+rendered once in a process of its own, which is ended where it takes more.
+"""
+
+import resource
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from dynamicrag.prompts import as_text
+from dynamicrag.stage import UserError
+
+SECONDS = 10
+MEMORY = 1 << 30  # bytes beyond what this process has
+SAMPLE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which river is the longest?"}]
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+def read_template(path: str) -> str:
+    """A chat template's text. Raises UserError where it cannot be read, is not Jinja, or does not write a question."""
+    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it anew
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the chat template cannot be read: {error}") from error
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try, args=(text, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        wrong = receiver.recv() if receiver.poll(SECONDS) else f": the chat template is not through after {SECONDS} s"
+    except EOFError:
+        wrong = ": the chat template takes more memory than a prompt can"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if wrong:
+        raise UserError(f"{path}{wrong}")
+    return text
+
+
+def _try(text: str, sender: Connection) -> None:
+    """Send what is wrong with the template, beginning with its line where there is one; None where nothing is."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    wrong = None
+    try:
+        [rendered], _ = render_jinja_template([SAMPLE], chat_template=text, add_generation_prompt=True, **TOKENS)
+        if SAMPLE[1]["content"] not in rendered:
+            wrong = ": the chat template does not write the user's turn"
+    except jinja2.TemplateSyntaxError as error:
+        wrong = f":{error.lineno}: not a Jinja template: {error.message}"
+    except Exception as error:  # it is a program: it may raise whatever a program may
+        wrong = f": the chat template cannot be rendered: {type(error).__name__}: {error}"
+    sender.send(wrong)
+
+
+def forgeable(template: str, tokenizer) -> list[str]:
+    """The special tokens with which this template marks turns, and which a document may hold as they are."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    written = {token for token in special if token in template} | {tokenizer.bos_token, tokenizer.eos_token} - {None}
+    return sorted(token for token in written if as_text(token) == token)
