@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
 FUSION_CONSTANT = 60  # a document at rank r of a ranking is worth 1 / (60 + r)
-MOST = {int: 2**31 - 1, float: 3.4028234663852886e38}  # what trec_eval, and a score in float32, can hold
+MOST = {int: 2**31 - 1, float: 3.402823466385289e38}  # what trec_eval, and a score in float32, can hold
 QRELS_FIELDS = "query_id iteration doc_id relevance"
 
 

@@ -83,7 +83,7 @@ def test_a_run_is_written_best_first_with_ranks_from_1_and_scores_in_full():
         st.lists(
             st.tuples(
                 st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=4).filter(lambda text: text.split() == [text]),
-                st.one_of(st.sampled_from([0.0, -0.0, 1.0, 0.1]), st.floats(allow_nan=False, allow_infinity=False)),
+                st.one_of(st.sampled_from([0.0, -0.0, 1.0, 0.1]), st.floats(allow_nan=False, allow_infinity=False, width=32)),
             ),
             max_size=6, unique_by=lambda pair: pair[0],
         ),
