@@ -220,6 +220,7 @@ class ApiEngine:
                             extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
                         )
                     texts = [(choice.message.content or "").strip() for choice in reply.choices]
+                    texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair, which JSON allows, is no text
                     used = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
                     if not all(type(count) is int for count in used):
                         raise TypeError(f"usage is {used}")

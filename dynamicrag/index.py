@@ -14,7 +14,7 @@ from dynamicrag.flat import ExactIndex
 from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint
 from dynamicrag.rescoring import rescore
-from dynamicrag.shards import Shard
+from dynamicrag.shards import Shard, name_of
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -115,8 +115,10 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
             sample.append(np.asarray(shard.vectors[inside], dtype=np.float32))
             offset += len(shard.vectors)
         log.info("training %s on %d of %d vectors (once)", factory, wanted, count)
+        sample = np.concatenate(sample)
+        _require_finite(shards, sample, chosen)
         try:
-            index.train(np.concatenate(sample))
+            index.train(sample)
         except RuntimeError as error:
             raise UserError(f"--index {factory}: cannot be trained on {count} vectors ({_reason(error)}); "
                             "use fewer clusters, or --index flat") from error
@@ -124,9 +126,19 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
         for shard in shards:
             for start in range(0, len(shard.vectors), ADDED_AT_ONCE):
                 block = np.ascontiguousarray(shard.vectors[start : start + ADDED_AT_ONCE], dtype=np.float32)
+                _require_finite(shards, block, np.arange(index.ntotal, index.ntotal + len(block)))
                 index.add(block)
                 progress.update(len(block))
     return index
+
+
+def _require_finite(shards: list[Shard], vectors: np.ndarray, positions: np.ndarray) -> None:
+    """Raises UserError naming the first of these vectors, at these positions, with NaN or infinity: it would spoil the others' codes."""
+    import numpy as np
+
+    wrong = ~np.isfinite(vectors).all(axis=1)
+    if wrong.any():
+        raise UserError(f"{name_of(shards, int(positions[wrong][0]))} is not finite; embed this shard again")
 
 
 def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:

@@ -30,6 +30,8 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     (NaN and Infinity included: they are not JSON, and no stage can rank by them).
     """
     path = Path(path)
+    if path.is_fifo():
+        raise UserError(f"{path}: is a pipe; a stage reads its input more than once, so write it to a file")
     try:
         with path.open("rb") as file:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()

@@ -53,6 +53,8 @@ class Output:
         for name in inputs:
             if not Path(name).exists():
                 raise UserError(f"{name}: no such file; it is the input of this stage")
+            if Path(name).is_fifo():
+                raise UserError(f"{name}: is a pipe; a stage reads its input more than once, so write it to a file")
         self._refuse_overlap(inputs)
         self.identity = identity(args, outputs, inputs)
         if args.overwrite:

@@ -75,6 +75,7 @@ def _read_tsv(path: Path) -> Iterator[Passage]:
 
         # strict: a lone quotation mark is an error here, instead of swallowing the passages that follow it
         reader = csv.reader(lines(), delimiter="\t", strict=True)
+        line = 1
         try:
             header = next(reader, [])
             if "id" not in header or "text" not in header:

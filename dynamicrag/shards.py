@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import itertools
 import pickle
+import struct
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,9 @@ def _open_npy(path: Path, named: Path) -> Shard:
     import numpy as np
 
     try:
-        # Not np.load: it would open archives, too.
-        vectors, ids = (np.lib.format.open_memmap(name, mode="r") for name in (path, ids_path(path)))
+        with np.errstate(over="ignore"):  # of a shape that no file could have
+            # Not np.load: it would open archives, too.
+            vectors, ids = (np.lib.format.open_memmap(name, mode="r") for name in (path, ids_path(path)))
     except NPY_ERRORS as error:
         raise UserError(f"{named}: not a shard of embeddings ({error})") from error
     if vectors.ndim != 2 or vectors.dtype.str not in NUMPY_TYPES.values() or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
@@ -239,7 +241,7 @@ def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
         if not isinstance(vectors, _Array):
             raise pickle.UnpicklingError("no array of vectors")
         return [str(passage_id) for passage_id in ids], vectors.array()
-    except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError) as error:
+    except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError, struct.error) as error:
         raise UserError(f"{path}: not a shard of embeddings, a pickle of (list of ids, float16 array); "
                         f"refused: {error}") from error
 
