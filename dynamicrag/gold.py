@@ -39,6 +39,15 @@ def gold_documents(row: Row, path: str) -> dict[str, int]:
     return dict.fromkeys(map(str, found), 1)
 
 
+def needed_documents(row: Row, path: str) -> set[str] | None:
+    """The ids of the documents a question needs. An empty gold_docs says it needs none; an empty positive_ctxs says nothing: None.
+
+    Raises UserError as gold_documents does.
+    """
+    known = row.get("gold_docs") is not None or row.get("positive_ctxs")
+    return set(gold_documents(row, path)) if known else None
+
+
 def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: Question | None = None) -> Question:
     """What a row is scored against; what it does not say is as `asked`, the same question in the evaluation file."""
     asked = asked or Question("", {}, [])

@@ -9,7 +9,7 @@ import statistics
 from collections import Counter
 from typing import NamedTuple
 
-from dynamicrag.gold import gold_documents
+from dynamicrag.gold import needed_documents
 from dynamicrag.records import Row
 from dynamicrag.stage import UserError
 
@@ -30,9 +30,9 @@ def chosen_of(row: Row, path: str) -> Chosen | None:
 
     Raises UserError naming file, row and key.
     """
-    if row.get("gold_docs") is None and not row.get("positive_ctxs"):
+    needed = needed_documents(row, path)
+    if needed is None:
         return None
-    needed = gold_documents(row, path).keys()
     retrieved = len(needed & {doc["id"] for doc in row["docs"]}) if "docs" in row else None
     if not isinstance(row.get("response"), str):
         return Chosen(len(needed), None, 0, retrieved)

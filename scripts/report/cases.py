@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from reading import answered_rows, gold_ids
+from reading import answered_rows
 from systems import System, by_evaluation_set
 
+from dynamicrag.gold import needed_documents
 from dynamicrag.records import Row
 from dynamicrag.tasks import task_of
 
@@ -44,7 +45,7 @@ def _case_set(name: str, systems: list[System], most: int, metric: str | None) -
     for row in answered_rows(systems[reference].path):
         if row["id"] in wanted:
             runs = [_run(rows.get(row["id"], {}), system) for rows, system in zip(answers, systems, strict=True)]
-            cases[row["id"]] = _case(row, gold_ids(row, systems[reference].path), runs, metric, numbers)
+            cases[row["id"]] = _case(row, needed_documents(row, str(systems[reference].path)), runs, metric, numbers)
     return {
         "name": name, "systems": [system.name for system in systems], "reference": reference, "asked": len(scores),
         "documents": [list(document) for document in numbers], "cases": [cases[row_id] for row_id in picked],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from systems import BY_LLM, System, by_evaluation_set
 
-from dynamicrag.gold import gold_documents
+from dynamicrag.gold import needed_documents
 from dynamicrag.manifest import read_manifest
 from dynamicrag.records import Row
 from dynamicrag.stage import UserError, log
@@ -64,8 +64,8 @@ def _read_system(
     def read() -> Iterator[Row]:
         nonlocal whole
         for row in answered_rows(path, manifest):
-            gold = gold_ids(row, path)
-            rows.append({**{key: row[key] for key in row.keys() - HEAVY_KEYS}, "needed": None if gold is None else len(gold)})
+            needed = needed_documents(row, str(path))
+            rows.append({**{key: row[key] for key in row.keys() - HEAVY_KEYS}, "needed": None if needed is None else len(needed)})
             yield row
         whole = True
 
@@ -92,12 +92,6 @@ def answered_rows(path: Path, manifest: dict | None = None) -> Iterator[Row]:
     outputs = (manifest or read_manifest(path))["outputs"]
     beside = [path.with_name(Path(output).name) for output in outputs[1:]]
     yield from evaluate.result_rows(str(path), next((str(remain) for remain in beside if remain.exists()), None), None, None)
-
-
-def gold_ids(row: Row, path: Path) -> set[str] | None:
-    """The ids of the documents that a question needs, None where that is not known."""
-    known = row.get("gold_docs") is not None or row.get("positive_ctxs")
-    return set(gold_documents(row, str(path))) if known else None
 
 
 def _models(arguments: dict) -> list[str]:
