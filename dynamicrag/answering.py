@@ -5,6 +5,7 @@ is a run with files of its own, and all of them share the models, which are load
 """
 
 import itertools
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -87,6 +88,7 @@ def answer_runs(
     totals = {path: count_rows(path, ("docs",), skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
     callers = load([run for run, _ in unfinished])
     for run, out in unfinished:
+        out.started = time.monotonic()  # its own time, without that of loading the models and of the runs before
         rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
         work = partial(work_on_fitting, callers=callers, work=partial(answer, callers=callers, run=run), fail=fail_unanswered)
         out.process(rows, run.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {choice} {getattr(run, choice)}")

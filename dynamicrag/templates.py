@@ -15,6 +15,7 @@ from dynamicrag.stage import UserError
 
 SECONDS = 10
 MEMORY = 1 << 30  # bytes beyond what this process has
+MOST_SAID = 1000
 SAMPLE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which river is the longest?"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -33,27 +34,27 @@ def read_template(path: str) -> str:
     process.start()
     sender.close()
     try:
-        wrong = receiver.recv() if receiver.poll(SECONDS) else f": the chat template is not through after {SECONDS} s"
+        said = receiver.recv_bytes(MOST_SAID) if receiver.poll(SECONDS) else f": the chat template is not through after {SECONDS} s".encode()
     except EOFError:
-        wrong = ": the chat template takes more memory than a prompt can"
+        said = b": the chat template takes more memory than a prompt can"
     finally:
         process.kill()
         process.join()
         receiver.close()
-    if wrong:
-        raise UserError(f"{path}{wrong}")
+    if said:
+        raise UserError(f"{path}{said.decode(errors='replace')}")
     return text
 
 
 def _try(text: str, sender: Connection) -> None:
-    """Send what is wrong with the template, beginning with its line where there is one; None where nothing is."""
+    """Send what is wrong with the template, beginning with its line where there is one; nothing where nothing is."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    wrong = None
+    wrong = ""
     try:
         [rendered], _ = render_jinja_template([SAMPLE], chat_template=text, add_generation_prompt=True, **TOKENS)
         if SAMPLE[1]["content"] not in rendered:
@@ -62,7 +63,7 @@ def _try(text: str, sender: Connection) -> None:
         wrong = f":{error.lineno}: not a Jinja template: {error.message}"
     except Exception as error:  # it is a program: it may raise whatever a program may
         wrong = f": the chat template cannot be rendered: {type(error).__name__}: {error}"
-    sender.send(wrong)
+    sender.send_bytes(wrong.encode(errors="replace")[:MOST_SAID])  # bytes: nothing it says is unpickled
 
 
 def forgeable(template: str, tokenizer) -> list[str]:

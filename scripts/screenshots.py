@@ -80,6 +80,7 @@ def main(argv=None):
             raise UserError(f"{args.page}: has no cases; make it anew without --cases 0")
         if not args.case:
             page.locator("#filter-disagree").check()
+        page.mouse.move(0, 0)
         page.evaluate("document.getElementById('cases').scrollIntoView()")
         page.screenshot(path=folder / "report_case.png")
     log.info("pictures in %s", folder)

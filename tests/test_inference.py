@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -325,6 +326,19 @@ def test_several_files_load_one_model_and_each_is_as_if_it_were_answered_alone(h
     loaded = len(here)
     inference.main([*several, "--template", "t.jinja", "--selector", "dynamic", "none"])
     assert len(here) == loaded, "a finished run loads nothing"
+
+
+def test_the_seconds_of_a_run_are_its_own(here, monkeypatch):
+    real = inference.answer_rows
+
+    def slow(rows, callers, run):
+        time.sleep(0.3 if run.selector == "all" else 0)
+        return real(rows, callers, run)
+
+    monkeypatch.setattr(inference, "answer_rows", slow)
+    run(inference, "--selector", "all", "none")
+    seconds = [json.loads(Path(f"out/{selector}.json.manifest.json").read_text())["seconds"] for selector in ("all", "none")]
+    assert seconds[0] >= 0.3 > 0.2 >= seconds[1]
 
 
 def test_a_broken_file_among_several_is_found_before_a_model_is_loaded(here):

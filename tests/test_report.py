@@ -131,6 +131,12 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     ]
 
 
+def test_selectors_stand_from_none_to_dynamic_and_by_their_number(results):
+    for selector in ("dynamic", "top:10", "none", "top:2", "monot5", "all"):
+        finish_run(results, selector.replace(":", ""), questions(3), selector)
+    assert [one.label for one in reading.read_systems(results, None, 1)] == ["none", "top 2", "top 10", "all", "monot5", "dynamic"]
+
+
 def test_runs_of_another_number_of_documents_say_so_and_are_compared_apart(results):
     finish_run(results, "dynamic", questions())
     finish_run(results, "all", questions(), "all")
@@ -238,12 +244,28 @@ def test_everything_there_is_has_a_figure_and_a_caption_of_its_numbers(results):
     assert {path.stem for path in (results / "report").glob("*.png")} == names
     captions = "\n".join(unescape(caption) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL))
     for said in (
-        "SFT, loss 1.00 at step 1, 0.25 at step 4", "DPO ends with reward accuracy 0.75", "round 1 ends with reward accuracy 0.88",
+        "SFT, mean loss 1.00 over the first quarter of the steps, 0.25 over the last", "DPO, over the last quarter of the steps: DPO loss 1.00, reward accuracy 0.75",
+        "round 1, over the last quarter of the steps: DPO loss 1.00, reward accuracy 0.88",
         "30.0, 35.5 on the held-out questions, from the SFT model on; round 1 is highest", "dpo dynamic: 50.0 at k = 2.00, 120 prompt tokens",
         "dpo · dynamic chooses 2 for 100 % of the questions, as many as are needed for 0 %", "dpo · by windows, N = 5, 6: score 41.7, 50.0",
         "dpo · monot5, N = 4, 6: score 50.0, 25.0", "one window of 4 on nq, dpo: 50.0", "the interval of dynamic overlaps those of 5 of the 5 others",
     ):
         assert said in captions, captions
+
+
+def test_generators_are_compared_on_every_data_set_of_every_evaluation_set(results):
+    for model, right in (("sft", lambda n: False), ("dpo", lambda n: True)):
+        finish_run(results, f"test_{model}", questions(60), model=model, right=right)
+        finish_run(results, f"nq_{model}", [{**row, "dataset": "nq"} for row in questions()], model=model, questions_file="nq")
+        finish_run(results, f"more_{model}", [{**row, "dataset": "nq" if n % 2 else "new"} for n, row in enumerate(questions())], model=model, questions_file="more")
+    page = make(results)
+    section = unescape(page[page.index('id="generators"'): page.index('id="rerankers"') if 'id="rerankers"' in page else page.index('id="chosen"')])
+    bars = re.findall(r"Grouped bars: ([^\"]*)", section)[0].split("; ")
+    assert bars == [
+        "new, n = 6: sft 0.0, dpo 0.0", "nq of more, n = 6: sft 100.0, dpo 100.0", "nq, n = 12: sft 50.0, dpo 50.0",
+        "factbook, n = 40: sft 0.0, dpo 100.0", "factbook_long, n = 20: sft 0.0, dpo 100.0",
+    ]
+    assert "intervals. dpo is highest on 2 of 5; on 2 two intervals do not overlap" in section
 
 
 def test_a_picture_is_drawn_for_both_widths_says_what_it_shows_and_lies_beside_the_page(results):

@@ -56,26 +56,33 @@ def group_tables(systems: Sequence[System]) -> list[Table]:
 
 def generators(systems: Sequence[System], folder: Path) -> Section:
     section = Section("generators", "Generators", "Every model with dynamic selection, on every data set.")
-    groups: dict[str, dict[str, dict]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
     for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
-        several = len({group for system in members for group in system.summary["groups"]}) > 1
         for system in members:
-            model = system.name.replace(" · dynamic", "")
             for group, cell in system.summary["groups"].items():
-                groups[f"{group or 'other'} (of {name})" if several else name][model] = cell
-    if not groups:
+                found[name, group][system.name.replace(" · dynamic", "")] = cell
+    if not found:
         section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
         return section
+    sets, data_sets = Counter(name for name, _ in found), Counter(group for _, group in found)
+    groups = {}  # a set of one data set is called by its own name, a data set in several sets by both
+    for (name, group), cells in found.items():
+        label = name if sets[name] == 1 else group or "other"
+        groups[label if sets[name] == 1 or data_sets[group] == 1 else f"{label} of {name}"] = cells
     compared = [cells for cells in groups.values() if len(cells) > 1]
     apart = sum(max(cell["low"] for cell in cells.values()) > min(cell["high"] for cell in cells.values()) for cells in compared)
-    best = Counter(max(cells, key=lambda model: cells[model]["score"]) for cells in groups.values())
+    best = Counter()
+    for cells in compared:
+        ranked = sorted(cells, key=lambda model: -cells[model]["score"])
+        best[ranked[0]] += cells[ranked[0]]["score"] > cells[ranked[1]]["score"]
     caption = "Score by data set, with 95 % intervals."
     if compared:
-        caption += f" {' and '.join(f'{model} is highest on {count}' for model, count in best.most_common())} of {len(groups)}; "
+        shares = " and ".join(f"{model} is highest on {count}" for model, count in best.most_common() if count) or "None is highest on any"
+        caption += f" {shares} of {len(groups)}; "
         caption += f"on {apart} two intervals do not overlap." if apart else "the intervals overlap on all."
-    groups = {f"{group}\nn = {next(iter(cells.values()))['n']}": cells for group, cells in groups.items()}
+    groups = {f"{group}, n = {max(cell['n'] for cell in cells.values())}": cells for group, cells in groups.items()}
     bars = {group: ", ".join(f"{model} {cell['score']:.1f}" for model, cell in cells.items()) for group, cells in groups.items()}
-    alt = "Grouped bars: " + "; ".join(f"{group.replace(chr(10), ', ')}: {shown}" for group, shown in bars.items())
+    alt = "Grouped bars: " + "; ".join(f"{group}: {shown}" for group, shown in bars.items())
     section.pictures.append(picture(folder, "generators", lambda width: figures.generator_bars(groups, width), alt, caption))
     return section
 

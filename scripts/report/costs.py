@@ -43,7 +43,7 @@ def top_n(systems: Sequence[System], folder: Path) -> Section:
 
 
 def efficiency(systems: Sequence[System], folder: Path) -> Section:
-    text = "What an answer costs. Speed is questions by the seconds of the run's manifest, whatever else the machine did."
+    text = "What an answer costs. Speed is questions by the seconds in the run's manifest, which leave out loading the models."
     section = Section("efficiency", "Efficiency", text)
     for name, members in by_evaluation_set(list(systems)).items():
         sentences = [

@@ -84,7 +84,7 @@ def panels(count: int, width: int, height: int, columns: int, **share: bool) -> 
 
 def short(label: str, width: int) -> str:
     """A label that leaves room for what it labels; a longer one loses its middle."""
-    most = 42 if width > NARROW else 24
+    most = 42 if width > NARROW else 28
     return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[len(label) - most // 2 :]}"
 
 

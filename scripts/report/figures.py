@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 from drawing import LINE_COLOURS, MUTED, NARROW, PAPER, SELECTOR_COLOURS, interval_bars, key, panels, short
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,8 +33,7 @@ def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:
         if bars[edge][0] != bars[edge - 1][0]:
             axes.axhline(edge - 0.5, color=MUTED, linewidth=0.6, linestyle=(0, (2, 3)))
     middles = [[place for place, (group, _, _) in enumerate(bars) if group == name] for name in groups]
-    shown = ["\n".join(short(line, width) for line in name.split("\n")) for name in groups]
-    axes.set_yticks([sum(places) / len(places) for places in middles], shown)
+    axes.set_yticks([sum(places) / len(places) for places in middles], [short(name, width) for name in groups])
     axes.set_xlabel("score, 0 to 100")
     key(figure, [(short(name, width), {"color": colours[name]}) for name in generators])
     return figure
@@ -112,8 +112,10 @@ def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System],
     colours = dict(zip(series, LINE_COLOURS * len(series), strict=False))
     points = [(name, members, {"marker": "o"}) for name, members in series.items()]
     points += [(name, [system], {"marker": "D", "linestyle": "none", "markersize": 7}) for name, system in single.items()]
+    largest = max(system.shown for _, members, _ in points for system in members)
     for name, members, look in points:
-        n = [system.shown for system in members]
+        shift = 0.015 * largest * list(series).index(name)  # intervals beside each other
+        n = [system.shown + shift for system in members]
         bounds = [[abs(system.summary[side] - system.score) for system in members] for side in ("low", "high")]
         axes[0].errorbar(n, [system.score for system in members], yerr=bounds, color=colours[name], elinewidth=1, **look)
         axes[1].plot(n, [system.calls for system in members], color=colours[name], **look)
@@ -123,7 +125,7 @@ def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System],
     every = [system for members in series.values() for system in members]
     for panel, title in zip(axes, (score_label(every), "calls a question", "prompt tokens a question"), strict=True):
         panel.set_title(title)
-        panel.set(xlabel="N, documents read")
+        panel.set(xlabel="N, documents read", xticks=sorted({system.shown for _, members, _ in points for system in members}))
         panel.set_ylim(0, None)
     marks = [("one window, dynamic", {"marker": "D", "color": MUTED})]
     key(figure, [(short(name, width), {"color": colour}) for name, colour in colours.items()] + marks)
@@ -152,5 +154,10 @@ def cost_bars(systems: Sequence[System], width: int) -> Figure:
 
 
 def line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: object) -> None:
-    """A curve, with its points where they are few enough to be told apart."""
-    axes.plot(x, y, marker="o" if len(x) <= 40 else None, **{"markersize": 3.5, **look})
+    """A curve with its points; where they are too many to be told apart it is thin, beside a running mean."""
+    if len(x) <= 40:
+        axes.plot(x, y, marker="o", **{"markersize": 3.5, **look})
+        return
+    width = len(x) // 12
+    axes.plot(x, y, **{"linewidth": 0.8, "alpha": 0.4, **look})
+    axes.plot(np.convolve(x, np.ones(width) / width, "valid"), np.convolve(y, np.ones(width) / width, "valid"), **look)

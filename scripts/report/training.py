@@ -1,5 +1,6 @@
 """What training left behind: the trainer's log of each model, and the rounds of scripts/iterate.sh."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,16 @@ def round_curves(rounds: list[dict], width: int) -> Figure:
     return figure
 
 
+def quarter(log: list[dict]) -> int:
+    """How many entries are a quarter of a log, at least one."""
+    return max(1, len(log) // 4)
+
+
+def mean(log: list[dict], name: str) -> float:
+    """Of what the trainer calls `name`: a single batch says little."""
+    return statistics.fmean(entry[name] for entry in log if name in entry)
+
+
 def trained(work: Path, folder: Path) -> Section:
     """Losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
     text = "What the trainer logged for each model, step by step, and the rounds of preference optimisation."
@@ -113,17 +124,18 @@ def trained(work: Path, folder: Path) -> Section:
     logs, rounds = read_logs(work), read_rounds(work)
     if sft := logs["sft"]:
         ends = [
-            f"{name}, loss {first['loss']:.2f} at step {first['step']}, {last['loss']:.2f} at step {last['step']}"
-            for name, log in sft.items() for first, last in [(log[0], log[-1])]
+            f"{name}, mean loss {mean(log[:quarter(log)], 'loss'):.2f} over the first quarter of the steps, "
+            f"{mean(log[-quarter(log):], 'loss'):.2f} over the last" for name, log in sft.items()
         ]
-        caption = f"Behaviour cloning: {'; '.join(ends)}."
+        caption = f"Behaviour cloning: {'; '.join(ends)}. Thin as logged, thick a running mean, where there are many points."
         section.pictures.append(picture(folder, "sft", lambda width: sft_curves(sft, width), caption, caption))
     if dpo := logs["dpo"]:
-        ends = [
-            f"{name} ends with reward accuracy {log[-1]['rewards/accuracies']:.2f} and margin {log[-1].get('rewards/margins', 0):.3f}"
-            if "rewards/accuracies" in log[-1] else f"{name} ends with loss {log[-1]['loss']:.2f}" for name, log in dpo.items()
-        ]
-        caption = f"Preference optimisation: {'; '.join(ends)}. An accuracy of 0.5 is chance; a point is a batch of pairs, or the mean of several."
+        ends = []
+        for name, log in dpo.items():
+            last = log[-quarter(log):]
+            means = [f"{title} {mean(last, names[0]):.2f}" for title, names in list(DPO_CURVES.items())[:3] if names[0] in last[-1]]
+            ends.append(f"{name}, over the last quarter of the steps: {', '.join(means)}")
+        caption = f"Preference optimisation: {'; '.join(ends)}. An accuracy of 0.5 is chance."
         section.pictures.append(picture(folder, "dpo", lambda width: dpo_curves(dpo, width), caption, caption))
     if rounds:
         best = max(range(len(rounds)), key=lambda number: (rounds[number]["dev"]["score"], -number))
