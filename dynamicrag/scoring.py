@@ -43,7 +43,7 @@ def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Ou
         len(row.get("id_list", ())) if answered else None,
         row.get("usage", {}) if answered else {},
         chosen_of(row, path),
-        row.get("entity_support"),
+        row["entity_support"] if isinstance(row.get("entity_support"), Support) else None,
     )
 
 
@@ -65,14 +65,14 @@ def summarise(
     outcomes: dict[str, Outcome] = {}
     without_gold_answer, grounded = 0, False
     for row in rows:
-        grounded |= "entity_support" in row
+        grounded |= isinstance(row.get("entity_support", ...), Support | None)  # else it is a key of the data set
         outcome = score_question(row, metric, group_by, path)
         if outcome is None:
             without_gold_answer += 1
         else:
             outcomes[row["id"]] = outcome
     if not outcomes:
-        raise UserError("no row has a gold answer to score against")
+        raise UserError(f"{path}: no row has a gold answer to score against; give rows with answers")
     by_group: dict[str, list[Outcome]] = defaultdict(list)
     usage: dict[str, list[int]] = defaultdict(list)
     for outcome in outcomes.values():

@@ -144,3 +144,8 @@ def test_without_the_flag_no_entity_is_looked_for(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "with_entity_support", None)
     assert "entity_support" not in run(make_row(1, "Georges Bizet", ["carmen"]), flags=())
     assert "entities" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["yes", 0.5, [1, 1.0, 1.0]])
+def test_a_key_of_the_data_set_that_is_called_so_is_let_be(value):
+    assert "entity_support" not in run(make_row(1, "Paris", ["carmen"], entity_support=value), flags=())

@@ -182,7 +182,7 @@ def test_results_without_gold_answers_are_left_out_and_those_that_cannot_be_read
     finish_run(results, "test_dynamic", questions(), failed=(1,))
     finish_run(results, "open_dynamic", [{**row, "answers": [" "]} for row in questions()], questions_file="open")
     assert [one.path.stem for one in reading.read_systems(results, None, 1)] == ["test_dynamic"]
-    assert "open_dynamic.json: left out: no row has a gold answer" in caplog.text
+    assert "open_dynamic.json: no row has a gold answer" in caplog.text
     (results / "test_dynamic_remain.json").unlink()
     with pytest.raises(UserError, match=r"test_dynamic_remain\.json"):
         reading.read_systems(results, None, 1)

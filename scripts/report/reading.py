@@ -70,11 +70,11 @@ def _read_system(
         whole = True
 
     try:
-        summary, scores = evaluate.summarise(read(), metric, "dataset", seed)
+        summary, scores = evaluate.summarise(read(), metric, "dataset", seed, str(path))
     except UserError as error:
         if not whole:  # it cannot be read
             raise
-        log.warning("%s: left out: %s", path, error)
+        log.warning("left out: %s", error)
         return None
     kinds = evaluate.summarise(rows, metric, "kind", seed)[0] if any("kind" in row for row in rows) else None
     selector = arguments.get("selector", "windows")
