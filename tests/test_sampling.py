@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -199,7 +201,13 @@ def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
     """Two models in one process, constrained and not: chunks, order and company change no trajectory of a question.
 
     In float32 on one engine; benchmarks/sampling.py measures the share that survives bfloat16's batch-dependent rounding.
+    The process is a new one, as the stage's is: vLLM goes through all modules that others have imported, and falls over one.
     """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(compare_real_trajectories, tmp_path).result()
+
+
+def compare_real_trajectories(folder: Path) -> None:
     from test_chain import REPO, make_tiny_llama
 
     rng = random.Random(4)
@@ -208,10 +216,10 @@ def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
          "docs": [{"id": f"d{i}", "title": "", "text": make_text(rng), "rerank_score": 1 - i / 10} for i in range(5)]}
         for n in range(6)
     ]
-    make_tiny_llama(tmp_path / "model")
-    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    make_tiny_llama(folder / "model")
+    shutil.copytree(folder / "model", folder / "other")
     args = sampling_dpo_trajectories.parse_args([
-        "--llm-model", str(tmp_path / "model"), "--reranker-model", str(tmp_path / "other"), "--dtype", "float32", "--include-expert",
+        "--llm-model", str(folder / "model"), "--reranker-model", str(folder / "other"), "--dtype", "float32", "--include-expert",
         "--template", str(REPO / "template/llama3.jinja"), "--max-model-len", "1024", "--answer-max-tokens", "6", "--num-samples", "4",
     ])
     callers = sampling_dpo_trajectories.load_callers(args)
