@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pathlib import Path
 import pytest
 from conftest import make_text, write_jsonl
 from test_inference import StubEngine
+from tqdm import tqdm
 
 from dynamicrag import calls, stage
 
@@ -92,6 +94,7 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             logging.root.handlers.clear()  # pytest's; stage.run makes its own
+            tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
             calls.load_engine = lambda args: StubEngine(reply)
             prepare()
             stage.run(lambda: module.main(STAGES[name].format(inputs, out).split()))
