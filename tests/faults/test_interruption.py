@@ -83,6 +83,7 @@ class Undisturbed:
 def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None] = lambda: None, interfere=lambda pid: None) -> tuple[int, str]:
     """Run a stage as its script would; exit status (negative: the signal that ended it) and what it said on stderr."""
     said = out.with_name(f"{out.name}.stderr")
+    said.touch()  # it may be killed before it opens it
     module = importlib.import_module(name)
     pid = os.fork()
     if pid == 0:
