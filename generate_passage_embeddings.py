@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.atomic import naming
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.output import Output
@@ -109,10 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise stage.UserError(f"{args.model_name_or_path}: gives no finite float16 vector for passage "
                                       f"{columns['id'][row]!r}; try --normalize or --dtype float32")
-            with naming(output.partial):
-                file.write(vectors.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            output.append(vectors.tobytes())
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)

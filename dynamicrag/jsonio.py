@@ -30,8 +30,7 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     (NaN and Infinity included: they are not JSON, and no stage can rank by them).
     """
     path = Path(path)
-    if path.is_fifo():
-        raise UserError(f"{path}: is a pipe; a stage reads its input more than once, so write it to a file")
+    refuse_pipe(path)
     try:
         with path.open("rb") as file:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -42,6 +41,12 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     if not head:
         raise UserError(f"{path}: the file is empty; expected a JSON array or one JSON object a line")
     yield from _read_array(path) if head.startswith(b"[") else _read_lines(path)
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raises UserError for an input that can be read only once."""
+    if path.is_fifo():
+        raise UserError(f"{path}: is a pipe; a stage reads its input more than once, so write it to a file")
 
 
 def _value(text: bytes | str) -> object:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import orjson
 
 from dynamicrag.atomic import atomic_writer, naming
-from dynamicrag.jsonio import dump_line, write_json
+from dynamicrag.jsonio import dump_line, refuse_pipe, write_json
 from dynamicrag.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.stage import UserError, log
 
@@ -53,8 +53,7 @@ class Output:
         for name in inputs:
             if not Path(name).exists():
                 raise UserError(f"{name}: no such file; it is the input of this stage")
-            if Path(name).is_fifo():
-                raise UserError(f"{name}: is a pipe; a stage reads its input more than once, so write it to a file")
+            refuse_pipe(Path(name))
         self._refuse_overlap(inputs)
         self.identity = identity(args, outputs, inputs)
         if args.overwrite:
@@ -167,11 +166,15 @@ class Output:
 
     def write(self, rows: list[dict]) -> None:
         """Append one finished chunk."""
+        self.append(b"".join(map(dump_line, rows)))
+        self.rows += len(rows)
+
+    def append(self, content: bytes) -> None:
+        """Add to the partial file; it is on disk when this returns. Raises OSError, naming the file."""
         with naming(self.partial):
-            self._file.write(b"".join(map(dump_line, rows)))
+            self._file.write(content)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.rows += len(rows)
 
     def process(
         self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str

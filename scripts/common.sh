@@ -56,7 +56,7 @@ given() {
 # same time, and put the parts together. A part that fails is named with its log; the others finish, and running again
 # does only what is missing.
 sharded() {
-    local input=$1 output=$2 parts=$2.parts pids=() failed=0 part shard
+    local input=$1 output=$2 parts=$2.parts started=() part shard
     shift 2
     if ((NUM_SHARDS == 1)); then
         run_part "$input" "$output" "$@"
@@ -69,18 +69,15 @@ sharded() {
         shard=$(basename "$part" .json)
         shard=${shard#split_}
         CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") run_part "$part" "$parts/out_$shard.jsonl" "$@" >"$parts/$shard.log" 2>&1 &
-        pids+=("$!:$shard")
+        started+=("$!:$shard:$parts/$shard.log")
     done
-    for part in "${pids[@]}"; do
-        wait "${part%%:*}" || { echo "error: part ${part##*:} failed; its log is $parts/${part##*:}.log" >&2; failed=1; }
-    done
-    ((failed == 0)) || exit 1
+    await_parts "${started[@]}"
     python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
 }
 
 # divided COMMAND FILE...: COMMAND on the files, divided among the GPUs; each calls it once, with its part of them.
 divided() {
-    local command=$1 pids=() failed=0 shard number log files
+    local command=$1 started=() shard number log files
     shift
     if ((NUM_SHARDS == 1)); then
         "$command" "$@"
@@ -90,12 +87,19 @@ divided() {
     for ((shard = 0; shard < NUM_SHARDS && shard < $#; shard++)); do
         files=()
         for ((number = shard + 1; number <= $#; number += NUM_SHARDS)); do files+=("${!number}"); done
-        CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") "$command" "${files[@]}" >"$WORK/logs/$command.$shard.log" 2>&1 &
-        pids+=("$!:$shard")
+        log=$WORK/logs/$command.$shard.log
+        CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") "$command" "${files[@]}" >"$log" 2>&1 &
+        started+=("$!:$shard:$log")
     done
-    for shard in "${pids[@]}"; do
-        log=$WORK/logs/$command.${shard##*:}.log
-        wait "${shard%%:*}" || { echo "error: part ${shard##*:} failed; its log is $log" >&2; failed=1; }
+    await_parts "${started[@]}"
+}
+
+# await_parts PID:NUMBER:LOG...: wait for all of them; end here where one failed, naming its log.
+await_parts() {
+    local started pid number log failed=0
+    for started in "$@"; do
+        IFS=: read -r pid number log <<<"$started"
+        wait "$pid" || { echo "error: part $number failed; its log is $log" >&2; failed=1; }
     done
     ((failed == 0)) || exit 1
 }

@@ -92,8 +92,8 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
             with said.open("w") as file:
                 os.dup2(file.fileno(), 2)
             sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - of this process to its end
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             logging.root.handlers.clear()  # pytest's; stage.run makes its own
             tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
             calls.load_engine = lambda args: StubEngine(reply)
