@@ -1,0 +1,247 @@
+"""What teaches a small model to choose documents: exact selections on held-out countries against minutes of training.
+
+Each direction changes one thing of the warm-up (warm_up.py, recipes/smollm2_135m/warm_up.yaml) and reads as many tokens, which
+on a CPU is as many minutes. Checkpoints on the way answer test questions about countries never trained on, in the reranker's
+own prompt: the documents needed are shown among the retriever's best others, in the retriever's order and shuffled.
+
+Reads    --train, --test    retriever.py's output for questions.py's train.jsonl and test.jsonl
+Writes   --output_dir       DIRECTION/curve.json; a direction that has one is not trained again
+         --table, --plot    all directions that are finished there
+
+    python examples/factbook/learning_curve.py --train runs/learning_curve/train.jsonl --test runs/learning_curve/test.jsonl
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from warm_up import conversations, read_questions, show
+
+from dynamicrag.jsonio import read_json, write_json
+from dynamicrag.prompts import DEFAULT_PROMPTS, Prompts
+from dynamicrag.selected import Chosen, summarise_chosen
+from dynamicrag.selection import ids_pattern, parse_ids
+from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
+from dynamicrag.tables import markdown_table
+
+RECIPE = "recipes/smollm2_135m/warm_up.yaml"
+TEMPLATE = "template/smollm2.jinja"
+ORDERS = ("retrieval", "shuffled")
+DOCUMENT = {
+    "before": "[{n}] {title}\n{text}",
+    "both sides": DEFAULT_PROMPTS["reranker"]["document"],
+    "after": "{title}\n{text} [{n}]",
+}
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One thing tried. What is not given is as in the warm-up."""
+
+    about: str
+    questions: int = 10  # a conversation
+    shuffled: float = 0.5
+    first_docs: int = 5  # documents of a first half of the tokens; five after it
+    identifier: str = "both sides"
+    settings: dict = field(default_factory=dict)  # of LLaMA-Factory, over the recipe's
+    trainer: tuple[str, ...] = ("-m", "llamafactory.cli", "train")
+
+
+DIRECTIONS = {
+    "warm-up": Direction("ten questions about the same five documents, half of them shuffled"),
+    "single": Direction("one question a sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
+    "single, higher rate": Direction("one question a sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
+    "all shuffled": Direction("no document order", shuffled=1),
+    "none shuffled": Direction("always the retriever's order", shuffled=0),
+    "curriculum": Direction("two documents at first, then five", first_docs=2, settings={"disable_shuffling": True}),
+    "identifier before": Direction("[1] stands before the document", identifier="before"),
+    "identifier after": Direction("[1] stands after the document", identifier="after"),
+    "rate 2e-4": Direction("learning rate 2e-4", settings={"learning_rate": 2e-4}),
+    "rate 1e-3": Direction("learning rate 1e-3", settings={"learning_rate": 1e-3}),
+    "batch of 8": Direction("eight conversations a step", settings={"gradient_accumulation_steps": 8, "learning_rate": 1e-3}),
+    "loss on everything": Direction("loss on questions and documents too", settings={"train_on_prompt": True}),
+    "loss on identifiers": Direction("loss on digits, None and the end alone", trainer=("examples/factbook/identifier_loss.py",)),
+}
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--train", default="runs/learning_curve/train.jsonl", help="questions with retrieved docs, training countries")
+    group.add_argument("--test", default="runs/learning_curve/test.jsonl", help="questions with retrieved docs, other countries")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--model", default="models/smollm2-135m", help="checkpoint to start from")
+    group.add_argument("--output_dir", default="runs/learning_curve", help="folder of the directions")
+    group.add_argument("--table", default="runs/learning_curve/table.md", help="table of all finished directions")
+    group.add_argument("--plot", default="runs/learning_curve/curves.png", help="their curves")
+    group = parser.add_argument_group("what is tried")
+    group.add_argument("--directions", nargs="*", choices=DIRECTIONS, default=[*DIRECTIONS], metavar="NAME", help=", ".join(DIRECTIONS))
+    group.add_argument("--tokens", type=int, default=120_000, help="tokens each direction reads")
+    group.add_argument("--points", type=int, default=2, help="checkpoints measured on the way, the last included")
+    group.add_argument("--questions", type=int, default=150, help="test questions")
+    group.add_argument("--n_docs", type=int, default=5, help="documents shown in the test")
+    group.add_argument("--trainer", default=".venv-train/bin/python", help="Python of LLaMA-Factory's environment")
+    group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    group.add_argument("--measure", metavar="FOLDER", help="only measure the checkpoint in FOLDER; what the script calls itself with")
+    group.add_argument("--prompts", metavar="FILE", help="prompts of that checkpoint")
+    return parser.parse_args(argv)
+
+
+def training_rows(direction: Direction, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> tuple[list[dict], int]:
+    """As many conversations as --tokens hold, and how many tokens they are."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    made: list[dict] = []
+    read = 0
+    for n_docs, until in ((direction.first_docs, args.tokens / 2), (5, args.tokens)):
+        settings = Namespace(n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed, max_rows=None)
+        for row in conversations(rows[len(made):], passages, settings, prompts):
+            if read >= until:
+                break
+            made.append(row)
+            turns = [text for turn in row["history"] for text in turn]
+            read += sum(map(len, tokenizer([row["system"], *turns, row["instruction"], row["output"]])["input_ids"]))
+    if read < args.tokens:
+        raise UserError(f"{args.train}: {len(rows)} questions are {read} tokens, fewer than --tokens {args.tokens}; make more with questions.py --train")
+    return made, read
+
+
+def train(folder: Path, direction: Direction, made: list[dict], args: Namespace) -> list[Path]:
+    """One LLaMA-Factory run; the checkpoints it left, in order."""
+    write_json(folder / "factbook_warm_up.json", made)
+    info = json.loads(Path("recipes/dataset_info.json").read_text())["factbook_warm_up"] | {"file_name": "factbook_warm_up.json"}
+    (folder / "dataset_info.json").write_text(json.dumps({"factbook_warm_up": info}))
+    settings = yaml.safe_load(Path(RECIPE).read_text()) | direction.settings
+    steps = -(-len(made) // settings["gradient_accumulation_steps"])
+    settings |= {
+        "model_name_or_path": args.model, "dataset_dir": str(folder), "output_dir": str(folder / "model"), "overwrite_output_dir": True,
+        "save_steps": -(-steps // args.points), "save_total_limit": None, "save_only_model": True, "plot_loss": False, "seed": args.seed,
+    }
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "train.log").open("wb") as out:
+        done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=out, stderr=out, env=environment)
+    if done.returncode:
+        raise UserError(f"LLaMA-Factory failed; its log is {folder / 'train.log'}")
+    return sorted((folder / "model").glob("checkpoint-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def measure(checkpoint: str, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> dict:
+    """Order of documents -> over all and by kind, what summarise_chosen says of the checkpoint's selections."""
+    from dynamicrag.engine import Request, VllmEngine
+
+    engine = VllmEngine(checkpoint, Namespace(template=TEMPLATE, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
+    found = {}
+    for order in ORDERS:
+        shown = [
+            show(row, passages, args.n_docs, random.Random(derive_seed(args.seed, row["id"], order)) if order == "shuffled" else None) for row in rows
+        ]
+        completions = engine.complete([
+            Request(prompts.reranker(row["question"], docs), derive_seed(args.seed, row["id"]), 64, pattern=ids_pattern(len(docs)))
+            for row, docs in zip(rows, shown, strict=True)
+        ])
+        chosen = []
+        for row, docs, completion in zip(rows, shown, completions, strict=True):
+            ids = {docs[position - 1]["id"] for position in parse_ids(completion.texts[0], len(docs)).ids}
+            needed = set(row["gold_docs"])
+            chosen.append(Chosen(len(needed), len(ids), len(ids & needed), len(needed)))
+        by_kind = {kind: summarise_chosen([one for one, row in zip(chosen, rows, strict=True) if row["kind"] == kind]) for kind in sorted({row["kind"] for row in rows})}
+        found[order] = {"all": summarise_chosen(chosen), "kinds": by_kind}
+    return found
+
+
+def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
+    """Train one direction, and measure its checkpoints, each in a process of its own: a process holds one vLLM engine."""
+    direction, folder = DIRECTIONS[name], Path(args.output_dir) / name.replace(" ", "_").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "curve.json").exists():
+        return
+    log.info("%s: %s", name, direction.about)
+    words = folder / "prompts.yaml"
+    words.write_text(yaml.safe_dump({"reranker": {"document": DOCUMENT[direction.identifier]}}))
+    made, tokens = training_rows(direction, rows, passages, Prompts(str(words)), args)
+    checkpoints = train(folder, direction, made, args)
+    elapsed = {line["current_steps"]: line["elapsed_time"] for line in map(json.loads, (folder / "model/trainer_log.jsonl").open())}
+    steps, points = step_of(checkpoints[-1]), []
+    for checkpoint in checkpoints:
+        asked = ["--test", args.test, "--passages", args.passages, "--questions", str(args.questions), "--n_docs", str(args.n_docs), "--seed", str(args.seed)]
+        command = [sys.executable, __file__, *asked, "--measure", str(checkpoint), "--prompts", str(words)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        share = step_of(checkpoint) / steps
+        hours, minutes, seconds = map(int, elapsed[max(step for step in elapsed if step <= step_of(checkpoint))].split(":"))
+        points.append({
+            "step": step_of(checkpoint), "minutes": hours * 60 + minutes + seconds / 60, "tokens": round(share * tokens),
+            "conversations": round(share * len(made)), "selections": round(share * sum(len(row["history"]) + 1 for row in made)),
+            **json.loads(output.splitlines()[-1]),
+        })
+        shutil.rmtree(checkpoint)
+    write_json(folder / "curve.json", [{"name": name, "about": direction.about, "points": points}])
+
+
+def finished(folder: str) -> list[dict]:
+    """The curves there are, in the order of DIRECTIONS."""
+    curves = {curve["name"]: curve for path in Path(folder).glob("*/curve.json") for _, curve in read_json(path)}
+    return [curves[name] for name in DIRECTIONS if name in curves]
+
+
+def table(curves: list[dict]) -> str:
+    header = ["direction", "", "minutes", "selections", *(f"{what}, {order}" for order in ORDERS for what in ("exact", "precision", "recall", "k"))]
+    lines = []
+    for curve in curves:
+        for point in curve["points"]:
+            figures = [point[order]["all"] for order in ORDERS]
+            lines.append([
+                curve["name"], curve["about"], f"{point['minutes']:.1f}", f"{point['selections']:,}",
+                *(form.format(one[key]) for one in figures for key, form in (("exact", "{:.1f}"), ("precision", "{:.1f}"), ("recall", "{:.1f}"), ("chosen_k", "{:.2f}"))),
+            ])
+    return markdown_table(header, lines)
+
+
+def plot(curves: list[dict], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    for axes, order in zip(figure.subplots(1, 2, sharey=True), ORDERS, strict=True):
+        for curve in curves:
+            points = curve["points"]
+            axes.plot([point["tokens"] / 1000 for point in points], [point[order]["all"]["exact"] for point in points], marker="o", label=curve["name"])
+        axes.set(title=f"documents in {'the retriever’s' if order == 'retrieval' else 'random'} order", xlabel="thousand tokens read", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("exact selections, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=144, metadata={"Software": None})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.measure:
+        rows, passages = read_questions(args.test, args.passages)
+        print(json.dumps(measure(args.measure, rows[:args.questions], passages, Prompts(args.prompts), args)))
+        return
+    rows, passages = read_questions(args.train, args.passages)
+    for name in args.directions:
+        follow(name, args, rows, passages)
+    if not (curves := finished(args.output_dir)):
+        raise UserError(f"{args.output_dir}: no direction is finished there")
+    write_path = Path(args.table)
+    write_path.parent.mkdir(parents=True, exist_ok=True)
+    write_path.write_text(table(curves) + "\n")
+    plot(curves, args.plot)
+    log.info("%s and %s: %d directions", args.table, args.plot, len(curves))
+
+
+if __name__ == "__main__":
+    run(main)
