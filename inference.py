@@ -7,6 +7,7 @@ The baselines a paper compares with are other values of --selector:
     monot5       those the reranker labelled relevant, best first
     adaptive     those before the largest gap between neighbouring scores
     pointwise    the LLM is asked once for every document whether it is needed
+    gold         those the row names as needed (gold_docs, positive_ctxs): what no selector can do better
 Several files and selectors may be given: the model is loaded once, and {input} and {selector} in the output paths stand
 for the name of the file and the selector.
 
@@ -27,11 +28,12 @@ from dynamicrag import stage
 from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
 from dynamicrag.calls import Caller, add_call_flags, load_callers
 from dynamicrag.engine import Usage, add_engine_flags
+from dynamicrag.gold import needed_documents
 from dynamicrag.records import Doc, Row
 from dynamicrag.selection import expert_sequence, format_ids, parse_ids
 from dynamicrag.stage import UserError
 
-SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|top:[1-9]\d*")
+SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
 
 
@@ -91,6 +93,14 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
     return choices, usages
 
 
+def select_gold(row: Row, docs: list[Doc], path: str) -> list[int]:
+    """1-based positions of the documents the row needs. Raises UserError for a row that does not say which these are."""
+    needed = needed_documents(row, path)
+    if needed is None:
+        raise UserError(f"{path}: row {row['id']}: has neither gold_docs nor positive_ctxs, which --selector gold takes")
+    return [position for position, doc in enumerate(docs, start=1) if doc["id"] in needed]
+
+
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
     """The rows answered; one whose selection cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
@@ -98,7 +108,11 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
     if run.selector in BY_LLM:
         choices, usages = select_by_llm(run.selector, rows, shown, chooser)
     else:
-        choices, usages = [select_by_rule(run.selector, docs) for docs in shown], [Usage() for _ in rows]
+        usages = [Usage() for _ in rows]
+        if run.selector == "gold":
+            choices = [select_gold(row, docs, run.input_json) for row, docs in zip(rows, shown, strict=True)]
+        else:
+            choices = [select_by_rule(run.selector, docs) for docs in shown]
     readable = [number for number, choice in enumerate(choices) if isinstance(choice, list)]
     completions = generator.engine.complete([
         generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]) for number in readable
@@ -124,7 +138,7 @@ def main(argv=None):
     args = parse_args(argv)
     for selector in args.selector:
         if not SELECTOR.fullmatch(selector):
-            raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive or pointwise")
+            raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
 
     def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
         return load_callers(args, both=any(run.selector in BY_LLM for run in runs))

@@ -1,6 +1,7 @@
 """Turn reranked retrieval results into expert sequences for behaviour cloning (DynamicRAG, first training stage).
 
-The reranker's labels say which of the documents shown are relevant. A seeded sample of the questions becomes expert
+The reranker's labels say which of the documents shown are relevant; where a data set names the documents a question needs
+(gold_docs, DPR's positive_ctxs), `--labels gold` takes those, in the order of the reranker's scores. A seeded sample of the questions becomes expert
 rows, each with the sequence of identifiers the LLM is to write; all other questions go on to generator SFT and DPO.
 Every row is labelled, used or not: a row without labels would teach the generator that nothing was found.
 
@@ -15,6 +16,7 @@ import random
 from collections import Counter
 
 from dynamicrag import stage
+from dynamicrag.gold import needed_documents
 from dynamicrag.output import Output
 from dynamicrag.records import Row, read_rows
 from dynamicrag.selection import EXPERT_LENGTH, expert_sequence
@@ -37,6 +39,7 @@ def parse_args(argv=None):
         "--targets", choices=["expert", "padded"], default="expert",
         help="one sequence a question, or the published recipe: one a length, filled up with irrelevant documents",
     )
+    recipe.add_argument("--labels", choices=["reranker", "gold"], default="reranker", help="who says which documents are relevant")
     recipe.add_argument("--n_docs", type=int, default=20, help="documents shown to the LLM, here and in every later stage")
     recipe.add_argument("--max_length", type=int, default=EXPERT_LENGTH, help="longest sequence")
     recipe.add_argument("--max_per_length", type=int, default=2000, help="most expert rows of one length")
@@ -45,9 +48,9 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def label(row: Row, n_docs: int) -> Row:
-    """Add the 1-based positions of the relevant and irrelevant documents among the first n_docs."""
-    labels = [doc["rerank_label"] == "true" for doc in row["docs"][:n_docs]]
+def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
+    """Add the 1-based positions of the relevant and irrelevant documents among the first n_docs: those in `gold`, else as the reranker labels them."""
+    labels = [doc["rerank_label"] == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
     return {**row, "true_id": true_id, "false_id": false_id, "true_count": len(true_id)}
@@ -91,7 +94,10 @@ def main(argv=None):
                 raise UserError(
                     f"{args.input_file}: row {row['id']}: document {unlabelled[0]} has no rerank_label and rerank_score; run reranker.py first"
                 )
-            yield label(row, args.n_docs)
+            gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
+            if args.labels == "gold" and gold is None:
+                raise UserError(f"{args.input_file}: row {row['id']}: has neither gold_docs nor positive_ctxs; --labels reranker needs none")
+            yield label(row, args.n_docs, gold)
 
     # The file is read three times; malformed rows are recorded the first time only.
     candidates, rows = [], 0

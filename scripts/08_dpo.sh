@@ -7,5 +7,6 @@ needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 python construct_dpo.py "${PROMPT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
     --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" $PAIR_FLAGS
-# shellcheck disable=SC2086
-train dpo "$DPO_RECIPE" model_name_or_path="$POLICY" $DPO_FLAGS
+# shellcheck disable=SC2046,SC2086
+train dpo "$DPO_RECIPE" "$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json" \
+    $(version_of "$POLICY") -- model_name_or_path="$POLICY" $DPO_FLAGS

@@ -5,5 +5,7 @@ needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
 
 for stage in sft dpo best; do
     [[ -f $MODEL_DIR/$stage/config.json ]] || { [[ $stage == best ]] || echo "no $stage model yet (scripts/08_dpo.sh); left out" >&2; continue; }
+    # the best round may be the last, or none
+    [[ $stage == best && $(realpath "$MODEL_DIR/best") == @($(realpath "$MODEL_DIR/sft")|$(realpath -m "$MODEL_DIR/dpo")) ]] && continue
     bash scripts/infer_all.sh "$CONFIG" "$MODEL_DIR/$stage"
 done

@@ -114,17 +114,21 @@ run_part() {
     "${command[@]//\{out\}/$out}"
 }
 
-# train STAGE RECIPE KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/RECIPE.yaml on the data of this run. An
+# version_of MODEL: the file by which a model trained anew is told from the one before; none of a hub's.
+version_of() {
+    local file
+    for file in trainer_state.json config.json; do  # the first is of a model that LLaMA-Factory trained
+        [[ ! -f $1/$file ]] || { echo "$1/$file"; return; }
+    done
+}
+
+# train STAGE RECIPE DATA... -- KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/RECIPE.yaml on files of this run. An
 # interrupted one continues from its last checkpoint, unless its data has changed; trained_on.sha256 marks completion.
 train() {
-    local stage=$1 folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$2.yaml data=() parent=$POLICY/trainer_state.json
+    local folder=$MODEL_DIR/$1 recipe=recipes/$MODEL/$2.yaml data=()
     shift 2
-    [[ -f $parent ]] || parent=$POLICY/config.json  # a checkpoint that LLaMA-Factory did not write
-    case $stage in
-        sft) data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json") ;;
-        dpo) data=("$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json"
-            "$parent") ;;
-    esac
+    while [[ $1 != -- ]]; do data+=("$1"); shift; done
+    shift
     [[ -f $recipe ]] || { echo "error: $recipe: no such recipe" >&2; exit 2; }
     local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 settings=$folder/settings.txt sums
     for sums in "$begun" "$finished"; do

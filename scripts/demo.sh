@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
 # numbered scripts that run on a cluster.
-#     bash scripts/demo.sh                     some 35 minutes after installation
+#     bash scripts/demo.sh                     some 45 minutes after installation
 #     DEMO_SIZE=full bash scripts/demo.sh      more questions, longer training
 # Run it again and it continues where it stopped; what is finished is not done twice.
 set -euo pipefail
@@ -11,8 +11,9 @@ source scripts/common.sh configs/demo.env
 
 # Minutes a step takes on two cores, measured; they only feed the estimate.
 case $DEMO_SIZE in
-    default) MINUTES=(1 1 3 1 3 1 1 11 3 1 4 3 1 2 1) ;;
-    full) MINUTES=(1 1 3 1 3 3 1 66 5 1 30 6 1 5 1) ;;
+    default) MINUTES=(1 1 3 1 3 2 1 13 7 4 1 6 5 1 2 1) ;;
+    evidence) MINUTES=(1 1 3 1 3 5 1 28 18 $((8 * ROUNDS)) $((2 * ROUNDS)) $((14 * ROUNDS)) 22 1 6 1) ;;
+    full) MINUTES=(1 1 3 1 3 4 1 61 35 12 1 30 16 1 6 1) ;;
 esac
 STARTED=$SECONDS
 done_steps=0
@@ -33,13 +34,25 @@ corpus() {
 }
 models() { python examples/factbook/models.py --output_dir models; }
 cross_encoder() {
-    [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
     # shellcheck disable=SC2086
     python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
         --passages_embeddings "$EMBEDDINGS/*" --query "$RERANKER_QUESTIONS" \
         --output_file "$WORK/output/retrieval_reranker.jsonl" --n_docs "$N_DOCS_RETRIEVED"
+    [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
     [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
-        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER"
+        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --seed "$SEED"
+}
+warm_up() {
+    [[ $BASE_MODEL == "$MODEL_DIR/warm_up" ]] || { echo "starting from $BASE_MODEL, which is not warmed up" >&2; return; }
+    local conversations=$WORK/training_data/factbook_warm_up.json
+    [[ -f $conversations ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" \
+        --input_file "$WORK/output/retrieval_reranker.jsonl" --output_file "$conversations" --max_rows "$WARM_UP_SIZE" --seed "$SEED"
+    # shellcheck disable=SC2086
+    train warm_up warm_up "$conversations" -- model_name_or_path="$CHAT_MODEL" $WARM_UP_FLAGS
+}
+rounds() {
+    PATIENCE=$ROUNDS bash scripts/iterate.sh "$ROUNDS" "$CONFIG"
+    ln -sfn "../rounds/$ROUNDS/DynamicRAG_$MODEL/dpo" "$MODEL_DIR/dpo"
 }
 
 step "corpus and questions" corpus
@@ -49,10 +62,16 @@ step "retrieval" bash scripts/02_retrieve.sh "$CONFIG"
 step "training the reranker" cross_encoder
 step "reranking" bash scripts/03_rerank.sh "$CONFIG"
 step "training data" bash scripts/04_training_data.sh "$CONFIG"
+step "warm-up of a small model (LLaMA-Factory SFT)" warm_up
 step "behaviour cloning (LLaMA-Factory SFT)" bash scripts/05_sft.sh "$CONFIG"
-step "sampling trajectories (vLLM)" bash scripts/06_sample.sh "$CONFIG"
-step "rewards" bash scripts/07_reward.sh "$CONFIG"
-step "preference optimisation (LLaMA-Factory DPO)" bash scripts/08_dpo.sh "$CONFIG"
+if ((ROUNDS == 1)); then
+    step "sampling trajectories (vLLM)" bash scripts/06_sample.sh "$CONFIG"
+    step "rewards" bash scripts/07_reward.sh "$CONFIG"
+    step "preference optimisation (LLaMA-Factory DPO)" bash scripts/08_dpo.sh "$CONFIG"
+else
+    step "$ROUNDS rounds of sampling, rewards and preference optimisation" rounds
+    done_steps=$((done_steps + 2))
+fi
 step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
 step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
 step "more documents than a window holds" bash scripts/11_top_n.sh "$CONFIG"

@@ -26,6 +26,32 @@ def make_text(rng: random.Random, least: int = 3, most: int = 40) -> str:
     return " ".join(rng.choices(WORDS[:18], k=rng.randint(least, most)))
 
 
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHATML_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|unused|>", "<|im_end|>")
+
+
+def make_tiny_llama(folder: Path, special: tuple[str, ...] = LLAMA3_TOKENS) -> None:
+    """A Llama of width 128 with random weights, and a byte-level tokenizer with its template's special tokens."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = ByteLevelBPETokenizer()
+    rng = random.Random(0)
+    texts = [f"[{n}] Title {n}\n{make_text(rng)} [{n}], " for n in range(300)]
+    raw.train_from_iterator(texts, vocab_size=700, special_tokens=list(special), show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw._tokenizer, bos_token=special[0], eos_token=special[4], pad_token=special[1]
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=0, eos_token_id=4, pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import make_text, read_jsonl, write_jsonl
+from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 
 REPO = Path(__file__).parents[1]
 # What a machine with two cores and no hub adds to a command of the README.
@@ -32,31 +32,6 @@ def readme_commands() -> list[str]:
     stages = (REPO / "README.md").read_text(encoding="utf-8").split("## The stages")[1].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", stages, re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-
-
-def make_tiny_llama(folder: Path) -> None:
-    """A Llama of width 128 with random weights, and a byte-level tokenizer with LLaMA-3's special tokens."""
-    import random
-
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    raw = ByteLevelBPETokenizer()
-    rng = random.Random(0)
-    texts = [f"[{n}] Title {n}\n{make_text(rng)} [{n}], " for n in range(300)]
-    raw.train_from_iterator(texts, vocab_size=700, special_tokens=special, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw._tokenizer, bos_token=special[0], eos_token=special[4], pad_token=special[1]
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=0, eos_token_id=4, pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

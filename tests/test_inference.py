@@ -78,7 +78,7 @@ def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Ca
 
 def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
     call = caller(reply, inference, window, *flags)
-    return inference.answer_rows(rows, (call, call), Namespace(selector=selector, topn=topn)), call.engine
+    return inference.answer_rows(rows, (call, call), Namespace(selector=selector, topn=topn, input_json="q.jsonl")), call.engine
 
 
 def choosing(text: str):
@@ -230,6 +230,14 @@ def test_each_selector_chooses_by_its_own_rule(selector, docs, ids):
 def test_a_rule_without_its_scores_is_an_error_that_names_the_document(selector, docs):
     with pytest.raises(UserError, match=f"--selector {selector}: document {docs[0]['id']} has no (rerank_)?score"):
         answered([question(docs=docs)], selector)
+
+
+def test_gold_documents_are_those_needed_that_are_shown():
+    rows, engine = answered([question(1, gold_docs=["d4", "d2", "d9"]), question(2, gold_docs=[]), question(3, positive_ctxs=[{"id": "d3"}])], "gold", topn=4)
+    assert [row["final_docs"] for row in rows] == [["d2", "d4"], [], ["d3"]]
+    assert [row["usage"]["calls"] for row in rows] == [1, 1, 1] and len(engine.batches) == 1
+    with pytest.raises(UserError, match=r"q\.jsonl: row q4: has neither gold_docs nor positive_ctxs"):
+        answered([question(4)], "gold")
 
 
 # ---------------------------------------------------------------- the window

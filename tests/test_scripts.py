@@ -178,15 +178,21 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     calls = log.read_text().splitlines()
     assert len(calls) == 2 and f"output_dir={folder}" in calls[0] and f"dataset_dir={tmp_path}/run/recipes" in calls[0]
 
-    for name in ("reranker", "generator"):
-        (data / f"smollm2_135m_{name}_dpo.json").write_text("[]\n")
-    train = f"source scripts/common.sh {settings}; train dpo"  # without the pairs before it; the policy has no trainer_state.json
+    pairs = data / "pairs.json"
+    pairs.write_text("[]\n")
+    train = f"source scripts/common.sh {settings}; train dpo"
     trained = [
-        subprocess.run(["bash", "-c", f"{train} {recipe}"], cwd=REPO, env={**os.environ, **environment}, capture_output=True, text=True)
+        subprocess.run(["bash", "-c", f"{train} {recipe} {pairs} -- learning_rate=1"], cwd=REPO, env={**os.environ, **environment}, capture_output=True, text=True)
         for recipe in ("dpo", "dpo", "simpo", "other")
     ]
     assert [done.returncode for done in trained] == [0, 0, 2, 2], trained
     assert "is trained already" in trained[1].stderr and "other settings" in trained[2].stderr and "no such recipe" in trained[3].stderr
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "trainer_state.json").write_text("1")
+    again = bash("05_sft.sh", settings, **environment, BASE_MODEL=str(base), WORK=str(tmp_path / "run"))
+    assert again.returncode == 2 and "other settings" in again.stderr
 
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)

@@ -71,6 +71,16 @@ def test_an_expert_sequence_is_the_relevant_documents_best_first():
     assert row["sequence_length"] == 4
 
 
+def test_gold_documents_are_the_labels_where_asked_for():
+    rows = [make_row(1, [0.6, 0.1, 0.9], gold_docs=["1/2", "1/3", "elsewhere"]), make_row(2, [0.9, 0.8, 0.7], gold_docs=[])]
+    expert, _ = process(rows, "--max_rows", "2", "--labels", "gold")
+    assert {row["id"]: (row["true_id"], row["false_id"], row["sequence"]) for row in expert} == {
+        "q1": ([2, 3], [1], [3, 2]), "q2": ([], [1, 2, 3], []),
+    }
+    with pytest.raises(UserError, match="row q3: has neither gold_docs nor positive_ctxs"):
+        process([*rows, make_row(3, [0.9])], "--labels", "gold")
+
+
 def test_a_question_without_relevant_documents_is_an_expert_row_that_says_none():
     expert, _ = process([make_row(1, [0.1, 0.2])], "--max_rows", "1")
     assert (expert[0]["sequence"], expert[0]["sequence_length"]) == ([], 0)

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--output_file", default="training_data/factbook_warm_up.json", help="the warm-up set")
     add_prompts_flag(group)
     group = parser.add_argument_group("conversations")
-    group.add_argument("--max_rows", type=int, help="conversations, one a question of the input (default: all)")
+    group.add_argument("--max_rows", type=int, help="conversations, each from another question of the input (default: all)")
     group.add_argument("--n_docs", type=int, default=5, help="documents shown; those needed are always among them")
     group.add_argument("--questions", type=int, default=10, help="questions a conversation, at most")
     group.add_argument("--shuffled", type=float, default=0.5, help="share of conversations whose documents are in no order; the others keep the retriever's")
@@ -117,7 +117,7 @@ def conversation(docs: list[dict], questions: list[dict], prompts: Prompts) -> d
 
 def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Prompts) -> Iterator[dict]:
     facts = Facts(rows, passages)
-    for row in rows[:args.max_rows]:
+    for row in rows:
         rng = random.Random(derive_seed(args.seed, row["id"], "warm-up"))
         docs = show(row, passages, args.n_docs, rng if rng.random() < args.shuffled else None)
         shown = {doc["id"] for doc in docs}
@@ -147,6 +147,7 @@ def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str,
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
+    rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
     made = list(conversations(rows, passages, args, Prompts(args.prompts)))
     write_json(args.output_file, made)
     selections = sum(len(row["history"]) + 1 for row in made)

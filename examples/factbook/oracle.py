@@ -1,0 +1,39 @@
+"""Put every needed passage among the documents of an evaluation set: what the later stages do where retrieval misses nothing.
+
+A needed passage that is not among the first --n_docs takes the place of the last of them that is not needed; a question that
+needs more than --n_docs shows as many.
+
+Reads    --input_file     an evaluation set with docs and gold_docs
+Writes   --output_file    the same rows, with --n_docs docs
+
+    python examples/factbook/oracle.py --input_file runs/demo_default/eval_data/test.jsonl \\
+        --output_file runs/demo_default/eval_data/test_oracle.jsonl
+"""
+
+from warm_up import read_questions, show
+
+from dynamicrag.jsonio import write_json
+from dynamicrag.stage import ArgumentParser, log, run
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_file", required=True, help="evaluation set after retrieval or reranking")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--output_file", required=True, help="the evaluation set with the needed passages")
+    group.add_argument("--n_docs", type=int, default=5, help="documents shown to the LLM")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows, passages = read_questions(args.input_file, args.passages)
+    made = [row | {"docs": show(row, passages, args.n_docs)} for row in rows]
+    write_json(args.output_file, made)
+    added = sum(not {*row["gold_docs"]} <= {doc["id"] for doc in row["docs"][:args.n_docs]} for row in rows)
+    log.info("%s: %d questions, %d of which lacked a passage", args.output_file, len(made), added)
+
+
+if __name__ == "__main__":
+    run(main)

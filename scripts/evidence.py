@@ -1,0 +1,163 @@
+"""One reading of the evidence run: what each selector scores over all seeds, and where choosing gains and loses.
+
+Every question is answered by every seed's models, so a question's score is its mean over seeds, and differences are compared
+question by question (paired bootstrap). The best fixed k is the best of them on the test questions themselves, which favours it.
+
+Reads    RUN/results/test_STAGE_SELECTOR.json           of each seed, by scripts/evidence.sh
+         RUN/results/test_oracle_STAGE_SELECTOR.json    the same with every needed passage among the documents shown
+Writes   OUTPUT_DIR/evidence.md and evidence.json
+
+    python scripts/evidence.py --runs runs/evidence/seed_1 runs/evidence/seed_2 runs/evidence/seed_3
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dynamicrag import stage
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.metrics import Comparison, paired_bootstrap
+from dynamicrag.scoring import summarise
+from dynamicrag.stage import UserError, log
+from dynamicrag.tables import markdown_table
+from evaluate import result_rows
+
+ANSWERS, ORACLE = "test", "test_oracle"
+DYNAMIC, GOLD = "dynamic", "gold"
+FIXED = ("none", "top1", "top2", "top3", "all")
+
+
+class System(NamedTuple):
+    """One stage's model with one selector, over all seeds."""
+
+    summaries: list[dict]  # one a seed
+    scores: dict[str, float]  # mean over seeds, by question
+
+    @property
+    def score(self) -> float:
+        return 100 * statistics.fmean(self.scores.values())
+
+    def mean(self, *keys: str) -> float:
+        """Mean over seeds of one figure of the summaries."""
+        values = []
+        for value in self.summaries:
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return statistics.fmean(values)
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("--runs", nargs="+", required=True, help="the folders of the seeds")
+    parser.add_argument("--output_dir", default="runs/evidence", help="folder of evidence.md and evidence.json")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap")
+    return parser.parse_args(argv)
+
+
+def read_system(name: str, runs: list[str], seed: int) -> System:
+    """A system of all runs. Raises UserError naming the file that a run lacks, or whose questions are others."""
+    summaries, scores = [], defaultdict(list)
+    for folder in runs:
+        path = f"{folder}/results/{name}.json"
+        if not Path(path).is_file():
+            raise UserError(f"{path}: is missing; run scripts/evidence.sh again, which does what is not done")
+        summary, of_questions = summarise(result_rows(path, None, None, None), None, "kind", seed, path)
+        summaries.append(summary)
+        for row_id, score in of_questions.items():
+            scores[row_id].append(score)
+        if scores.keys() != of_questions.keys():
+            raise UserError(f"{path}: answers other questions than {runs[0]}; all seeds share data/factbook and the sizes of their questions")
+    return System(summaries, {row_id: statistics.fmean(values) for row_id, values in scores.items()})
+
+
+def compare(one: System, other: System, seed: int) -> Comparison:
+    """On 0 to 100 but for p."""
+    found = paired_bootstrap(list(one.scores.values()), [other.scores[row_id] for row_id in one.scores], seed)
+    return Comparison(100 * found.difference, 100 * found.low, 100 * found.high, found.p)
+
+
+def read_systems(runs: list[str], seed: int) -> dict[tuple[str, str, str], System]:
+    """(set, stage, selector) -> system, of all files the first run has."""
+    found = {}
+    for of_set, stage_name in ((ANSWERS, "sft"), (ANSWERS, "dpo"), (ORACLE, "sft"), (ORACLE, "dpo")):
+        for path in sorted(Path(runs[0], "results").glob(f"{of_set}_{stage_name}_*.json")):
+            selector = path.stem.removeprefix(f"{of_set}_{stage_name}_")
+            if selector in (*FIXED, DYNAMIC, GOLD, "monot5"):
+                found[of_set, stage_name, selector] = read_system(path.stem, runs, seed)
+    for needed in ((ANSWERS, "sft", DYNAMIC), (ANSWERS, "dpo", DYNAMIC), (ANSWERS, "dpo", GOLD), (ORACLE, "dpo", GOLD), (ORACLE, "dpo", DYNAMIC)):
+        if needed not in found:
+            raise UserError(f"{runs[0]}/results/{'_'.join(needed)}.json: is missing; run scripts/evidence.sh again, which does what is not done")
+    return found
+
+
+def system_table(systems: dict[tuple[str, str, str], System]) -> str:
+    lines = []
+    for (of_set, stage_name, selector), system in systems.items():
+        lines.append([
+            stage_name, selector, "all needed shown" if of_set == ORACLE else "", f"{system.score:.1f}",
+            ", ".join(f"{summary['score']:.1f}" for summary in system.summaries), f"{system.mean('documents'):.2f}",
+            *(f"{system.mean('selection', key):.1f}" for key in ("exact", "precision", "recall")), f"{system.mean('prompt_tokens'):.0f}",
+        ])
+    return markdown_table(["model", "selector", "documents", "score", "of each seed", "documents read", "exact set", "precision", "recall", "prompt tokens"], lines)
+
+
+def comparisons(systems: dict[tuple[str, str, str], System], best: str, seed: int) -> dict[str, Comparison]:
+    dynamic, gold = systems[ANSWERS, "dpo", DYNAMIC], systems[ANSWERS, "dpo", GOLD]
+    pairs = {
+        f"after DPO, dynamic less best fixed k ({best})": (dynamic, systems[ANSWERS, "dpo", best]),
+        "dynamic, after DPO less after SFT": (dynamic, systems[ANSWERS, "sft", DYNAMIC]),
+        "lost by selection: gold documents of those shown less dynamic": (gold, dynamic),
+        "lost by retrieval: all gold documents less those of the documents shown": (systems[ORACLE, "dpo", GOLD], gold),
+    }
+    if (ANSWERS, "dpo", "monot5") in systems:
+        pairs["after DPO, dynamic less the reranker's labels"] = (dynamic, systems[ANSWERS, "dpo", "monot5"])
+    return {name: compare(one, other, seed) for name, (one, other) in pairs.items()}
+
+
+def kind_table(systems: dict[tuple[str, str, str], System], best: str) -> str:
+    columns = {
+        "SFT, dynamic": (ANSWERS, "sft", DYNAMIC), "DPO, dynamic": (ANSWERS, "dpo", DYNAMIC), f"DPO, {best}": (ANSWERS, "dpo", best),
+        "DPO, gold of those shown": (ANSWERS, "dpo", GOLD), "DPO, all gold": (ORACLE, "dpo", GOLD),
+    }
+    kinds = sorted(systems[ANSWERS, "dpo", DYNAMIC].summaries[0]["groups"])
+    lines = [
+        [kind, *(f"{systems[key].mean('groups', kind, 'score'):.1f} ({systems[key].mean('groups', kind, 'documents'):.1f})" for key in columns.values())]
+        for kind in kinds
+    ]
+    return markdown_table(["kind", *columns], lines)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    systems = read_systems(args.runs, args.seed)
+    fixed = [selector for selector in FIXED if (ANSWERS, "dpo", selector) in systems]
+    best = max(fixed, key=lambda selector: systems[ANSWERS, "dpo", selector].score)
+    compared = comparisons(systems, best, args.seed)
+    differences = [[name, f"{found.difference:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] for name, found in compared.items()]
+    questions = len(systems[ANSWERS, "dpo", DYNAMIC].scores)
+    text = "\n\n".join([
+        f"{questions} questions, {len(args.runs)} seeds; scores are each kind's own metric, 0 to 100.", system_table(systems),
+        "Differences, question by question:\n\n" + markdown_table(["", "difference", "95 %", "p"], differences),
+        "By kind, score and documents read in brackets:\n\n" + kind_table(systems, best),
+    ])
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(folder / "evidence.md") as file:
+        file.write(f"{text}\n".encode())
+    figures = {"_".join(key): {"score": system.score, "seeds": system.summaries} for key, system in systems.items()}
+    with atomic_writer(folder / "evidence.json") as file:
+        file.write(orjson.dumps({"runs": args.runs, "best_fixed": best, "systems": figures,
+                                 "compared": {name: found._asdict() for name, found in compared.items()}}, option=orjson.OPT_INDENT_2))
+    print(text)
+    log.info("%s and evidence.json", folder / "evidence.md")
+
+
+if __name__ == "__main__":
+    stage.run(main)

