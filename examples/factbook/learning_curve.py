@@ -50,12 +50,14 @@ class Direction:
     shuffled: float = 0.5
     first_docs: int = 5  # documents of a first half of the tokens; five after it
     identifier: str = "both sides"
+    tokens: float = 1  # of --tokens
     settings: dict = field(default_factory=dict)  # of LLaMA-Factory, over the recipe's
     trainer: tuple[str, ...] = ("-m", "llamafactory.cli", "train")
 
 
 DIRECTIONS = {
     "warm-up": Direction("ten questions about the same five documents, half of them shuffled"),
+    "twice as long": Direction("the same, on twice the tokens", tokens=2),
     "single": Direction("one question a sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
     "single, higher rate": Direction("one question a sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
     "all shuffled": Direction("no document order", shuffled=1),
@@ -95,13 +97,14 @@ def parse_args(argv: list[str] | None = None):
 
 
 def training_rows(direction: Direction, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> tuple[list[dict], int]:
-    """As many conversations as --tokens hold, and how many tokens they are."""
+    """As many conversations as the direction's tokens hold, and how many tokens they are."""
     from transformers import AutoTokenizer
 
+    wanted = direction.tokens * args.tokens
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     made: list[dict] = []
     read = 0
-    for n_docs, until in ((direction.first_docs, args.tokens / 2), (5, args.tokens)):
+    for n_docs, until in ((direction.first_docs, wanted / 2), (5, wanted)):
         settings = Namespace(n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed)
         for row in conversations(rows[len(made):], passages, settings, prompts):
             if read >= until:
@@ -109,8 +112,8 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
             made.append(row)
             turns = [text for turn in row["history"] for text in turn]
             read += sum(map(len, tokenizer([row["system"], *turns, row["instruction"], row["output"]])["input_ids"]))
-    if read < args.tokens:
-        raise UserError(f"{args.train}: {len(rows)} questions are {read} tokens, fewer than --tokens {args.tokens}; make more with questions.py --train")
+    if read < wanted:
+        raise UserError(f"{args.train}: {len(rows)} questions are {read} tokens, fewer than {wanted:.0f}; make more with questions.py --train")
     return made, read
 
 
@@ -210,6 +213,16 @@ def table(curves: list[dict]) -> str:
     return markdown_table(header, lines)
 
 
+def kind_table(curves: list[dict], order: str) -> str:
+    """Of each direction's last checkpoint, by kind: exact selections, and documents chosen in brackets."""
+    kinds = [*curves[0]["points"][-1][order]["kinds"]]
+    lines = []
+    for curve in curves:
+        found = [curve["points"][-1][order]["kinds"][kind] for kind in kinds]
+        lines.append([curve["name"], *(f"{one['exact']:.0f} ({one['chosen_k']:.1f})" for one in found)])
+    return markdown_table([f"exact (k), {order}", *kinds], lines)
+
+
 def plot(curves: list[dict], path: str) -> None:
     from matplotlib.figure import Figure
 
@@ -236,9 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         follow(name, args, rows, passages)
     if not (curves := finished(args.output_dir)):
         raise UserError(f"{args.output_dir}: no direction is finished there")
-    write_path = Path(args.table)
-    write_path.parent.mkdir(parents=True, exist_ok=True)
-    write_path.write_text(table(curves) + "\n")
+    Path(args.table).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.table).write_text("\n\n".join([table(curves), *(kind_table(curves, order) for order in ORDERS)]) + "\n")
     plot(curves, args.plot)
     log.info("%s and %s: %d directions", args.table, args.plot, len(curves))
 

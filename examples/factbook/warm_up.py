@@ -1,10 +1,10 @@
 """Make the small model's warm-up set: documents once, then several questions about them, each with the documents it needs.
 
 A large model can find the document that speaks of what is asked before it is trained to. A model of 135 M parameters has to
-learn it, and a selection is one word of feedback on hundreds read: from single questions it learns how many documents to
-name, not which (docs/evidence.md). So a conversation shows the documents of one question in the reranker's prompt, and goes
-on with further questions made of the facts that stand in the same documents. Answers are loss, documents are context: one
-reading pays for ten selections, and one document that two questions treat differently says what to look for.
+learn it, and a single question is one identifier to learn from for four hundred tokens read: from such it learns how many
+documents to name, not which (docs/evidence.md). So a conversation shows the documents of one question in the reranker's prompt,
+and goes on with further questions made of the facts that stand in the same documents: ten selections for one reading, which
+differ by nothing but what is asked.
 
 Reads    --input_file     questions with gold_docs and their retrieved docs, of the countries that may be trained on
          --passages       the passages that corpus.py wrote
