@@ -3,8 +3,8 @@
 Every question is answered by every seed's models, so a question's score is its mean over seeds, and differences are compared
 question by question (paired bootstrap). The best fixed k is the best of them on the test questions themselves, which favours it.
 
-Reads    RUN/results/test_STAGE_SELECTOR.json           of each seed, by scripts/evidence.sh
-         RUN/results/test_oracle_STAGE_SELECTOR.json    the same with every needed passage among the documents shown
+Reads    RUN/results/SET_STAGE_SELECTOR.json            of each seed, by scripts/evidence.sh
+         RUN/results/SET_oracle_STAGE_SELECTOR.json     the same with every needed passage among the documents shown
 Writes   OUTPUT_DIR/evidence.md and evidence.json
 
     python scripts/evidence.py --runs runs/evidence/seed_1 runs/evidence/seed_2 runs/evidence/seed_3
@@ -13,6 +13,7 @@ Writes   OUTPUT_DIR/evidence.md and evidence.json
 import statistics
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,10 @@ from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
 from evaluate import result_rows
 
-ANSWERS, ORACLE = "test", "test_oracle"
+ANSWERS, ORACLE = "", "_oracle"  # what file names have after the set's
 DYNAMIC, GOLD = "dynamic", "gold"
 FIXED = ("none", "top1", "top2", "top3", "all")
+SELECTORS = (*FIXED, "monot5", DYNAMIC, GOLD)
 
 
 class System(NamedTuple):
@@ -56,6 +58,7 @@ class System(NamedTuple):
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--runs", nargs="+", required=True, help="the folders of the seeds")
+    parser.add_argument("--set", default="test", help="name of the evaluation set")
     parser.add_argument("--output_dir", default="runs/evidence", help="folder of evidence.md and evidence.json")
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap")
     return parser.parse_args(argv)
@@ -83,25 +86,22 @@ def compare(one: System, other: System, seed: int) -> Comparison:
     return Comparison(100 * found.difference, 100 * found.low, 100 * found.high, found.p)
 
 
-def read_systems(runs: list[str], seed: int) -> dict[tuple[str, str, str], System]:
-    """(set, stage, selector) -> system, of all files the first run has."""
+def read_systems(runs: list[str], name: str, seed: int) -> dict[tuple[str, str, str], System]:
+    """(documents, stage, selector) -> system: those compared, and of the others what the first run has."""
+    compared = {(ANSWERS, "sft", DYNAMIC), (ANSWERS, "dpo", DYNAMIC), (ANSWERS, "dpo", GOLD), (ORACLE, "dpo", GOLD)}
     found = {}
-    for of_set, stage_name in ((ANSWERS, "sft"), (ANSWERS, "dpo"), (ORACLE, "sft"), (ORACLE, "dpo")):
-        for path in sorted(Path(runs[0], "results").glob(f"{of_set}_{stage_name}_*.json")):
-            selector = path.stem.removeprefix(f"{of_set}_{stage_name}_")
-            if selector in (*FIXED, DYNAMIC, GOLD, "monot5"):
-                found[of_set, stage_name, selector] = read_system(path.stem, runs, seed)
-    for needed in ((ANSWERS, "sft", DYNAMIC), (ANSWERS, "dpo", DYNAMIC), (ANSWERS, "dpo", GOLD), (ORACLE, "dpo", GOLD), (ORACLE, "dpo", DYNAMIC)):
-        if needed not in found:
-            raise UserError(f"{runs[0]}/results/{'_'.join(needed)}.json: is missing; run scripts/evidence.sh again, which does what is not done")
+    for documents, stage_name, selector in product((ANSWERS, ORACLE), ("sft", "dpo"), SELECTORS):
+        file = f"{name}{documents}_{stage_name}_{selector}"
+        if (documents, stage_name, selector) in compared or Path(runs[0], f"results/{file}.json").is_file():
+            found[documents, stage_name, selector] = read_system(file, runs, seed)
     return found
 
 
 def system_table(systems: dict[tuple[str, str, str], System]) -> str:
     lines = []
-    for (of_set, stage_name, selector), system in systems.items():
+    for (documents, stage_name, selector), system in systems.items():
         lines.append([
-            stage_name, selector, "all needed shown" if of_set == ORACLE else "", f"{system.score:.1f}",
+            stage_name, selector, "all needed shown" if documents == ORACLE else "", f"{system.score:.1f}",
             ", ".join(f"{summary['score']:.1f}" for summary in system.summaries), f"{system.mean('documents'):.2f}",
             *(f"{system.mean('selection', key):.1f}" for key in ("exact", "precision", "recall")), f"{system.mean('prompt_tokens'):.0f}",
         ])
@@ -136,7 +136,7 @@ def kind_table(systems: dict[tuple[str, str, str], System], best: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    systems = read_systems(args.runs, args.seed)
+    systems = read_systems(args.runs, args.set, args.seed)
     fixed = [selector for selector in FIXED if (ANSWERS, "dpo", selector) in systems]
     best = max(fixed, key=lambda selector: systems[ANSWERS, "dpo", selector].score)
     compared = comparisons(systems, best, args.seed)
@@ -151,7 +151,7 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_writer(folder / "evidence.md") as file:
         file.write(f"{text}\n".encode())
-    figures = {"_".join(key): {"score": system.score, "seeds": system.summaries} for key, system in systems.items()}
+    figures = {f"{args.set}{documents}_{stage_name}_{selector}": {"score": system.score, "seeds": system.summaries} for (documents, stage_name, selector), system in systems.items()}
     with atomic_writer(folder / "evidence.json") as file:
         file.write(orjson.dumps({"runs": args.runs, "best_fixed": best, "systems": figures,
                                  "compared": {name: found._asdict() for name, found in compared.items()}}, option=orjson.OPT_INDENT_2))

@@ -3,13 +3,16 @@
 # those chosen and from those needed.
 #     bash scripts/oracle.sh configs/demo.env
 source "$(dirname "$0")/common.sh"
-needs "$WORK/eval_data/test.jsonl" scripts/demo.sh
 
-oracle=$WORK/eval_data/test_oracle.jsonl
-[[ -f $oracle ]] || python examples/factbook/oracle.py --input_file "$WORK/eval_data/test.jsonl" --passages "$PASSAGES" \
-    --output_file "$oracle" --n_docs "$N_DOCS_SHOWN"
-for model in "$MODEL_DIR/sft" "$MODEL_DIR/dpo"; do
-    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
-    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --input-json "$oracle" \
-        --output-json "$WORK/results/{input}_$(basename "$model")_{selector}.json" --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector dynamic gold
+for questions in $EVAL_QUESTIONS; do
+    name=$(basename "${questions%.*}")
+    needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
+    oracle=$WORK/eval_data/${name}_oracle.jsonl
+    [[ -f $oracle ]] || python examples/factbook/oracle.py --input_file "$WORK/eval_data/$name.jsonl" --passages "$PASSAGES" \
+        --output_file "$oracle" --n_docs "$N_DOCS_SHOWN"
+    for model in "$MODEL_DIR/sft" "$MODEL_DIR/dpo"; do
+        # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
+        python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --input-json "$oracle" \
+            --output-json "$WORK/results/{input}_$(basename "$model")_{selector}.json" --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector dynamic gold
+    done
 done

@@ -88,7 +88,7 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("04_training_data.sh", "scripts/03_rerank.sh"), ("05_sft.sh", "scripts/04_training_data.sh"),
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
     ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
-    ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("oracle.sh", "scripts/demo.sh"),
+    ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("oracle.sh", "scripts/03_rerank.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, script, maker):
     done = bash(script, settings)
