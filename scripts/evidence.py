@@ -138,6 +138,8 @@ def main(argv=None):
     args = parse_args(argv)
     systems = read_systems(args.runs, args.set, args.seed)
     fixed = [selector for selector in FIXED if (ANSWERS, "dpo", selector) in systems]
+    if not fixed:
+        raise UserError(f"{args.runs[0]}/results: has no results of the dpo model with a fixed k; set SELECTORS to some of {', '.join(FIXED)}")
     best = max(fixed, key=lambda selector: systems[ANSWERS, "dpo", selector].score)
     compared = comparisons(systems, best, args.seed)
     differences = [[name, f"{found.difference:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] for name, found in compared.items()]

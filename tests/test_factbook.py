@@ -202,6 +202,14 @@ def test_same_seed_same_bytes_other_seed_other_bytes(folder, tmp_path):
         assert made != (tmp_path / "other" / f"{name}.jsonl").read_bytes()
 
 
+def test_excluded_questions_are_not_asked_again(folder, tmp_path):
+    asked = {row["question"].lower() for name in ("train", "test") for row in read(folder / f"{name}.jsonl")}
+    make(folder, tmp_path / "open", "--test", "120", "--seed", "42")
+    make(folder, tmp_path / "other", "--test", "120", "--exclude", str(folder / "train.jsonl"), str(folder / "test.jsonl"))
+    again, new = ({row["question"].lower() for row in read(tmp_path / name / "test.jsonl")} for name in ("open", "other"))
+    assert again & asked and not new & asked and len(new) == 120
+
+
 def test_large_sizes_can_be_made(folder, tmp_path):
     make(folder, tmp_path, "--train", "5000", "--reranker", "6000", "--test", "1000")
     assert [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "reranker", "test")] == [5000, 6000, 1000]

@@ -145,6 +145,7 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("files")
     group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
     group.add_argument("--output_dir", default="data/factbook", help="folder of train.jsonl, reranker.jsonl, test.jsonl")
+    group.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="files of questions that are not asked again")
     group = parser.add_argument_group("sizes")
     group.add_argument("--train", type=int, default=500, help="questions of the pipeline")
     group.add_argument("--reranker", type=int, default=800, help="questions to train the cross-encoder with")
@@ -435,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     passages = [passage for _, passage in read_json(args.passages)]
     facts = read_facts(passages)
-    unique, paragraphs, used = find_unique(facts), find_paragraphs(passages), set()
+    unique, paragraphs = find_unique(facts), find_paragraphs(passages)
+    used = {row["question"].lower() for path in args.exclude for _, row in read_json(path)}
     countries = sorted(facts)
     random.Random(derive_seed(args.seed, "countries")).shuffle(countries)
     tests = int(len(countries) * TEST_SHARE)
