@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
 # numbered scripts that run on a cluster.
-#     bash scripts/demo.sh                     some 45 minutes after installation
+#     bash scripts/demo.sh                     some 40 minutes after installation
 #     DEMO_SIZE=full bash scripts/demo.sh      more questions, longer training
 # Run it again and it continues where it stopped; what is finished is not done twice.
 set -euo pipefail
@@ -11,7 +11,7 @@ source scripts/common.sh configs/demo.env
 
 # Minutes a step takes on two cores, measured; they only feed the estimate.
 case $DEMO_SIZE in
-    default) MINUTES=(1 1 3 1 3 2 1 13 7 4 1 6 5 1 2 1) ;;
+    default) MINUTES=(1 1 1 1 3 1 1 12 8 2 1 8 3 1 2 1) ;;
     evidence) MINUTES=(1 1 3 1 3 5 1 28 18 $((8 * ROUNDS)) $((2 * ROUNDS)) $((14 * ROUNDS)) 22 1 6 1) ;;
     full) MINUTES=(1 1 3 1 3 4 1 61 35 12 1 30 16 1 6 1) ;;
 esac

@@ -137,6 +137,16 @@ def test_selectors_stand_from_none_to_dynamic_and_by_their_number(results):
     assert [one.label for one in reading.read_systems(results, None, 1)] == ["none", "top 2", "top 10", "all", "monot5", "dynamic"]
 
 
+def test_what_is_told_the_gold_documents_is_never_the_best(results):
+    finish_run(results, "gold", questions(20), "gold", right=lambda n: True)
+    for selector in ("top:2", "dynamic"):
+        finish_run(results, selector.replace(":", ""), questions(20), selector)
+    page = make(results)
+    best = re.findall(r'<tr data-file="([^"]*)"(?:(?!</tr>).)*<b>', page, re.DOTALL)
+    assert {*best} == {"top2.json", "dynamic.json"}
+    assert "With dpo, top 2 is highest (50.0); the interval of dynamic overlaps those of 1 of the 1 others." in re.sub(r"<[^>]*>", "", page)
+
+
 def test_runs_of_another_number_of_documents_say_so_and_are_compared_apart(results):
     finish_run(results, "dynamic", questions())
     finish_run(results, "all", questions(), "all")

@@ -95,11 +95,12 @@ def rerankers(systems: Sequence[System], folder: Path) -> Section:
             continue
         sentences = [f"{name}: score by selector, with 95 % intervals."]
         for generator, own in by_generator(compared).items():
-            best = max(own, key=lambda system: system.score)
+            choosing = [system for system in own if not system.knows]
+            best = max(choosing or own, key=lambda system: system.score)
             sentences.append(f"With {generator}, {best.label} is highest ({best.score:.1f})")
-            if (dynamic := next((system for system in own if system.selector == "dynamic"), None)) and len(own) > 1:
-                within = sum(overlap(dynamic, other) for other in own if other is not dynamic)
-                sentences[-1] += f"; the interval of dynamic overlaps those of {within} of the {len(own) - 1} others"
+            if (dynamic := next((system for system in own if system.selector == "dynamic"), None)) and len(choosing) > 1:
+                within = sum(overlap(dynamic, other) for other in choosing if other is not dynamic)
+                sentences[-1] += f"; the interval of dynamic overlaps those of {within} of the {len(choosing) - 1} others"
             sentences[-1] += "."
         alt = "Bars: " + "; ".join(f"{system.name} {system.score:.1f}" for system in compared)
         section.pictures.append(picture(

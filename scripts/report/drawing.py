@@ -30,7 +30,7 @@ STYLE = {
 }
 SELECTOR_COLOURS = {
     "none": "#9696a0", "top": "#6b9ac4", "all": "#3f6c9c", "monot5": "#c28a2c", "adaptive": "#6d9b58", "pointwise": "#8f72b5",
-    "dynamic": "#cf4a33", "windows": "#e2856f",
+    "dynamic": "#cf4a33", "windows": "#e2856f", "gold": "#b3a125",
 }
 LINE_COLOURS = ("#1f8583", "#b0508c", "#b98a1f", "#5b67c0", "#6f8f3a", "#8a6a58")
 

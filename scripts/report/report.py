@@ -48,11 +48,11 @@ def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
     """The lines of the result table, by evaluation set: evaluate.py's figures, and who is best."""
     lines = {}
     for name, members in by_evaluation_set(list(systems)).items():
-        best = max(system.score for system in members)
+        best = max((system.score for system in members if not system.knows), default=None)
         lines[name] = [
             {
                 **system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
-                "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best,
+                "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best and not system.knows,
             }
             for system in members
         ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dynamicrag.records import Row
 
-SELECTORS = ("none", "top", "all", "monot5", "adaptive", "pointwise", "dynamic", "windows")
+SELECTORS = ("none", "top", "all", "monot5", "adaptive", "pointwise", "dynamic", "windows", "gold")
 BY_LLM = ("pointwise", "dynamic", "windows")
 
 
@@ -32,6 +32,11 @@ class System:
     summary: dict
     kinds: dict | None
     wider: bool = False
+
+    @property
+    def knows(self) -> bool:
+        """Whether it was told which documents are needed: a bound, not a competitor."""
+        return self.selector == "gold"
 
     @property
     def name(self) -> str:
