@@ -4,5 +4,5 @@ source "$(dirname "$0")/common.sh"
 data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/generator_sft_training.json")
 for file in "${data[@]}"; do needs "$file" scripts/04_training_data.sh; done
 
-# shellcheck disable=SC2046,SC2086  # SFT_FLAGS is a list of key=value settings over the recipe's
-train sft sft "${data[@]}" $(version_of "$BASE_MODEL") -- model_name_or_path="$BASE_MODEL" $SFT_FLAGS
+# shellcheck disable=SC2046,SC2086  # SFT_DATA is a list, and SFT_FLAGS one of key=value settings over the recipe's
+train sft sft "${data[@]}" ${SFT_DATA:-} $(version_of "$BASE_MODEL") -- model_name_or_path="$BASE_MODEL" $SFT_FLAGS

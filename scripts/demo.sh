@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
 # numbered scripts that run on a cluster.
-#     bash scripts/demo.sh                     some 40 minutes after installation
+#     bash scripts/demo.sh                     some 45 minutes after installation
 #     DEMO_SIZE=full bash scripts/demo.sh      more questions, longer training
 # Run it again and it continues where it stopped; what is finished is not done twice.
 set -euo pipefail
@@ -11,9 +11,9 @@ source scripts/common.sh configs/demo.env
 
 # Minutes a step takes on two cores, measured; they only feed the estimate.
 case $DEMO_SIZE in
-    default) MINUTES=(1 1 1 1 3 1 1 12 8 2 1 8 3 1 2 1) ;;
-    evidence) MINUTES=(1 1 3 1 3 5 1 28 18 $((8 * ROUNDS)) $((2 * ROUNDS)) $((14 * ROUNDS)) 22 1 6 1) ;;
-    full) MINUTES=(1 1 3 1 3 4 1 61 35 12 1 30 16 1 6 1) ;;
+    default) MINUTES=(1 1 1 1 3 1 1 12 14 2 1 8 3 1 2 1) ;;
+    evidence) MINUTES=(1 1 1 1 3 3 1 24 45 $((4 * ROUNDS)) $((1 * ROUNDS)) $((17 * ROUNDS)) 18 1 6 1) ;;
+    full) MINUTES=(1 1 1 1 3 4 1 57 50 6 1 36 14 1 6 1) ;;
 esac
 STARTED=$SECONDS
 done_steps=0
@@ -43,12 +43,16 @@ cross_encoder() {
         --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --seed "$SEED"
 }
 warm_up() {
+    local size number=0 name
+    for name in warm_up rehearsal; do
+        size=${name^^}_SIZE
+        [[ -f $WORK/training_data/factbook_$name.json ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" \
+            --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" --input_file "$WORK/output/retrieval_reranker.jsonl" \
+            --output_file "$WORK/training_data/factbook_$name.json" --max_rows "${!size}" --seed $((SEED + number++))
+    done
     [[ $BASE_MODEL == "$MODEL_DIR/warm_up" ]] || { echo "starting from $BASE_MODEL, which is not warmed up" >&2; return; }
-    local conversations=$WORK/training_data/factbook_warm_up.json
-    [[ -f $conversations ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" \
-        --input_file "$WORK/output/retrieval_reranker.jsonl" --output_file "$conversations" --max_rows "$WARM_UP_SIZE" --seed "$SEED"
     # shellcheck disable=SC2086
-    train warm_up warm_up "$conversations" -- model_name_or_path="$CHAT_MODEL" $WARM_UP_FLAGS
+    train warm_up warm_up "$WORK/training_data/factbook_warm_up.json" -- model_name_or_path="$CHAT_MODEL" $WARM_UP_FLAGS
 }
 rounds() {
     PATIENCE=$ROUNDS bash scripts/iterate.sh "$ROUNDS" "$CONFIG"
