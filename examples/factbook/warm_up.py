@@ -69,9 +69,11 @@ class Facts:
         self.unique = find_unique(facts)
         asked = {passages[doc_id]["title"].rpartition(": ")[0] for row in rows for doc_id in row["gold_docs"]}
         self.all = {country: facts[country] for country in sorted(asked & facts.keys())}
+        self.holders: dict[str, list[str]] = defaultdict(list)
         self.of_passage: dict[str, list[tuple[str, str, Fact]]] = defaultdict(list)
         for country, known in self.all.items():
             for key, fact in known.items():
+                self.holders[key].append(country)
                 self.of_passage[fact.passage].append((country, key, fact))
         self.paragraphs = {country: everything[country] for country in self.all if country in everything}
 
@@ -123,8 +125,7 @@ def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Pr
         shown = {doc["id"] for doc in docs}
         pool = facts.pool(shown, rng)
         claims = copy.copy(pool)  # a false claim takes another country's value, of any country
-        claims.facts = facts.all
-        claims.holders = {key: [country for country, known in facts.all.items() if key in known] for keys in pool.keys for key in keys}
+        claims.facts, claims.holders = facts.all, facts.holders
         yield conversation(docs, [row, *further_questions(row, pool, claims, shown, args.questions - 1)], prompts)
 
 
