@@ -11,9 +11,9 @@ source scripts/common.sh configs/demo.env
 
 # Minutes a step takes on two cores, measured; they only feed the estimate.
 case $DEMO_SIZE in
-    default) MINUTES=(1 1 1 1 3 1 1 12 14 2 1 8 3 1 2 1) ;;
-    evidence) MINUTES=(1 1 1 1 3 3 1 24 45 $((4 * ROUNDS)) $((1 * ROUNDS)) $((17 * ROUNDS)) 18 1 6 1) ;;
-    full) MINUTES=(1 1 1 1 3 4 1 57 50 6 1 36 14 1 6 1) ;;
+    default) MINUTES=(1 1 1 1 3 1 1 9 18 2 1 6 3 1 2 1) ;;
+    evidence) MINUTES=(1 1 1 1 3 2 1 14 22 $((3 * ROUNDS)) $((1 * ROUNDS)) $((6 * ROUNDS)) 12 1 6 1) ;;
+    full) MINUTES=(1 1 1 1 3 4 1 43 60 6 1 27 14 1 6 1) ;;
 esac
 STARTED=$SECONDS
 done_steps=0
@@ -43,13 +43,14 @@ cross_encoder() {
         --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --seed "$SEED"
 }
 warm_up() {
-    local size number=0 name
-    for name in warm_up rehearsal; do
-        size=${name^^}_SIZE
+    local name role size number=0
+    while read -r name role size; do
         [[ -f $WORK/training_data/factbook_$name.json ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" \
             --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" --input_file "$WORK/output/retrieval_reranker.jsonl" \
-            --output_file "$WORK/training_data/factbook_$name.json" --max_rows "${!size}" --seed $((SEED + number++))
-    done
+            --output_file "$WORK/training_data/factbook_$name.json" --role "$role" --max_rows "$size" --seed $((SEED + number++))
+    done <<<"warm_up reranker $WARM_UP_SIZE
+rehearsal reranker $REHEARSAL_SIZE
+answers generator $ANSWERS_SIZE"
     [[ $BASE_MODEL == "$MODEL_DIR/warm_up" ]] || { echo "starting from $BASE_MODEL, which is not warmed up" >&2; return; }
     # shellcheck disable=SC2086
     train warm_up warm_up "$WORK/training_data/factbook_warm_up.json" -- model_name_or_path="$CHAT_MODEL" $WARM_UP_FLAGS

@@ -105,7 +105,7 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
     made: list[dict] = []
     read = 0
     for n_docs, until in ((direction.first_docs, wanted / 2), (5, wanted)):
-        settings = Namespace(n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed)
+        settings = Namespace(role="reranker", n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed)
         for row in conversations(rows[len(made):], passages, settings, prompts):
             if read >= until:
                 break

@@ -22,9 +22,10 @@ from facts import Fact, read_facts
 from questions import MAKERS, Pool, find_paragraphs, find_unique
 
 from dynamicrag.jsonio import read_json, write_json
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
+from dynamicrag.prompts import Prompts, add_prompts_flag, as_text, training_row
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
+from dynamicrag.tasks import target_answer, task_of
 
 # How often each kind is tried for a further question. Those of several documents succeed rarely among so few; those that
 # need none always do.
@@ -41,6 +42,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--output_file", default="training_data/factbook_warm_up.json", help="the warm-up set")
     add_prompts_flag(group)
     group = parser.add_argument_group("conversations")
+    group.add_argument("--role", choices=["reranker", "generator"], default="reranker", help="what is trained: to choose documents, or to answer from them")
     group.add_argument("--max_rows", type=int, help="conversations, each from another question of the input (default: all)")
     group.add_argument("--n_docs", type=int, default=5, help="documents shown; those needed are always among them")
     group.add_argument("--questions", type=int, default=10, help="questions a conversation, at most")
@@ -107,14 +109,22 @@ def further_questions(first: dict, pool: Pool, claims: Pool, shown: set[str], co
     return found
 
 
-def conversation(docs: list[dict], questions: list[dict], prompts: Prompts) -> dict:
-    """A LLaMA-Factory row: the reranker's prompt and the first question's documents, then question after question."""
+def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts) -> dict[str, str]:
+    """A question's training row in one of the two roles, as if it were asked alone; a further one does not show the documents again."""
+    if role == "generator":
+        messages = prompts.generator(row["question"], [] if further else docs, task_of(row.get("dataset")).instruction)
+        return training_row(messages, output=target_answer(row))
+    messages = prompts.reranker(row["question"], docs)
+    if further:
+        messages[-1]["content"] = as_text(FURTHER.format(question=row["question"]))
     position = {doc["id"]: at for at, doc in enumerate(docs, start=1)}
-    outputs = [format_ids(sorted(position[doc_id] for doc_id in row["gold_docs"])) for row in questions]
-    first = training_row(prompts.reranker(questions[0]["question"], docs), output=outputs[0])
-    turns = [first["instruction"], *(FURTHER.format(question=row["question"]) for row in questions[1:])]
-    history = [list(turn) for turn in zip(turns[:-1], outputs[:-1], strict=True)]
-    return {**first, "instruction": turns[-1], "output": outputs[-1], "history": history}
+    return training_row(messages, output=format_ids(sorted(position[doc_id] for doc_id in row["gold_docs"])))
+
+
+def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role: str = "reranker") -> dict:
+    """A LLaMA-Factory row: the documents and the first question, then question after question."""
+    *before, last = [turn(role, row, docs, number > 0, prompts) for number, row in enumerate(questions)]
+    return {**last, "history": [[row["instruction"], row["output"]] for row in before]}
 
 
 def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Prompts) -> Iterator[dict]:
@@ -126,7 +136,7 @@ def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Pr
         pool = facts.pool(shown, rng)
         claims = copy.copy(pool)  # a false claim takes another country's value, of any country
         claims.facts, claims.holders = facts.all, facts.holders
-        yield conversation(docs, [row, *further_questions(row, pool, claims, shown, args.questions - 1)], prompts)
+        yield conversation(docs, [row, *further_questions(row, pool, claims, shown, args.questions - 1)], prompts, args.role)
 
 
 def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str, dict]]:
@@ -151,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
     made = list(conversations(rows, passages, args, Prompts(args.prompts)))
     write_json(args.output_file, made)
-    selections = sum(len(row["history"]) + 1 for row in made)
-    log.info("%s: %d conversations, %d selections", args.output_file, len(made), selections)
+    turns = sum(len(row["history"]) + 1 for row in made)
+    log.info("%s: %d conversations, %d questions", args.output_file, len(made), turns)
 
 
 if __name__ == "__main__":
