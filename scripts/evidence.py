@@ -5,11 +5,15 @@ question by question (paired bootstrap). The best fixed k is the best of them on
 
 Reads    RUN/results/SET_STAGE_SELECTOR.json            of each seed, by scripts/evidence.sh
          RUN/results/SET_oracle_STAGE_SELECTOR.json     the same with every needed passage among the documents shown
+         RUN/results/SET_STAGE_choice.json              what is chosen of those, in the retriever's order and shuffled
+         RUN/rounds/rounds.json                         what was sampled, rewarded and preferred; each of the two where it is there
 Writes   OUTPUT_DIR/evidence.md and evidence.json
 
     python scripts/evidence.py --runs runs/evidence/seed_1 runs/evidence/seed_2 runs/evidence/seed_3
 """
 
+import functools
+import operator
 import statistics
 import sys
 from collections import defaultdict
@@ -33,6 +37,15 @@ ANSWERS, ORACLE = "", "_oracle"  # what file names have after the set's
 DYNAMIC, GOLD = "dynamic", "gold"
 FIXED = ("none", "top1", "top2", "top3", "all")
 SELECTORS = (*FIXED, "monot5", DYNAMIC, GOLD)
+# Column, the summary and its keys, and how it is shown.
+ROUND_COLUMNS = (
+    ("reward", ("reward", "reward", "mean"), "{:.3f}"), ("right", ("reward", "em", "mean"), "{:.3f}"),
+    ("reward with right", ("reward", "reward", "correlation_with_em"), "{:.2f}"), ("reward with k", ("reward", "reward", "correlation_with_k"), "{:.2f}"),
+    ("pairs", ("pairs", "all", "pairs"), "{:.0f}"), ("margin", ("pairs", "all", "margin"), "{:.2f}"),
+    ("k chosen", ("pairs", "all", "k chosen"), "{:.2f}"), ("k rejected", ("pairs", "all", "k rejected"), "{:.2f}"),
+    ("only shorter", ("pairs", "all", "only shorter"), "{:.2f}"),
+    ("gold in chosen", ("pairs", "all", "gold in chosen"), "{:.2f}"), ("gold in rejected", ("pairs", "all", "gold in rejected"), "{:.2f}"),
+)
 
 
 class System(NamedTuple):
@@ -40,19 +53,19 @@ class System(NamedTuple):
 
     summaries: list[dict]  # one a seed
     scores: dict[str, float]  # mean over seeds, by question
+    kinds: dict[str, str]  # of the same questions
 
     @property
     def score(self) -> float:
         return 100 * statistics.fmean(self.scores.values())
 
     def mean(self, *keys: str) -> float:
-        """Mean over seeds of one figure of the summaries."""
-        values = []
-        for value in self.summaries:
-            for key in keys:
-                value = value[key]
-            values.append(value)
-        return statistics.fmean(values)
+        return mean(self.summaries, *keys)
+
+
+def mean(summaries: list[dict], *keys: str) -> float:
+    """Mean over seeds of one figure of their summaries."""
+    return statistics.fmean(functools.reduce(operator.getitem, keys, summary) for summary in summaries)
 
 
 def parse_args(argv=None):
@@ -66,23 +79,26 @@ def parse_args(argv=None):
 
 def read_system(name: str, runs: list[str], seed: int) -> System:
     """A system of all runs. Raises UserError naming the file that a run lacks, or whose questions are others."""
-    summaries, scores = [], defaultdict(list)
+    summaries, scores, kinds = [], defaultdict(list), {}
     for folder in runs:
         path = f"{folder}/results/{name}.json"
         if not Path(path).is_file():
             raise UserError(f"{path}: is missing; run scripts/evidence.sh again, which does what is not done")
-        summary, of_questions = summarise(result_rows(path, None, None, None), None, "kind", seed, path)
+        rows = list(result_rows(path, None, None, None))
+        kinds.update((row["id"], row["kind"]) for row in rows)
+        summary, of_questions = summarise(rows, None, "kind", seed, path)
         summaries.append(summary)
         for row_id, score in of_questions.items():
             scores[row_id].append(score)
         if scores.keys() != of_questions.keys():
             raise UserError(f"{path}: answers other questions than {runs[0]}; all seeds share data/factbook and the sizes of their questions")
-    return System(summaries, {row_id: statistics.fmean(values) for row_id, values in scores.items()})
+    return System(summaries, {row_id: statistics.fmean(values) for row_id, values in scores.items()}, kinds)
 
 
-def compare(one: System, other: System, seed: int) -> Comparison:
-    """On 0 to 100 but for p."""
-    found = paired_bootstrap(list(one.scores.values()), [other.scores[row_id] for row_id in one.scores], seed)
+def compare(one: System, other: System, seed: int, kind: str | None = None) -> Comparison:
+    """Of the questions of one kind, or of all. On 0 to 100 but for p."""
+    asked = [row_id for row_id in one.scores if kind in (None, one.kinds[row_id])]
+    found = paired_bootstrap([one.scores[row_id] for row_id in asked], [other.scores[row_id] for row_id in asked], seed)
     return Comparison(100 * found.difference, 100 * found.low, 100 * found.high, found.p)
 
 
@@ -121,17 +137,54 @@ def comparisons(systems: dict[tuple[str, str, str], System], best: str, seed: in
     return {name: compare(one, other, seed) for name, (one, other) in pairs.items()}
 
 
-def kind_table(systems: dict[tuple[str, str, str], System], best: str) -> str:
+def kind_table(systems: dict[tuple[str, str, str], System], best: str, seed: int) -> str:
     columns = {
         "SFT, dynamic": (ANSWERS, "sft", DYNAMIC), "DPO, dynamic": (ANSWERS, "dpo", DYNAMIC), f"DPO, {best}": (ANSWERS, "dpo", best),
         "DPO, gold of those shown": (ANSWERS, "dpo", GOLD), "DPO, all gold": (ORACLE, "dpo", GOLD),
     }
-    kinds = sorted(systems[ANSWERS, "dpo", DYNAMIC].summaries[0]["groups"])
-    lines = [
-        [kind, *(f"{systems[key].mean('groups', kind, 'score'):.1f} ({systems[key].mean('groups', kind, 'documents'):.1f})" for key in columns.values())]
-        for kind in kinds
-    ]
-    return markdown_table(["kind", *columns], lines)
+    dynamic = systems[ANSWERS, "dpo", DYNAMIC]
+    others = {f"dynamic less {best}": (ANSWERS, "dpo", best), "DPO less SFT": (ANSWERS, "sft", DYNAMIC)}
+    lines = []
+    for kind in sorted(dynamic.summaries[0]["groups"]):
+        found = [compare(dynamic, systems[other], seed, kind) for other in others.values()]
+        lines.append([
+            kind, *(f"{systems[key].mean('groups', kind, 'score'):.1f} ({systems[key].mean('groups', kind, 'documents'):.1f})" for key in columns.values()),
+            *(f"{one.difference:+.1f} ({one.low:+.1f} to {one.high:+.1f})" for one in found),
+        ])
+    return markdown_table(["kind", *columns, *others], lines)
+
+
+def choice_table(runs: list[str], name: str) -> str | None:
+    """Exact selections where every needed document is among those shown; None where a run has not measured them."""
+    lines = []
+    for stage_name in ("sft", "dpo"):
+        paths = [Path(folder, f"results/{name}_{stage_name}_choice.json") for folder in runs]
+        if not all(path.is_file() for path in paths):
+            return None
+        found = [orjson.loads(path.read_bytes()) for path in paths]
+        for order, measured in found[0].items():
+            means = (mean(found, order, "all", key) for key in ("exact", "precision", "recall", "chosen_k"))
+            kinds = sorted(measured["kinds"])
+            lines.append([
+                stage_name, order, *(f"{value:.1f}" for value in (next(means), next(means), next(means))), f"{next(means):.2f}",
+                ", ".join(f"{one[order]['all']['exact']:.1f}" for one in found),
+                *(f"{mean(found, order, 'kinds', kind, 'exact'):.0f} ({mean(found, order, 'kinds', kind, 'chosen_k'):.1f})" for kind in kinds),
+            ])
+    return markdown_table(["model", "order", "exact set", "precision", "recall", "k", "of each seed", *kinds], lines)
+
+
+def rounds_table(runs: list[str]) -> str | None:
+    """What the rounds of scripts/iterate.sh rewarded and preferred; None where a run has no rounds."""
+    paths = [Path(folder, "rounds/rounds.json") for folder in runs]
+    if not all(path.is_file() for path in paths):
+        return None
+    seeds = [orjson.loads(path.read_bytes())["rounds"] for path in paths]
+    lines = []
+    for number in range(min(map(len, seeds))):
+        of_round = [rounds[number] for rounds in seeds]
+        line = [str(number), f"{mean(of_round, 'dev', 'score'):.1f}", f"{mean(of_round, 'dev', 'documents'):.2f}"]
+        lines.append(line + [form.format(mean(of_round, *keys)) if number else "" for _, keys, form in ROUND_COLUMNS])
+    return markdown_table(["round", "score on dev", "documents", *(column for column, _, _ in ROUND_COLUMNS)], lines)
 
 
 def main(argv=None):
@@ -144,10 +197,13 @@ def main(argv=None):
     compared = comparisons(systems, best, args.seed)
     differences = [[name, f"{found.difference:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] for name, found in compared.items()]
     questions = len(systems[ANSWERS, "dpo", DYNAMIC].scores)
+    choice, rounds = choice_table(args.runs, args.set), rounds_table(args.runs)
     text = "\n\n".join([
         f"{questions} questions, {len(args.runs)} seeds; scores are each kind's own metric, 0 to 100.", system_table(systems),
         "Differences, question by question:\n\n" + markdown_table(["", "difference", "95 %", "p"], differences),
-        "By kind, score and documents read in brackets:\n\n" + kind_table(systems, best),
+        "By kind, score and documents read in brackets:\n\n" + kind_table(systems, best, args.seed),
+        *([f"Exact selections where every needed document is among the five shown:\n\n{choice}"] if choice else []),
+        *([f"Rounds of sampling, reward and DPO; correlations are of the reward, over trajectories:\n\n{rounds}"] if rounds else []),
     ])
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evidence for docs/evidence.md: the demo's chain from several seeds, with more questions, rounds of DPO and every selector
-# under the same generators, in one table of differences with their intervals:
-#     bash scripts/evidence.sh                          three seeds, some two hours each on two cores
+# under the same generators, in one file of tables:
+#     bash scripts/evidence.sh                          three seeds, some 80 minutes each on two cores
 #     SEEDS="1" DEMO_SIZE=default bash scripts/evidence.sh
 # Everything is resumed: run it again after an interruption, or with more SEEDS.
 set -euo pipefail
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 export DEMO_SIZE=${DEMO_SIZE:-evidence} ROUNDS=${ROUNDS:-2}
 SEEDS=${SEEDS:-1 2 3}
 EVIDENCE=${EVIDENCE:-runs/evidence}
+MODEL=${MODEL:-smollm2_135m}
 
 folders=()
 for SEED in $SEEDS; do
@@ -16,6 +17,14 @@ for SEED in $SEEDS; do
     echo "== seed $SEED" >&2
     bash scripts/demo.sh
     bash scripts/oracle.sh configs/demo.env
+    for stage in sft dpo; do
+        choice=$WORK/results/test_${stage}_choice.json
+        [[ -f $choice ]] && continue
+        echo "what the $stage model chooses when every needed document is shown, in the retriever's order and shuffled" >&2
+        .venv/bin/python examples/factbook/learning_curve.py --measure "$WORK/DynamicRAG_$MODEL/$stage" \
+            --test "$WORK/output/retrieval_test.jsonl" --questions 500 | tail -n 1 >"$choice.part"
+        mv "$choice.part" "$choice"
+    done
     folders+=("$WORK")
 done
 .venv/bin/python scripts/evidence.py --runs "${folders[@]}" --output_dir "$EVIDENCE"

@@ -247,6 +247,31 @@ def test_differences_are_of_the_same_questions_over_all_seeds(seeds, tmp_path, c
     assert re.search(r"\| dpo +\| dynamic +\|", capsys.readouterr().out)
 
 
+def test_a_difference_of_one_kind_is_of_its_questions_alone(seeds, tmp_path, capsys):
+    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
+    lines = {cells[0]: cells for line in capsys.readouterr().out.splitlines() if (cells := [cell.strip() for cell in line.strip("| ").split("|")])}
+    # Kind a are questions 0, 2, 4, 6: dynamic and SFT are right in all of them, top1 in two.
+    assert lines["a"][-2].startswith("+50.0 (") and lines["a"][-1].startswith("+0.0 (")
+    assert lines["b"][-2].startswith("+75.0 (") and lines["b"][-1].startswith("+75.0 (")
+
+
+def test_choice_and_rounds_are_means_over_seeds_where_they_are(seeds, tmp_path, capsys):
+    pairs = dict.fromkeys(("pairs", "margin", "k chosen", "k rejected", "only shorter", "gold in chosen", "gold in rejected"), 0.5)
+    for number, folder in enumerate(map(Path, seeds)):
+        evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
+        assert "in order" not in capsys.readouterr().out, "a table needs the figures of every seed"
+        for name in ("sft", "dpo"):
+            one = {"exact": 40.0 + 20 * number, "precision": 50.0, "recall": 60.0, "chosen_k": 1.0}
+            (folder / f"results/test_{name}_choice.json").write_text(json.dumps({"in order": {"all": one, "kinds": {"a": one}}}))
+        after = {"dev": {"score": 30.0 + number, "documents": 1.0}, "reward": {"reward": {"mean": 0.1, "correlation_with_em": 0.75, "correlation_with_k": 0.0}, "em": {"mean": 0.2}}}
+        (folder / "rounds").mkdir()
+        (folder / "rounds/rounds.json").write_text(json.dumps({"best": 0, "rounds": [{"dev": after["dev"]}, after | {"pairs": {"all": pairs}}]}))
+    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert re.search(r"\| sft +\| in order +\| 50\.0 .*\| 40\.0, 60\.0 +\| 50 \(1\.0\)", said)
+    assert re.search(r"\| 1 +\| 30\.5 .*\| 0\.75 ", said)
+
+
 def test_a_seed_that_lacks_a_file_or_asks_other_questions_is_named(seeds, tmp_path):
     shorter = results(tmp_path / "1", {"test_dpo_top1": [1] * 7})
     with pytest.raises(UserError, match=r"test_dpo_top1\.json: answers other questions"):
