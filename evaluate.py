@@ -25,6 +25,7 @@ from dynamicrag.atomic import atomic_writer
 from dynamicrag.grounding import with_entity_support
 from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, paired_bootstrap
+from dynamicrag.output import refuse_overlap
 from dynamicrag.records import Row, read_rows
 from dynamicrag.result_tables import comparison_table, selection_tables, summary_tables
 from dynamicrag.scoring import MISSING, summarise
@@ -128,10 +129,9 @@ def main(argv=None):
     if args.compare and len(args.results_file) < 2:
         raise UserError("--compare needs two results files or more")
     output = args.output_file or f"{args.results_file[0]}.metrics.json"
-    inputs = {Path(path).resolve() for path in (*args.results_file, args.remain_file, args.eval_file) if path}
-    for path in filter(None, (output, args.table_file)):
-        if Path(path).resolve() in inputs:
-            raise UserError(f"{path}: is input and output; give the output another path")
+    outputs = [*filter(None, (output, args.table_file))]
+    refuse_overlap(outputs, filter(None, (*args.results_file, args.remain_file, args.eval_file)))
+    for path in outputs:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     asked = read_ids(args.eval_file) if args.eval_file else None
     summaries, scores = {}, {}

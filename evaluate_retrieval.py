@@ -25,6 +25,7 @@ from dynamicrag import stage
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.gold import Question, Ranked, ranked_questions, read_questions
 from dynamicrag.metrics import bootstrap_interval
+from dynamicrag.output import refuse_overlap
 from dynamicrag.ranking import SCORES, answer_rank, gold_measures, in_order
 from dynamicrag.records import Doc, read_rows
 from dynamicrag.runs import is_run, read_qrels, write_run
@@ -171,10 +172,9 @@ def main(argv=None):
     if args.run_file and is_run(args.results_file[0]):
         raise UserError(f"{args.results_file[0]}: is a TREC run already; --run_file makes one of rows")
     output = args.output_file or f"{args.results_file[0]}.retrieval.json"
-    inputs = {Path(path).resolve() for path in (*args.results_file, args.eval_file, args.qrels) if path}
-    for path in filter(None, (output, args.table_file, args.run_file)):
-        if Path(path).resolve() in inputs:
-            raise UserError(f"{path}: is input and output; give the output another path")
+    outputs = [*filter(None, (output, args.table_file, args.run_file))]
+    refuse_overlap(outputs, filter(None, (*args.results_file, args.eval_file, args.qrels)))
+    for path in outputs:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     qrels = read_qrels(args.qrels) if args.qrels else None
     asked = read_questions(args.eval_file, args.group_by, qrels, args.dataset) if args.eval_file else None

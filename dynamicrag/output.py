@@ -69,12 +69,9 @@ class Output:
         return Path(f"{self.partial}.manifest.json")
 
     def _refuse_overlap(self, inputs: list[str]) -> None:
-        """No file may be two outputs, an output and an input, or belong to another run: --overwrite would destroy it."""
-        for number, path in enumerate(self.paths):
-            if path.resolve() in [other.resolve() for other in self.paths[:number]]:
-                raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
-            if path.resolve() in [Path(name).resolve() for name in inputs]:
-                raise UserError(f"{path}: is input and output of this stage; give the output another path")
+        """No output may be another one, an input, or another run's: --overwrite would destroy it."""
+        refuse_overlap(self.paths, inputs)
+        for path in self.paths:
             owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
             if Path(owner).name != self.path.name:
                 raise UserError(f"{path}: belongs to the run that wrote {owner}; give this one another path")
@@ -245,3 +242,16 @@ class Output:
         if unanswered:
             log.warning("%d questions could not be answered: %s", unanswered, self.paths[1])
         self.finish(answered=answered, unanswered=unanswered)
+
+
+def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
+    """Raises UserError where an output is another one or an input, under whatever name or link."""
+    # os.path.realpath, since Path.resolve fails for a link to itself, which whoever reads it says better
+    read, written = {os.path.realpath(name) for name in inputs}, set()
+    for path in outputs:
+        real = os.path.realpath(path)
+        if real in read:
+            raise UserError(f"{path}: is input and output of this stage; give the output another path")
+        if real in written:
+            raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
+        written.add(real)

@@ -356,6 +356,14 @@ def test_an_input_is_not_overwritten(flag, path):
     assert len(json.loads(Path("r.json").read_text())) == len(RIGHT)
 
 
+def test_a_link_to_itself_and_one_path_for_both_outputs_are_refused():
+    write("r.json", RIGHT), Path("loop.json").symlink_to("loop.json")
+    with pytest.raises(UserError, match=r"loop\.json: cannot be read: Too many levels of symbolic links"):
+        run("loop.json")
+    with pytest.raises(UserError, match=r"\./m\.json: is given for two outputs"):
+        run("r.json", output_file="m.json", table_file="./m.json")
+
+
 def last_bar(text: str) -> str:
     return next(line for line in reversed(re.split(r"[\r\n]", text)) if "rows" in line)
 

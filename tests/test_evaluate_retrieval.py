@@ -584,4 +584,5 @@ def test_run_file_is_of_one_file_of_rows_and_no_output_replaces_an_input():
     assert refused("x.run", run_file="y.run", eval_file="r.jsonl").startswith("x.run: is a TREC run already")
     for flag in ("output_file", "run_file", "table_file"):
         assert refused("r.jsonl", **{flag: "./r.jsonl"}).startswith("./r.jsonl: is input and output")
+    assert refused("r.jsonl", table_file="t.md", run_file="./t.md").startswith("./t.md: is given for two outputs")
     assert Path("r.jsonl").read_bytes() == before
