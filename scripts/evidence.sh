@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DEMO_SIZE=${DEMO_SIZE:-evidence} ROUNDS=${ROUNDS:-2}
+export STAGES="sft dpo"  # of the rounds, the last; the best on few questions is the best by chance
 SEEDS=${SEEDS:-1 2 3}
 EVIDENCE=${EVIDENCE:-runs/evidence}
 MODEL=${MODEL:-smollm2_135m}

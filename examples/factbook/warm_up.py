@@ -4,7 +4,7 @@ A large model can find the document that speaks of what is asked before it is tr
 learn it, and a single question is one identifier to learn from for four hundred tokens read: from such it learns how many
 documents to name, not which (docs/evidence.md). So a conversation shows the documents of one question in the reranker's prompt,
 and goes on with further questions made of the facts that stand in the same documents: ten selections for one reading, which
-differ by nothing but what is asked.
+differ by nothing but what is asked. --role generator makes the same of answers.
 
 Reads    --input_file     questions with gold_docs and their retrieved docs, of the countries that may be trained on
          --passages       the passages that corpus.py wrote
