@@ -163,11 +163,10 @@ def choice_table(runs: list[str], name: str) -> str | None:
             return None
         found = [orjson.loads(path.read_bytes()) for path in paths]
         for order, measured in found[0].items():
-            means = (mean(found, order, "all", key) for key in ("exact", "precision", "recall", "chosen_k"))
             kinds = sorted(measured["kinds"])
             lines.append([
-                stage_name, order, *(f"{value:.1f}" for value in (next(means), next(means), next(means))), f"{next(means):.2f}",
-                ", ".join(f"{one[order]['all']['exact']:.1f}" for one in found),
+                stage_name, order, *(f"{mean(found, order, 'all', key):.1f}" for key in ("exact", "precision", "recall")),
+                f"{mean(found, order, 'all', 'chosen_k'):.2f}", ", ".join(f"{one[order]['all']['exact']:.1f}" for one in found),
                 *(f"{mean(found, order, 'kinds', kind, 'exact'):.0f} ({mean(found, order, 'kinds', kind, 'chosen_k'):.1f})" for kind in kinds),
             ])
     return markdown_table(["model", "order", "exact set", "precision", "recall", "k", "of each seed", *kinds], lines)
