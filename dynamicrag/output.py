@@ -54,7 +54,8 @@ class Output:
             if not Path(name).exists():
                 raise UserError(f"{name}: no such file; it is the input of this stage")
             refuse_pipe(Path(name))
-        self._refuse_overlap(inputs)
+        refuse_overlap(self.paths, inputs)
+        self._refuse_other_owner()
         self.identity = identity(args, outputs, inputs)
         if args.overwrite:
             for path in self.paths:
@@ -68,9 +69,8 @@ class Output:
     def _begun(self) -> Path:
         return Path(f"{self.partial}.manifest.json")
 
-    def _refuse_overlap(self, inputs: list[str]) -> None:
-        """No output may be another one, an input, or another run's: --overwrite would destroy it."""
-        refuse_overlap(self.paths, inputs)
+    def _refuse_other_owner(self) -> None:
+        """No output may be another run's: --overwrite would destroy it."""
         for path in self.paths:
             owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
             if Path(owner).name != self.path.name:

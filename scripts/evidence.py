@@ -154,14 +154,19 @@ def kind_table(systems: dict[tuple[str, str, str], System], best: str, seed: int
     return markdown_table(["kind", *columns, *others], lines)
 
 
+def of_each_seed(runs: list[str], file: str) -> list[dict] | None:
+    """What a JSON file of every run holds; None where a run has none."""
+    paths = [Path(folder, file) for folder in runs]
+    return [orjson.loads(path.read_bytes()) for path in paths] if all(path.is_file() for path in paths) else None
+
+
 def choice_table(runs: list[str], name: str) -> str | None:
     """Exact selections where every needed document is among those shown; None where a run has not measured them."""
     lines = []
     for stage_name in ("sft", "dpo"):
-        paths = [Path(folder, f"results/{name}_{stage_name}_choice.json") for folder in runs]
-        if not all(path.is_file() for path in paths):
+        found = of_each_seed(runs, f"results/{name}_{stage_name}_choice.json")
+        if found is None:
             return None
-        found = [orjson.loads(path.read_bytes()) for path in paths]
         for order, measured in found[0].items():
             kinds = sorted(measured["kinds"])
             lines.append([
@@ -174,13 +179,11 @@ def choice_table(runs: list[str], name: str) -> str | None:
 
 def rounds_table(runs: list[str]) -> str | None:
     """What the rounds of scripts/iterate.sh rewarded and preferred; None where a run has no rounds."""
-    paths = [Path(folder, "rounds/rounds.json") for folder in runs]
-    if not all(path.is_file() for path in paths):
+    found = of_each_seed(runs, "rounds/rounds.json")
+    if found is None:
         return None
-    seeds = [orjson.loads(path.read_bytes())["rounds"] for path in paths]
     lines = []
-    for number in range(min(map(len, seeds))):
-        of_round = [rounds[number] for rounds in seeds]
+    for number, of_round in enumerate(zip(*(seed["rounds"] for seed in found), strict=False)):  # as many as the shortest has
         line = [str(number), f"{mean(of_round, 'dev', 'score'):.1f}", f"{mean(of_round, 'dev', 'documents'):.2f}"]
         lines.append(line + [form.format(mean(of_round, *keys)) if number else "" for _, keys, form in ROUND_COLUMNS])
     return markdown_table(["round", "score on dev", "documents", *(column for column, _, _ in ROUND_COLUMNS)], lines)
