@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # The evidence for docs/evidence.md: the demo's chain from several seeds, with more questions, rounds of DPO and every selector
 # under the same generators, in one file of tables:
-#     bash scripts/evidence.sh                          three seeds, some 80 minutes each on two cores
+#     bash scripts/evidence.sh                          three seeds, some 75 minutes each on two cores
 #     SEEDS="1" DEMO_SIZE=default bash scripts/evidence.sh
-# Everything is resumed: run it again after an interruption, or with more SEEDS.
+# Everything is resumed: run it again after an interruption, or with more SEEDS. What a seed comes to is one small file,
+# EVIDENCE/seed_N.json, and a seed that has its file is not run again, whichever machine it ran on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DEMO_SIZE=${DEMO_SIZE:-evidence} ROUNDS=${ROUNDS:-2}
 export STAGES="sft dpo"  # of the rounds, the last; the best on few questions is the best by chance
+export TOP_N=""  # nothing here is about more documents than a window holds
 SEEDS=${SEEDS:-1 2 3}
 EVIDENCE=${EVIDENCE:-runs/evidence}
 MODEL=${MODEL:-smollm2_135m}
 
-folders=()
+[[ -x .venv/bin/python ]] || bash scripts/setup.sh
+files=()
 for SEED in $SEEDS; do
     export SEED WORK=$EVIDENCE/seed_$SEED
+    files+=("$WORK.json")
+    [[ -f $WORK.json ]] && continue
     echo "== seed $SEED" >&2
     bash scripts/demo.sh
     bash scripts/oracle.sh configs/demo.env
@@ -26,6 +31,6 @@ for SEED in $SEEDS; do
             --test "$WORK/output/retrieval_test.jsonl" --questions 500 | tail -n 1 >"$choice.part"
         mv "$choice.part" "$choice"
     done
-    folders+=("$WORK")
+    .venv/bin/python scripts/evidence_seed.py --run "$WORK" --output_file "$WORK.json"
 done
-.venv/bin/python scripts/evidence.py --runs "${folders[@]}" --output_dir "$EVIDENCE"
+.venv/bin/python scripts/evidence.py --seeds "${files[@]}" --output_dir "$EVIDENCE"

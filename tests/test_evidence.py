@@ -33,7 +33,7 @@ def load(folder: str, name: str):
 corpus, questions, warm_up, oracle, learning_curve = (
     load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "learning_curve")
 )
-evidence = load("scripts", "evidence")
+evidence, evidence_seed = load("scripts", "evidence"), load("scripts", "evidence_seed")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ print(identifier_loss.encode_identifiers(Processor())[1])
 # ---------------------------------------------------------------- the table of the evidence
 
 
-def results(folder: Path, right: dict[str, list[int]]) -> str:
+def results(folder: Path, right: dict[str, list[int]]) -> Path:
     """A seed's result files: system -> 1 for each question it answers rightly."""
     for system, marks in right.items():
         rows = [
@@ -220,62 +220,86 @@ def results(folder: Path, right: dict[str, list[int]]) -> str:
             for n, mark in enumerate(marks)
         ]
         write_jsonl(folder / f"results/{system}.json", rows)
-    return str(folder)
+    return folder
 
 
 @pytest.fixture
-def seeds(tmp_path) -> list[str]:
+def runs(tmp_path) -> list[Path]:
+    """The folders of two seeds, which differ in what the dynamic selection of the DPO model gets right."""
     gold = {name: [1] * 8 for name in ("test_dpo_gold", "test_oracle_dpo_gold", "test_oracle_dpo_dynamic")}
     base = {"test_sft_dynamic": [1, 0] * 4, "test_dpo_top1": [1, 0, 0, 0] * 2, "test_dpo_none": [0] * 8, "test_dpo_monot5": [1] * 8, **gold}
-    runs = []
+    folders = []
     for number, dynamic in enumerate(([1, 1, 1, 0] * 2, [1] * 8)):
         (tmp_path / f"{number}/results").mkdir(parents=True)
-        runs.append(results(tmp_path / str(number), {**base, "test_dpo_dynamic": dynamic}))
-    return runs
+        folders.append(results(tmp_path / str(number), {**base, "test_dpo_dynamic": dynamic}))
+    return folders
 
 
-def test_differences_are_of_the_same_questions_over_all_seeds(seeds, tmp_path, capsys):
-    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
+def seed_files(runs: list[Path]) -> list[str]:
+    for run in runs:
+        evidence_seed.main(["--run", str(run), "--output_file", f"{run}.json"])
+    return [f"{run}.json" for run in runs]
+
+
+def tables(runs: list[Path], tmp_path: Path) -> str:
+    evidence.main(["--seeds", *seed_files(runs), "--output_dir", str(tmp_path / "out")])
+    return (tmp_path / "out/evidence.md").read_text()
+
+
+def test_differences_are_of_the_same_questions_over_all_seeds(runs, tmp_path):
+    said = tables(runs, tmp_path)
     figures = json.loads((tmp_path / "out/evidence.json").read_text())
     assert figures["best_fixed"] == "top1"
-    assert figures["systems"]["test_dpo_dynamic"]["score"] == pytest.approx(100 * 14 / 16)
     found = {name.split(" (")[0]: value for name, value in figures["compared"].items()}
-    assert found["after DPO, dynamic less best fixed k"]["difference"] == pytest.approx(100 * (14 / 16 - 2 / 8))
-    assert found["dynamic, after DPO less after SFT"]["difference"] == pytest.approx(100 * (14 / 16 - 4 / 8))
-    assert found["lost by selection: gold documents of those shown less dynamic"]["difference"] == pytest.approx(100 * 2 / 16)
-    assert found["after DPO, dynamic less best fixed k"]["low"] < 62.5 < found["after DPO, dynamic less best fixed k"]["high"]
-    assert re.search(r"\| dpo +\| dynamic +\|", capsys.readouterr().out)
+    less_fixed = found["after DPO, DynamicRAG less the best fixed k"]
+    assert less_fixed["difference"] == pytest.approx(100 * (14 / 16 - 2 / 8)) and less_fixed["low"] < 62.5 < less_fixed["high"]
+    assert found["DynamicRAG, after DPO less after SFT"]["difference"] == pytest.approx(100 * (14 / 16 - 4 / 8))
+    assert found["lost by selection: gold of those shown less DynamicRAG"]["difference"] == pytest.approx(100 * 2 / 16)
+    assert re.search(r"\| DPO +\| DynamicRAG +\| 87\.5 +\| 75\.0, 100\.0 +\| 0\.88 ", said)
+    assert re.search(r"\| DPO +\| all gold +\| 100\.0 ", said)
 
 
-def test_a_difference_of_one_kind_is_of_its_questions_alone(seeds, tmp_path, capsys):
-    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
-    lines = {cells[0]: cells for line in capsys.readouterr().out.splitlines() if (cells := [cell.strip() for cell in line.strip("| ").split("|")])}
+def test_a_difference_of_one_kind_is_of_its_questions_alone(runs, tmp_path):
+    lines = {cells[0]: cells for line in tables(runs, tmp_path).splitlines() if (cells := [cell.strip() for cell in line.strip("| ").split("|")])}
     # Kind a are questions 0, 2, 4, 6: dynamic and SFT are right in all of them, top1 in two.
     assert lines["a"][-2].startswith("+50.0 (") and lines["a"][-1].startswith("+0.0 (")
     assert lines["b"][-2].startswith("+75.0 (") and lines["b"][-1].startswith("+75.0 (")
 
 
-def test_choice_and_rounds_are_means_over_seeds_where_they_are(seeds, tmp_path, capsys):
+def test_choice_and_rounds_are_means_over_seeds_where_they_are(runs, tmp_path):
     pairs = dict.fromkeys(("pairs", "margin", "k chosen", "k rejected", "only shorter", "gold in chosen", "gold in rejected"), 0.5)
-    for number, folder in enumerate(map(Path, seeds)):
-        evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
-        assert "in order" not in capsys.readouterr().out, "a table needs the figures of every seed"
+    for number, folder in enumerate(runs):
+        said = tables(runs, tmp_path)
+        assert "in order" not in said and "| round" not in said, "a table needs the figures of every seed"
         for name in ("sft", "dpo"):
             one = {"exact": 40.0 + 20 * number, "precision": 50.0, "recall": 60.0, "chosen_k": 1.0}
             (folder / f"results/test_{name}_choice.json").write_text(json.dumps({"in order": {"all": one, "kinds": {"a": one}}}))
         after = {"dev": {"score": 30.0 + number, "documents": 1.0}, "reward": {"reward": {"mean": 0.1, "correlation_with_em": 0.75, "correlation_with_k": 0.0}, "em": {"mean": 0.2}}}
         (folder / "rounds").mkdir()
         (folder / "rounds/rounds.json").write_text(json.dumps({"best": 0, "rounds": [{"dev": after["dev"]}, after | {"pairs": {"all": pairs}}]}))
-    evidence.main(["--runs", *seeds, "--output_dir", str(tmp_path / "out")])
-    said = capsys.readouterr().out
-    assert re.search(r"\| sft +\| in order +\| 50\.0 .*\| 40\.0, 60\.0 +\| 50 \(1\.0\)", said)
+    said = tables(runs, tmp_path)
+    assert re.search(r"\| SFT +\| in order +\| 50\.0 +\| 40\.0, 60\.0 .*\| 50 \(1\.0\)", said)
     assert re.search(r"\| 1 +\| 30\.5 .*\| 0\.75 ", said)
 
 
-def test_a_seed_that_lacks_a_file_or_asks_other_questions_is_named(seeds, tmp_path):
-    shorter = results(tmp_path / "1", {"test_dpo_top1": [1] * 7})
+def test_a_result_file_that_is_missing_or_asks_other_questions_is_named(runs):
+    results(runs[1], {"test_dpo_top1": [1] * 7})
     with pytest.raises(UserError, match=r"test_dpo_top1\.json: answers other questions"):
-        evidence.main(["--runs", *seeds])
-    Path(shorter, "results/test_dpo_top1.json").unlink()
-    with pytest.raises(UserError, match=r"test_dpo_top1\.json: is missing"):
-        evidence.main(["--runs", *seeds])
+        seed_files(runs)
+    (runs[0] / "results/test_dpo_gold.json").unlink()
+    with pytest.raises(UserError, match=r"test_dpo_gold\.json: is missing"):
+        seed_files(runs)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda seed: seed["systems"].pop(0), r"1\.json: has no answers of the sft model with the selector dynamic, documents retrieved, as .*0\.json has"),
+    (lambda seed: seed["questions"].update(q8="a"), r"1\.json: answers other questions than .*0\.json"),
+    (lambda seed: seed.pop("questions"), r"1\.json: not what scripts/evidence_seed\.py writes"),
+])
+def test_a_seed_that_cannot_stand_beside_the_first_is_named(runs, tmp_path, change, says):
+    files = seed_files(runs)
+    seed = json.loads(Path(files[1]).read_text())
+    change(seed)
+    Path(files[1]).write_text(json.dumps(seed))
+    with pytest.raises(UserError, match=says):
+        evidence.main(["--seeds", *files, "--output_dir", str(tmp_path / "out")])

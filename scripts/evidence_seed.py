@@ -1,0 +1,106 @@
+"""What one seed of scripts/evidence.sh comes to, in one small file: figures of every system, and its score on every question.
+
+The file holds no times and no paths, so the same seed gives the same bytes, and seeds that ran on different machines can be put
+into one table (scripts/evidence.py).
+
+Reads    RUN/results/SET_MODEL_SELECTOR.json            answers from the documents retrieved
+         RUN/results/SET_oracle_MODEL_SELECTOR.json     the same with every needed passage among the documents shown
+         RUN/results/SET_MODEL_choice.json              what is chosen of those, in the retriever's order and shuffled
+         RUN/rounds/rounds.json                         what was sampled, rewarded and preferred; each of the two where it is there
+Writes   OUTPUT_FILE    {"questions": {id: kind}, "systems": [{"model", "selector", "shown", figures, "scores": [in the questions' order]}],
+                        "choice": {model: {order: ...}}, "rounds": [figures of a round]}
+
+    python scripts/evidence_seed.py --run runs/evidence/seed_1 --output_file runs/evidence/seed_1.json
+"""
+
+import functools
+import operator
+import sys
+from itertools import product
+from pathlib import Path
+
+import orjson
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dynamicrag import stage
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.scoring import summarise
+from dynamicrag.stage import UserError, log
+from evaluate import result_rows
+
+MODELS = ("sft", "dpo")
+SHOWN = {"retrieved": "", "all needed": "_oracle"}  # the documents shown -> what file names have after the set's
+SELECTORS = ("none", "top1", "top2", "top3", "all", "monot5", "dynamic", "gold")
+COMPARED = (("retrieved", "sft", "dynamic"), ("retrieved", "dpo", "dynamic"), ("retrieved", "dpo", "gold"), ("all needed", "dpo", "gold"))
+# Figure of a round -> where it is found: the summary of a stage, then keys.
+ROUND = {
+    "reward": ("reward", "reward", "mean"), "right": ("reward", "em", "mean"),
+    "reward with right": ("reward", "reward", "correlation_with_em"), "reward with k": ("reward", "reward", "correlation_with_k"),
+    **{figure: ("pairs", "all", figure) for figure in ("pairs", "margin", "k chosen", "k rejected", "only shorter", "gold in chosen", "gold in rejected")},
+}
+
+
+def parse_args(argv=None):
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("--run", required=True, help="the folder of the seed")
+    parser.add_argument("--set", default="test", help="name of the evaluation set")
+    parser.add_argument("--output_file", required=True, help="the seed's figures")
+    parser.add_argument("--bootstrap_seed", type=int, default=42, help="seed of the intervals")
+    return parser.parse_args(argv)
+
+
+def system_figures(path: Path, seed: int) -> tuple[dict, dict[str, float], dict[str, str]]:
+    """Of a result file: its figures on 0 to 100, the score of each question in [0, 1], and each question's kind."""
+    rows = list(result_rows(str(path), None, None, None))
+    summary, scores = summarise(rows, None, "kind", seed, str(path))
+    return {
+        **{key: summary[key] for key in ("score", "low", "high", "documents", "prompt_tokens", "unanswered")},
+        **{key: summary["selection"][key] for key in ("exact", "precision", "recall")},
+        "kinds": {kind: {"score": of_kind["score"], "documents": of_kind["documents"]} for kind, of_kind in summary["groups"].items()},
+    }, scores, {row["id"]: row["kind"] for row in rows}
+
+
+def all_systems(run: Path, name: str, seed: int) -> tuple[dict[str, str], list[dict]]:
+    """The questions' kinds, and every system there is. Raises UserError naming a file that is compared and missing, or asks others."""
+    questions: dict[str, str] = {}
+    systems = []
+    for shown, model, selector in product(SHOWN, MODELS, SELECTORS):
+        path = run / f"results/{name}{SHOWN[shown]}_{model}_{selector}.json"
+        if not path.is_file():
+            if (shown, model, selector) in COMPARED:
+                raise UserError(f"{path}: is missing; run scripts/evidence.sh again, which does what is not done")
+            continue
+        figures, scores, kinds = system_figures(path, seed)
+        questions = questions or kinds
+        if scores.keys() != questions.keys():
+            raise UserError(f"{path}: answers other questions than the run's other results; remove it and run scripts/evidence.sh again")
+        systems.append({"model": model, "selector": selector, "shown": shown, **figures, "scores": [scores[row_id] for row_id in questions]})
+    return questions, systems
+
+
+def read_figures(path: Path) -> dict:
+    """A JSON file of the run; empty where there is none."""
+    return orjson.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def round_figures(summaries: dict) -> dict[str, float]:
+    """A round's score on the dev questions and the documents read, and, but for round 0, what was rewarded and preferred."""
+    found = {"score": summaries["dev"]["score"], "documents": summaries["dev"]["documents"]}
+    return found | {figure: functools.reduce(operator.getitem, keys, summaries) for figure, keys in ROUND.items() if "reward" in summaries}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run, output = Path(args.run), Path(args.output_file)
+    questions, systems = all_systems(run, args.set, args.bootstrap_seed)
+    choice = {model: found for model in MODELS if (found := read_figures(run / f"results/{args.set}_{model}_choice.json"))}
+    rounds = [round_figures(summaries) for summaries in read_figures(run / "rounds/rounds.json").get("rounds", [])]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(output) as file:
+        file.write(orjson.dumps({"questions": questions, "systems": systems, "choice": choice, "rounds": rounds}, option=orjson.OPT_APPEND_NEWLINE))
+    log.info("%s: %d systems, %d questions", output, len(systems), len(questions))
+
+
+if __name__ == "__main__":
+    stage.run(main)
