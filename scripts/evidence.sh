@@ -27,9 +27,8 @@ for SEED in $SEEDS; do
         choice=$WORK/results/test_${stage}_choice.json
         [[ -f $choice ]] && continue
         echo "what the $stage model chooses when every needed document is shown, in the retriever's order and shuffled" >&2
-        .venv/bin/python examples/factbook/learning_curve.py --measure "$WORK/DynamicRAG_$MODEL/$stage" \
-            --test "$WORK/output/retrieval_test.jsonl" --questions 500 | tail -n 1 >"$choice.part"
-        mv "$choice.part" "$choice"
+        .venv/bin/python examples/factbook/choice.py --model "$WORK/DynamicRAG_$MODEL/$stage" \
+            --input_file "$WORK/output/retrieval_test.jsonl" --output_file "$choice"
     done
     .venv/bin/python scripts/evidence_seed.py --run "$WORK" --output_file "$WORK.json"
 done

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
@@ -13,7 +14,7 @@ from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
 from dynamicrag.jsonio import read_json
 from dynamicrag.prompts import Prompts
 from dynamicrag.selection import parse_ids
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, derive_seed
 from dynamicrag.tasks import target_answer, task_of
 
 REPO = Path(__file__).resolve().parents[1]
@@ -30,8 +31,8 @@ def load(folder: str, name: str):
         sys.path.remove(str(REPO / folder))
 
 
-corpus, questions, warm_up, oracle, learning_curve = (
-    load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "learning_curve")
+corpus, questions, warm_up, oracle, choice, learning_curve = (
+    load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "choice", "learning_curve")
 )
 evidence, evidence_seed = load("scripts", "evidence"), load("scripts", "evidence_seed")
 
@@ -161,7 +162,39 @@ def test_the_oracle_shows_every_needed_passage_and_keeps_the_ranking(folder, tmp
     assert lacked
 
 
-# ---------------------------------------------------------------- learning curves
+# ---------------------------------------------------------------- what a checkpoint chooses, and learning curves
+
+
+class Chooser:
+    """An engine that knows which documents are needed, but for questions it was told to get wrong."""
+
+    def __init__(self, *_):
+        pass
+
+    def complete(self, requests):
+        completions = []
+        for request in requests:
+            question, shown = self.known[request.seed], SHOWN.findall(request.messages[-1]["content"])
+            positions = [int(n) for n, title, text in shown if f"{title}\n{text}" in question["texts"]]
+            completions.append(SimpleNamespace(texts=["[1], [2], [3], [4], [5]" if question["wrong"] else ", ".join(f"[{n}]" for n in positions) or "None"]))
+        return completions
+
+
+def test_a_choice_is_exact_where_it_names_what_is_needed_in_either_order(folder, tmp_path, monkeypatch):
+    rows, passages = warm_up.read_questions(str(folder / "test.jsonl"), str(folder / "passages.jsonl"))
+    wrong = {row["id"] for row in rows if row["kind"] == "one"}
+    Chooser.known = {
+        derive_seed(42, row["id"]): {"texts": [f"{passages[doc_id]['title']}\n{passages[doc_id]['text']}" for doc_id in row["gold_docs"]], "wrong": row["id"] in wrong}
+        for row in rows
+    }
+    monkeypatch.setattr(choice, "VllmEngine", Chooser)
+    choice.main(["--model", "none", "--input_file", str(folder / "test.jsonl"), "--passages", str(folder / "passages.jsonl"), "--output_file", str(tmp_path / "choice.json")])
+    found = json.loads((tmp_path / "choice.json").read_text())
+    assert [*found] == ["retrieval", "shuffled"]
+    for figures in found.values():
+        assert figures["all"]["exact"] == pytest.approx(100 * (1 - len(wrong) / len(rows)))
+        assert {kind: of_kind["exact"] for kind, of_kind in figures["kinds"].items()} == {kind: 0 if kind == "one" else 100 for kind in questions.WEIGHTS}
+        assert figures["kinds"]["one"]["precision"] == pytest.approx(20) and figures["kinds"]["one"]["recall"] == 100
 
 
 @pytest.mark.slow

@@ -1,19 +1,18 @@
 """What teaches a small model to choose documents: exact selections on held-out countries against minutes of training.
 
 Each direction changes one thing of the warm-up (warm_up.py, recipes/smollm2_135m/warm_up.yaml) and reads as many tokens, which
-on a CPU is as many minutes. Checkpoints on the way answer test questions about countries never trained on, in the reranker's
-own prompt: the documents needed are shown among the retriever's best others, in the retriever's order and shuffled.
+on a CPU is as many minutes. Checkpoints on the way choose documents for test questions about countries never trained on (choice.py).
 
 Reads    --train, --test    retriever.py's output for questions.py's train.jsonl and test.jsonl
-Writes   --output_dir       DIRECTION/curve.json; a direction that has one is not trained again
+Writes   --output_dir       DIRECTION.json, the direction's curve; a direction that has one is not trained again
          --table, --plot    all directions that are finished there
 
     python examples/factbook/learning_curve.py --train runs/learning_curve/train.jsonl --test runs/learning_curve/test.jsonl
+    python examples/factbook/learning_curve.py --output_dir docs/evidence/learning_curve --directions      only table and plot
 """
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -22,18 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from warm_up import conversations, read_questions, show
+from choice import ORDERS
+from warm_up import conversations, read_questions
 
 from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.prompts import DEFAULT_PROMPTS, Prompts
-from dynamicrag.selected import Chosen, summarise_chosen
-from dynamicrag.selection import ids_pattern, parse_ids
-from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
+from dynamicrag.stage import ArgumentParser, UserError, log, run
 from dynamicrag.tables import markdown_table
 
 RECIPE = "recipes/smollm2_135m/warm_up.yaml"
-TEMPLATE = "template/smollm2.jinja"
-ORDERS = ("retrieval", "shuffled")
 DOCUMENT = {
     "before": "[{n}] {title}\n{text}",
     "both sides": DEFAULT_PROMPTS["reranker"]["document"],
@@ -91,8 +87,6 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--n_docs", type=int, default=5, help="documents shown in the test")
     group.add_argument("--trainer", default=".venv-train/bin/python", help="Python of LLaMA-Factory's environment")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
-    group.add_argument("--measure", metavar="FOLDER", help="only measure the checkpoint in FOLDER; what the script calls itself with")
-    group.add_argument("--prompts", metavar="FILE", help="prompts of that checkpoint")
     return parser.parse_args(argv)
 
 
@@ -142,36 +136,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def measure(checkpoint: str, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> dict:
-    """Order of documents -> over all and by kind, what summarise_chosen says of the checkpoint's selections."""
-    from dynamicrag.engine import Request, VllmEngine
-
-    engine = VllmEngine(checkpoint, Namespace(template=TEMPLATE, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
-    found = {}
-    for order in ORDERS:
-        shown = [
-            show(row, passages, args.n_docs, random.Random(derive_seed(args.seed, row["id"], order)) if order == "shuffled" else None) for row in rows
-        ]
-        completions = engine.complete([
-            Request(prompts.reranker(row["question"], docs), derive_seed(args.seed, row["id"]), 64, pattern=ids_pattern(len(docs)))
-            for row, docs in zip(rows, shown, strict=True)
-        ])
-        chosen = []
-        for row, docs, completion in zip(rows, shown, completions, strict=True):
-            ids = {docs[position - 1]["id"] for position in parse_ids(completion.texts[0], len(docs)).ids}
-            needed = set(row["gold_docs"])
-            chosen.append(Chosen(len(needed), len(ids), len(ids & needed), len(needed)))
-        by_kind = {kind: summarise_chosen([one for one, row in zip(chosen, rows, strict=True) if row["kind"] == kind]) for kind in sorted({row["kind"] for row in rows})}
-        found[order] = {"all": summarise_chosen(chosen), "kinds": by_kind}
-    return found
-
-
 def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
     """Train one direction, and measure its checkpoints, each in a process of its own: a process holds one vLLM engine."""
-    direction, folder = DIRECTIONS[name], Path(args.output_dir) / name.replace(" ", "_").replace(",", "")
+    direction, folder = DIRECTIONS[name], curve_file(args.output_dir, name).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "curve.json").exists():
-        return
     log.info("%s: %s", name, direction.about)
     words = folder / "prompts.yaml"
     words.write_text(yaml.safe_dump({"reranker": {"document": DOCUMENT[direction.identifier]}}))
@@ -180,24 +148,28 @@ def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None
     elapsed = {line["current_steps"]: line["elapsed_time"] for line in map(json.loads, (folder / "model/trainer_log.jsonl").open())}
     steps, points = step_of(checkpoints[-1]), []
     for checkpoint in checkpoints:
-        asked = ["--test", args.test, "--passages", args.passages, "--questions", str(args.questions), "--n_docs", str(args.n_docs), "--seed", str(args.seed)]
-        command = [sys.executable, __file__, *asked, "--measure", str(checkpoint), "--prompts", str(words)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        measured = folder / f"{checkpoint.name}.json"
+        files = ["--model", str(checkpoint), "--input_file", args.test, "--passages", args.passages, "--prompts", str(words), "--output_file", str(measured)]
+        asked = ["--questions", str(args.questions), "--n_docs", str(args.n_docs), "--seed", str(args.seed)]
+        subprocess.run([sys.executable, str(Path(__file__).with_name("choice.py")), *files, *asked], check=True)
         share = step_of(checkpoint) / steps
         hours, minutes, seconds = map(int, elapsed[max(step for step in elapsed if step <= step_of(checkpoint))].split(":"))
         points.append({
             "step": step_of(checkpoint), "minutes": hours * 60 + minutes + seconds / 60, "tokens": round(share * tokens),
             "conversations": round(share * len(made)), "selections": round(share * sum(len(row["history"]) + 1 for row in made)),
-            **json.loads(output.splitlines()[-1]),
+            **json.loads(measured.read_bytes()),
         })
         shutil.rmtree(checkpoint)
-    write_json(folder / "curve.json", [{"name": name, "about": direction.about, "points": points}])
+    write_json(curve_file(args.output_dir, name), [{"name": name, "about": direction.about, "points": points}])
+
+
+def curve_file(folder: str, name: str) -> Path:
+    return Path(folder) / f"{name.replace(' ', '_').replace(',', '')}.json"
 
 
 def finished(folder: str) -> list[dict]:
     """The curves there are, in the order of DIRECTIONS."""
-    curves = {curve["name"]: curve for path in Path(folder).glob("*/curve.json") for _, curve in read_json(path)}
-    return [curves[name] for name in DIRECTIONS if name in curves]
+    return [curve for path in (curve_file(folder, name) for name in DIRECTIONS) if path.exists() for _, curve in read_json(path)]
 
 
 def table(curves: list[dict]) -> str:
@@ -240,13 +212,10 @@ def plot(curves: list[dict], path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.measure:
-        rows, passages = read_questions(args.test, args.passages)
-        print(json.dumps(measure(args.measure, rows[:args.questions], passages, Prompts(args.prompts), args)))
-        return
-    rows, passages = read_questions(args.train, args.passages)
-    for name in args.directions:
-        follow(name, args, rows, passages)
+    if missing := [name for name in args.directions if not curve_file(args.output_dir, name).exists()]:
+        rows, passages = read_questions(args.train, args.passages)
+        for name in missing:
+            follow(name, args, rows, passages)
     if not (curves := finished(args.output_dir)):
         raise UserError(f"{args.output_dir}: no direction is finished there")
     Path(args.table).parent.mkdir(parents=True, exist_ok=True)

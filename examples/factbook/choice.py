@@ -1,0 +1,77 @@
+"""What a checkpoint chooses when every needed document is among those shown: the choice alone, without the retrieval.
+
+The documents needed are shown among the retriever's best others, in the retriever's order and shuffled, in the reranker's own
+prompt. A selection is exact when it names the documents needed and no other.
+
+Reads    --input_file     retriever.py's output for the questions
+Writes   --output_file    {order of the documents: {"all": means, "kinds": {kind: means}}}, means as evaluate.py's selection
+
+    python examples/factbook/choice.py --model runs/demo_default/DynamicRAG_smollm2_135m/sft \
+        --input_file runs/demo_default/output/retrieval_test.jsonl --output_file choice.json
+"""
+
+import random
+from argparse import Namespace
+
+import orjson
+from warm_up import read_questions, show
+
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.engine import Request, VllmEngine
+from dynamicrag.prompts import Prompts
+from dynamicrag.selected import Chosen, summarise_chosen
+from dynamicrag.selection import ids_pattern, parse_ids
+from dynamicrag.stage import ArgumentParser, derive_seed, log, run
+
+ORDERS = ("retrieval", "shuffled")
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("--model", required=True, help="the checkpoint's folder")
+    group.add_argument("--input_file", required=True, help="questions with retrieved docs")
+    group.add_argument("--output_file", required=True, help="means of its selections, as JSON")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--template", default="template/smollm2.jinja", help="chat template of the checkpoint")
+    group.add_argument("--prompts", metavar="FILE", help="the prompts it was trained with, where they are not the default ones")
+    group = parser.add_argument_group("questions")
+    group.add_argument("--questions", type=int, default=500, help="questions at most, the first of the file")
+    group.add_argument("--n_docs", type=int, default=5, help="documents shown")
+    group.add_argument("--seed", type=int, default=42, help="seed of the shuffled order")
+    return parser.parse_args(argv)
+
+
+def choices(engine: VllmEngine, rows: list[dict], shown: list[list[dict]], prompts: Prompts, seed: int) -> list[Chosen]:
+    """The selection of each question from the documents `shown` to it, beside what it needs."""
+    completions = engine.complete([
+        Request(prompts.reranker(row["question"], docs), derive_seed(seed, row["id"]), 64, pattern=ids_pattern(len(docs)))
+        for row, docs in zip(rows, shown, strict=True)
+    ])
+    chosen = []
+    for row, docs, completion in zip(rows, shown, completions, strict=True):
+        ids = {docs[position - 1]["id"] for position in parse_ids(completion.texts[0], len(docs)).ids}
+        needed = set(row["gold_docs"])
+        chosen.append(Chosen(len(needed), len(ids), len(ids & needed), len(needed)))
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows, passages = read_questions(args.input_file, args.passages)
+    rows, prompts = rows[:args.questions], Prompts(args.prompts)
+    engine = VllmEngine(args.model, Namespace(template=args.template, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
+    found = {}
+    for order in ORDERS:
+        shuffles = [random.Random(derive_seed(args.seed, row["id"], order)) if order == "shuffled" else None for row in rows]
+        shown = [show(row, passages, args.n_docs, shuffle) for row, shuffle in zip(rows, shuffles, strict=True)]
+        chosen = choices(engine, rows, shown, prompts, args.seed)
+        by_kind = {kind: summarise_chosen([one for one, row in zip(chosen, rows, strict=True) if row["kind"] == kind]) for kind in sorted({row["kind"] for row in rows})}
+        found[order] = {"all": summarise_chosen(chosen), "kinds": by_kind}
+    with atomic_writer(args.output_file) as file:
+        file.write(orjson.dumps(found, option=orjson.OPT_APPEND_NEWLINE))
+    log.info("%s: %d questions, exact %s", args.output_file, len(rows), ", ".join(f"{order} {found[order]['all']['exact']:.1f}" for order in ORDERS))
+
+
+if __name__ == "__main__":
+    run(main)
