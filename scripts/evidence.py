@@ -180,7 +180,7 @@ def main(argv=None):
     differences = [[name, f"{found.difference:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] for name, found in compared.items()]
     choices, rounds = [seed["choice"] for seed in seeds], [seed["rounds"] for seed in seeds]
     text = "\n\n".join([
-        f"{len(kinds)} questions, {len(seeds)} seeds; scores are each kind's own metric, 0 to 100.", system_table(systems),
+        f"{len(kinds)} questions, seeds: {len(seeds)}; scores are each kind's own metric, 0 to 100.", system_table(systems),
         "Differences, question by question:\n\n" + markdown_table(["", "difference", "95 %", "p"], differences),
         "By kind, score and documents read in brackets:\n\n" + kind_table(systems, best, kinds, args.bootstrap_seed),
         *([f"Exact selections where every needed document is among the five shown:\n\n{choice_table(choices)}"] if all(choices) else []),

@@ -336,3 +336,20 @@ def test_a_seed_that_cannot_stand_beside_the_first_is_named(runs, tmp_path, chan
     Path(files[1]).write_text(json.dumps(seed))
     with pytest.raises(UserError, match=says):
         evidence.main(["--seeds", *files, "--output_dir", str(tmp_path / "out")])
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+def test_every_line_of_the_documented_tables_is_what_the_seeds_files_come_to(tmp_path):
+    files = sorted(map(str, (REPO / "docs/evidence").glob("seed_*.json")))
+    evidence.main(["--seeds", *files, "--output_dir", str(tmp_path)])
+    made = {tuple(cells(line)) for line in (tmp_path / "evidence.md").read_text().splitlines()}
+    run = (REPO / "docs/evidence.md").read_text().partition("\n## What choosing is worth\n")[2]
+    written = [tuple(cells(line)) for line in run.splitlines() if line.startswith("| ") and not set(line) <= set("|- ")]
+    assert len(written) > 30
+    assert [line for line in written if line not in made] == []
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip(" *") for cell in line.strip("| ").split("|")]
