@@ -34,6 +34,7 @@ NAMES = {
 }
 DYNAMIC, GOLD, ALL_GOLD = ("dpo", "retrieved", "dynamic"), ("dpo", "retrieved", "gold"), ("dpo", "all needed", "gold")
 DYNAMIC_SFT = ("sft", "retrieved", "dynamic")
+COMPARED = (DYNAMIC_SFT, DYNAMIC, GOLD, ALL_GOLD)  # (model, documents shown, selector) that every seed has to have
 ROUND_COLUMNS = {
     "score": "{:.1f}", "documents": "{:.2f}", "reward": "{:.3f}", "right": "{:.3f}", "reward with right": "{:.2f}", "reward with k": "{:.2f}",
     "pairs": "{:.0f}", "margin": "{:.2f}", "k chosen": "{:.2f}", "k rejected": "{:.2f}", "only shorter": "{:.2f}",

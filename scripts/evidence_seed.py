@@ -16,10 +16,10 @@ Writes   OUTPUT_FILE    {"questions": {id: kind}, "systems": [{"model", "selecto
 import functools
 import operator
 import sys
-from itertools import product
 from pathlib import Path
 
 import orjson
+from evidence import COMPARED, NAMES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,8 +31,6 @@ from evaluate import result_rows
 
 MODELS = ("sft", "dpo")
 SHOWN = {"retrieved": "", "all needed": "_oracle"}  # the documents shown -> what file names have after the set's
-SELECTORS = ("none", "top1", "top2", "top3", "all", "monot5", "dynamic", "gold")
-COMPARED = (("retrieved", "sft", "dynamic"), ("retrieved", "dpo", "dynamic"), ("retrieved", "dpo", "gold"), ("all needed", "dpo", "gold"))
 # Figure of a round -> where it is found: the summary of a stage, then keys.
 ROUND = {
     "reward": ("reward", "reward", "mean"), "right": ("reward", "em", "mean"),
@@ -65,10 +63,10 @@ def all_systems(run: Path, name: str, seed: int) -> tuple[dict[str, str], list[d
     """The questions' kinds, and every system there is. Raises UserError naming a file that is compared and missing, or asks others."""
     questions: dict[str, str] = {}
     systems = []
-    for shown, model, selector in product(SHOWN, MODELS, SELECTORS):
+    for model, shown, selector in ((model, shown, selector) for shown in SHOWN for model in MODELS for of, selector in NAMES if of == shown):
         path = run / f"results/{name}{SHOWN[shown]}_{model}_{selector}.json"
         if not path.is_file():
-            if (shown, model, selector) in COMPARED:
+            if (model, shown, selector) in COMPARED:
                 raise UserError(f"{path}: is missing; run scripts/evidence.sh again, which does what is not done")
             continue
         figures, scores, kinds = system_figures(path, seed)
@@ -87,18 +85,20 @@ def read_figures(path: Path) -> dict:
 def round_figures(summaries: dict) -> dict[str, float]:
     """A round's score on the dev questions and the documents read, and, but for round 0, what was rewarded and preferred."""
     found = {"score": summaries["dev"]["score"], "documents": summaries["dev"]["documents"]}
-    return found | {figure: functools.reduce(operator.getitem, keys, summaries) for figure, keys in ROUND.items() if "reward" in summaries}
+    if "reward" in summaries:
+        found |= {figure: functools.reduce(operator.getitem, keys, summaries) for figure, keys in ROUND.items()}
+    return found
 
 
 def main(argv=None):
     args = parse_args(argv)
     run, output = Path(args.run), Path(args.output_file)
     questions, systems = all_systems(run, args.set, args.bootstrap_seed)
-    choice = {model: found for model in MODELS if (found := read_figures(run / f"results/{args.set}_{model}_choice.json"))}
+    choice = {model: read_figures(run / f"results/{args.set}_{model}_choice.json") for model in MODELS}
     rounds = [round_figures(summaries) for summaries in read_figures(run / "rounds/rounds.json").get("rounds", [])]
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(output) as file:
-        file.write(orjson.dumps({"questions": questions, "systems": systems, "choice": choice, "rounds": rounds}, option=orjson.OPT_APPEND_NEWLINE))
+        file.write(orjson.dumps({"questions": questions, "systems": systems, "choice": choice if all(choice.values()) else {}, "rounds": rounds}, option=orjson.OPT_APPEND_NEWLINE))
     log.info("%s: %d systems, %d questions", output, len(systems), len(questions))
 
 

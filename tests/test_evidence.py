@@ -302,9 +302,9 @@ def test_a_difference_of_one_kind_is_of_its_questions_alone(runs, tmp_path):
 def test_choice_and_rounds_are_means_over_seeds_where_they_are(runs, tmp_path):
     pairs = dict.fromkeys(("pairs", "margin", "k chosen", "k rejected", "only shorter", "gold in chosen", "gold in rejected"), 0.5)
     for number, folder in enumerate(runs):
-        said = tables(runs, tmp_path)
-        assert "in order" not in said and "| round" not in said, "a table needs the figures of every seed"
         for name in ("sft", "dpo"):
+            said = tables(runs, tmp_path)
+            assert "in order" not in said and "| round" not in said, "a table needs the figures of both models and every seed"
             one = {"exact": 40.0 + 20 * number, "precision": 50.0, "recall": 60.0, "chosen_k": 1.0}
             (folder / f"results/test_{name}_choice.json").write_text(json.dumps({"in order": {"all": one, "kinds": {"a": one}}}))
         after = {"dev": {"score": 30.0 + number, "documents": 1.0}, "reward": {"reward": {"mean": 0.1, "correlation_with_em": 0.75, "correlation_with_k": 0.0}, "em": {"mean": 0.2}}}
