@@ -7,24 +7,18 @@ export WORK=$EVIDENCE/seed_$SEED
 source "$(dirname "$0")/common.sh" configs/demo.env
 needs "$WORK/eval_data/test_oracle.jsonl" scripts/evidence.sh
 
-answer() { # SET SELECTOR...
-    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
-    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$folder/DynamicRAG_$MODEL/sft" \
-        --input-json "$WORK/eval_data/$1.jsonl" --output-json "$folder/results/{input}_${name}_{selector}.json" \
-        --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector "${@:2}"
-}
 results=("$WORK"/results/test_{sft_top3,sft_dynamic,oracle_sft_dynamic,oracle_sft_gold}.json)
 for left_out in rehearsal answers; do
-    name=without_$left_out kept=answers
+    folder=$EVIDENCE/without_$left_out kept=answers
     [[ $left_out == rehearsal ]] || kept=rehearsal
-    folder=$EVIDENCE/$name
     mkdir -p "$folder"
-    ln -sfn "../seed_$SEED/training_data" "$folder/training_data"
+    for shared in training_data eval_data; do ln -sfn "../seed_$SEED/$shared" "$folder/$shared"; done
     env WORK="$folder" BASE_MODEL="$MODEL_DIR/warm_up" SFT_DATA="$WORK/training_data/factbook_$kept.json" \
         SFT_FLAGS="${SFT_FLAGS/factbook_rehearsal,factbook_answers/factbook_$kept}" bash scripts/05_sft.sh "$CONFIG"
-    answer test top:3 dynamic
-    answer test_oracle dynamic gold
-    results+=("$folder"/results/test_{"$name"_top3,"$name"_dynamic,oracle_"$name"_dynamic,oracle_"$name"_gold}.json)
+    for asked in "test:top:3 dynamic" "test_oracle:dynamic gold"; do
+        WORK=$folder EVAL_QUESTIONS=${asked%%:*}.jsonl SELECTORS=${asked#*:} bash scripts/infer_all.sh "$CONFIG"
+    done
+    results+=("$folder"/results/test_{sft_top3,sft_dynamic,oracle_sft_dynamic,oracle_sft_gold}.json)
 done
 python evaluate.py --results_file "${results[@]}" --eval_file "$WORK/eval_data/test.jsonl" --group_by kind \
     --output_file "$EVIDENCE/ablation.json" --table_file "$EVIDENCE/ablation.md"
