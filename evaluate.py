@@ -47,7 +47,7 @@ def parse_args(argv=None):
     scoring.add_argument("--compare", action="store_true", help="compare the first results file with each of the others")
     scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are broken down")
     scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
-    stage.add_common_flags(parser)
+    stage.add_seed_flag(parser)
     return parser.parse_args(argv)
 
 

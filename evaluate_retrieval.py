@@ -62,7 +62,7 @@ def parse_args(argv=None):
     scoring.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="cutoffs of R@k and answer@k")
     scoring.add_argument("--group_by", default="dataset", help="key of the rows by which measures are broken down")
     scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
-    stage.add_common_flags(parser)
+    stage.add_seed_flag(parser)
     args = parser.parse_args(argv)
     if min(args.k) < 1:
         parser.error("--k must be at least 1")

@@ -38,10 +38,16 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags every stage has."""
+def add_seed_flag(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flag every stage has."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    return group
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags every stage has that writes rows. What only scores them writes anew each time, and leaves none out."""
+    group = add_seed_flag(parser)
     group.add_argument("--overwrite", action="store_true", help="discard an existing output or partial output")
     group.add_argument(
         "--on_error", choices=["fail", "skip"], default="fail",

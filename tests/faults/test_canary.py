@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SCORERS
 from running import STAGES, flags_of, make_good, row, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +118,7 @@ def out(tmp_path) -> Path:
 def run_with(stage: str, flag: str, bad: Path, good: Path, out: Path, monkeypatch) -> tuple[int, list[str]]:
     """Where a question is asked on the terminal, it is answered with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
-    flags = flags_of(stage, good, out, good / "rows_0.jsonl", f"{FLAGS[stage][flag]} {flag} {bad} --overwrite")
+    flags = flags_of(stage, good, out, good / "rows_0.jsonl", f"{FLAGS[stage][flag]} {flag} {bad}{'' if stage in SCORERS else ' --overwrite'}")
     if stage == "retriever" and "--index" in FLAGS[stage][flag]:
         given = f"--passages {good}/embedded.tsv --device cpu" + (f" --passages_embeddings {good}/shards/*.npy" if flag != "--passages_embeddings" else "")
         flags = [*given.split(), *flags[flags.index("--query") :]] if flag == "--passages" else [*flags, *given.split()]

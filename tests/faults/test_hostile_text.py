@@ -12,7 +12,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import SCORERS, read_jsonl, write_jsonl
 from running import DOCS, ROW_STAGES, ShortWindow, answer, flags_of, make_good, retriever_manifest, row, run
 
 from dynamicrag.jsonio import read_json
@@ -50,7 +50,7 @@ def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypa
         write_jsonl(path, rows)
     if name == "aggregate":
         retriever_manifest(path)
-    assert run(name, [*flags_of(name, good, out, path, more), "--overwrite"], monkeypatch, engine)[0] == 0
+    assert run(name, [*flags_of(name, good, out, path, more), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)[0] == 0
     files = sorted(file for file in out.rglob("*") if file.is_file() and not file.name.endswith((".manifest.json", ".lock")))
     return {str(file.relative_to(out)): file.read_bytes().replace(str(path).encode(), b"") for file in files}
 
