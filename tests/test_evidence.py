@@ -162,6 +162,18 @@ def test_the_oracle_shows_every_needed_passage_and_keeps_the_ranking(folder, tmp
     assert lacked
 
 
+def test_the_shuffled_oracle_shows_the_same_documents_in_an_order_of_its_seed(folder, tmp_path):
+    def shown(order: str, seed: int) -> list[list[str]]:
+        oracle.main(["--input_file", str(folder / "test.jsonl"), "--passages", str(folder / "passages.jsonl"),
+                     "--output_file", str(tmp_path / "out.jsonl"), "--order", order, "--seed", str(seed)])
+        return [[doc["id"] for doc in row["docs"]] for _, row in read_json(tmp_path / "out.jsonl")]
+
+    ranked, shuffled, otherwise = shown("retrieval", 1), shown("shuffled", 1), shown("shuffled", 2)
+    assert [*map(sorted, ranked)] == [*map(sorted, shuffled)] == [*map(sorted, otherwise)]
+    assert ranked != shuffled != otherwise != ranked
+    assert shown("retrieval", 2) == ranked and shown("shuffled", 1) == shuffled
+
+
 # ---------------------------------------------------------------- what a checkpoint chooses, and learning curves
 
 

@@ -10,11 +10,11 @@ Writes   --output_file    {order of the documents: {"all": means, "kinds": {kind
         --input_file runs/demo_default/output/retrieval_test.jsonl --output_file choice.json
 """
 
-import random
 from argparse import Namespace
 
 import orjson
-from warm_up import read_questions, show
+from oracle import ORDERS, documents_shown
+from warm_up import read_questions
 
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.engine import Request, VllmEngine
@@ -22,8 +22,6 @@ from dynamicrag.prompts import Prompts
 from dynamicrag.selected import Chosen, summarise_chosen
 from dynamicrag.selection import ids_pattern, parse_ids
 from dynamicrag.stage import ArgumentParser, derive_seed, log, run
-
-ORDERS = ("retrieval", "shuffled")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -63,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = VllmEngine(args.model, Namespace(template=args.template, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
     found = {}
     for order in ORDERS:
-        shuffles = [random.Random(derive_seed(args.seed, row["id"], order)) if order == "shuffled" else None for row in rows]
-        shown = [show(row, passages, args.n_docs, shuffle) for row, shuffle in zip(rows, shuffles, strict=True)]
+        shown = documents_shown(rows, passages, args.n_docs, order, args.seed)
         chosen = choices(engine, rows, shown, prompts, args.seed)
         by_kind = {kind: summarise_chosen([one for one, row in zip(chosen, rows, strict=True) if row["kind"] == kind]) for kind in sorted({row["kind"] for row in rows})}
         found[order] = {"all": summarise_chosen(chosen), "kinds": by_kind}

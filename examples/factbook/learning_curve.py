@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from choice import ORDERS
+from oracle import ORDERS
 from warm_up import conversations, read_questions
 
 from dynamicrag.jsonio import read_json, write_json
@@ -196,10 +196,14 @@ def kind_table(curves: list[dict], order: str) -> str:
 
 
 def plot(curves: list[dict], path: str) -> None:
+    from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    lines = cycler(linestyle=("-", "--")) * rcParams["axes.prop_cycle"]  # there are more directions than colours
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, order in zip(figure.subplots(1, 2, sharey=True), ORDERS, strict=True):
+        axes.set_prop_cycle(lines)
         for curve in curves:
             points = curve["points"]
             axes.plot([point["tokens"] / 1000 for point in points], [point[order]["all"]["exact"] for point in points], marker="o", label=curve["name"])

@@ -4,16 +4,20 @@ A needed passage that is not among the first --n_docs takes the place of the las
 needs more than --n_docs shows as many.
 
 Reads    --input_file     an evaluation set with docs and gold_docs
-Writes   --output_file    the same rows, with --n_docs docs
+Writes   --output_file    the same rows, with --n_docs docs in the order they had, or shuffled
 
     python examples/factbook/oracle.py --input_file runs/demo_default/eval_data/test.jsonl \\
         --output_file runs/demo_default/eval_data/test_oracle.jsonl
 """
 
+import random
+
 from warm_up import read_questions, show
 
 from dynamicrag.jsonio import write_json
-from dynamicrag.stage import ArgumentParser, log, run
+from dynamicrag.stage import ArgumentParser, derive_seed, log, run
+
+ORDERS = ("retrieval", "shuffled")
 
 
 def parse_args(argv: list[str] | None = None):
@@ -23,13 +27,25 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
     group.add_argument("--output_file", required=True, help="the evaluation set with the needed passages")
     group.add_argument("--n_docs", type=int, default=5, help="documents shown to the LLM")
+    group = parser.add_argument_group("order")
+    group.add_argument("--order", choices=ORDERS, default="retrieval", help="order of the documents: the input's, or none")
+    group.add_argument("--seed", type=int, default=42, help="seed of the shuffled order")
     return parser.parse_args(argv)
+
+
+def documents_shown(rows: list[dict], passages: dict[str, dict], n_docs: int, order: str, seed: int) -> list[list[dict]]:
+    """The documents of each row with every needed one among them, in one of ORDERS."""
+    return [
+        show(row, passages, n_docs, random.Random(derive_seed(seed, row["id"], order)) if order == "shuffled" else None)
+        for row in rows
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
-    made = [row | {"docs": show(row, passages, args.n_docs)} for row in rows]
+    shown = documents_shown(rows, passages, args.n_docs, args.order, args.seed)
+    made = [row | {"docs": docs} for row, docs in zip(rows, shown, strict=True)]
     write_json(args.output_file, made)
     added = sum(not {*row["gold_docs"]} <= {doc["id"] for doc in row["docs"][:args.n_docs]} for row in rows)
     log.info("%s: %d questions, %d of which lacked a passage", args.output_file, len(made), added)
