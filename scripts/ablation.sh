@@ -1,24 +1,37 @@
 #!/usr/bin/env bash
-# What the further data sets of the demo's behaviour cloning are worth: the SFT of one seed of the evidence again without each of
-# them, from the same warm-up, and asked the same questions. Some 15 minutes each on two cores.
-#     bash scripts/ablation.sh            after scripts/evidence.sh; SEED=2 takes the second seed
-export SEED=${SEED:-1} DEMO_SIZE=${DEMO_SIZE:-evidence} EVIDENCE=${EVIDENCE:-runs/evidence}
-export WORK=$EVIDENCE/seed_$SEED
+# What the further data sets of the demo's behaviour cloning are worth: its SFT again without each of them, from the same
+# warm-up, and 500 questions with every needed passage among the documents shown, in the retriever's order and shuffled.
+#     bash scripts/ablation.sh            after scripts/demo.sh; some 50 minutes on two cores
 source "$(dirname "$0")/common.sh" configs/demo.env
-needs "$WORK/eval_data/test_oracle.jsonl" scripts/evidence.sh
+needs "$MODEL_DIR/sft/trained_on.sha256" scripts/demo.sh
 
-results=("$WORK"/results/test_{sft_top3,sft_dynamic,oracle_sft_dynamic,oracle_sft_gold}.json)
-for left_out in rehearsal answers; do
-    folder=$EVIDENCE/without_$left_out kept=answers
-    [[ $left_out == rehearsal ]] || kept=rehearsal
-    mkdir -p "$folder"
-    for shared in training_data eval_data; do ln -sfn "../seed_$SEED/$shared" "$folder/$shared"; done
-    env WORK="$folder" BASE_MODEL="$MODEL_DIR/warm_up" SFT_DATA="$WORK/training_data/factbook_$kept.json" \
-        SFT_FLAGS="${SFT_FLAGS/factbook_rehearsal,factbook_answers/factbook_$kept}" bash scripts/05_sft.sh "$CONFIG"
-    for asked in "test:top:3 dynamic" "test_oracle:dynamic gold"; do
-        WORK=$folder EVAL_QUESTIONS=${asked%%:*}.jsonl SELECTORS=${asked#*:} bash scripts/infer_all.sh "$CONFIG"
-    done
-    results+=("$folder"/results/test_{sft_top3,sft_dynamic,oracle_sft_dynamic,oracle_sft_gold}.json)
+folder=$WORK/ablation
+[[ -f $folder/questions/test.jsonl ]] || python examples/factbook/questions.py --passages "$PASSAGES" \
+    --output_dir "$folder/questions" --train 10 --reranker 10 --test 500
+# shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list
+python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
+    --passages_embeddings "$EMBEDDINGS/*" --query "$folder/questions/test.jsonl" \
+    --output_file "$folder/questions/retrieved.jsonl" --n_docs "$N_DOCS_RETRIEVED"
+for order in retrieval shuffled; do
+    [[ -f $folder/$order.jsonl ]] || python examples/factbook/oracle.py --input_file "$folder/questions/retrieved.jsonl" \
+        --passages "$PASSAGES" --output_file "$folder/$order.jsonl" --n_docs "$N_DOCS_SHOWN" --order "$order"
 done
-python evaluate.py --results_file "${results[@]}" --eval_file "$WORK/eval_data/test.jsonl" --group_by kind \
-    --output_file "$EVIDENCE/ablation.json" --table_file "$EVIDENCE/ablation.md"
+
+for left_out in rehearsal answers; do
+    kept=answers
+    [[ $left_out == rehearsal ]] || kept=rehearsal
+    # shellcheck disable=SC2086  # SFT_FLAGS is a list
+    train "sft_without_$left_out" sft "$WORK/training_data"/{reranker_bc_training,generator_sft_training,factbook_$kept}.json -- \
+        model_name_or_path="$BASE_MODEL" ${SFT_FLAGS/factbook_rehearsal,factbook_answers/factbook_$kept}
+done
+choices=() answers=()
+for model in sft sft_without_{rehearsal,answers}; do
+    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
+    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$MODEL_DIR/$model" \
+        --input-json "$folder"/{retrieval,shuffled}.jsonl --output-json "$folder/results/{input}_${model}_{selector}.json" \
+        --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector dynamic gold
+    choices+=("$folder/results"/{retrieval,shuffled}_"${model}_dynamic.json")
+    answers+=("$folder/results/retrieval_${model}_gold.json")
+done
+python evaluate.py --results_file "${choices[@]}" --group_by kind --output_file "$folder/choice.json" --table_file "$folder/choice.md"
+python evaluate.py --results_file "${answers[@]}" --group_by kind --compare --output_file "$folder/answers.json" --table_file "$folder/answers.md"

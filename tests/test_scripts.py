@@ -89,10 +89,10 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
     ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
     ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("oracle.sh", "scripts/03_rerank.sh"),
-    ("ablation.sh", "scripts/evidence.sh"),
+    ("ablation.sh", "scripts/demo.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tmp_path, script, maker):
-    done = bash(script, settings, EVIDENCE=str(tmp_path))
+    done = bash(script, settings, WORK=str(tmp_path / "run"))
     assert done.returncode == 2
     assert maker in done.stderr and len(done.stderr.splitlines()) == 1
 
