@@ -144,10 +144,15 @@ train() {
     echo "$recipe $*" >"$settings"
     sha256sum "$recipe" "${data[@]}" >"$begun"
     (
-        # On a CPU, training spends a fifth of its time on memory that is given back to the system and asked for again: it is
-        # kept, in huge pages.
-        ((${#GPUS[@]})) || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736}
-        DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" dataset_dir="$WORK/recipes" output_dir="$folder" "$@"
+        local device=()
+        if ((${#GPUS[@]})); then
+            ! grep -q '^use_cpu: true' "$recipe" || device=(use_cpu=false flash_attn=auto)  # the small model's recipes are a CPU's
+        else
+            # Training spends a fifth of its time on memory that is given back to the system and asked for again: it is kept,
+            # in huge pages.
+            export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736}
+        fi
+        DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" train "$recipe" dataset_dir="$WORK/recipes" output_dir="$folder" "${device[@]}" "$@"
     )
     mv "$begun" "$finished"
     rm -rf "$folder"/checkpoint-*
