@@ -13,6 +13,7 @@ from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
 
 from dynamicrag.jsonio import read_json
 from dynamicrag.prompts import Prompts
+from dynamicrag.result_tables import comparison_table, selection_tables, summary_tables
 from dynamicrag.selection import parse_ids
 from dynamicrag.stage import UserError, derive_seed
 from dynamicrag.tasks import target_answer, task_of
@@ -358,6 +359,10 @@ def test_every_line_of_the_documented_tables_is_what_their_files_come_to(tmp_pat
     evidence.main(["--seeds", *files, "--output_dir", str(tmp_path)])
     learning_curve.main(["--output_dir", str(REPO / "docs/evidence/learning_curve"), "--directions",
                          "--table", str(tmp_path / "curves.md"), "--plot", str(tmp_path / "curves.png")])
+    for path in (REPO / "docs/evidence/ablation").glob("*.json"):
+        found = json.loads(path.read_text())
+        compared = [comparison_table(next(iter(found["results"])), found["compared"])] if found["compared"] else []
+        (tmp_path / path.with_suffix(".md").name).write_text("\n".join([summary_tables(found["results"]), selection_tables(found["results"]), *compared]))
     made = {tuple(cells(line)) for path in tmp_path.glob("*.md") for line in path.read_text().splitlines()}
     page = (REPO / "docs/evidence.md").read_text()
     face = (REPO / "README.md").read_text().partition("\n| model | documents from")[2].partition("\n\n")[0]
