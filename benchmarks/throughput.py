@@ -1,0 +1,89 @@
+"""How much each stage gets through on this machine with one model, loaded once: sampling, reward, and inference.
+
+What is timed is each stage's own work on its rows, without the loading of models; the reward's is without a judge. The prefix cache
+of the engine is emptied before each. The model and the questions are the demo's by default, made by `bash scripts/demo.sh`; on a
+GPU, give as many questions as fill it.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --llm_model DynamicRAG_llama3_8b --template template/llama3.jinja --topn 20 --max_model_len 8192 \\
+        --input_file training_data/training_data_dpo.jsonl --bert_model roberta-large --questions 500 --rounds 1
+"""
+
+import argparse
+import sys
+
+import measure
+
+import inference
+import sampling_dpo_trajectories
+from dynamicrag.bertscore import BertScore
+from dynamicrag.calls import load_callers
+from dynamicrag.device import pick_device
+from dynamicrag.prompts import Prompts
+from dynamicrag.records import Row, read_rows
+from dynamicrag.stage import UserError
+from reward_trajectories import terms_of_answers
+
+DEMO = "runs/demo_default"
+UNITS = ("questions", "trajectories", "prompt_tokens", "generated_tokens")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm_model", default=f"{DEMO}/DynamicRAG_smollm2_135m/sft")
+    parser.add_argument("--template", default="template/smollm2.jinja")
+    parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
+    parser.add_argument("--input_file", default=f"{DEMO}/training_data/training_data_dpo.jsonl", help="questions with docs and answers")
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--topn", type=int, default=5, help="documents shown")
+    parser.add_argument("--max_model_len", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        rows = list(read_rows(args.input_file, ("docs", "answers")))[: args.questions]
+        settings = sampling_dpo_trajectories.parse_args([
+            "--llm-model", args.llm_model, "--template", args.template, "--topn", str(args.topn), "--max-model-len", str(args.max_model_len),
+        ])
+        callers = load_callers(settings)
+        device = pick_device("auto")
+        bert = BertScore(args.bert_model, None, device, "none")
+    except UserError as error:
+        sys.exit(f"error: {error}; bash scripts/demo.sh makes the default ones")
+    dynamic = argparse.Namespace(selector="dynamic", topn=args.topn, input_json=args.input_file)
+    made: dict[str, list[Row]] = {}
+
+    def sampling() -> float:
+        callers[0].engine._llm.reset_prefix_cache()
+        made["sampling"] = sampling_dpo_trajectories.sample_trajectories(rows, callers, settings)
+        return len(rows)
+
+    def reward() -> float:
+        terms_of_answers(made["sampling"], bert, None, Prompts(), "exact")
+        return len(rows)
+
+    def answering() -> float:
+        callers[0].engine._llm.reset_prefix_cache()
+        made["inference"] = inference.answer_rows(rows, callers, dynamic)
+        return len(rows)
+
+    seconds = measure.in_turns({"sampling": sampling, "reward": reward, "inference": answering}, args.rounds)
+    figures: dict[str, dict[str, float]] = {}
+    for stage, one in seconds.items():
+        figures[stage] = {"questions": 1 / one}
+        if stage != "inference":
+            figures[stage]["trajectories"] = settings.num_samples / one
+        for row in made.get(stage, ()):
+            for unit in ("prompt_tokens", "generated_tokens"):
+                figures[stage][unit] = figures[stage].get(unit, 0) + row["usage"][unit] / len(rows) / one
+    lines = [[stage, *(f"{of_stage[unit]:,.1f}" if unit in of_stage else "" for unit in UNITS)] for stage, of_stage in figures.items()]
+    title = f"Stages on {device}, {len(rows)} questions of {args.topn} documents, {settings.num_samples} trajectories each"
+    measure.report(title, ["a second", *(unit.replace("_", " ") for unit in UNITS)], lines, figures, args.output_file)
+
+
+if __name__ == "__main__":
+    main()
