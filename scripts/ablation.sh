@@ -2,34 +2,27 @@
 # What the further data sets of the demo's behaviour cloning are worth: its SFT again without each of them, from the same
 # warm-up, and 500 questions with every needed passage among the documents shown, in the retriever's order and shuffled.
 #     bash scripts/ablation.sh            after scripts/demo.sh; some 50 minutes on two cores
-#     LEFT_OUT=rehearsal bash scripts/ablation.sh
 source "$(dirname "$0")/common.sh" configs/demo.env
 needs "$MODEL_DIR/sft/trained_on.sha256" scripts/demo.sh
 
-LEFT_OUT=${LEFT_OUT:-rehearsal answers}
 folder=$WORK/ablation
 [[ -f $folder/questions/test.jsonl ]] || python examples/factbook/questions.py --passages "$PASSAGES" \
     --output_dir "$folder/questions" --train 10 --reranker 10 --test 500
-# shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list
-python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
-    --passages_embeddings "$EMBEDDINGS/*" --query "$folder/questions/test.jsonl" \
-    --output_file "$folder/questions/retrieved.jsonl" --n_docs "$N_DOCS_RETRIEVED"
+retrieve "$folder/questions/test.jsonl" "$folder/questions/retrieved.jsonl"
 for order in retrieval shuffled; do
     [[ -f $folder/$order.jsonl ]] || python examples/factbook/oracle.py --input_file "$folder/questions/retrieved.jsonl" \
         --passages "$PASSAGES" --output_file "$folder/$order.jsonl" --n_docs "$N_DOCS_SHOWN" --order "$order"
 done
 
-models=(sft)
-for left_out in $LEFT_OUT; do
+for left_out in rehearsal answers; do
     kept=answers
     [[ $left_out == rehearsal ]] || kept=rehearsal
-    # shellcheck disable=SC2086  # SFT_FLAGS is a list
-    train "sft_without_$left_out" sft "$WORK/training_data"/{reranker_bc_training,generator_sft_training,factbook_$kept}.json -- \
-        model_name_or_path="$BASE_MODEL" ${SFT_FLAGS/factbook_rehearsal,factbook_answers/factbook_$kept}
-    models+=("sft_without_$left_out")
+    # shellcheck disable=SC2046,SC2086  # SFT_FLAGS is a list
+    train "sft_without_$left_out" sft "$WORK/training_data"/{reranker_bc_training,generator_sft_training,factbook_$kept}.json \
+        $(version_of "$BASE_MODEL") -- model_name_or_path="$BASE_MODEL" ${SFT_FLAGS/factbook_rehearsal,factbook_answers/factbook_$kept}
 done
 choices=() answers=()
-for model in "${models[@]}"; do
+for model in sft sft_without_{rehearsal,answers}; do
     # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
     python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$MODEL_DIR/$model" \
         --input-json "$folder"/{retrieval,shuffled}.jsonl --output-json "$folder/results/{input}_${model}_{selector}.json" \

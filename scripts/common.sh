@@ -75,6 +75,13 @@ sharded() {
     python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
 }
 
+# retrieve QUESTIONS OUTPUT: the questions with the documents of the settings' retriever.
+retrieve() {
+    # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags
+    sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
+        --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" $SEARCH_FLAGS
+}
+
 # divided COMMAND FILE...: COMMAND on the files, divided among the GPUs; each calls it once, with its part of them.
 divided() {
     local command=$1 started=() shard number log files

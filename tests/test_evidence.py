@@ -362,7 +362,7 @@ def test_every_line_of_the_documented_tables_is_what_their_files_come_to(tmp_pat
     for path in (REPO / "docs/evidence/ablation").glob("*.json"):
         found = json.loads(path.read_text())
         compared = [comparison_table(next(iter(found["results"])), found["compared"])] if found["compared"] else []
-        (tmp_path / path.with_suffix(".md").name).write_text("\n".join([summary_tables(found["results"]), selection_tables(found["results"]), *compared]))
+        (tmp_path / f"{path.stem}.md").write_text("\n".join([summary_tables(found["results"]), selection_tables(found["results"]), *compared]))
     made = {tuple(cells(line)) for path in tmp_path.glob("*.md") for line in path.read_text().splitlines()}
     page = (REPO / "docs/evidence.md").read_text()
     face = (REPO / "README.md").read_text().partition("\n| model | documents from")[2].partition("\n\n")[0]

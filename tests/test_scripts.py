@@ -190,7 +190,7 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     assert "is trained already" in trained[1].stderr and "other settings" in trained[2].stderr and "no such recipe" in trained[3].stderr
 
     on_gpu = f"{train}_on_gpu dpo {pairs} -- learning_rate=1"
-    done = subprocess.run(["bash", "-c", on_gpu], cwd=REPO, env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": "0"}, check=False)
+    done = subprocess.run(["bash", "-c", on_gpu], cwd=REPO, env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True)
     on_cpu, on_gpu = log.read_text().splitlines()[-2:]
     assert done.returncode == 0 and "use_cpu=false" in on_gpu and "use_cpu" not in on_cpu
     assert on_gpu.index("use_cpu=false") < on_gpu.index("learning_rate=1")  # what is asked for comes last, and wins
