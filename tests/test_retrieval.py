@@ -195,7 +195,7 @@ def test_embedding_interrupted(tmp_path, encoder_dir, corpus_tsv, windows_done, 
     monkeypatch.setattr(generate_passage_embeddings, "WINDOW", 32)
     embed(encoder_dir, corpus_tsv, tmp_path / "whole")
     calls = []
-    encode = Encoder.encode
+    encode = Encoder.encode_tokens
 
     def fail_later(self, texts, *rest):
         if len(calls) == windows_done:
@@ -204,7 +204,7 @@ def test_embedding_interrupted(tmp_path, encoder_dir, corpus_tsv, windows_done, 
         return encode(self, texts, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Encoder, "encode", fail_later)
+        patch.setattr(Encoder, "encode_tokens", fail_later)
         embed(encoder_dir, corpus_tsv, tmp_path / "torn")
     partial = tmp_path / "torn" / "passages_00.npy.partial"
     if tear.startswith(b"\x93"):
