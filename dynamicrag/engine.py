@@ -18,6 +18,14 @@ from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError, log
 from dynamicrag.templates import PromptTokenizer, forgeable, in_threads, read_template
 
+# vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
+# parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
+VLLM_ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns of every weight it converts
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 API_CONCURRENCY = 64
 API_RETRIES = 5
 
@@ -110,14 +118,10 @@ def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
 def prepare_vllm() -> bool:
     """Set the environment that vLLM needs and import it; True if it runs on the CPU.
 
-    vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a child if the
-    parent has asked for a GPU before (torch.cuda.is_available() is enough). So the question is asked through NVML, the
-    child is spawned, and vLLM itself says which platform it has. Raises UserError if it has neither a GPU nor a CPU.
+    vLLM itself says which platform it has: the CPU build may stand beside a GPU. Raises UserError if it has none.
     """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # on a CPU it warns of every weight it converts
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    for name, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from vllm.platforms import current_platform
 
     if not current_platform.device_type:
