@@ -39,10 +39,9 @@ def encoder(run: Run) -> None:
     device = run.device
     torch.manual_seed(0)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
-    # random weights of the usual size make all texts alike: wider ones tell them apart
-    config = data.bert_config(run.dry, len(tokenizer), initializer_range=0.05)
+    config = data.bert_config(run.dry, len(tokenizer))
     folder = data.saved(run.folder / "encoder", BertModel(config), tokenizer)
-    few = data.texts(16 if run.dry else 48, 80)
+    few = data.texts(12 if run.dry else 48, 30 if run.dry else 80)
     fast = Encoder(str(folder), device)
     exact = Encoder(str(folder), "cpu", "float32").encode(few)
     run.note(dtype=str(fast.model.dtype), vocabulary=len(tokenizer))
@@ -59,7 +58,7 @@ def encoder(run: Run) -> None:
 
     run.case("float32", same, "float32", 0.999999)
     run.case("bfloat16", same, "bfloat16", 0.999)
-    passages = data.texts(64 if run.dry else 4096, 100, seed=1)
+    passages = data.texts(24 if run.dry else 4096, 30 if run.dry else 130, seed=1)
     passages = passages * (1 if run.dry else 2)
 
     def throughput(parallel: str, batch_tokens: int | None) -> dict:
@@ -87,7 +86,7 @@ def encoder(run: Run) -> None:
 def reranker(run: Run) -> None:
     """A T5-base and a BERT-base: what MonoT5 and CrossEncoder compute against the model's own forward; documents a second."""
     device = run.device
-    questions, documents = data.texts(8, 9, seed=2), data.texts(24 if run.dry else 64, 60, seed=3)
+    questions, documents = data.texts(8, 9, seed=2), data.texts(12 if run.dry else 64, 20 if run.dry else 90, seed=3)
     pairs = [(questions[number % 8] + "?", text) for number, text in enumerate(documents)]
     kept = {}
     for gated in (False, True):
@@ -96,7 +95,7 @@ def reranker(run: Run) -> None:
             run.case(name, _monot5, run, pairs, gated, scaled, kept, device)
     for labels in (1, 2):
         run.case(f"cross-encoder, {labels} label", _cross_encoder, run, pairs, labels, kept, device)
-    more = [(questions[number % 8] + "?", text) for number, text in enumerate(data.texts(64 if run.dry else 4096, 100, seed=4))]
+    more = [(questions[number % 8] + "?", text) for number, text in enumerate(data.texts(24 if run.dry else 4096, 20 if run.dry else 130, seed=4))]
     for name, folder in kept.items():
         for batch_tokens in (2048,) if run.dry else (16_384, 65_536):
             run.case(f"{name}, {batch_tokens} tokens a batch", _throughput, folder, more, batch_tokens, device)
@@ -148,11 +147,11 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     spread = float(probabilities["float32"][0].std())
     precision = _most(probabilities["bfloat16"][0], probabilities["float32"][0])
     print(found, "bfloat16 of the own forward is off by", precision, "spread", spread)
-    assert spread > 0.02, f"the model does not tell documents apart: {spread}"
+    assert spread > 0.005, f"the model does not tell documents apart: {spread}"
     for against, difference in found["float32"].items():
         assert difference < 1e-4, f"float32, {against}: {difference}"
-    for against, difference in found["bfloat16"].items():  # no worse than bfloat16 itself
-        assert difference < max(2e-2, 2 * precision), f"bfloat16, {against}: {difference}; the precision itself: {precision}"
+    for against, difference in found["bfloat16"].items():  # hardly worse than bfloat16 itself
+        assert difference < min(max(2e-2, 2 * precision), 0.1), f"bfloat16, {against}: {difference}; the precision itself: {precision}"
     return {**{f"{dtype} {against}": f"{value:.1e}" for dtype, values in found.items() for against, value in values.items()},
             "bfloat16 itself": f"{precision:.1e}", "spread": round(spread, 3)}
 
@@ -169,7 +168,7 @@ def _cross_encoder(run: Run, pairs, labels: int, kept: dict, device: str) -> dic
 
     torch.manual_seed(4)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
-    config = data.bert_config(run.dry, len(tokenizer), initializer_range=0.05, num_labels=labels)
+    config = data.bert_config(run.dry, len(tokenizer), num_labels=labels)
     folder = data.saved(run.folder / f"cross_encoder_{labels}", BertForSequenceClassification(config), tokenizer)
     kept.setdefault("cross-encoder", folder)
     found = {}
@@ -185,7 +184,7 @@ def _cross_encoder(run: Run, pairs, labels: int, kept: dict, device: str) -> dic
             own = torch.stack(own)
         found[dtype] = ours, own
         if dtype == "bfloat16":
-            most = max(most, 2 * _most(own, found["float32"][1]))
+            most = min(max(most, 2 * _most(own, found["float32"][1])), 0.1)
         assert _most(ours, own) < most, f"{dtype}: {_most(ours, own)} off the model's own; expected {most}"
     spread = float(found["float32"][1].std())
     assert spread > 0.005, f"the model does not tell documents apart: {spread}"
@@ -219,7 +218,7 @@ def bertscore(run: Run) -> None:
     device = run.device
     torch.manual_seed(5)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
-    config = data.bert_config(run.dry, len(tokenizer), large=True, initializer_range=0.04)
+    config = data.bert_config(run.dry, len(tokenizer), large=True)
     folder = str(data.saved(run.folder / "bert_large_made", BertModel(config), tokenizer))
     count = 40 if run.dry else 2000
     responses, gold = data.texts(count, 16, seed=6), data.texts(count, 12, seed=7)
