@@ -171,7 +171,8 @@ def main(argv=None) -> int:
                 record = {"name": name, "status": "skipped", "seconds": 0, "reason": "no time left", "failures": [], "skipped_cases": {}, "figures": {}}
             else:
                 try:
-                    record = run_part(name, min(PARTS[name][2] * args.minutes / 9, left), args, wheels, log)
+                    limit = left if args.dry else min(PARTS[name][2] * args.minutes / 9, left)
+                    record = run_part(name, limit, args, wheels, log)
                 except Exception as error:  # whatever happens in one part, the next one runs
                     record = {"name": name, "status": "failed", "seconds": 0, "reason": "", "failures": [f"{type(error).__name__}: {error}"],
                               "skipped_cases": {}, "figures": {}}

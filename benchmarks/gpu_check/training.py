@@ -50,10 +50,14 @@ class Training:
         with log.open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file), log
 
+    def limit(self, seconds: float = 75) -> float:
+        """Seconds that a run of train() may take: on a CPU, all that are left."""
+        return max(self.run.left() - 2 if self.run.dry else min(seconds, self.run.left() - 2), 1)
+
     def finish(self, process: subprocess.Popen, log: Path, seconds: float = 75) -> str:
         """What it printed. Raises AssertionError when it failed or took longer."""
         try:
-            status = process.wait(max(min(seconds, self.run.left() - 2), 1))
+            status = process.wait(self.limit(seconds))
         except subprocess.TimeoutExpired:
             end(process)
             status = "its limit"
@@ -113,20 +117,22 @@ def training(run: Run) -> None:
     """SFT, DPO, and SFT under ZeRO-3, each to its end; SFT and ZeRO-3 also after a kill."""
     device = run.device
     place = Training(run)
-    model = small_llama(run.folder / "model")
+    model = small_llama(run.folder / "model", layers=2 if run.dry else 4, width=64 if run.dry else 256)
     folder = place.work / "training_data"
     bc, answers = _rows(folder / "reranker_bc_training.json", False), _rows(folder / "generator_sft_training.json", False)
     pairs = [_rows(folder / f"smollm2_135m_{name}_dpo.json", True) for name in ("reranker", "generator")]
-    settings = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "dataset": "reranker_bc,generator_sft"}
+    light = {"bf16": "false"} if run.dry else {}  # most CPUs emulate bfloat16
+    steps = 6 if run.dry else 16
+    settings = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "dataset": "reranker_bc,generator_sft", **light}
 
     def sft() -> dict:
-        return _killed_and_resumed(place, "smollm2_135m", [bc, answers], settings, {})
+        return _killed_and_resumed(place, "smollm2_135m", [bc, answers], settings, steps)
 
     def dpo() -> dict:
         began = time.monotonic()
-        more = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "max_steps": 8, "save_steps": 8}
+        more = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "max_steps": steps, "save_steps": steps, **light}
         place.finish(*place.start("smollm2_135m", "dpo", "dpo", pairs, more))
-        return {**_trained(place.work / "DynamicRAG_smollm2_135m/dpo", model, 8), "seconds": round(time.monotonic() - began, 1)}
+        return {**_trained(place.work / "DynamicRAG_smollm2_135m/dpo", model, steps), "seconds": round(time.monotonic() - began, 1)}
 
     def zero3() -> dict:
         if device == "cpu":
@@ -134,7 +140,7 @@ def training(run: Run) -> None:
         if not place.deepspeed:
             raise Skipped("deepspeed not installed")
         by_train = "FORCE_TORCHRUN" in (ROOT / "scripts/common.sh").read_text()
-        found = _killed_and_resumed(place, "llama3_8b", [bc, answers], settings, {} if by_train else {"FORCE_TORCHRUN": "1"})
+        found = _killed_and_resumed(place, "llama3_8b", [bc, answers], settings, steps, **({} if by_train else {"FORCE_TORCHRUN": "1"}))
         return {**found, "train() sets FORCE_TORCHRUN": by_train}
 
     def refused() -> dict:
@@ -153,15 +159,13 @@ def training(run: Run) -> None:
     run.case("ZeRO-3 without FORCE_TORCHRUN is refused", refused)
 
 
-def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, more: dict) -> dict:
+def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, steps: int, **more: str) -> dict:
     """SFT that is ended after its first checkpoint and started again. Both starts get the same settings."""
-    steps, folder = 16, place.work / f"DynamicRAG_{model}/sft"
+    folder = place.work / f"DynamicRAG_{model}/sft"
     settings = {**settings, "max_steps": steps, "save_steps": 2}
-    began = time.monotonic()
+    began, limit = time.monotonic(), place.limit()
     process, log = place.start(model, "sft", "sft", files, settings, **more)
-    while process.poll() is None and not list(folder.glob("checkpoint-*/trainer_state.json")):
-        if time.monotonic() - began > min(75, place.run.left() + time.monotonic() - began - 5):
-            break
+    while process.poll() is None and time.monotonic() - began < limit and not list(folder.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.02)
     killed = process.poll() is None
     end(process)
