@@ -18,9 +18,9 @@ def main() -> None:
     way = sys.argv[1]
     if way.startswith("prepared"):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from dynamicrag.engine import prepare_vllm
+        from dynamicrag.engine import VLLM_ENVIRONMENT
 
-        prepare_vllm()
+        os.environ.update(VLLM_ENVIRONMENT)
         way = "fork" if way.endswith("fork") else os.environ["VLLM_WORKER_MULTIPROC_METHOD"]
     import torch
 

@@ -1,13 +1,14 @@
 """Parts about the machine: what is installed, the tests that have cases for a GPU, and CUDA in a child process."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-from gpu_check.part import ROOT, Run, Skipped
+from gpu_check.part import ROOT, Run, Skipped, needs
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate", "peft", "trl", "datasets", "deepspeed",
             "llamafactory", "bert-score", "vllm", "faiss-gpu")
@@ -83,15 +84,8 @@ def fork(run: Run) -> None:
     run.case("A fork after is_available", _child, "fork", {}, True)
     run.case("B fork with PYTORCH_NVML_BASED_CUDA_CHECK=1", _child, "fork", {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}, False)
     run.case("C spawn", _child, "spawn", {}, False)
-    run.case("D spawn after prepare_vllm", _child, "prepared", {}, False)
-    run.case("D fork after prepare_vllm", _child, "prepared-fork", {}, False)
-
-
-def _require_prepare_vllm() -> None:
-    from dynamicrag import engine
-
-    if not hasattr(engine, "prepare_vllm"):
-        raise Skipped("dynamicrag.engine has no prepare_vllm()")
+    run.case("D spawn in the environment of prepare_vllm", _child, "prepared", {}, False)
+    run.case("D fork in the environment of prepare_vllm", _child, "prepared-fork", {}, False)
 
 
 def _clean(more: dict) -> dict:
@@ -100,23 +94,20 @@ def _clean(more: dict) -> dict:
 
 
 def _prepared() -> dict:
-    _require_prepare_vllm()
+    """prepare_vllm() in a process of its own: whether it takes the CPU, and what it leaves in the environment."""
+    needs("vllm")
     code = ("import os, json; from dynamicrag.engine import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
             "print(json.dumps([on_cpu, torch.cuda.is_available(), os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK'), "
             "os.environ.get('VLLM_WORKER_MULTIPROC_METHOD')]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_clean({}), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-500:]
-    import json
-
     on_cpu, has_gpu, nvml, method = json.loads(done.stdout.splitlines()[-1])
     assert on_cpu is not has_gpu, f"prepare_vllm() returned {on_cpu}; torch.cuda.is_available() is {has_gpu}"
-    assert nvml == "1" and (on_cpu or method == "spawn"), f"PYTORCH_NVML_BASED_CUDA_CHECK={nvml}, VLLM_WORKER_MULTIPROC_METHOD={method}"
+    assert nvml == "1" and method == "spawn", f"PYTORCH_NVML_BASED_CUDA_CHECK={nvml}, VLLM_WORKER_MULTIPROC_METHOD={method}"
     return {"on_cpu": on_cpu, "nvml": nvml, "method": method}
 
 
 def _child(way: str, more: dict, must_raise: bool) -> dict:
-    if way.startswith("prepared"):
-        _require_prepare_vllm()
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/gpu_check/child.py"), way], cwd=ROOT, env=_clean(more), capture_output=True, text=True, timeout=90)
     print(done.stdout[-1500:], done.stderr[-1500:])
     raised = "Cannot re-initialize CUDA in forked subprocess" in done.stdout + done.stderr
