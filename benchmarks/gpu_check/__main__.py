@@ -163,7 +163,8 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_check_wheels_", ignore_cleanup_errors=True) as into, (output / "gpu_check.log").open("a") as log:
         wheels = install(Path(args.wheels), Path(into), log) if args.wheels else {}
         print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
-        for name in args.only or PARTS:
+        chosen = args.only or list(PARTS)
+        for name in chosen:
             left = deadline - time.monotonic()
             log.write(f"\n======== {name}\n")
             log.flush()
@@ -171,7 +172,8 @@ def main(argv=None) -> int:
                 record = {"name": name, "status": "skipped", "seconds": 0, "reason": "no time left", "failures": [], "skipped_cases": {}, "figures": {}}
             else:
                 try:
-                    limit = left if args.dry else min(PARTS[name][2] * args.minutes / 9, left)
+                    share = left * PARTS[name][2] / sum(PARTS[other][2] for other in chosen[chosen.index(name) :])
+                    limit = left if args.dry else min(max(PARTS[name][2] * args.minutes / 9, share), left)
                     record = run_part(name, limit, args, wheels, log)
                 except Exception as error:  # whatever happens in one part, the next one runs
                     record = {"name": name, "status": "failed", "seconds": 0, "reason": "", "failures": [f"{type(error).__name__}: {error}"],

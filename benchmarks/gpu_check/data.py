@@ -33,7 +33,7 @@ def bert_tokenizer(size: int):
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789?:,."
     pieces = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *(f"##{syllable}" for syllable in SYLLABLES)]
-    pieces += [word for word in words(20_000) if word not in pieces][: max(size - len(pieces), 0)]
+    pieces = list(dict.fromkeys([*pieces, *words(20_000)]))[: max(size, len(pieces))]
     return BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=True)
 
 
@@ -44,6 +44,14 @@ def t5_tokenizer(size: int):
     pieces = ["▁true", "▁false", "▁Query", "▁Document", "▁Relevant", *(f"▁{word}" for word in words(20_000)[: max(size - 200, 0)]), *SYLLABLES]
     scored = [(piece, -math.log(rank + 10)) for rank, piece in enumerate(pieces)] + [(letter, -20.0) for letter in ("▁", *letters)]
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -30.0), *scored], extra_ids=0)
+
+
+def random_model(kind: type, config: object, device: str):
+    """A model of random weights, drawn on the device: on a CPU a T5-base takes seconds."""
+    import torch
+
+    with torch.device(device):
+        return kind(config)
 
 
 def saved(folder: Path, model: object, tokenizer: object) -> Path:

@@ -40,7 +40,7 @@ def encoder(run: Run) -> None:
     torch.manual_seed(0)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
     config = data.bert_config(run.dry, len(tokenizer))
-    folder = data.saved(run.folder / "encoder", BertModel(config), tokenizer)
+    folder = data.saved(run.folder / "encoder", data.random_model(BertModel, config, device), tokenizer)
     few = data.texts(12 if run.dry else 48, 30 if run.dry else 80)
     fast = Encoder(str(folder), device)
     exact = Encoder(str(folder), "cpu", "float32").encode(few)
@@ -124,7 +124,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
         num_heads=12 if not run.dry else 4, decoder_start_token_id=0, feed_forward_proj="gated-gelu" if gated else "relu",
         scale_decoder_outputs=scaled, tie_word_embeddings=scaled,
     )
-    made = T5ForConditionalGeneration(config)
+    made = data.random_model(T5ForConditionalGeneration, config, device)
     if not scaled:  # else the logits are so far apart that every probability is 0 or 1
         with torch.no_grad():
             made.lm_head.weight.mul_(width**-0.5)
@@ -169,7 +169,7 @@ def _cross_encoder(run: Run, pairs, labels: int, kept: dict, device: str) -> dic
     torch.manual_seed(4)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
     config = data.bert_config(run.dry, len(tokenizer), num_labels=labels)
-    folder = data.saved(run.folder / f"cross_encoder_{labels}", BertForSequenceClassification(config), tokenizer)
+    folder = data.saved(run.folder / f"cross_encoder_{labels}", data.random_model(BertForSequenceClassification, config, device), tokenizer)
     kept.setdefault("cross-encoder", folder)
     found = {}
     for dtype, most in (("float32", 1e-4), ("bfloat16", 2e-2)):
@@ -219,7 +219,7 @@ def bertscore(run: Run) -> None:
     torch.manual_seed(5)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
     config = data.bert_config(run.dry, len(tokenizer), large=True)
-    folder = str(data.saved(run.folder / "bert_large_made", BertModel(config), tokenizer))
+    folder = str(data.saved(run.folder / "bert_large_made", data.random_model(BertModel, config, device), tokenizer))
     count = 40 if run.dry else 2000
     responses, gold = data.texts(count, 16, seed=6), data.texts(count, 12, seed=7)
     gold = [f"{text} {' '.join(response.split()[: number % 8])}" for number, (text, response) in enumerate(zip(gold, responses, strict=True))]

@@ -153,10 +153,10 @@ def training(run: Run) -> None:
         assert done.returncode and "FORCE_TORCHRUN=1" in done.stderr, f"status {done.returncode}: {_reason(done.stderr)}"
         return {"refused": True}
 
-    run.case("SFT, killed and resumed", sft)
-    run.case("DPO", dpo)
-    run.case("ZeRO-3 SFT, killed and resumed", zero3)
+    run.case("ZeRO-3 SFT, killed and resumed", zero3)  # first: only a GPU can show it
     run.case("ZeRO-3 without FORCE_TORCHRUN is refused", refused)
+    run.case("DPO", dpo)
+    run.case("SFT, killed and resumed", sft)
 
 
 def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, steps: int, **more: str) -> dict:
