@@ -232,7 +232,7 @@ def bertscore(run: Run) -> None:
 
     def alone() -> dict:
         off = max(abs(scorer.score([pairs[row]])[0] - together[row]) for row in range(0, count, max(count // 25, 1)))
-        assert off < 1e-5, f"a pair alone scores {off} differently"
+        assert off < 1e-4, f"a pair alone scores {off} differently"
         return {"off by": f"{off:.1e}"}
 
     def on_the_cpu() -> dict:

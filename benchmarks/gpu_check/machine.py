@@ -10,22 +10,27 @@ import xml.etree.ElementTree as ElementTree
 
 from gpu_check.part import ROOT, Run, Skipped, needs
 
-PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate", "peft", "trl", "datasets", "deepspeed",
-            "llamafactory", "bert-score", "vllm", "faiss-gpu")
+PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "datasets", "bert-score", "vllm", "faiss-gpu")
+OF_TRAINING = ("llamafactory", "transformers", "trl", "accelerate", "peft", "deepspeed")
 TESTS = ("tests/test_flat.py", "tests/test_reranker.py")
 # In a dry run: a few tests of each file.
 FEW = "ties or labels or no_probability"
 
 
 def versions(run: Run) -> None:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    run.note(python=platform.python_version(), cores=len(os.sched_getaffinity(0)), **found)
+    run.note(python=platform.python_version(), cores=len(os.sched_getaffinity(0)), **_installed(PACKAGES, sys.path))
+    if "training" in run.wheels:
+        run.note(training=_installed(OF_TRAINING, [run.wheels["training"], *sys.path]))
     run.case("device", _device, run)
+
+
+def _installed(packages: tuple[str, ...], path: list[str]) -> dict[str, str]:
+    found = dict.fromkeys(packages, "absent")
+    for package in packages:
+        for distribution in importlib.metadata.distributions(name=package, path=path):
+            found[package] = distribution.version
+            break
+    return found
 
 
 def _device(run: Run) -> dict:
