@@ -116,7 +116,7 @@ def test_lengths_of_every_size(small_tiles):
 GPUS = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
 
 
-@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu",) * 5, *[GPUS, GPUS[:1]] * bool(GPUS)])
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu",) * 5, *[GPUS, GPUS[:1]] * bool(GPUS)], ids="+".join)
 def test_blocks_divided_over_devices(small_tiles, devices):
     rng = np.random.default_rng(5)
     vectors = np.repeat(normal(rng, 250, 16), 3, axis=0).astype(np.float16)
