@@ -89,7 +89,7 @@ def fork(run: Run) -> None:
     """CUDA in a child: torch.cuda.is_available() in the parent poisons fork, unless it is answered by NVML."""
     run.case("D environment of prepare_vllm", _prepared)
     if run.device == "cpu":
-        raise Skipped("a machine without a GPU has no CUDA to poison; the environment of prepare_vllm() was checked")
+        raise Skipped("a machine without a GPU has no CUDA to poison")
     run.case("A fork after is_available", _child, "fork", {}, True)
     run.case("B fork with PYTORCH_NVML_BASED_CUDA_CHECK=1", _child, "fork", {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}, False)
     run.case("C spawn", _child, "spawn", {}, False)
