@@ -115,8 +115,18 @@ def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     return VllmEngine(resolve_model(args.llm_model), args)
 
 
-def prepare_vllm() -> bool:
-    """Set the environment that vLLM needs and import it; True if it runs on the CPU.
+def bind_cores(cores: set[int], ranks: int) -> str:
+    """The cores of each rank, as vLLM's CPU build reads them: `0|1`. All are in use; by default vLLM leaves one idle per rank.
+
+    Ranks share all cores if there are more ranks than cores.
+    """
+    ordered = sorted(cores)
+    parts = [ordered[rank * len(ordered) // ranks : (rank + 1) * len(ordered) // ranks] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part if all(parts) else ordered)) for part in parts)
+
+
+def prepare_vllm(ranks: int = 1) -> bool:
+    """Set the environment that `ranks` processes of vLLM need and import it; True if it runs on the CPU.
 
     vLLM itself says which platform it has: the CPU build may stand beside a GPU. Raises UserError if it has none.
     """
@@ -130,8 +140,7 @@ def prepare_vllm() -> bool:
     if not current_platform.is_cpu():
         return False
     warn_of_unused_gpus("vLLM's CPU build")
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores - 1}")  # by default vLLM leaves one idle
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(os.sched_getaffinity(0), ranks))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return True
@@ -143,7 +152,7 @@ class VllmEngine:
     def __init__(self, model: str, args: Namespace):
         chat_template = read_template(args.template)
         self.max_model_len = args.max_model_len
-        on_cpu = prepare_vllm()
+        on_cpu = prepare_vllm(args.tensor_parallel_size)
         from vllm import LLM
 
         # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
