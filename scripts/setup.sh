@@ -36,9 +36,6 @@ if ! up_to_date .venv-train requirements-train.txt; then
     "$PYTHON" -m venv .venv-train
     .venv-train/bin/pip install --quiet -r requirements-train.txt
     .venv-train/bin/pip install --quiet --no-deps llamafactory==0.9.5
-    if [[ $kind == gpu ]]; then
-        .venv-train/bin/pip install --quiet deepspeed==0.19.8
-    fi
     # LLaMA-Factory imports torchaudio at start and uses it for audio alone: an empty module will do.
     site=$(.venv-train/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     [[ -e $site/torchaudio ]] || echo '"""Stands in for torchaudio, which training on text never calls."""' >"$site/torchaudio.py"
