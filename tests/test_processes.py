@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 
+from dynamicrag.engine import bind_cores
+
 REPO = Path(__file__).parents[1]
 STEPS, ROWS = 4, 8
 # ZeRO-3 sums in another order: seen were 3e-7 of a loss, and 6e-7 in a weight after four steps of up to 1e-3.
@@ -149,6 +151,13 @@ def test_zero3_trains_as_one_process_without_it_and_saves_the_whole_model(folder
     assert largest_difference(weights_of(output), weights_of(one_process[stage])) <= WEIGHT_ROUNDING
     _, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not any(report.values()), report
+
+
+@pytest.mark.parametrize("cores,ranks,bound", [
+    ({0, 1}, 1, "0,1"), ({0, 1}, 2, "0|1"), ({9, 4, 6, 5}, 2, "4,5|6,9"), ({0, 1, 2}, 2, "0|1,2"), ({3}, 2, "3|3"),
+])
+def test_ranks_divide_the_cores_that_this_process_may_use(cores, ranks, bound):
+    assert bind_cores(cores, ranks) == bound
 
 
 @pytest.mark.slow
