@@ -162,6 +162,16 @@ def test_ranks_divide_the_cores_that_this_process_may_use(cores, ranks, bound):
 
 @pytest.mark.slow
 def test_two_ranks_of_one_model_select_and_answer_as_one_does(folder):
+    """The model is a tiny Llama with weights six times as large: other documents mean another selection, and no token is near another."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "models/tiny-llama")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() == 2 else 1)
+    shutil.copytree(folder / "models/tiny-llama", folder / "models/far")
+    model.save_pretrained(folder / "models/far")
     rng = random.Random(4)
     rows = [
         {
@@ -174,11 +184,12 @@ def test_two_ranks_of_one_model_select_and_answer_as_one_does(folder):
     done = []
     for ranks in (1, 2):
         command = [
-            f"{REPO}/.venv/bin/python", f"{REPO}/inference.py", "--llm-model", "models/tiny-llama", "--template", f"{REPO}/template/llama3.jinja",
+            f"{REPO}/.venv/bin/python", f"{REPO}/inference.py", "--llm-model", "models/far", "--template", f"{REPO}/template/llama3.jinja",
             "--input-json", "nq.jsonl", "--output-json", f"tp_{ranks}.jsonl", "--remain-output-json", f"tp_{ranks}_remain.jsonl",
-            "--selection-max-tokens", "12", "--answer-max-tokens", "6", "--max-model-len", "2048", "--dtype", "float32", "--tensor-parallel-size", str(ranks),
+            "--answer-max-tokens", "6", "--max-model-len", "2048", "--dtype", "float32", "--tensor-parallel-size", str(ranks),
         ]
         run_all([command], folder, [{**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}], folder / f"tp_{ranks}.log")
         done.append([(row["id_list"], row["response"]) for row in read_jsonl(folder / f"tp_{ranks}.jsonl")])
     assert done[0] == done[1]
-    assert len(done[0]) == len(rows) and len({str(row) for row in done[0]}) > 1
+    assert len({str(answered) for answered in done[0]}) == len(rows)
+    assert len({str(selection) for selection, _ in done[0]}) > 3
