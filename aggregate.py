@@ -5,6 +5,9 @@ been made from its part. Rows are never merged, and an id that occurs twice is r
 `retriever.py --corpus_shard i/n`, which hold the same questions: their documents are merged by score, to what one
 search of the whole corpus finds (exactly so for `--index flat`).
 
+With --questions the shards are the answers of inference.py or top_inference.py to the parts of that file. Their remain
+files are put together too, and the manifest is the one that a single run over all questions would have written.
+
 Reads    output/retrieval_split_0.json, _1, ...          what the workers wrote
 Writes   output/retrieval_data.jsonl                     the same rows in one file
 
@@ -34,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, a quoted glob")
     group.add_argument("--output_file", default="output/retrieval_data.jsonl", help="all rows")
     group.add_argument("--splits_dir", default="data/splits", help="split_data.py's folder, checked where it exists")
+    group.add_argument("--questions", default=None, help="for answered shards: the file that split_data.py divided")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -140,9 +144,70 @@ def read_shards(paths: list[Path]) -> Iterator[dict]:
             yield row
 
 
+def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
+    """The identity that the answered shards share, as of one run over `questions`: stage, arguments, and inputs with their hashes.
+
+    Raises UserError if a shard was made in another way than the first, or the parts are not of `questions` as it is now.
+    """
+    split = read_manifest(Path(splits_dir) / "split_0.json")
+    if split is None:
+        raise UserError(f"{splits_dir}: has no finished split of {questions}; run split_data.py, or give --splits_dir")
+    whole = fingerprint(questions)
+    if whole not in split["inputs"].values():
+        raise UserError(f"{splits_dir}: is not a split of {questions} as it is now; run split_data.py and the shards again with --overwrite")
+    first = None
+    for path in shards:
+        manifest = read_manifest(path)
+        part = manifest["arguments"].get("input_json")
+        if not isinstance(part, str) or len(manifest["outputs"]) != 2 or not isinstance(manifest.get("seconds"), int | float):
+            raise UserError(f"{manifest_path(path)}: not a manifest of inference.py or top_inference.py; leave out --questions")
+        made = {
+            "stage": manifest.get("stage"),
+            "arguments": {**manifest["arguments"], "input_json": questions},
+            "inputs": {questions: whole, **{name: content for name, content in manifest["inputs"].items() if name != part}},
+        }
+        first = first or made
+        for what in ("arguments", "inputs"):
+            changed = sorted(key for key in made[what].keys() | first[what].keys() if made[what].get(key) != first[what].get(key))
+            if changed:
+                raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its {made['stage']}.py again with the same")
+    return first
+
+
+def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
+    """Put answered shards and their remain files together; what one run would have written, its manifest included."""
+    from dynamicrag.answering import remain_path
+    from dynamicrag.jsonio import read_json
+
+    made = same_run(shards, args.questions, args.splits_dir)
+    manifests = [read_manifest(path) for path in shards]
+    outputs = [args.output_file, remain_path(args.output_file)]
+    run = Namespace(**{"on_error": "fail", **made["arguments"], "overwrite": args.overwrite})
+    output = Output(run, outputs, list(made["inputs"]))
+    if output.finished:
+        return
+    changed = sorted(name for name, content in made["inputs"].items() if output.identity["inputs"][name] != content)
+    if changed:
+        raise UserError(f"{changed[0]}: has changed since {shards[0]} was made from it; run its {made['stage']}.py again with --overwrite")
+    output.identity["stage"] = made["stage"]
+    output.started -= sum(manifest["seconds"] for manifest in manifests)  # of all workers, as if one had answered everything
+    remains = [path.with_name(Path(manifest["outputs"][1]).name) for path, manifest in zip(shards, manifests, strict=True)]
+    counts = {
+        what: output.publish(target, (row for path in paths for _, row in read_json(path)))
+        for what, target, paths in zip(("answered", "unanswered"), outputs, (shards, remains), strict=True)
+    }
+    written, rows = sum(counts.values()), sum(manifest["counts"].get("rows", 0) for manifest in manifests)
+    if written != rows:
+        raise UserError(f"{args.input_files}: the shards and their remain files hold {written} rows, their manifests say {rows}; run inference.py again with --overwrite")
+    output.finish(rows=rows, **counts, shards=len(shards))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     shards = find_shards(args.input_files, args.splits_dir)
+    if args.questions is not None:
+        aggregate_answers(args, shards)
+        return
     output = Output(args, [args.output_file], list(map(str, shards)))
     if output.finished:
         return

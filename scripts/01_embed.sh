@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Corpus -> embedding shards, one a GPU.
+# Corpus -> embedding shards. Shards that an earlier run began are finished in their own number.
 source "$(dirname "$0")/common.sh"
 given PASSAGES
 
-pids=()
-for ((shard = 0; shard < NUM_SHARDS; shard++)); do
+total=$(embedding_shards)
+embed() { # SHARD
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list of flags
-    CUDA_VISIBLE_DEVICES=$(gpus_of "$shard") python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS \
-        --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$shard" --num_shards "$NUM_SHARDS" &
-    pids+=("$!:$shard")
-done
-failed=0
-for worker in "${pids[@]}"; do
-    wait "${worker%%:*}" || { echo "error: embedding shard ${worker##*:} failed" >&2; failed=1; }
-done
-exit "$failed"
+    python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS \
+        --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$1" --num_shards "$total"
+}
+if ((total == 1)); then
+    embed 0
+else
+    # shellcheck disable=SC2046,SC2086  # lists of numbers
+    in_pool embed "$WORK/logs/embed_" ${SHARDS:-$(seq 0 $((total - 1)))}
+fi

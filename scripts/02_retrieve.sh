@@ -6,5 +6,5 @@ source "$(dirname "$0")/common.sh"
 given TRAIN_QUESTIONS
 retrieve "$TRAIN_QUESTIONS" "$WORK/output/retrieval_data.jsonl"
 for questions in $EVAL_QUESTIONS; do
-    retrieve "$questions" "$WORK/output/retrieval_$(basename "${questions%.*}").jsonl"
+    retrieve "$questions" "$WORK/output/retrieval_$(stem "$questions").jsonl"
 done

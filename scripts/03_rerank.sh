@@ -10,6 +10,6 @@ rerank() { # INPUT OUTPUT
 }
 rerank "$WORK/output/retrieval_data.jsonl" "$WORK/output/retrieval_data_rerank.jsonl"
 for questions in $EVAL_QUESTIONS; do
-    name=$(basename "${questions%.*}")
+    name=$(stem "$questions")
     rerank "$WORK/output/retrieval_$name.jsonl" "$WORK/eval_data/$name.jsonl"
 done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Documents and answers -> two tables an evaluation set: how well they were found, and a line a model and selector.
+# Documents and answers -> two tables per evaluation set: how well the documents were found, and a line per model and selector.
 source "$(dirname "$0")/common.sh"
 
 for questions in $EVAL_QUESTIONS; do
-    name=$(basename "${questions%.*}")
+    name=$(stem "$questions")
     results=()
     for stage in sft dpo best; do
         for selector in $SELECTORS; do
@@ -11,7 +11,7 @@ for questions in $EVAL_QUESTIONS; do
             [[ -f $file ]] && results+=("$file")
         done
     done
-    ((${#results[@]})) || { echo "error: no results for $name; make them with: bash scripts/09_infer.sh $CONFIG" >&2; exit 2; }
+    ((${#results[@]})) || refuse "no results for $name; make them with: bash scripts/09_infer.sh $CONFIG"
     python evaluate_retrieval.py --results_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \
         --output_file "$WORK/results/${name}_retrieval.json" --table_file "$WORK/results/${name}_retrieval.md"
     python evaluate.py --results_file "${results[@]}" --eval_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \

@@ -23,10 +23,8 @@ for left_out in rehearsal answers; do
 done
 choices=() answers=()
 for model in sft sft_without_{rehearsal,answers}; do
-    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
-    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$MODEL_DIR/$model" \
-        --input-json "$folder"/{retrieval,shuffled}.jsonl --output-json "$folder/results/{input}_${model}_{selector}.json" \
-        --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector dynamic gold
+    answer inference.py "$MODEL_DIR/$model" "$folder/results/{input}_${model}_{selector}.json" selector "dynamic gold" \
+        --topn "$N_DOCS_SHOWN" -- "$folder"/{retrieval,shuffled}.jsonl
     choices+=("$folder/results"/{retrieval,shuffled}_"${model}_dynamic.json")
     answers+=("$folder/results/retrieval_${model}_gold.json")
 done

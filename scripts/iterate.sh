@@ -12,8 +12,9 @@ source "$(dirname "$0")/common.sh"
 needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
 needs "$WORK/training_data/training_data_dpo.jsonl" scripts/04_training_data.sh
 DEV_QUESTIONS=${DEV_QUESTIONS:-$WORK/training_data/training_data_dev.jsonl}
-[[ -f $DEV_QUESTIONS ]] || { echo "error: $DEV_QUESTIONS is missing; name a file of rows with docs as DEV_QUESTIONS; or set" \
-    "SPLIT_FLAGS=\"--dev_size N\", move $WORK/training_data away and run scripts/04_training_data.sh anew" >&2; exit 2; }
+[[ -f $DEV_QUESTIONS ]] || refuse "$DEV_QUESTIONS is missing; name a file of rows with docs as DEV_QUESTIONS; or set" \
+    "SPLIT_FLAGS=\"--dev_size N\", move $WORK/training_data away and run scripts/04_training_data.sh again"
+[[ -z $SHARDS ]] || refuse "SHARDS=\"$SHARDS\": the rounds run on one machine; unset it, or run the numbered scripts"
 
 BASE=$(realpath "$WORK")
 BEST=$MODEL_DIR/best
@@ -22,9 +23,7 @@ export JUDGE_CACHE=$BASE/results/judge_cache.sqlite
 
 dev() { # ROUND MODEL: answer the held-out questions and score the answers
     local folder=$BASE/rounds/$1
-    # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
-    python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$2" --input-json "$DEV_QUESTIONS" \
-        --output-json "$folder/results/dev.json" --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS
+    answer inference.py "$2" "$folder/results/dev.json" selector dynamic --topn "$N_DOCS_SHOWN" -- "$DEV_QUESTIONS"
     python evaluate.py --results_file "$folder/results/dev.json" --eval_file "$DEV_QUESTIONS" --group_by "$GROUP_BY" \
         --output_file "$folder/results/dev.metrics.json" >/dev/null
 }

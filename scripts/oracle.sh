@@ -5,14 +5,13 @@
 source "$(dirname "$0")/common.sh"
 
 for questions in $EVAL_QUESTIONS; do
-    name=$(basename "${questions%.*}")
+    name=$(stem "$questions")
     needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
     oracle=$WORK/eval_data/${name}_oracle.jsonl
     [[ -f $oracle ]] || python examples/factbook/oracle.py --input_file "$WORK/eval_data/$name.jsonl" --passages "$PASSAGES" \
         --output_file "$oracle" --n_docs "$N_DOCS_SHOWN"
     for model in "$MODEL_DIR/sft" "$MODEL_DIR/dpo"; do
-        # shellcheck disable=SC2086  # ENGINE_FLAGS is a list
-        python inference.py "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --input-json "$oracle" \
-            --output-json "$WORK/results/{input}_$(basename "$model")_{selector}.json" --topn "$N_DOCS_SHOWN" $ENGINE_FLAGS --selector dynamic gold
+        answer inference.py "$model" "$WORK/results/{input}_$(basename "$model")_{selector}.json" selector "dynamic gold" \
+            --topn "$N_DOCS_SHOWN" -- "$oracle"
     done
 done

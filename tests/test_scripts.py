@@ -97,22 +97,6 @@ def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tm
     assert maker in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("shards", "calls"), [(1, ["a b c"]), (2, ["a c", "b"]), (8, ["a", "b", "c"])])
-@pytest.mark.parametrize("fails", ["", "b"])
-def test_files_are_divided_among_the_gpus_and_a_part_that_fails_is_named(settings, tmp_path, shards, calls, fails):
-    work = f'work() {{ echo "$CUDA_VISIBLE_DEVICES:$*" >>{tmp_path}/calls; [[ "$*" != *{fails or "nothing"}* ]]; }}'
-    done = subprocess.run(
-        ["bash", "-c", f"source scripts/common.sh {settings}; {work}; divided work a b c; echo finished"], cwd=REPO, capture_output=True, text=True,
-        env={**os.environ, "NUM_SHARDS": str(shards), "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
-    )
-    made = sorted((tmp_path / "calls").read_text().splitlines())
-    assert [line.split(":")[1] for line in made] == calls
-    assert (done.returncode == 0, "finished" in done.stdout) == (not fails, not fails)
-    if shards > 1:
-        assert [line.split(":")[0] for line in made] == [str(n) for n in range(len(calls))]
-        assert ("logs/work.1.log" in done.stderr) == bool(fails)
-
-
 def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
     """reranker.py with the scores of runs, one a part: that of part 3 is missing at first."""
     docs = [{"id": "d1", "title": "", "text": "x"}, {"id": "d2", "title": "", "text": "y"}]

@@ -1,0 +1,216 @@
+"""The scripts on machines with no GPU, one, four and eight: who works on what, and how training starts. Stand-ins for every program."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
+
+REPO = Path(__file__).parents[1]
+RECIPES = sorted((REPO / "recipes").glob("*/*.yaml"))
+
+
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """machine(GPUS) is the environment of a machine whose nvidia-smi lists as many; settings of a run are in CONFIG."""
+
+    def make(gpus: int | None = None, **environment) -> dict[str, str]:
+        listed = "\n".join(map(str, range(gpus or 0)))
+        program(tmp_path / "bin/nvidia-smi", "exit 9" if gpus is None else f"echo '{listed}'")
+        kept = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "NUM_SHARDS", "SHARDS", "CUDA_DEVICE_ORDER")}
+        return {**kept, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CONFIG": str(REPO / "configs/llama3_8b.env"), "WORK": str(tmp_path / "run"), **environment}
+
+    return make
+
+
+def bash(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """A command after `source scripts/common.sh`."""
+    return subprocess.run(["bash", "-c", f"source scripts/common.sh; {command}"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize(("listed", "visible", "gpus", "workers"), [
+    (None, None, "", 1), (1, None, "0", 1), (8, None, "0 1 2 3 4 5 6 7", 8),
+    (4, "", "", 1), (4, "-1", "", 1), (4, "NoDevFiles", "", 1), (4, "2,-1,3", "2", 1), (4, "2,3", "2 3", 2), (4, "0, 1", "0 1", 2),
+    (4, "GPU-8932f937,GPU-11aa", "GPU-8932f937 GPU-11aa", 2), (4, "MIG-3f/1/0", "MIG-3f/1/0", 1),
+])
+def test_gpus_are_those_that_cuda_would_see(machine, listed, visible, gpus, workers):
+    environment = machine(listed, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    done = bash('echo "${GPUS[*]}|$WORKERS|$NUM_SHARDS|$(gpus_of 0)|$CUDA_DEVICE_ORDER"', environment)
+    assert done.stdout.strip() == f"{gpus}|{workers}|{workers}|{gpus.split(' ')[0]}|PCI_BUS_ID", done.stderr
+
+
+def test_what_nvidia_smi_says_when_it_fails_is_no_gpu(machine, tmp_path):
+    environment = machine()
+    program(tmp_path / "bin/nvidia-smi", "echo \"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\"\nexit 9")
+    assert bash('echo "${#GPUS[@]}"', environment).stdout.strip() == "0"
+
+
+@pytest.mark.parametrize(("flags", "per_shard", "size", "gpus"), [
+    ("", None, "1", "0"), ("", "2", "2", "0,1"), ("--max-model-len 4096", "4", "4", "0,1,2,3"), ("--tensor-parallel-size 2", None, "2", "0,1"),
+    ("--tensor_parallel_size=2", None, "2", "0,1"), ("--tensor-parallel-size 2 --dtype auto", "4", "2", "0,1,2,3"),
+])
+def test_an_engine_uses_all_gpus_of_its_worker(machine, flags, per_shard, size, gpus):
+    environment = machine(8, ENGINE_FLAGS=flags, **({"GPUS_PER_SHARD": per_shard} if per_shard else {}))
+    done = bash('echo "$ENGINE_FLAGS|$(gpus_of 0)"', environment)
+    engine, worker = done.stdout.strip().split("|")
+    assert re.findall(r"--tensor[-_]parallel[-_]size[ =](\d+)", engine) == [size] and worker == gpus and engine.strip().startswith(flags)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"GPUS_PER_SHARD": "16"}, {"GPUS_PER_SHARD": "0"}, {"NUM_SHARDS": "0"}, {"SHARDS": "1"}, {"SHARDS": "4", "NUM_SHARDS": "4"}, {"SHARDS": "x", "NUM_SHARDS": "4"},
+])
+def test_numbers_that_do_not_fit_the_machine_are_refused(machine, wrong):
+    done = bash("echo on", machine(8, **wrong))
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and next(iter(wrong)) in done.stderr
+
+
+# ---------------------------------------------------------------- parts and workers
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    docs = [{"id": "d1", "title": "", "text": "x"}]
+    return write_jsonl(tmp_path / "in.jsonl", [{"id": f"q{n}", "question": "what?", "docs": docs} for n in range(16)])
+
+
+# A stage of a moment that notes which GPU it has, and how many others run beside it.
+WORK = r"""
+work() { # PART OUTPUT
+    local mine; mine=$LOGS/$(basename "$1")
+    echo "${CUDA_VISIBLE_DEVICES:-}" >"$mine.running"
+    sleep 0.3
+    { cat "$LOGS"/*.running 2>/dev/null || true; } | sort | tr '\n' ' ' >"$mine.beside"
+    echo "${CUDA_VISIBLE_DEVICES:-}" >"$mine.gpu"
+    rm "$mine.running"
+    [[ -z ${FAILS:-} || $1 != *$FAILS* ]] || return 1
+    python -m stand_in "$1" "$2"
+}
+"""
+STAND_IN = """
+import sys
+from dynamicrag import stage
+from dynamicrag.output import Output
+from dynamicrag.records import read_rows
+
+def main():
+    parser = stage.ArgumentParser("")
+    parser.add_argument("read")
+    parser.add_argument("written")
+    stage.add_common_flags(parser)
+    args = parser.parse_args()
+    output = Output(args, [args.written], [args.read])
+    if not output.finished:
+        for chunk in output.chunks(read_rows(args.read), 100):
+            output.write(chunk)
+        output.finish()
+
+stage.run(main)
+"""
+
+
+@pytest.fixture
+def sharded(machine, questions, tmp_path):
+    """sharded(gpus) runs the stage on the parts of the questions."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "logs").mkdir()
+
+    def run(gpus: int | None, **environment) -> subprocess.CompletedProcess:
+        environment = machine(gpus, LOGS=str(tmp_path / "logs"), PYTHONPATH=f"{tmp_path}:{REPO}", **environment)
+        return bash(f"{WORK} sharded {questions} {tmp_path}/out.jsonl work '{{in}}' '{{out}}'", environment)
+
+    return run
+
+
+def test_as_many_parts_run_at_once_as_there_are_workers_each_on_its_own_gpus(sharded, tmp_path):
+    done = sharded(4, NUM_SHARDS="8")
+    assert done.returncode == 0, done.stderr
+    beside = [path.read_text().split() for path in (tmp_path / "logs").glob("*.beside")]
+    assert len(beside) == 8 and max(map(len, beside)) == 4
+    assert all(len(set(gpus)) == len(gpus) for gpus in beside), "two parts on one GPU"
+    assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
+
+
+def test_parts_that_are_there_are_finished_on_any_number_of_gpus(sharded, tmp_path):
+    failed = sharded(8, FAILS="split_3")
+    assert failed.returncode == 1 and "part 3 failed" in failed.stderr and failed.stderr.count("error:") == 1
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.jsonl.parts").glob("out_*.jsonl")}
+    assert len(made) == 7
+    done = sharded(2)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    gpus = {path.read_text().strip() for path in (tmp_path / "logs").glob("*.gpu")}
+    assert gpus == {"0", "1"}
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 16
+    assert sharded(None).returncode == 0 and not (tmp_path / "out.jsonl.parts/out_8.jsonl").exists()
+
+
+def test_a_file_begun_as_a_whole_is_finished_as_a_whole(sharded, tmp_path):
+    assert sharded(1).returncode == 0
+    done = sharded(8)
+    assert done.returncode == 0 and "complete already" in done.stderr and not (tmp_path / "out.jsonl.parts").exists()
+
+
+def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
+    for shards, here in {"0 1 2 3": 4, "4 5 6 7": 8}.items():
+        done = sharded(4, NUM_SHARDS="8", SHARDS=shards)
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / "out.jsonl.parts").glob("out_?.jsonl"))) == here and not (tmp_path / "out.jsonl").exists()
+    refused = sharded(4, NUM_SHARDS="4", SHARDS="0 1")
+    assert refused.returncode == 2 and "NUM_SHARDS=8" in refused.stderr
+    for log in (tmp_path / "logs").glob("*"):
+        log.unlink()
+    done = sharded(4)
+    assert done.returncode == 0 and [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_ended_leaves_no_worker(machine, tmp_path, sent):
+    command = f"source scripts/common.sh; work() {{ sleep 87.5 & echo $! >{tmp_path}/pid.$1; wait; }}; in_pool work {tmp_path}/logs/ 0 1; echo on"
+    script = subprocess.Popen(["bash", "-c", command], cwd=REPO, env=machine(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while len(pids := [path for path in tmp_path.glob("pid.*") if path.read_text()]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    script.send_signal(sent)
+    out, _ = script.communicate(timeout=20)
+    assert script.returncode == 128 + sent and not out
+    time.sleep(0.2)
+    states = [Path(f"/proc/{pid.read_text().strip()}/stat") for pid in pids]
+    assert len(states) == 2 and not [state for state in states if state.exists() and state.read_text().split()[2] != "Z"]
+
+
+def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(machine, tmp_path):
+    program(tmp_path / "python", f'echo "$CUDA_VISIBLE_DEVICES $*" >>{tmp_path}/calls; [[ "$*" != *"--shard_id ${{FAILS:-none}} "* ]]')
+    passages, embeddings = tmp_path / "passages.tsv", tmp_path / "embeddings"
+    passages.touch()
+    python = {"BASH_FUNC_python%%": f'() {{ {tmp_path}/python "$@"\n}}', "PASSAGES": str(passages), "EMBEDDINGS": str(embeddings), "HOME": str(tmp_path)}
+
+    def embed(gpus: int | None, **environment) -> tuple[subprocess.CompletedProcess, list[tuple[str, str, str]]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = subprocess.run(["bash", "scripts/01_embed.sh"], cwd=REPO, env=machine(gpus, **python, **environment), capture_output=True, text=True)
+        calls = [re.search(r"^(\S*) .*--shard_id (\d+) --num_shards (\d+)", line).groups() for line in (tmp_path / "calls").read_text().splitlines()]
+        return done, sorted(calls, key=lambda call: int(call[1]))
+
+    assert embed(1)[1] == [("", "0", "1")]
+    assert {call[1:] for call in embed(4)[1]} == {(str(n), "4") for n in range(4)}
+    embeddings.mkdir()
+    (embeddings / "passages_03.npy.partial.manifest.json").write_text(json.dumps({"arguments": {"num_shards": 8, "shard_id": 3}}, separators=(",", ":")))
+    done, calls = embed(2, FAILS="3")
+    assert [call[1:] for call in calls] == [(str(n), "8") for n in range(8)] and {call[0] for call in calls} == {"0", "1"}
+    assert done.returncode == 1 and done.stderr.count("error: part 3 failed") == 1 and "run/logs/embed_3.log" in done.stderr
+    assert [call[1] for call in embed(2, NUM_SHARDS="8", SHARDS="6 7")[1]] == ["6", "7"]
