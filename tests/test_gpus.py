@@ -214,3 +214,116 @@ def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(
     assert [call[1:] for call in calls] == [(str(n), "8") for n in range(8)] and {call[0] for call in calls} == {"0", "1"}
     assert done.returncode == 1 and done.stderr.count("error: part 3 failed") == 1 and "run/logs/embed_3.log" in done.stderr
     assert [call[1] for call in embed(2, NUM_SHARDS="8", SHARDS="6 7")[1]] == ["6", "7"]
+
+
+# Answers of a model that names the first document for most questions, and writes no selection for some.
+STUB_INFERENCE = """
+import sys
+from pathlib import Path
+from test_inference import StubEngine
+from dynamicrag import calls, stage
+script = Path(sys.argv[1]).stem
+sys.argv = sys.argv[1:]
+def reply(request, kind, titles):
+    question = request.messages[-1]["content"]
+    return "answer" if kind == "answer" else "no selection" if "odd 1" in question else "[1]"
+def load(args, both=True):
+    with open("LOADS", "a") as file:
+        print(script, file=file)
+    return (calls.Caller(StubEngine(reply), args),) * 2
+module = __import__(script)
+module.load_callers = load
+stage.run(module.main)
+"""
+
+
+@pytest.fixture
+def results(machine, tmp_path):
+    """results(GPUS, VALUES, SET...) answers two evaluation sets; returns the files of the results by name."""
+    (tmp_path / "stub_inference.py").write_text(STUB_INFERENCE.replace("LOADS", str(tmp_path / "loads")))
+    rows = [
+        {"id": f"q{n}", "dataset": "nq", "question": f"what is {'odd' if n % 3 == 1 else 'even'} {n}?", "answers": ["x"],
+         "docs": [{"id": f"d{m}", "title": f"t{m}", "text": f"text {m}", "rerank_score": 1 / m, "rerank_label": "true"} for m in range(1, 5)]}
+        for n in range(7)
+    ]
+    (tmp_path / "run/eval_data").mkdir(parents=True)
+    for name, asked in {"nq": rows, "few": rows[2:5]}.items():
+        write_jsonl(tmp_path / f"run/eval_data/{name}.jsonl", asked)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    python = f'() {{ if [[ $1 == *inference.py ]]; then command python {tmp_path}/stub_inference.py "$@"; else command python "$@"; fi\n}}'
+
+    def run(gpus: int, command: str) -> dict[str, str]:
+        environment = machine(gpus, PYTHONPATH=f"{REPO}:{REPO}/tests", **{"BASH_FUNC_python%%": python})
+        done = bash(f'run=$WORK/results model={tmp_path}/model; cd {REPO}; set -- "$WORK"/eval_data/{{nq,few}}.jsonl; {command}', environment)
+        assert done.returncode == 0, done.stderr
+        return {path.name: path.read_text() for path in sorted((tmp_path / "run/results").glob("*.json"))}
+
+    return run
+
+
+INFER = 'answer inference.py "$model" "$run/{input}_sft_{selector}.json" selector "top:2 dynamic" --topn 2 -- "$@"'
+WINDOWS = 'answer top_inference.py "$model" "$run/{input}_sft_windows{topn}.json" topn 3 --max-context-window 2 -- "$2"'
+
+
+def test_questions_are_divided_among_workers_that_load_the_model_once_and_results_are_those_of_one(results, tmp_path):
+    whole = results(1, f"{INFER}; {WINDOWS}")
+    assert len(json.loads(whole["nq_sft_dynamic.json"])) == 6 and len(json.loads(whole["nq_sft_dynamic_remain.json"])) == 1
+    assert (tmp_path / "loads").read_text().split() == ["inference", "top_inference"]
+    os.rename(tmp_path / "run/results", tmp_path / "whole")
+    (tmp_path / "loads").unlink()
+    divided = results(2, f"{INFER}; {WINDOWS}")
+    loads = (tmp_path / "loads").read_text().split()
+    assert loads == ["inference"] * 2 + ["top_inference"] * 2
+    timed = {name for name in whole if name.endswith(".manifest.json")}
+    assert divided.keys() == whole.keys() and {name: divided[name] for name in divided.keys() - timed} == {name: whole[name] for name in whole.keys() - timed}
+    for name in timed:
+        one, other = json.loads(whole[name]), json.loads(divided[name])
+        assert other["counts"].pop("shards") == 2 and one.pop("seconds") is not None and other.pop("seconds") is not None
+        assert other == one, "the report, and a later run of one worker, tell results by their manifests"
+
+
+def test_results_begun_by_one_worker_are_finished_by_one(results, tmp_path):
+    whole = results(1, WINDOWS)
+    assert results(4, WINDOWS) == whole and (tmp_path / "loads").read_text().split() == ["top_inference"]
+    assert not (tmp_path / "run/results/parts").exists()
+
+
+def test_answers_of_parts_that_do_not_belong_together_are_refused(results, tmp_path, monkeypatch):
+    import aggregate
+    from dynamicrag.stage import UserError
+
+    results(2, WINDOWS)
+    parts, questions, name = tmp_path / "run/results/parts", tmp_path / "run/eval_data/few.jsonl", "few_sft_windows3"
+    monkeypatch.chdir(REPO)
+
+    def join() -> None:
+        aggregate.main(["--questions", str(questions), "--splits_dir", f"{parts}/split/few", "--input_files", f"{parts}/{name}.[0-9]*.json",
+                        "--output_file", str(tmp_path / "joined.json")])
+
+    def change(key: str, **new) -> str:
+        manifest = json.loads((parts / f"{name}.1.json.manifest.json").read_text())
+        manifest[key] |= new
+        return json.dumps(manifest)
+
+    for place, path, content in [
+        ("few_sft_windows3.1.json", parts / f"{name}.1.json.manifest.json", change("arguments", max_context_window=9)),
+        ("few_sft_windows3.1.json", parts / f"{name}.1.json.manifest.json", change("inputs", **{"template/llama3.jinja": "0"})),
+        ("few_sft_windows3.", parts / f"{name}.1.json.manifest.json", change("counts", rows=9)),
+        ("few_sft_windows3.1.json", parts / f"{name}.1.json.manifest.json", None),
+        ("few_sft_windows3_remain.1.json", parts / f"{name}_remain.1.json", None),
+        ("split/few", parts / "split/few/split_0.json.manifest.json", None),
+        ("split/few", questions, questions.read_text() + "\n"),
+    ]:
+        kept = path.read_text()
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=re.escape(place)):
+            join()
+        assert not (tmp_path / "joined.json.manifest.json").exists()
+        path.write_text(kept)
+        for left in tmp_path.glob("joined*"):
+            left.unlink()
+    join()
+    assert (tmp_path / "joined.json").read_text() == (tmp_path / f"run/results/{name}.json").read_text()
