@@ -40,8 +40,9 @@ visible_gpus() {
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # nvidia-smi's order; CUDA's own is the fastest GPU first
 mapfile -t GPUS < <(visible_gpus)
 
-# The tensor parallel size that ENGINE_FLAGS asks for, if it does; a worker has that many GPUs unless GPUS_PER_SHARD says otherwise.
-ASKED_SIZE=$(sed -nE 's/.*--tensor[-_]parallel[-_]size[ =]+([0-9]+).*/\1/p' <<<"${ENGINE_FLAGS:-}")
+# engine_size: the tensor parallel size in ENGINE_FLAGS, if they name it. A worker has that many GPUs unless GPUS_PER_SHARD says otherwise.
+engine_size() { sed -nE 's/.*--tensor[-_]parallel[-_]size[ =]+([0-9]+).*/\1/p' <<<"${ENGINE_FLAGS:-}"; }
+ASKED_SIZE=$(engine_size)
 GPUS_PER_SHARD=${GPUS_PER_SHARD:-${ASKED_SIZE:-1}}
 [[ $GPUS_PER_SHARD =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: expected a number of GPUs, 1 or more"
 [[ ${NUM_SHARDS:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_SHARDS=$NUM_SHARDS: expected a number of parts, 1 or more"
@@ -328,6 +329,8 @@ layout() {
     wanted=${TRAIN_GPUS:-$([[ -n $DEEPSPEED ]] && echo all || echo 1)}
     [[ $wanted == all || $wanted =~ ^[1-9][0-9]*$ ]] || refuse "TRAIN_GPUS=$wanted: expected a number of GPUs, or all"
     [[ $wanted == all || $wanted -le ${#GPUS[@]} || -z ${TRAIN_GPUS:-} ]] || refuse "TRAIN_GPUS=$wanted: there are ${#GPUS[@]} GPUs to use; lower it or use more"
+    [[ -z $DEEPSPEED || ${#GPUS[@]} -gt 0 ]] || refuse "$recipe: DeepSpeed needs a GPU, and there is none to use; take a machine with GPUs," \
+        "or a recipe without deepspeed:"
     TRAIN_ON=("${GPUS[@]}")
     [[ $wanted == all ]] || TRAIN_ON=("${GPUS[@]:0:wanted}")
     PROCESSES=${NPROC_PER_NODE:-$((${#TRAIN_ON[@]} ? ${#TRAIN_ON[@]} : 1))}

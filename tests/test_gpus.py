@@ -327,3 +327,167 @@ def test_answers_of_parts_that_do_not_belong_together_are_refused(results, tmp_p
             left.unlink()
     join()
     assert (tmp_path / "joined.json").read_text() == (tmp_path / f"run/results/{name}.json").read_text()
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture
+def training(machine, tmp_path):
+    """training(GPUS, "RECIPE KEY=VALUE...") trains with a stand-in for LLaMA-Factory; what it was started with, or the refusal."""
+    (tmp_path / "rows.json").write_text("[]")
+    trainer = program(tmp_path / "trainer/bin/llamafactory-cli", f"""
+        echo "$*" >>{tmp_path}/calls
+        [[ $1 == train ]] || exit 0
+        for name in FORCE_TORCHRUN CUDA_VISIBLE_DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE; do echo "$name=${{!name-unset}}"; done >{tmp_path}/started
+        echo "torchrun=$(command -v torchrun)" >>{tmp_path}/started
+        for word; do echo "$word"; done >>{tmp_path}/started
+        [[ ! -f {tmp_path}/fails ]]""")
+    program(tmp_path / "trainer/bin/torchrun", "")
+
+    def run(gpus: int | None, asked: str, **environment) -> dict[str, str] | str:
+        recipe, _, words = asked.partition(" ")
+        (tmp_path / "started").unlink(missing_ok=True)
+        command = f"train sft {recipe} {tmp_path}/rows.json -- {words}"
+        done = bash(command, machine(gpus, LLAMAFACTORY=str(trainer), **environment))
+        if done.returncode == 2:
+            assert not (tmp_path / "started").exists()
+            return done.stderr
+        started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
+        return dict(line.partition("=")[::2] for line in started)  # the last of a key wins, as with LLaMA-Factory
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_training_finds_the_torchrun_of_its_own_environment(training, tmp_path, recipe):
+    assert training(8, recipe, TRAIN_GPUS="8")["torchrun"] == f"{tmp_path}/trainer/bin/torchrun"
+
+
+@pytest.mark.parametrize(("gpus", "asked", "environment", "devices", "accumulation", "torchrun"), [
+    (8, "sft", {}, "0,1,2,3,4,5,6,7", "4", "1"), (4, "sft", {}, "0,1,2,3", "8", "1"), (1, "sft", {}, "0", "32", "1"),
+    (8, "sft", {"TRAIN_GPUS": "2"}, "0,1", "16", "1"), (8, "sft", {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-a,GPU-b", "16", "1"),
+    (8, "sft per_device_train_batch_size=2", {}, "0,1,2,3,4,5,6,7", "2", "1"), (3, "sft gradient_accumulation_steps=5", {}, "0,1,2", "5", "1"),
+    (8, "sft deepspeed=null", {}, "0", "32", "unset"), (8, "sft_lora", {}, "0", "32", "unset"), (8, "sft_lora", {"TRAIN_GPUS": "all"}, "0,1,2,3,4,5,6,7", "4", "1"),
+    (None, "sft deepspeed=null", {}, "unset", "32", "unset"), (8, "sft", {"NPROC_PER_NODE": "4"}, "0,1,2,3,4,5,6,7", "8", "1"),
+])
+def test_the_total_batch_is_that_of_the_recipe_on_any_number_of_gpus(training, gpus, asked, environment, devices, accumulation, torchrun):
+    started = training(gpus, asked, **environment)
+    assert (started["CUDA_VISIBLE_DEVICES"], started["gradient_accumulation_steps"], started["FORCE_TORCHRUN"]) == (devices, accumulation, torchrun)
+
+
+def test_a_recipe_without_deepspeed_takes_one_gpu_and_its_own_batch(training):
+    started = training(8, "warm_up", MODEL="smollm2_135m")
+    assert (started["CUDA_VISIBLE_DEVICES"], started["gradient_accumulation_steps"], started["use_cpu"]) == ("0", "2", "false")
+
+
+@pytest.mark.parametrize(("gpus", "asked", "environment", "names"), [
+    (3, "sft", {}, ("32", "3 processes", "TRAIN_GPUS")), (8, "sft per_device_train_batch_size=3", {}, ("32", "8 processes", "3 per device")),
+    (8, "sft", {"TRAIN_GPUS": "16"}, ("TRAIN_GPUS", "8")), (8, "sft", {"TRAIN_GPUS": "some"}, ("TRAIN_GPUS",)), (8, "sfx", {}, ("sfx.yaml",)), (None, "sft", {}, ("DeepSpeed", "GPU")),
+    (8, "sft", {"NNODES": "2"}, ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")), (8, "sft", {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0"}, ("MASTER_PORT",)),
+])
+def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(training, gpus, asked, environment, names):
+    refused = training(gpus, asked, **environment)
+    assert isinstance(refused, str) and len(refused.splitlines()) == 1 and not [name for name in names if name not in refused]
+
+
+def test_machines_train_together_and_the_first_keeps_the_books(training, tmp_path):
+    torchrun = {"NNODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    started = training(8, "sft", **torchrun, NODE_RANK="1")
+    folder = tmp_path / "run/DynamicRAG_llama3_8b/sft"
+    assert not [path for path in folder.iterdir() if path.is_file()]
+    assert (started["gradient_accumulation_steps"], started["FORCE_TORCHRUN"]) == ("2", "1")
+    assert {**torchrun, "NODE_RANK": "1"}.items() <= started.items()
+    assert training(8, "sft", **torchrun, NODE_RANK="0")["NODE_RANK"] == "0" and (folder / "trained_on.sha256").exists()
+    assert training(8, "sft", **torchrun, NODE_RANK="1") == {}
+
+
+def test_a_second_start_of_a_training_is_told_who_is_at_it(training, machine, tmp_path):
+    folder = tmp_path / "run/DynamicRAG_llama3_8b"
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen(["bash", "-c", f"source scripts/common.sh; hold {folder}/sft.0.lock {folder}/sft; echo held; read -r"], cwd=REPO, env=machine(8),
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    refused = training(8, "sft")
+    assert isinstance(refused, str) and f"process {holder.pid} of" in refused and len(refused.splitlines()) == 1
+    holder.communicate("\n", timeout=10)
+    assert training(8, "sft")["FORCE_TORCHRUN"] == "1" and (folder / "sft/trained_on.sha256").exists()
+
+
+def test_a_zero_checkpoint_is_continued_by_as_many_processes_alone(training, tmp_path):
+    (tmp_path / "fails").touch()
+    training(8, "sft")
+    output = tmp_path / "run/DynamicRAG_llama3_8b/sft"
+    assert training(4, "sft"), "there is no checkpoint yet"
+    training(8, "sft")
+    (output / "checkpoint-20").mkdir()
+    refused = training(4, "sft")
+    assert isinstance(refused, str) and "8 processes" in refused and "checkpoint-*" in refused
+    (tmp_path / "fails").unlink()
+    assert training(8, "sft")["FORCE_TORCHRUN"] == "1" and not list(output.glob("checkpoint-*"))
+
+
+def test_an_adapter_is_merged_into_an_ordinary_checkpoint_once_it_is_trained(training, tmp_path):
+    (tmp_path / "fails").touch()
+    training(1, "sft_qlora model_name_or_path=base")
+    folder = tmp_path / "run/DynamicRAG_llama3_8b/sft"
+    assert f"output_dir={folder}/adapter" in (tmp_path / "calls").read_text() and not (folder / "trained_on.sha256").exists()
+    (tmp_path / "fails").unlink()
+    (tmp_path / "calls").unlink()
+    training(1, "sft_qlora model_name_or_path=base")
+    trained, merged = (tmp_path / "calls").read_text().splitlines()
+    assert trained.startswith("train ") and merged == (
+        f"export --model_name_or_path base --adapter_name_or_path {folder}/adapter --template llama3 --finetuning_type lora --export_dir {folder} --export_device cpu"
+    )
+    assert (folder / "trained_on.sha256").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_accumulates_its_total_batch_on_the_gpus_it_is_written_for(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    total, per_device, accumulated = (
+        int(re.search(rf"^{key}: (\d+)", text, re.MULTILINE)[1]) for key in ("# total_batch", "per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    gpus = 8 if "\ndeepspeed: " in text else 1
+    assert total == per_device * accumulated * gpus
+    assert recipe.parent.name == "smollm2_135m" or (total, "\nsave_steps: 0.2 " in text) == (32, True)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """The rows of the plan's two tables, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize(("gpus", "environment", "worker", "sft"), [
+    # workers, GPUs of the first, parts, tensor parallel size; GPUs, processes, per device, accumulation, total, DeepSpeed, FORCE_TORCHRUN
+    (1, {}, ["1", "0", "1", "1"], ["0", "1", "1", "32", "32", "yes", "1"]),
+    (4, {}, ["4", "0", "4", "1"], ["0,1,2,3", "4", "1", "8", "32", "yes", "1"]),
+    (8, {}, ["8", "0", "8", "1"], ["0,1,2,3,4,5,6,7", "8", "1", "4", "32", "yes", "1"]),
+    (8, {"CUDA_VISIBLE_DEVICES": "", "MODEL": "smollm2_135m"}, ["1", "CPU", "1", "1"], ["CPU", "1", "1", "4", "4", "no", "0"]),
+    (8, {"NUM_SHARDS": "1"}, ["1", "0,1,2,3,4,5,6,7", "1", "1"], ["0,1,2,3,4,5,6,7", "8", "1", "4", "32", "yes", "1"]),
+    (8, {"CUDA_VISIBLE_DEVICES": "3"}, ["1", "3", "1", "1"], ["3", "1", "1", "32", "32", "yes", "1"]),
+    (8, {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "NUM_SHARDS": "8"}, ["4", "0", "8", "1"], ["0,1,2,3", "4", "1", "8", "32", "yes", "1"]),
+    (8, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, ["2", "GPU-a", "2", "1"], ["GPU-a,GPU-b", "2", "1", "16", "32", "yes", "1"]),
+    (8, {"GPUS_PER_SHARD": "2", "SFT_RECIPE": "sft_lora"}, ["4", "0,1", "4", "2"], ["0", "1", "1", "32", "32", "no", "0"]),
+    (8, {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["8", "0", "8", "1"], ["0,1,2,3,4,5,6,7", "16", "1", "2", "32", "yes", "1"]),
+])
+def test_the_plan_says_what_would_start_and_starts_nothing(machine, tmp_path, gpus, environment, worker, sft):
+    done = subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, env=machine(gpus, **environment), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plan = table(done.stdout)
+    assert plan["06_sample.sh"] == worker and plan["05_sft.sh"][1:] == sft
+    assert plan["03_rerank.sh"] == [*worker[:3], "-"] and not (tmp_path / "run").exists()
+    assert {name for name in plan if re.match(r"\d\d_", name)} == {path.name for path in (REPO / "scripts").glob("[01][0-9]_*.sh")}
+
+
+def test_the_plan_refuses_what_training_refuses_and_shows_the_parts_that_are_there(machine, tmp_path):
+    folder = tmp_path / "run/output/retrieval_data_rerank.jsonl.parts/in"
+    folder.mkdir(parents=True)
+    (folder / "split_0.json.manifest.json").write_text('{\n  "arguments": {\n    "num_splits": 8\n}}')
+    done = subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, env=machine(3), capture_output=True, text=True)
+    assert done.returncode == 0 and table(done.stdout)["03_rerank.sh"][:3] == ["3", "0", "8"]
+    assert "3 processes" in table(done.stdout)["05_sft.sh"][1]

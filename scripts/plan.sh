@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# What every numbered script would start on this machine, by the functions that the scripts use. It starts nothing.
+#     bash scripts/plan.sh [configs/llama3_8b.env]
+source "$(dirname "$0")/common.sh"
+
+row() { printf '| %-19s |' "$1"; printf ' %-12s |' "${@:2}"; echo; }
+on() { if (($#)); then (IFS=,; echo "$*"); else echo CPU; fi; }
+
+work() { # SCRIPT PARTS SIZE: a file that is not divided is one worker's, who sees all GPUs
+    local gpus
+    gpus=$( (($2 == 1)) && on "${GPUS[@]}" || gpus_of 0)
+    row "$1" $(($2 < WORKERS ? $2 : WORKERS)) "${gpus:-CPU}" "$2" "$3"
+}
+answers() { # SCRIPT: of the first evaluation set
+    work "$1" "$(parts_of "" "$WORK/results/parts/split/$(stem "${EVAL_QUESTIONS%% *}")")" "$size"
+}
+size=$(engine_size)
+size=${size:-1}
+echo "GPUs: $(on "${GPUS[@]}"); NUM_SHARDS=$NUM_SHARDS, GPUS_PER_SHARD=$GPUS_PER_SHARD${SHARDS:+, SHARDS=\"$SHARDS\"}"
+echo
+row script workers "GPUs of the first" parts "tensor parallel size"
+row --- --- --- --- ---
+output=$WORK/output/retrieval_data
+work 01_embed.sh "$(embedding_shards)" -
+work 02_retrieve.sh "$(parts_of "$output.jsonl" "$output.jsonl.parts/in")" -
+work 03_rerank.sh "$(parts_of "${output}_rerank.jsonl" "${output}_rerank.jsonl.parts/in")" -
+row 04_training_data.sh 1 CPU 1 -
+sampled=$WORK/results/training_data_dpo_sampling.json
+work 06_sample.sh "$(parts_of "$sampled" "$sampled.parts/in")" "$size"
+row 07_reward.sh 1 "$(on "${GPUS[@]:0:1}")" 1 -
+answers 09_infer.sh
+row 10_evaluate.sh 1 CPU 1 -
+answers 11_top_n.sh
+echo
+
+row script recipe GPUs processes "per device" accumulation "total batch" DeepSpeed FORCE_TORCHRUN
+row --- --- --- --- --- --- --- --- ---
+training() { # SCRIPT RECIPE KEY=VALUE...
+    local recipe=recipes/$MODEL/$2.yaml said
+    if said=$( (layout "$recipe" "${@:3}") 2>&1); then
+        layout "$recipe" "${@:3}"  # again, here, for its variables
+        row "$1" "$2" "$(on "${TRAIN_ON[@]}")" "$PROCESSES" "$PER_DEVICE" "$ACCUMULATION" "$TOTAL_BATCH" \
+            "$([[ -n $DEEPSPEED ]] && echo yes || echo no)" "$TORCHRUN"
+    else
+        row "$1" "$2" "${said#error: }"
+    fi
+}
+# shellcheck disable=SC2086  # lists of key=value settings
+training 05_sft.sh "$SFT_RECIPE" ${SFT_FLAGS:-}
+# shellcheck disable=SC2086
+training 08_dpo.sh "$DPO_RECIPE" ${DPO_FLAGS:-}
