@@ -8,7 +8,7 @@ on() { if (($#)); then (IFS=,; echo "$*"); else echo CPU; fi; }
 
 work() { # SCRIPT PARTS SIZE: a file that is not divided is one worker's, who sees all GPUs
     local gpus
-    gpus=$( (($2 == 1)) && on "${GPUS[@]}" || gpus_of 0)
+    gpus=$(if (($2 == 1)); then on "${GPUS[@]}"; else gpus_of 0; fi)
     row "$1" $(($2 < WORKERS ? $2 : WORKERS)) "${gpus:-CPU}" "$2" "$3"
 }
 answers() { # SCRIPT: of the first evaluation set

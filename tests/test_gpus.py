@@ -37,7 +37,7 @@ def machine(tmp_path):
 
 def bash(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     """A command after `source scripts/common.sh`."""
-    return subprocess.run(["bash", "-c", f"source scripts/common.sh; {command}"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", "-c", f"source scripts/common.sh; {command}"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
 
 
 # ---------------------------------------------------------------- GPUs
@@ -453,6 +453,32 @@ def test_a_recipe_accumulates_its_total_batch_on_the_gpus_it_is_written_for(reci
     assert recipe.parent.name == "smollm2_135m" or (total, "\nsave_steps: 0.2 " in text) == (32, True)
 
 
+@pytest.mark.slow
+def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_from_it(machine, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    base, run = tmp_path / "base", tmp_path / "run"
+    make_tiny_llama(base)
+    (run / "training_data").mkdir(parents=True)
+    row = {"instruction": "Question: what?", "input": "", "system": "Choose."}
+    for name, more in {"reranker_bc_training": {"output": "[1]"}, "generator_sft_training": {"output": "x"}, "llama3_8b_reranker_dpo": {"chosen": "[1]", "rejected": "[2]"},
+                       "llama3_8b_generator_dpo": {"chosen": "x", "rejected": "y z"}}.items():
+        (run / f"training_data/{name}.json").write_text(json.dumps([{**row, **more}] * 2))
+    words = "use_cpu=true preprocessing_num_workers=1 disable_gradient_checkpointing=true gradient_accumulation_steps=1 learning_rate=0.01 plot_loss=false max_steps=2"
+    data, folders = run / "training_data/reranker_bc_training.json", {"base": base, "sft": run / "DynamicRAG_llama3_8b/sft", "dpo": run / "DynamicRAG_llama3_8b/dpo"}
+    for stage, recipe, model in (("sft", "sft_lora", base), ("dpo", "dpo_lora", folders["sft"])):
+        done = bash(f"train {stage} {recipe} {data} -- model_name_or_path={model} {words}", machine())
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {path.name for path in folders[stage].iterdir()} >= {"config.json", "trained_on.sha256", "trainer_state.json", "tokenizer_config.json", "adapter"}
+        assert (folders[stage] / "adapter/adapter_config.json").exists() and not list(folders[stage].rglob("checkpoint-*"))
+    weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+    changed = "model.layers.0.mlp.up_proj.weight"
+    assert weights["base"].keys() == weights["sft"].keys() == weights["dpo"].keys()
+    for before, after in (("base", "sft"), ("sft", "dpo")):
+        assert not torch.equal(weights[before][changed].bfloat16(), weights[after][changed].bfloat16())
+
+
 # ---------------------------------------------------------------- the plan
 
 
@@ -491,3 +517,49 @@ def test_the_plan_refuses_what_training_refuses_and_shows_the_parts_that_are_the
     done = subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, env=machine(3), capture_output=True, text=True)
     assert done.returncode == 0 and table(done.stdout)["03_rerank.sh"][:3] == ["3", "0", "8"]
     assert "3 processes" in table(done.stdout)["05_sft.sh"][1]
+
+
+# ---------------------------------------------------------------- setup
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """setup(COMMAND) calls a function of scripts/setup.sh on a machine with the programs that are in tmp_path/bin alone."""
+    for name in ("bash", "dirname", "grep", "sed"):
+        program(tmp_path / "bin" / name, f'exec /bin/{name} "$@"')
+    (tmp_path / "include/python3.11").mkdir(parents=True)
+
+    def run(command: str, **environment) -> subprocess.CompletedProcess:
+        program(tmp_path / "bin/python3.11", f"echo {tmp_path}/include/python3.11")
+        return subprocess.run(["/bin/bash", "-c", f"source scripts/setup.sh; {command}"], cwd=REPO, capture_output=True, text=True,
+                              env={"PATH": str(tmp_path / "bin"), **environment})
+
+    return run
+
+
+def test_what_a_machine_with_a_gpu_lacks_is_named_before_anything_is_installed(setup, tmp_path):
+    program(tmp_path / "bin/nvidia-smi", "echo 550.54.15; echo 550.54.15")
+    lacking = setup("check_machine python3.11; echo on")
+    assert lacking.returncode == 2 and not lacking.stdout
+    assert [word for line, word in zip(lacking.stderr.splitlines(), ("gcc", "python3.11-dev", "580"), strict=True) if word not in line] == []
+    program(tmp_path / "bin/gcc", "")
+    (tmp_path / "include/python3.11/Python.h").touch()
+    assert len(setup("check_machine python3.11").stderr.splitlines()) == 1
+    assert setup("check_machine python3.11", IGNORE_DRIVER="1").returncode == 0
+    program(tmp_path / "bin/nvidia-smi", "echo 580.65.06")
+    done = setup("check_machine python3.11; echo on")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+    program(tmp_path / "bin/nvidia-smi", "echo NVIDIA-SMI has failed; exit 9")
+    done = setup("check_machine python3.11; prove /nowhere; echo on")
+    assert done.stdout == "on\n" and len(done.stderr.splitlines()) == 1 and "not checked" in done.stderr
+
+
+def test_an_environment_whose_torch_has_no_gpu_is_not_called_ready(setup, tmp_path):
+    program(tmp_path / "bin/nvidia-smi", "echo 580.65.06")
+    program(tmp_path / "bin/python", f'exec {REPO}/.venv/bin/python "$@"')
+    import torch
+
+    done = setup(f"prove {tmp_path}; echo on", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and torch.__version__ in done.stderr and "580.65.06" in done.stderr and len(done.stderr.splitlines()) == 1
+    program(tmp_path / "bin/python", "exit 0")
+    assert setup(f"prove {tmp_path}; echo on").stdout == "on\n"
