@@ -300,7 +300,7 @@ parts_of_answers() {
 # newest_model: the folder of the DPO model where there is one, else of the SFT model.
 newest_model() { if [[ -f $MODEL_DIR/dpo/config.json ]]; then echo "$MODEL_DIR/dpo"; else echo "$MODEL_DIR/sft"; fi; }
 
-# version_of MODEL: the file by which a model trained anew is told from the one before; none of a hub's.
+# version_of MODEL: the file by which a model that was trained again is told from the one before; none for a hub's name.
 version_of() {
     local file
     for file in trainer_state.json config.json; do  # the first is of a model that LLaMA-Factory trained
@@ -338,6 +338,7 @@ layout() {
     # Without this LLaMA-Factory starts DeepSpeed on one GPU, and a machine of several with one GPU each, not at all.
     TORCHRUN=$([[ -n $DEEPSPEED || $PROCESSES -gt 1 ]] && echo 1 || echo 0)
     PER_DEVICE=$(setting per_device_train_batch_size "$@")
+    PER_DEVICE=${PER_DEVICE:-8}  # the trainer's own value
     ACCUMULATION=$(setting gradient_accumulation_steps "$@")
     TOTAL_BATCH=$(sed -nE 's/^# total_batch: *([0-9]+).*/\1/p' "$recipe")
     if [[ -n $TOTAL_BATCH && " ${*:2}" != *" gradient_accumulation_steps="* ]]; then
@@ -346,7 +347,8 @@ layout() {
                 "set TRAIN_GPUS to a number that divides it, or give per_device_train_batch_size= or gradient_accumulation_steps= after the recipe (SFT_FLAGS, DPO_FLAGS)"
         ACCUMULATION=$((TOTAL_BATCH / (PER_DEVICE * PROCESSES)))
     fi
-    TOTAL_BATCH=$((${PER_DEVICE:-8} * ${ACCUMULATION:-1} * PROCESSES))  # the trainer's own values if the recipe has none
+    ACCUMULATION=${ACCUMULATION:-1}
+    TOTAL_BATCH=$((PER_DEVICE * ACCUMULATION * PROCESSES))
 }
 
 # hold LOCK FOLDER: end here if another process trains into FOLDER; else this one holds LOCK until it and what it starts have ended.
@@ -426,7 +428,7 @@ start_training() (
     fi
     ((TORCHRUN == 0)) || export FORCE_TORCHRUN=1
     for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE; do [[ -z ${!name:-} ]] || export "${name?}"; done
-    [[ -z $ACCUMULATION ]] || words+=(gradient_accumulation_steps="$ACCUMULATION")
+    words+=(gradient_accumulation_steps="$ACCUMULATION")
     echo "training $folder: $PER_DEVICE per device x $ACCUMULATION accumulated x $PROCESSES processes = $TOTAL_BATCH per step," \
         "on ${TRAIN_ON[*]:-the CPU}" >&2
     trainer train "$recipe" dataset_dir="$WORK/recipes" output_dir="$output" "${words[@]}" "$@"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
+from conftest import make_tiny_llama, read_jsonl, write_jsonl
 
 REPO = Path(__file__).parents[1]
 RECIPES = sorted((REPO / "recipes").glob("*/*.yaml"))
