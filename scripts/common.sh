@@ -319,12 +319,16 @@ setting() {
     [[ $value == @(null|"~") ]] || echo "${value//[\"\']/}"
 }
 
+recipe_exists() { # RECIPE
+    [[ -f $1 ]] || refuse "$1: no such recipe; give one of recipes/$MODEL as SFT_RECIPE or DPO_RECIPE"
+}
+
 # layout RECIPE KEY=VALUE...: how a training run starts on this machine, in the variables below. A recipe with DeepSpeed takes
 # all GPUs, any other one GPU, unless TRAIN_GPUS says otherwise. The total batch stays the recipe's "# total_batch: N" on any
 # number of GPUs and machines (NNODES), by the number of steps accumulated.
 layout() {
     local recipe=$1 wanted
-    [[ -f $recipe ]] || refuse "$recipe: no such recipe; give one of recipes/$MODEL as SFT_RECIPE or DPO_RECIPE"
+    recipe_exists "$recipe"
     DEEPSPEED=$(setting deepspeed "$@")
     wanted=${TRAIN_GPUS:-$([[ -n $DEEPSPEED ]] && echo all || echo 1)}
     [[ $wanted == all || $wanted =~ ^[1-9][0-9]*$ ]] || refuse "TRAIN_GPUS=$wanted: expected a number of GPUs, or all"
@@ -378,7 +382,7 @@ train_alone() {
     shift 2
     while [[ $1 != -- ]]; do data+=("$1"); shift; done
     shift
-    layout "$recipe" "$@"
+    recipe_exists "$recipe"
     local begun=$folder/training_on.sha256 finished=$folder/trained_on.sha256 settings=$folder/settings.txt processes=$folder/processes.txt
     mkdir -p "$MODEL_DIR"
     hold "$folder.$rank.lock" "$folder"
@@ -388,6 +392,7 @@ train_alone() {
         fi
     done
     [[ -f $finished ]] && { echo "$folder is trained already" >&2; return; }
+    layout "$recipe" "$@"
     [[ -x $LLAMAFACTORY ]] || refuse "$LLAMAFACTORY is missing; make it with: bash scripts/setup.sh"
     # Without these every machine would wait at an address and a port of its own.
     ((${NNODES:-1} == 1)) || [[ -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} && -n ${NODE_RANK:-} ]] || \

@@ -425,6 +425,7 @@ def test_a_zero_checkpoint_is_continued_by_as_many_processes_alone(training, tmp
     assert isinstance(refused, str) and "8 processes" in refused and "checkpoint-*" in refused
     (tmp_path / "fails").unlink()
     assert training(8, "sft")["FORCE_TORCHRUN"] == "1" and not list(output.glob("checkpoint-*"))
+    assert training(3, "sft") == training(None, "sft") == {}, "a finished model asks nothing of the machine"
 
 
 def test_an_adapter_is_merged_into_an_ordinary_checkpoint_once_it_is_trained(training, tmp_path):
