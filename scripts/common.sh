@@ -22,7 +22,7 @@ source "$CONFIG"
 
 PATH="$PWD/.venv/bin:$PATH"
 LLAMAFACTORY=${LLAMAFACTORY:-.venv-train/bin/llamafactory-cli}
-export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 # Models in folders never need a hub; HF_HUB_OFFLINE=0 lets hub names be looked up.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
@@ -367,9 +367,10 @@ hold() {
     esac
 }
 
-# trainer COMMAND ARGUMENT...: LLaMA-Factory in its own environment, whose torchrun it starts by name.
+# trainer COMMAND ARGUMENT...: LLaMA-Factory in its own environment, whose torchrun it starts by name. It tokenises in processes of
+# its own, which must not each use all cores as well.
 trainer() {
-    PATH="$(cd "$(dirname "$LLAMAFACTORY")" && pwd):$PATH" DISABLE_VERSION_CHECK=1 "$LLAMAFACTORY" "$@"
+    PATH="$(cd "$(dirname "$LLAMAFACTORY")" && pwd):$PATH" DISABLE_VERSION_CHECK=1 TOKENIZERS_PARALLELISM=false "$LLAMAFACTORY" "$@"
 }
 
 # train STAGE RECIPE DATA... -- KEY=VALUE...: one LLaMA-Factory run of recipes/$MODEL/RECIPE.yaml on files of this run. An
