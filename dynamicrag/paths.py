@@ -11,7 +11,9 @@ def matching(pattern: str | Path, suffix: str = "") -> list[Path]:
     What exists is never a pattern: a part of the path that is the name of a file or folder there (`data[1]`, `a*b`) means
     that one. Only the other parts are read as globs.
     """
-    *folders, name = Path(pattern).parts or [""]
+    if not str(pattern):
+        return []
+    *folders, name = Path(pattern).parts or ["."]
     found = [Path()]
     for part in folders:
         found = [child for folder in found for child in _children(folder, part)]

@@ -13,7 +13,7 @@ import struct
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.locks import exclusive
@@ -232,7 +232,7 @@ class _ShardUnpickler(pickle._Unpickler):
     """
 
     # Protocol 5 writes what may be changed as a bytearray: read as bytes are, which reserves nothing that is not in the file.
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     def find_class(self, module: str, name: str) -> object:
         try:
