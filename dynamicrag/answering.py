@@ -70,7 +70,7 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
 
 def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
     """Device and dtype of the models, for Output.record(); nothing for a server, which does not say."""
-    places = [engine.place() for engine in dict.fromkeys(caller.engine for caller in callers) if hasattr(engine, "place")]
+    places = [caller.engine.place() for caller in callers if hasattr(caller.engine, "place")]
     return {key: ", ".join(dict.fromkeys(found[key] for found in places)) for key in ("device", "dtype")} if places else {}
 
 

@@ -5,7 +5,11 @@ import errno
 import fcntl
 import json
 import os
+import re
+import subprocess
+import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_jsonl
@@ -21,6 +25,7 @@ from test_io import (
 )
 
 from dynamicrag import manifest
+from dynamicrag.answering import place_of
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.locks import exclusive, in_turn
 from dynamicrag.manifest import read_manifest
@@ -317,3 +322,47 @@ def test_turns_are_of_one_machine_and_leave_nothing_beside_the_corpus(tmp_path, 
     with in_turn(tmp_path / "corpus.tsv"):
         pass
     assert not (tmp_path / "elsewhere").exists(), "in a folder that others may write to, no link is followed"
+
+
+# ---------------------------------------------------------------- what stages note and show
+
+CHAIN = """
+import sys
+from pathlib import Path
+import aggregate, evaluate_retrieval, generate_passage_embeddings, reranker, retriever, reward_trajectories, split_data
+corpus, encoder, monot5 = sys.argv[1:]
+common = ["--device", "cpu"]
+split_data.main(["--input_file", "questions.jsonl", "--output_dir", "splits", "--num_splits", "1"])
+generate_passage_embeddings.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--output_dir", "embeddings", *common])
+retriever.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--passages_embeddings", "embeddings", "--query",
+                "splits/split_0.json", "--output_file", "found_0.jsonl", "--index", "flat", "bm25", "--n_docs", "3", "--dtype", "float32", *common])
+aggregate.main(["--input_files", "found_*.jsonl", "--splits_dir", "splits", "--output_file", "all.jsonl"])
+reranker.main(["--model_name_or_path", monot5, "--input_file", "all.jsonl", "--output_file", "reranked.jsonl", "--dtype", "bfloat16", *common])
+reward_trajectories.main(["--input_file", "sampled.jsonl", "--output_file", "rewarded.jsonl", "--bert_model", encoder, "--bert_layer", "1", *common])
+evaluate_retrieval.main(["--results_file", "reranked.jsonl"])
+"""
+
+
+def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, request, encoder_dir, monot5_dir, corpus_tsv):
+    write_jsonl(tmp_path / "questions.jsonl", [{**row, "answers": ["x"]} for row in ROWS])
+    write_jsonl(tmp_path / "sampled.jsonl", [
+        {"id": "1", "question": "what?", "answers": ["a"], "docs": [], "id_lists": [[], []], "responses": ["a", "b"], "response_tokens": [1, 1]},
+    ])
+    done = subprocess.run([sys.executable, "-c", CHAIN, corpus_tsv, encoder_dir, monot5_dir], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(request.config.rootpath)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.search(r"\d%\||it/s|/s\]", done.stderr)
+    noted = {name: read_manifest(tmp_path / name) for name in ("embeddings/passages_00.npy", "found_0.jsonl", "reranked.jsonl", "rewarded.jsonl")}
+    assert {made["device"] for made in noted.values()} == {"cpu"}
+    automatic, *given, none = (made["resolved"].get("dtype") for made in noted.values())
+    assert automatic in ("float32", "bfloat16") and given == ["float32", "bfloat16"] and none is None
+
+
+def test_an_llm_stage_notes_where_its_models_run():
+    def caller(**place):
+        return SimpleNamespace(engine=SimpleNamespace(place=lambda: place) if place else SimpleNamespace())
+
+    one, other = caller(device="NVIDIA H100", dtype="bfloat16"), caller(device="NVIDIA H100", dtype="float16")
+    assert place_of((one, one)) == {"device": "NVIDIA H100", "dtype": "bfloat16"}
+    assert place_of((one, other)) == {"device": "NVIDIA H100", "dtype": "bfloat16, float16"}
+    assert place_of((caller(), caller())) == {}, "a server does not say"
