@@ -107,7 +107,7 @@ def _keep(kept: Path, state: list[int], digest: str) -> None:
     """Without a place to keep it in, the file is read again each time."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        writing = kept.with_name(f"{kept.name}.{os.getpid()}")
+        writing = kept.with_name(f"{kept.name}.{os.urandom(8).hex()}")
         writing.write_bytes(orjson.dumps({"state": state, "sha256": digest}))
         writing.replace(kept)
     except OSError as error:

@@ -23,6 +23,7 @@ import orjson
 from dynamicrag.jsonio import opened, read_json
 from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint, is_content
+from dynamicrag.paths import written_at
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def open_passages(path: str | Path, store: str | Path | None = None) -> PassageS
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such corpus")
-    folder = Path(store or f"{path}.store")
+    folder = written_at(store or f"{path}.store")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder):

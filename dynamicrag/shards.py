@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.locks import exclusive
-from dynamicrag.manifest import is_content, manifest_path, read_manifest
+from dynamicrag.manifest import fingerprint, is_content, manifest_path, read_manifest
 from dynamicrag.passages import PassageStore
 from dynamicrag.paths import matching
 from dynamicrag.stage import UserError, log
@@ -259,16 +259,25 @@ def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _convert(path: Path) -> Path:
-    """Write a pickled shard as .npy beside itself, once; the ids come last and mark it complete."""
+    """Write a pickled shard as .npy beside itself, once; the ids mark it complete, and a file `.from` says of what content it is."""
     converted = path.with_suffix(".npy")
+    done, note = ids_path(converted), Path(f"{converted}.from")
     try:
         with exclusive(path):
-            done = ids_path(converted)
-            if not done.is_file() or done.stat().st_mtime < path.stat().st_mtime:
+            content = fingerprint(path)
+            noted = note.read_text() if note.is_file() else None
+            # Earlier versions made no note.
+            current = noted == content if noted else done.is_file() and done.stat().st_mtime >= path.stat().st_mtime
+            if not (done.is_file() and current):
                 ids, vectors = read_pickled(path)
                 log.info("converting %s to %s (once)", path, converted)
+                for stale in (note, done):
+                    stale.unlink(missing_ok=True)
                 save_array(converted, vectors)
                 save_ids(done, ids)
+            if noted != content:
+                with atomic_writer(note) as file:
+                    file.write(content.encode())
     except OSError as error:
         raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
     return converted

@@ -146,7 +146,8 @@ def test_the_same_file_by_another_path_is_the_same_input(tmp_path, monkeypatch):
         return True
 
     assert not finished("data/rows.jsonl")
-    for path in ("./data/rows.jsonl", str(tmp_path / "data/rows.jsonl"), "linked/rows.jsonl", "by_link.jsonl"):
+    write_jsonl(tmp_path / "a_copy.jsonl", ROWS)
+    for path in ("./data/rows.jsonl", str(tmp_path / "data/rows.jsonl"), "linked/rows.jsonl", "by_link.jsonl", "a_copy.jsonl"):
         assert finished(path) and finished(path, str(tmp_path / "out.jsonl"), str(shard), str(tmp_path / "linked"))
     for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that says which data set the rows are of
         with pytest.raises(UserError, match="other arguments: files, input_file"):

@@ -163,6 +163,15 @@ def test_jsonl_and_parquet(tmp_path):
     assert store.docs([2, 0]) == [{"id": "é", "title": "", "text": ""}, {"id": "7", "title": "T", "text": "x"}]
 
 
+def test_a_store_that_is_a_link_lies_where_the_link_leads(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "a.jsonl.store").symlink_to("large/store")
+    for text in ("old", "new"):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": text}])
+        assert open_passages(path).docs([0])[0]["text"] == text and (tmp_path / "a.jsonl.store").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.store", "large"]
+
+
 def test_store_follows_the_corpus(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": "old"}])
     assert open_passages(path).docs([0])[0]["text"] == "old"
@@ -463,6 +472,17 @@ def test_published_shards(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir,
     expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "own.jsonl", "--n_docs", 5)
     for name in ("first", "second"):  # the second time from the converted copies, which are no further shards
         assert retrieve(encoder_dir, corpus_tsv, published, questions, tmp_path / f"{name}.jsonl", "--n_docs", 5) == expected
+
+
+def test_a_published_shard_that_is_replaced_is_converted_again(tmp_path):
+    """Also by a file that is older, as a copy that keeps the times is."""
+    shard = tmp_path / "passages_00"
+    for number, age in ((1, 0), (2, 1000), (3, 2000)):
+        shard.write_bytes(pickle.dumps((["a"], np.full((1, 2), number, np.float16))))
+        os.utime(shard, (shard.stat().st_mtime - age,) * 2)
+        for _ in range(2):
+            [opened] = open_shards(find_shards(str(tmp_path)))
+            assert opened.vectors.tolist() == [[number, number]]
 
 
 def test_a_pickle_never_runs_code(tmp_path, encoder_dir, corpus_tsv, questions):
