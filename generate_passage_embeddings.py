@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.batches import BATCH_TOKENS_HELP
+from dynamicrag.batches import BATCH_TOKENS_HELP, prepared_ahead
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.manifest import place
 from dynamicrag.output import Output
@@ -101,15 +101,19 @@ def main(argv: list[str] | None = None) -> None:
     file = output.begin()
     done = open_rows(file, stop - start, encoder.hidden_size)
     began = time.monotonic()
+
+    def tokenized(window: tuple[int, int]) -> tuple[list[str], list[list[int]]]:
+        columns = store.slice(*window)
+        texts = [f"{title} {text}".strip() for title, text in zip(columns["title"], columns["text"], strict=True)]
+        return columns["id"], encoder.tokenize(texts)
+
     with tqdm(total=stop - start, initial=done, desc=shard.name, unit=" passages", unit_scale=True) as progress:
-        for first, last in windows(start + done, stop, WINDOW):
-            columns = store.slice(first, last)
-            texts = [f"{title} {text}".strip() for title, text in zip(columns["title"], columns["text"], strict=True)]
-            vectors = encoder.encode(texts, args.batch_tokens, progress.update).astype(np.float16)
+        for ids, tokens in prepared_ahead(tokenized, windows(start + done, stop, WINDOW)):
+            vectors = encoder.encode_tokens(tokens, args.batch_tokens, progress.update).astype(np.float16)
             if not np.isfinite(vectors).all():
                 row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise stage.UserError(f"{args.model_name_or_path}: gives no finite float16 vector for passage "
-                                      f"{columns['id'][row]!r}; try --normalize or --dtype float32")
+                                      f"{ids[row]!r}; try --normalize or --dtype float32")
             output.append(vectors.tobytes())
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start

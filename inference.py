@@ -32,6 +32,7 @@ from dynamicrag.gold import needed_documents
 from dynamicrag.records import Doc, Row
 from dynamicrag.selection import expert_sequence, format_ids, parse_ids
 from dynamicrag.stage import UserError
+from dynamicrag.templates import in_threads
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
@@ -104,7 +105,7 @@ def select_gold(row: Row, docs: list[Doc], path: str) -> list[int]:
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
     """The rows answered; one whose selection cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
-    shown = [chooser.shown(row["question"], row["docs"][: run.topn]) for row in rows]
+    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: run.topn]), rows)
     if run.selector in BY_LLM:
         choices, usages = select_by_llm(run.selector, rows, shown, chooser)
     else:
@@ -114,9 +115,9 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         else:
             choices = [select_by_rule(run.selector, docs) for docs in shown]
     readable = [number for number, choice in enumerate(choices) if isinstance(choice, list)]
-    completions = generator.engine.complete([
-        generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]) for number in readable
-    ])
+    completions = generator.engine.complete(in_threads(
+        lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]), readable
+    ))
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, docs, choice, usage) in enumerate(zip(rows, shown, choices, usages, strict=True)):

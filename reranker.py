@@ -20,7 +20,7 @@ from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
 from dynamicrag.manifest import place
-from dynamicrag.monot5 import document_text
+from dynamicrag.monot5 import Tokens, document_text
 from dynamicrag.output import Output
 from dynamicrag.runs import Run
 
@@ -85,7 +85,8 @@ def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float
     return score
 
 
-def scores_of_model(args: Namespace) -> Callable[[list[Judged]], Iterable[float]]:
+def by_model(args: Namespace) -> tuple[Callable, Callable]:
+    """The two halves of judging a chunk by the model: prepare(rows), the tokens, and work(prepared), the rows judged."""
     from tqdm import tqdm
 
     from dynamicrag.monot5 import load_reranker
@@ -93,11 +94,14 @@ def scores_of_model(args: Namespace) -> Callable[[list[Judged]], Iterable[float]
     model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length)
     progress = tqdm(desc="judging", unit=" documents", unit_scale=True)
 
-    def score(pairs: list[Judged]) -> Iterable[float]:
-        texts = [(row["question"], document_text(doc)) for row, doc in pairs]
-        return model.score(texts, args.batch_tokens, progress.update)
+    def prepare(rows: list[dict]) -> tuple[list[dict], list[Tokens]]:
+        return rows, model.tokenize([(row["question"], document_text(doc)) for row in rows for doc in row["docs"][: args.n_docs]])
 
-    return score
+    def work(prepared: tuple[list[dict], list[Tokens]]) -> list[dict]:
+        rows, tokens = prepared
+        return rerank(rows, lambda _: model.score_tokens(tokens, args.batch_tokens, progress.update), args.n_docs, args.sort)
+
+    return prepare, work
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,11 +118,12 @@ def main(argv: list[str] | None = None) -> None:
         ids = (row["id"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None))
         run.check_questions(ids, args.input_file, "their documents score 0")
         score = scores_of_run(run, args.logits)
+        prepare, work = None, lambda chunk: rerank(chunk, score, args.n_docs, args.sort)
     else:
         output.record(**place(args.device, args.dtype))
-        score = scores_of_model(args)
+        prepare, work = by_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
-    output.process(rows, QUESTIONS_A_CHUNK, lambda chunk: rerank(chunk, score, args.n_docs, args.sort), count, "reranking")
+    output.process(rows, QUESTIONS_A_CHUNK, work, count, "reranking", prepare)
     judged = relevant = 0
     for row in output.written():
         judged += len(row["docs"])

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.device import DEVICES, DTYPES, pick_device
 from dynamicrag.index import CANDIDATES, NPROBE
 from dynamicrag.locks import in_turn
 from dynamicrag.manifest import place
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
+# Questions searched in one pass. On a GPU, rounding the vectors takes as long as comparing 1024 questions with them.
+QUESTIONS_A_PASS = {"cpu": 1024, "cuda": 4096}
 # Questions are sorted by length within so many.
 QUESTIONS_ENCODED = 1024
 
@@ -68,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters an IVF index looks into")
     group.add_argument("--candidates", type=int, default=CANDIDATES, help="documents a compressed index proposes for each one wanted")
     group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
-    group.add_argument("--questions_a_pass", type=int, default=1024, help="questions searched in one pass over the vectors")
+    group.add_argument("--questions_a_pass", type=int, help="questions searched in one pass over the vectors (1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
     group.add_argument("--normalize", action="store_true", help="vectors of length 1, as given when embedding")
@@ -89,7 +91,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--corpus_shard takes one index: ranks within a part cannot be fused; --index_path holds one as well")
     if not args.index and not args.run:
         parser.error("--index or --run: give at least one")
-    if min(args.n_docs, args.questions_a_pass, args.nprobe, args.candidates) < 1:
+    counts = [args.n_docs, args.nprobe, args.candidates, *([] if args.questions_a_pass is None else [args.questions_a_pass])]
+    if min(counts) < 1:
         parser.error("--n_docs, --questions_a_pass, --nprobe and --candidates must be at least 1")
     return args
 
@@ -144,7 +147,7 @@ def encode_questions(args: Namespace, path: str, count: int) -> None:
 
 
 def dense_searches(
-    args: Namespace, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
+    args: Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
 ) -> dict[str, Search]:
     """A search for every index over the embeddings that --index names; it takes the rows that follow those written.
 
@@ -153,15 +156,13 @@ def dense_searches(
     import numpy as np
 
     from dynamicrag.dense import hidden_size
-    from dynamicrag.device import pick_device
     from dynamicrag.index import open_index
     from dynamicrag.rescoring import NotFiniteError
     from dynamicrag.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
-    device = pick_device(args.device)
     shards = open_shards(shard_paths)
     with process_of_its_own() as encoding:
-        output.record(**encoding.submit(place, args.device, args.dtype).result())
+        output.record(**encoding.submit(place, device, args.dtype).result())
         width = encoding.submit(hidden_size, args.model_name_or_path).result()
         corpus = check_shards(shards, width, store, args.model_name_or_path)
         output.begin()  # from here on no other run may write this output, nor its vectors
@@ -237,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.passages import open_passages
 
     store, queries = open_passages(args.passages, args.passage_store), f"{output.path}.queries.npy"
-    by_index = dense_searches(args, shard_paths, store, output, queries, count) if dense else {}
+    device = pick_device(args.device) if dense else "cpu"
+    by_index = dense_searches(args, device, shard_paths, store, output, queries, count) if dense else {}
     if "bm25" in args.index:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
@@ -248,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         return attach_docs(rows, scores, positions, store)
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
-    output.process(rows, args.questions_a_pass, retrieve, count, "retrieving")
+    output.process(rows, args.questions_a_pass or QUESTIONS_A_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     Path(queries).unlink(missing_ok=True)  # before the run is complete: afterwards nothing would ever remove it
     output.finish(docs_a_question=min(args.n_docs, len(store)))
 

@@ -25,6 +25,7 @@ from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import expert_sequence, format_ids, parse_ids, summarise_selections
 from dynamicrag.stage import UserError, derive_seed, log
+from dynamicrag.templates import in_threads
 
 SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
 
@@ -106,17 +107,17 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
     """Each row with its trajectories; an unreadable selection costs that trajectory, not the question."""
     chooser, generator = callers
-    shown = [chooser.shown(row["question"], row["docs"][: args.topn]) for row in rows]
+    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     asked = [
         (number, request, order)
-        for number, (row, docs) in enumerate(zip(rows, shown, strict=True))
-        for request, order in selection_requests(row, docs, chooser, args)
+        for number, of_row in enumerate(in_threads(lambda pair: selection_requests(*pair, chooser, args), zip(rows, shown, strict=True)))
+        for request, order in of_row
     ]
     samples: list[list[tuple[Completion, list[int]]]] = [[] for _ in rows]
     for (number, _, order), completion in zip(asked, chooser.engine.complete([r for _, r, _ in asked]), strict=True):
         samples[number].append((completion, order))
 
-    results, distinct = [], {}
+    results, distinct = [], {}  # distinct: (row's id, selection) -> (row, documents to answer from)
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
         trajectories, invalid = read_selections(sampled)
         from_expert = [False] * len(trajectories)
@@ -138,9 +139,10 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
         })
         for _, ids in trajectories:
             if (row["id"], tuple(ids)) not in distinct:
-                distinct[row["id"], tuple(ids)] = generator.answer(row, [docs[position - 1] for position in ids])
+                distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
 
-    answers = dict(zip(distinct, generator.engine.complete(list(distinct.values())), strict=True))
+    requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
+    answers = dict(zip(distinct, generator.engine.complete(requests), strict=True))
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
         for completion in mine.values():

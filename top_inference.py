@@ -24,6 +24,7 @@ from dynamicrag.engine import Usage, add_engine_flags
 from dynamicrag.records import Doc, Row
 from dynamicrag.selection import Selection, parse_ids
 from dynamicrag.stage import UserError
+from dynamicrag.templates import in_threads
 
 Window = tuple[int, list[Doc]]  # (number of the question, documents shown)
 
@@ -82,7 +83,7 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
     usages = [Usage() for _ in rows]
 
     def choose(windows: list[Window]) -> list[Selection]:
-        shown = [(number, chooser.shown(rows[number]["question"], docs)) for number, docs in windows]
+        shown = in_threads(lambda window: (window[0], chooser.shown(rows[window[0]]["question"], window[1])), windows)
         completions = chooser.engine.complete([
             chooser.select(rows[number], docs, ("window", docs[0]["id"] if docs else "")) for number, docs in shown
         ])
@@ -99,7 +100,7 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         number: [candidates[number][position - 1] for position in in_order(final[number].ids)] if number in final else []
         for number in readable
     }
-    completions = generator.engine.complete([generator.answer(rows[number], chosen[number]) for number in readable])
+    completions = generator.engine.complete(in_threads(lambda number: generator.answer(rows[number], chosen[number]), readable))
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
+
+# For a tokenizer: masks and segments follow from the ids, and need not be returned.
+IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 BATCH_TOKENS_HELP = "padded tokens in a batch (2048 on a CPU, 16384 on a GPU)"
 
 
@@ -32,10 +39,25 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def pad(sequences: list[list[int]], value: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists as a [batch, longest] tensor padded on the right, and its attention mask."""
+    """Token lists as a [batch, longest] tensor padded on the right, and its attention mask, on `device`."""
     import torch
 
-    longest = max(map(len, sequences))
-    tokens = [sequence + [value] * (longest - len(sequence)) for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full(mask.shape, value)
+    ids[mask] = torch.tensor(list(chain.from_iterable(sequences)), dtype=ids.dtype)
+    if device.startswith("cuda"):  # from pinned memory: such a copy does not wait for the batches before it
+        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask.long()))
+    return ids.to(device), mask.long().to(device)
+
+
+def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+    """prepare() of each item, in order; a thread prepares the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming: deque[Future[Prepared]] = deque()
+        for item in items:
+            upcoming.append(thread.submit(prepare, item))
+            if len(upcoming) > 1:
+                yield upcoming.popleft().result()
+        for last in upcoming:
+            yield last.result()

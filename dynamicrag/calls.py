@@ -12,6 +12,7 @@ from dynamicrag.records import Doc, Row
 from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of
+from dynamicrag.templates import in_threads
 
 
 def add_call_flags(parser: ArgumentParser) -> None:
@@ -75,7 +76,8 @@ def work_on_fitting(
     One over-long question costs itself, not the run.
     """
     models = list(dict.fromkeys(callers))
-    reasons = {row["id"]: next((reason for caller in models if (reason := caller.too_long(row))), None) for row in rows}
+    reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
+    reasons = {row["id"]: reason for row, reason in zip(rows, reasons_in_order, strict=True)}
     done = iter(work([row for row in rows if not reasons[row["id"]]]))
     return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamicrag.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
 from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
@@ -54,22 +54,34 @@ class Encoder:
         """Encode texts, in batches of similar length of at most `batch_tokens` padded tokens (by default what suits the device).
 
         Returns float32 of shape [len(texts), hidden_size], in the order of the texts. `progress` is called with the
-        size of every finished batch.
+        size of every batch.
         """
+        return self.encode_tokens(self.tokenize(texts), batch_tokens, progress)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, cut to max_length. The tokenizer works on all cores, outside Python's global lock."""
+        cut = [text[: self.max_length * CHARACTERS_PER_TOKEN] for text in texts]
+        return self.tokenizer(cut, truncation=True, max_length=self.max_length, **IDS_ALONE)["input_ids"] if cut else []
+
+    def encode_tokens(
+        self, tokens: list[list[int]], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """encode() of texts that tokenize() has cut into tokens."""
         import numpy as np
         import torch
 
-        cut = [text[: self.max_length * CHARACTERS_PER_TOKEN] for text in texts]
-        tokens = self.tokenizer(cut, truncation=True, max_length=self.max_length)["input_ids"] if cut else []
-        vectors = np.empty((len(texts), self.hidden_size), dtype=np.float32)
+        vectors = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
+        encoded = []  # fetched at the end: a GPU works on one batch while the next is padded
         with torch.inference_mode():
             for batch in length_batches(list(map(len, tokens)), batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([tokens[position] for position in batch], self.pad_id, self.device)
-                vectors[batch] = self._forward(ids, mask).cpu().numpy()
+                encoded.append((batch, self._forward(ids, mask)))
                 self.seen_tokens += sum(len(tokens[position]) for position in batch)
                 self.padded_tokens += ids.numel()
                 if progress is not None:
                     progress(len(batch))
+            for batch, of_batch in encoded:
+                vectors[batch] = of_batch.cpu().numpy()
         return vectors
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from functools import cache
 from typing import TYPE_CHECKING
 
 from dynamicrag.stage import log
@@ -14,19 +17,55 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def pick_device(name: str) -> str:
-    """The device to run on; `auto` is a GPU where there is one. Without one, `cuda` is the CPU, with a warning."""
+    """The device to run on, logged once; `auto` is a GPU if there is one. Without one, `cuda` is the CPU, with a warning."""
     import torch
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        log.warning("--device %s: no GPU here; running on the CPU", name)
-        return "cpu"
-    return name
+    device = name
+    if name == "auto" or name.startswith("cuda"):
+        if torch.cuda.is_available():
+            device = "cuda" if name == "auto" else name
+        else:
+            device = "cpu"
+            if name != "auto":
+                log.warning("--device %s: there is no GPU here; running on the CPU", name)
+            warn_of_unused_gpus(f"torch {torch.__version__}")
+    _say(device)
+    return device
+
+
+def device_name(device: str) -> str:
+    """What a device is called in logs and manifests: `cpu`, or the GPU's product name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+@cache
+def _say(device: str) -> None:
+    log.info("running on %s", device if device == "cpu" else f"{device} ({device_name(device)})")
+
+
+@cache
+def warn_of_unused_gpus(who: str) -> None:
+    """Warn if the machine lists GPUs that `who` cannot use: what runs on the CPU instead takes days, not minutes."""
+    if unused := listed_gpus():
+        log.warning("%s sees none of the %d GPUs that nvidia-smi lists, and runs on the CPU: the driver is too old for its CUDA, or it "
+                    "is a CPU build; run bash scripts/setup.sh gpu, which says what is missing", who, unused)
+
+
+def listed_gpus() -> int:
+    """How many GPUs nvidia-smi lists; 0 without a driver, or if CUDA_VISIBLE_DEVICES hides all of them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return 0 if listed.returncode else sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def devices_of(device: str) -> tuple[str, ...]:
-    """All GPUs of the machine for `cuda`; otherwise the one named, or the CPU."""
+    """All GPUs of the machine for `cuda`; otherwise the device itself."""
     import torch
 
     return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) if device == "cuda" else (device,)

@@ -12,11 +12,20 @@ from pathlib import Path
 
 import orjson
 
+from dynamicrag.device import warn_of_unused_gpus
 from dynamicrag.endpoint import check_url, read_key, without_key
 from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError, log
-from dynamicrag.templates import forgeable, read_template
+from dynamicrag.templates import PromptTokenizer, forgeable, in_threads, read_template
 
+# vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
+# parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
+VLLM_ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns of every weight it converts
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 API_CONCURRENCY = 64
 API_RETRIES = 5
 
@@ -106,22 +115,35 @@ def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     return VllmEngine(resolve_model(args.llm_model), args)
 
 
+def prepare_vllm() -> bool:
+    """Set the environment that vLLM needs and import it; True if it runs on the CPU.
+
+    vLLM itself says which platform it has: the CPU build may stand beside a GPU. Raises UserError if it has none.
+    """
+    for name, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm.platforms import current_platform
+
+    if not current_platform.device_type:
+        raise UserError("vLLM: this build is for GPUs and sees none here; check nvidia-smi and CUDA_VISIBLE_DEVICES, install "
+                        "the CPU build with bash scripts/setup.sh cpu, or give --api-base the address of a server")
+    if not current_platform.is_cpu():
+        return False
+    warn_of_unused_gpus("vLLM's CPU build")
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores - 1}")  # by default vLLM leaves one idle
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return True
+
+
 class VllmEngine:
     """vLLM in process. Prompts are rendered with our own template and handed over as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        self._chat_template = read_template(args.template)
+        chat_template = read_template(args.template)
         self.max_model_len = args.max_model_len
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # on a CPU it warns of every weight it converts
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        import torch
-
-        on_cpu = not torch.cuda.is_available()
-        if on_cpu:
-            cores = len(os.sched_getaffinity(0))
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{cores - 1}")  # by default vLLM leaves one idle
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        on_cpu = prepare_vllm()
         from vllm import LLM
 
         # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
@@ -139,8 +161,8 @@ class VllmEngine:
             generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
             **on_a_cpu,
         )
-        self._tokenizer = self._llm.get_tokenizer()
-        if tokens := forgeable(self._chat_template, self._tokenizer):
+        self._prompts = PromptTokenizer(self._llm.get_tokenizer(), chat_template)
+        if tokens := forgeable(chat_template, self._prompts.tokenizer):
             log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/prompts.py "
                         "before you train", args.template, ", ".join(tokens))
 
@@ -150,16 +172,9 @@ class VllmEngine:
 
         return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
 
-    def prompt_ids(self, messages: Messages) -> list[int]:
-        """The token ids of a prompt, up to where the answer begins."""
-        rendered = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
-        )
-        return self._tokenizer.encode(rendered, add_special_tokens=False)
-
     def fits(self, messages: Messages, max_tokens: int) -> bool:
         """Whether the prompt leaves room for an answer of max_tokens in the window."""
-        return len(self.prompt_ids(messages)) + max_tokens <= self.max_model_len
+        return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
 
     def complete(self, requests: list[Request]) -> list[Completion]:
         """Run all requests as one batch, in order. Raises UserError for a prompt longer than the window."""
@@ -169,8 +184,8 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         prompts, params = [], []
-        for request in requests:
-            ids = self.prompt_ids(request.messages)
+        ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
+        for request, ids in zip(requests, ids_of_requests, strict=True):
             if len(ids) + request.max_tokens > self.max_model_len:
                 raise UserError(
                     f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} for the answer within "

@@ -44,7 +44,7 @@ class FaissIndex:
         """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
         k = min(k, self.count)
         wanted = min(k * self.candidates, self.count)
-        if type(self.index).__name__.startswith("IndexShards"):  # on GPUs
+        if type(self.index).__name__.startswith(("IndexShards", "GpuIndex")):  # on several GPUs, and on one
             wanted = min(wanted, max(GPU_MOST, k))
         try:
             _, positions = self.index.search(queries, wanted)
@@ -181,7 +181,7 @@ def _load(path: Path, device: str, nprobe: int) -> object:
 
 
 def _on_gpus(index: object, device: str) -> object:
-    """The inverted lists divided over the GPUs, in half precision where they are not compressed further."""
+    """The inverted lists divided over the GPUs. Those of IVF,Flat are in float32 there, whatever useFloat16 says (GpuClonerOptions.h)."""
     import faiss
 
     kind = type(faiss.downcast_index(index)).__name__

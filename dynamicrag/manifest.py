@@ -232,13 +232,10 @@ def _read_alike(one: str, other: str) -> bool:
 
 def place(device: str, dtype: str | None = None) -> dict[str, str]:
     """What Output.record() notes of flags --device and --dtype: the device's name and, if a dtype is given, that which `auto` stands for."""
-    import torch
-
-    from dynamicrag.device import pick_device, pick_dtype
+    from dynamicrag.device import device_name, pick_device, pick_dtype
 
     picked = pick_device(device)
-    name = torch.cuda.get_device_name(picked) if picked.startswith("cuda") else picked
-    return {"device": name, **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}
+    return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dynamicrag.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
 from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Pair = tuple[str, str]  # question, document: title and text
+Tokens = tuple[list[int], list[int]]  # ids of a pair, and their segments (empty: the model has none)
 
 # A longer text is cut before it is tokenised: no tokenizer here makes one token of more characters than this.
 CHARACTERS_PER_TOKEN = 100
@@ -44,20 +45,28 @@ class _Pointwise:
         """P(relevant) of each pair, float32 [len(pairs)] in [0, 1], in the order of the pairs.
 
         `batch_tokens` bounds the padded tokens of a batch (by default what suits the device); `progress` is called with
-        the size of every finished one.
+        the size of every one.
         """
+        return self.score_tokens(self.tokenize(pairs), batch_tokens, progress)
+
+    def score_tokens(
+        self, inputs: list[Tokens], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """score() of pairs that tokenize() has cut into tokens."""
         import numpy as np
         import torch
 
-        inputs = self.tokenize(pairs) if pairs else []
-        scores = np.empty(len(pairs), dtype=np.float32)
+        scores = np.empty(len(inputs), dtype=np.float32)
+        scored = []  # fetched at the end: a GPU works on one batch while the next is padded
         with torch.inference_mode():
             for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device)
                 types, _ = pad([inputs[position][1] for position in batch], 0, self.device)
-                scores[batch] = self.forward(ids, mask, types).cpu().numpy()
+                scored.append((batch, self.forward(ids, mask, types)))
                 if progress is not None:
                     progress(len(batch))
+            for batch, of_batch in scored:
+                scores[batch] = of_batch.cpu().numpy()
         return scores
 
     def _cut(self, text: str) -> str:
@@ -78,17 +87,20 @@ class MonoT5(_Pointwise):
                             "it is a single one")
         return tokens[0]
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokens(self, text: str | list[str]) -> list:
+        return self.tokenizer(text, add_special_tokens=False, **IDS_ALONE)["input_ids"]
 
-    def tokenize(self, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+    def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
         """Tokens of each prompt. Only the document is cut (and a question beyond half the window): `Relevant:` stays."""
+        if not pairs:
+            return []
         document, relevant = self._tokens("Document:"), [*self._tokens("Relevant:"), self.tokenizer.eos_token_id]
-        questions = self.tokenizer([f"Query: {self._cut(question)}" for question, _ in pairs], add_special_tokens=False)
-        texts = self.tokenizer([self._cut(text) for _, text in pairs], add_special_tokens=False)
+        questions = list(dict.fromkeys(question for question, _ in pairs))  # each is asked of many documents
+        starts = dict(zip(questions, self._tokens([f"Query: {self._cut(question)}" for question in questions]), strict=True))
+        texts = self._tokens([self._cut(text) for _, text in pairs])
         inputs = []
-        for question, text in zip(questions["input_ids"], texts["input_ids"], strict=True):
-            start = question[: self.max_length // 2] + document
+        for (question, _), text in zip(pairs, texts, strict=True):
+            start = starts[question][: self.max_length // 2] + document
             tokens = start + text[: self.max_length - len(start) - len(relevant)] + relevant
             inputs.append((tokens, []))
         return inputs
@@ -134,12 +146,15 @@ class CrossEncoder(_Pointwise):
         if model.config.num_labels > 2:
             raise UserError(f"the classifier has {model.config.num_labels} labels; a reranker has one or two")
 
-    def tokenize(self, pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+    def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
         """Tokens and segments of each pair. Only the document is cut (and a question beyond half the window)."""
-        questions = [self._first_half(question) for question, _ in pairs]
+        if not pairs:
+            return []
+        halves = {question: self._first_half(question) for question in dict.fromkeys(question for question, _ in pairs)}
+        questions = [halves[question] for question, _ in pairs]
         texts = [self._cut(text) for _, text in pairs]
         encoded = self.tokenizer(
-            questions, texts, truncation="only_second", max_length=self.max_length, return_token_type_ids=True
+            questions, texts, truncation="only_second", max_length=self.max_length, return_token_type_ids=True, return_attention_mask=False
         )
         return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
 

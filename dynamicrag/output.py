@@ -21,6 +21,7 @@ from typing import BinaryIO
 import orjson
 
 from dynamicrag.atomic import atomic_writer, naming
+from dynamicrag.batches import prepared_ahead
 from dynamicrag.jsonio import dump_line, refuse_pipe, write_json
 from dynamicrag.locks import lock
 from dynamicrag.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
@@ -192,13 +193,18 @@ class Output:
             os.fsync(self._file.fileno())
 
     def process(
-        self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str
+        self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str,
+        prepare: Callable[[list[dict]], object] | None = None,
     ) -> None:
-        """Write work(chunk) for every chunk of rows not written yet, with a progress bar over `total` questions."""
+        """Write work(chunk) for every chunk of rows not written yet, with a progress bar over `total` questions.
+
+        With `prepare`, work(prepare(chunk)), and the next chunk is prepared in a thread while this one is worked on.
+        """
         from tqdm import tqdm
 
         with tqdm(total=total, unit="question", desc=desc) as progress:
-            for chunk in self.chunks(rows, size):
+            chunks = self.chunks(rows, size)
+            for chunk in prepared_ahead(prepare, chunks) if prepare else chunks:
                 progress.update(self.rows - progress.n)
                 self.write(work(chunk))
             progress.update(self.rows - progress.n)

@@ -1,13 +1,20 @@
-"""The engine's edges: which checkpoint a name means, templates, and OpenAI-compatible servers. vLLM itself: test_chain.py."""
+"""The engine's edges: which checkpoint a name means, templates, and OpenAI-compatible servers. vLLM's start by stand-ins; vLLM itself: test_chain.py."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from dynamicrag.engine import ApiEngine, Request, read_template, resolve_model
 from dynamicrag.stage import UserError
+from dynamicrag.templates import PromptTokenizer, in_threads
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def checkpoint(folder):
@@ -106,3 +113,102 @@ def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
     monkeypatch.setattr("dynamicrag.engine.API_RETRIES", 0)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         ApiEngine("http://127.0.0.1:9/v1", "some-model").complete([ask(1)])
+
+
+# ---------------------------------------------------------------- vLLM and its child process
+
+# Stand-ins for torch and vLLM that keep their rules: a process that asked for a GPU, but not through NVML, passes a broken CUDA on to
+# its forked children; importing vLLM makes the question harmless; the engine is a child process, forked unless told otherwise.
+STAND_INS = {
+    "torch/__init__.py": "from torch import cuda\n",
+    "torch/cuda.py": (
+        "import os\npoisoned = False\n"
+        "def is_available():\n    global poisoned\n    poisoned |= os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK') != '1'\n    return True\n"
+    ),
+    "vllm/__init__.py": (
+        "import multiprocessing, os\nimport torch\nos.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'\n"
+        "def start():\n    raise SystemExit(torch.cuda.poisoned)\n"
+        "class LLM:\n"
+        "    def __init__(self, **options):\n"
+        "        method = multiprocessing.get_context(os.environ.get('VLLM_WORKER_MULTIPROC_METHOD', 'fork'))\n"
+        "        engine = method.Process(target=start)\n        engine.start()\n        engine.join()\n"
+        "        assert engine.exitcode == 0, 'Cannot re-initialize CUDA in forked subprocess'\n"
+        "        print(options['enforce_eager'])\n"
+        "    def get_tokenizer(self):\n        return None\n"
+    ),
+    "vllm/platforms.py": "class current_platform:\n    device_type = 'cuda'\n    is_cpu = staticmethod(lambda: False)\n",
+}
+START = """
+import sys
+from dynamicrag import engine
+if __name__ == "__main__":
+    engine.read_template, engine.forgeable = lambda path: "", lambda *of: []
+    if "cuda" in sys.argv:
+        import torch
+        torch.cuda.is_available()
+    flags = engine.Namespace(template="", max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
+    engine.VllmEngine("model", flags)
+"""
+
+
+def start_engine(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    for name, text in {**STAND_INS, "start.py": START}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "PYTORCH_"))}
+    return subprocess.run([sys.executable, folder / "start.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**clean, "PYTHONPATH": f"{folder}:{ROOT}", **environment})
+
+
+@pytest.mark.parametrize("words", [(), ("cuda",)])
+def test_on_a_gpu_the_engine_starts_as_a_child_process(tmp_path, words):
+    """Even in a process that has asked torch for a GPU before."""
+    started = start_engine(tmp_path, *words)
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.strip() == "False"
+
+
+def test_the_stand_ins_poison_a_forked_engine_as_cuda_does(tmp_path):
+    broken = start_engine(tmp_path, "cuda", VLLM_WORKER_MULTIPROC_METHOD="fork")
+    assert broken.returncode == 1 and "re-initialize CUDA" in broken.stderr
+
+
+def test_a_gpu_build_of_vllm_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAND_INS, "vllm/platforms.py", "class current_platform:\n    device_type = ''\n")
+    refused = start_engine(tmp_path)
+    assert refused.returncode == 1 and "UserError" in refused.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- prompts as tokens
+
+
+class CountingTokenizer:
+    """A word is a token. Counts what it has encoded."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def apply_chat_template(self, messages, **options):
+        return messages[-1]["content"]
+
+    def encode(self, text, **options):
+        self.encoded.append(text)
+        return [len(word) for word in text.split()]
+
+
+def test_a_prompt_is_tokenised_once_however_often_it_is_measured_and_sent():
+    tokenizer = CountingTokenizer()
+    prompts = PromptTokenizer(tokenizer, "")
+    texts = [f"prompt {number}" for number in range(50)]
+    for _ in range(3):
+        assert in_threads(lambda text: prompts.ids([{"content": text}]), texts) == [[6, len(text) - 7] for text in texts]
+    assert sorted(tokenizer.encoded) == sorted(texts)
+
+
+def test_only_the_latest_prompts_are_kept(monkeypatch):
+    monkeypatch.setattr("dynamicrag.templates.KEPT_TOKENS", 4)
+    tokenizer = CountingTokenizer()
+    prompts = PromptTokenizer(tokenizer, "")
+    for text in ("a b", "c d", "e f", "e f", "a b", "longer than all that is kept"):
+        assert prompts.ids([{"content": text}]) == [len(word) for word in text.split()]
+    assert tokenizer.encoded == ["a b", "c d", "e f", "a b", "longer than all that is kept"]

@@ -42,7 +42,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(flat, "TILE_VECTORS", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(flat, "BLOCK_VECTORS", 150)
     monkeypatch.setattr(flat, "WAITING", 1)
-    monkeypatch.setattr(rescoring, "RESCORED", 7)
+    monkeypatch.setattr(rescoring, "RESCORED", {"cpu": 7, "cuda": 7})
 
 
 def normal(rng, *shape):

@@ -224,7 +224,7 @@ def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_pat
 def test_reranking_interrupted(monot5_dir, retrieved, tmp_path, monkeypatch):
     monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)
     run(monot5_dir, retrieved, tmp_path / "whole.jsonl")
-    score, calls = MonoT5.score, []
+    score, calls = MonoT5.score_tokens, []
 
     def fail_later(self, *given):
         if len(calls) == 2:
@@ -233,13 +233,13 @@ def test_reranking_interrupted(monot5_dir, retrieved, tmp_path, monkeypatch):
         return score(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MonoT5, "score", fail_later)
+        patch.setattr(MonoT5, "score_tokens", fail_later)
         run(monot5_dir, retrieved, tmp_path / "torn.jsonl")
     with (tmp_path / "torn.jsonl.partial").open("ab") as file:
         file.write(b'{"id": "torn')
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(MonoT5, "score", lambda self, *given: (calls.append(1), score(self, *given))[1])
+        patch.setattr(MonoT5, "score_tokens", lambda self, *given: (calls.append(1), score(self, *given))[1])
         run(monot5_dir, retrieved, tmp_path / "torn.jsonl")
     assert len(calls) == 2, "two of four chunks were kept"
     assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

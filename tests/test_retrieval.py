@@ -222,7 +222,7 @@ def test_embedding_interrupted(tmp_path, encoder_dir, corpus_tsv, windows_done, 
     monkeypatch.setattr(generate_passage_embeddings, "WINDOW", 32)
     embed(encoder_dir, corpus_tsv, tmp_path / "whole")
     calls = []
-    encode = Encoder.encode
+    encode = Encoder.encode_tokens
 
     def fail_later(self, texts, *rest):
         if len(calls) == windows_done:
@@ -231,7 +231,7 @@ def test_embedding_interrupted(tmp_path, encoder_dir, corpus_tsv, windows_done, 
         return encode(self, texts, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Encoder, "encode", fail_later)
+        patch.setattr(Encoder, "encode_tokens", fail_later)
         embed(encoder_dir, corpus_tsv, tmp_path / "torn")
     partial = tmp_path / "torn" / "passages_00.npy.partial"
     if tear.startswith(b"\x93"):
@@ -671,3 +671,29 @@ def test_no_shards(tmp_path, monkeypatch):
 
 def test_output_flag_has_two_names():
     assert retriever.parse_args(["--output_file", "x"]).output_dir == retriever.parse_args(["--output-dir", "x"]).output_dir == "x"
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("IndexShardsIVF", 2048), ("GpuIndexIVFFlat", 2048), ("IndexIVFFlat", 5000)])
+def test_an_index_on_gpus_is_asked_for_no_more_than_they_return(kind, limit):
+    """faiss divides an index over several GPUs as IndexShards, but on one GPU it is a GpuIndex itself; both have the limit."""
+    asked = []
+
+    def search(self, queries, k):
+        asked.append(k)
+        return None, np.tile(np.arange(k), (len(queries), 1))
+
+    index = type(kind, (), {"ntotal": 6000, "search": search})()
+    vectors = np.ones((6000, 4), dtype=np.float16)
+    _, positions = FaissIndex(index, [vectors], candidates=10).search(np.ones((2, 4), dtype=np.float32), 500)
+    assert asked == [limit] and positions.shape == (2, 500)
+
+
+@pytest.mark.parametrize(("device", "flags", "size"), [("cpu", [], 1024), ("cuda", [], 4096), ("cuda:1", [], 4096), ("cuda", ["--questions_a_pass", "7"], 7)])
+def test_a_gpu_searches_more_questions_in_a_pass(device, flags, size, monkeypatch, tmp_path, corpus_tsv, encoder_dir, shards_dir, questions):
+    sizes = []
+    monkeypatch.setattr(retriever, "pick_device", lambda name: device)
+    monkeypatch.setattr(retriever, "dense_searches", lambda *given: {"flat": lambda rows: (np.zeros((len(rows), 1)), np.zeros((len(rows), 1), dtype=int))})
+    monkeypatch.setattr(retriever.Output, "process", lambda self, rows, size, *rest: sizes.append(size))
+    monkeypatch.setattr(retriever.Output, "finish", lambda self, **counts: self.path.write_text(""))
+    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "out.jsonl", *flags)
+    assert sizes == [size]

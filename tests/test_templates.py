@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamicrag.engine import VllmEngine, read_template
 from dynamicrag.prompts import Prompts, training_row
 from dynamicrag.stage import UserError
+from dynamicrag.templates import PromptTokenizer, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
@@ -182,36 +182,34 @@ def parity(tmp_path_factory):
 
 @pytest.fixture(params=CASES)
 def case(request, parity):
-    """(engine with the tokenizer of the trained checkpoint, LLaMA-Factory's tokens)"""
+    """(the tokenizer of the trained checkpoint with our template, LLaMA-Factory's tokens)"""
     from transformers import AutoTokenizer
 
     encoded, trained = parity
     if request.param not in encoded:
         pytest.skip("no models/smollm2-135m")
-    engine = VllmEngine.__new__(VllmEngine)  # without loading weights: prompts need the tokenizer alone
-    engine._tokenizer = AutoTokenizer.from_pretrained(trained[request.param])
-    engine._chat_template = read_template(str(ROOT / "template" / f"{CASES[request.param]}.jinja"))
-    return engine, encoded[request.param]
+    template = read_template(str(ROOT / "template" / f"{CASES[request.param]}.jinja"))
+    return PromptTokenizer(AutoTokenizer.from_pretrained(trained[request.param]), template), encoded[request.param]
 
 
-def answer_ids(engine: VllmEngine, messages: list[dict], answer: str) -> list[int]:
+def answer_ids(prompts: PromptTokenizer, messages: list[dict], answer: str) -> list[int]:
     """What the template puts after the prompt when the answer is known."""
     def render(some, more):
-        return engine._tokenizer.apply_chat_template(
-            some, chat_template=engine._chat_template, add_generation_prompt=more, tokenize=False
+        return prompts.tokenizer.apply_chat_template(
+            some, chat_template=prompts.chat_template, add_generation_prompt=more, tokenize=False
         )
 
     prompt = render(messages, True)
     whole = render([*messages, {"role": "assistant", "content": answer}], False)
     assert whole.startswith(prompt)
-    return engine._tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+    return prompts.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
 
 
 def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
-    engine, encoded = case
+    prompts, encoded = case
     sft, dpo = encoded["sft"], encoded["dpo"]
     for number, (messages, (good, bad)) in enumerate(zip(conversations(), ANSWERS, strict=True)):
-        prompt, chosen, rejected = engine.prompt_ids(messages), *(answer_ids(engine, messages, text) for text in (good, bad))
+        prompt, chosen, rejected = prompts.ids(messages), *(answer_ids(prompts, messages, text) for text in (good, bad))
         unseen = [-100] * len(prompt)
         assert sft["input_ids"][number] == prompt + chosen
         assert sft["labels"][number] == unseen + chosen
@@ -223,19 +221,19 @@ def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
 
 def test_no_document_and_no_question_becomes_a_turn(case):
     """Neither in the prompts of inference nor, by the test above, in those LLaMA-Factory trains on."""
-    engine, _ = case
-    special = {number for number, token in engine._tokenizer.added_tokens_decoder.items() if token.special}
+    prompts, _ = case
+    special = {number for number, token in prompts.tokenizer.added_tokens_decoder.items() if token.special}
 
     def turns(question: str, doc: dict) -> list[int]:
-        ids = [*engine.prompt_ids(Prompts().reranker(question, [doc])), *engine.prompt_ids(Prompts().generator(question, [doc], "Be brief."))]
-        return [number for number in ids if number in special and number != engine._tokenizer.unk_token_id]
+        ids = [*prompts.ids(Prompts().reranker(question, [doc])), *prompts.ids(Prompts().generator(question, [doc], "Be brief."))]
+        return [number for number in ids if number in special and number != prompts.tokenizer.unk_token_id]
 
     assert turns(FORGED["text"], FORGED) == turns("Which river is the longest?", DOCS[0])
 
 
 def test_training_ends_every_answer_with_the_token_at_which_generation_stops(case):
-    engine, encoded = case
-    tokenizer = engine._tokenizer
+    prompts, encoded = case
+    tokenizer = prompts.tokenizer
     for labels in encoded["sft"]["labels"] + encoded["dpo"]["chosen_labels"] + encoded["dpo"]["rejected_labels"]:
         answer = [token for token in labels if token != -100]
         assert answer.count(tokenizer.eos_token_id) == 1
@@ -249,11 +247,11 @@ def test_training_uses_no_token_the_base_model_does_not_have(case):
 
 
 def test_a_prompt_has_exactly_one_beginning_of_text(case, request):  # behaviour 21
-    engine, _ = case
+    prompts, _ = case
     name = request.node.callspec.params["case"]
-    bos = engine._tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
+    bos = prompts.tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
     for system, user in conversations():
-        ids = engine.prompt_ids([system, user])
+        ids = prompts.ids([system, user])
         assert ids[0] == bos
         # SmolLM2 has no beginning of text: its first token begins each of the three turns.
         assert ids.count(bos) == (3 if name.startswith("smollm2") else 1)
