@@ -173,6 +173,25 @@ def test_two_inputs_that_changed_places_are_other_inputs(tmp_path):
         Output(arguments(one=inputs[0], other=inputs[1]), [output], inputs)
 
 
+def test_shards_that_changed_their_names_are_other_inputs(tmp_path):
+    """They are found through a glob: their order is that of their names."""
+    for folder, contents in (("a", b"xy"), ("b", b"xy"), ("c", b"yx")):
+        (tmp_path / folder).mkdir()
+        for number, content in enumerate(contents):
+            put(tmp_path / folder / f"shard_{number}", bytes([content]))
+    output = str(tmp_path / "out")
+
+    def run(folder: str) -> Output:
+        return Output(arguments(), [output], [str(tmp_path / folder / f"shard_{number}") for number in (0, 1)])
+
+    out = run("a")
+    out.publish(output, ROWS)
+    out.finish()
+    assert run("b").finished
+    with pytest.raises(UserError, match="other inputs: .*shard_0"):
+        run("c")
+
+
 def test_where_a_server_listens_is_not_what_a_run_is_but_whether_there_is_one_is(tmp_path):
     with pytest.raises(Killed):
         run_stage(tmp_path, stop_after=2, api_base="http://one:1/v1", judge_base_url=None)
