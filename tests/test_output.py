@@ -188,7 +188,7 @@ def test_shards_that_changed_their_names_are_other_inputs(tmp_path):
     out.publish(output, ROWS)
     out.finish()
     assert run("b").finished
-    with pytest.raises(UserError, match="other inputs: .*shard_0"):
+    with pytest.raises(UserError, match=r"other inputs: .*shard_0"):
         run("c")
 
 
