@@ -14,7 +14,6 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
     python aggregate.py
 """
 
-import glob
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.manifest import fingerprint, manifest_path, read_manifest
+from dynamicrag.manifest import is_content, manifest_path, read_manifest
 from dynamicrag.output import Output
+from dynamicrag.paths import matching
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
@@ -42,10 +42,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def numbered(pattern: str) -> dict[int, Path]:
+def numbered(pattern: str | Path, suffix: str = "") -> dict[int, Path]:
     """The files of a glob by the last number in their name, in numerical order: 10 follows 9, not 1."""
     found: dict[int, Path] = {}
-    for path in map(Path, sorted(glob.glob(pattern))):
+    for path in matching(pattern, suffix):
         if path.name.endswith((".manifest.json", ".rejected.jsonl", ".retrieval.json")):
             continue
         numbers = re.findall(r"\d+", path.stem)
@@ -59,10 +59,10 @@ def numbered(pattern: str) -> dict[int, Path]:
 
 def find_shards(pattern: str, splits_dir: str) -> list[Path]:
     """All shards in order. Raises UserError naming the first that is missing, unfinished or of another split."""
-    unfinished = {number: path for number, path in numbered(f"{pattern}.partial").items()}
+    unfinished = {number: path for number, path in numbered(pattern, ".partial").items()}
     for path in unfinished.values():
         raise UserError(f"{path}: this shard is unfinished; run its command again, it continues")
-    shards, splits = numbered(pattern), numbered(f"{splits_dir}/split_*.json")
+    shards, splits = numbered(pattern), numbered(Path(splits_dir) / "split_*.json")
     if not shards:
         raise UserError(f"{pattern}: no shards; make them with retriever.py")
     example = next(iter(shards.values()))
@@ -80,7 +80,7 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
         if number not in splits:
             raise UserError(f"{shards[number]}: there is no split_{number}.json in {splits_dir}; remove the shard if it is "
                             "of an earlier run, or give --splits_dir")
-        if fingerprint(splits[number]) not in manifest["inputs"].values():
+        if not any(is_content(made_from, splits[number]) for made_from in manifest["inputs"].values()):
             raise UserError(f"{shards[number]}: was not made from {splits[number]} as it is now; run its retriever.py "
                             "again with --overwrite")
     return list(shards.values())

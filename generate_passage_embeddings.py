@@ -19,6 +19,7 @@ from pathlib import Path
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP, prepared_ahead
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.manifest import place
 from dynamicrag.output import Output
 
 # Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     if start == stop:
         raise stage.UserError(f"{args.passages}: {len(store)} passages cannot fill {args.num_shards} shards")
     encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    output.record(**place(args.device, args.dtype))
     file = output.begin()
     done = open_rows(file, stop - start, encoder.hidden_size)
     began = time.monotonic()

@@ -19,6 +19,7 @@ from pathlib import Path
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.manifest import place
 from dynamicrag.monot5 import Tokens, document_text
 from dynamicrag.output import Output
 from dynamicrag.runs import Run
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         score = scores_of_run(run, args.logits)
         prepare, work = None, lambda chunk: rerank(chunk, score, args.n_docs, args.sort)
     else:
+        output.record(**place(args.device, args.dtype))
         prepare, work = by_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
     output.process(rows, QUESTIONS_A_CHUNK, work, count, "reranking", prepare)

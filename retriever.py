@@ -34,6 +34,7 @@ from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES, pick_device
 from dynamicrag.index import CANDIDATES, NPROBE
 from dynamicrag.locks import in_turn
+from dynamicrag.manifest import place
 from dynamicrag.output import Output
 from dynamicrag.runs import Run, fuse
 
@@ -161,10 +162,11 @@ def dense_searches(
 
     shards = open_shards(shard_paths)
     with process_of_its_own() as encoding:
+        output.record(**encoding.submit(place, device, args.dtype).result())
         width = encoding.submit(hidden_size, args.model_name_or_path).result()
         corpus = check_shards(shards, width, store, args.model_name_or_path)
         output.begin()  # from here on no other run may write this output, nor its vectors
-        with in_turn(f"{args.passage_store or args.passages}.encoding") if device == "cpu" else nullcontext():
+        with in_turn(args.passages) if device == "cpu" else nullcontext():
             encoding.submit(encode_questions, args, queries, count).result()
             encoding.shutdown()  # its memory is free before the others go on
     part, parts = map(int, args.corpus_shard.split("/"))
@@ -235,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from dynamicrag.passages import open_passages
 
-    store, queries = open_passages(args.passages, args.passage_store), f"{args.output_dir}.queries.npy"
+    store, queries = open_passages(args.passages, args.passage_store), f"{output.path}.queries.npy"
     device = pick_device(args.device) if dense else "cpu"
     by_index = dense_searches(args, device, shard_paths, store, output, queries, count) if dense else {}
     if "bm25" in args.index:

@@ -17,6 +17,7 @@ from pathlib import Path
 from dynamicrag import stage
 from dynamicrag.bertscore import BertScore
 from dynamicrag.judge import REPLY_FORMATS, Judge
+from dynamicrag.manifest import place
 from dynamicrag.metrics import rouge_l
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag
@@ -187,6 +188,7 @@ def main(argv=None):
     if weights.get("bert") and not args.reweight:
         from dynamicrag.device import pick_device
 
+        out.record(**place(args.device))
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)
     prompts = Prompts(args.prompts)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from dynamicrag import stage
+from dynamicrag.answering import place_of
 from dynamicrag.calls import Caller, add_call_flags, load_callers, work_on_fitting
 from dynamicrag.engine import Completion, Request, Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
@@ -168,6 +169,7 @@ def main(argv=None):
     if args.include_expert:
         check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
     callers = load_callers(args)
+    out.record(**place_of(callers))
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
     sample = partial(sample_trajectories, callers=callers, args=args)
     out.process(rows, args.chunk_size, partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory), total, "sampling")

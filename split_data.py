@@ -49,8 +49,8 @@ def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
         raise stage.UserError(f"{min(stale)}: left over from an earlier split into more than {parts} parts; "
                               "give --overwrite to remove it and replace the others")
     for path in stale:
-        path.unlink()
         manifest_path(path).unlink(missing_ok=True)
+        path.unlink()
         stage.log.info("removed %s, left over from a larger split", path)
 
 

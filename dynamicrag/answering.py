@@ -68,6 +68,12 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
     return runs
 
 
+def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
+    """Device and dtype of the models, for Output.record(); nothing for a server, which does not say."""
+    places = [caller.engine.place() for caller in callers if hasattr(caller.engine, "place")]
+    return {key: ", ".join(dict.fromkeys(found[key] for found in places)) for key in ("device", "dtype")} if places else {}
+
+
 def answer_runs(
     runs: list[Namespace],
     load: Callable[[list[Namespace]], tuple[Caller, Caller]],
@@ -88,6 +94,7 @@ def answer_runs(
     totals = {path: count_rows(path, ("docs",), skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
     callers = load([run for run, _ in unfinished])
     for run, out in unfinished:
+        out.record(**place_of(callers))
         out.started = time.monotonic()  # its own time, without that of loading the models and of the runs before
         rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
         work = partial(work_on_fitting, callers=callers, work=partial(answer, callers=callers, run=run), fail=fail_unanswered)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dynamicrag.paths import written_at
+
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
@@ -21,17 +23,19 @@ def naming(path: str | Path) -> Iterator[None]:
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """Yield `<path>.writing`, open for writing; when the body is through, its bytes are on disk and it becomes `path`.
 
-    Where the body raises, `path` stays as it was and the temporary file is removed. A kill leaves that file behind,
-    and the next writer replaces it. Raises OSError, naming the file, where it cannot be written.
+    If `path` is a link, it stays one, and both files lie where it leads. If the body raises, `path` stays as it was and the
+    temporary file is removed. A kill leaves that file behind, and the next writer replaces it. Raises OSError, naming the
+    file, if it cannot be written.
     """
-    temporary = Path(f"{path}.writing")
+    target = written_at(path)
+    temporary = Path(f"{target}.writing")
     file = temporary.open("wb")
     try:
         with naming(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -175,6 +175,12 @@ class VllmEngine:
             log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/prompts.py "
                         "before you train", args.template, ", ".join(tokens))
 
+    def place(self) -> dict[str, str]:
+        """The name of the device, and the type in which it computes: what `--dtype auto` came to."""
+        from vllm.platforms import current_platform
+
+        return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
+
     def fits(self, messages: Messages, max_tokens: int) -> bool:
         """Whether the prompt leaves room for an answer of max_tokens in the window."""
         return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len

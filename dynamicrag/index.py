@@ -12,7 +12,7 @@ from dynamicrag.atomic import atomic_writer
 from dynamicrag.device import devices_of
 from dynamicrag.flat import ExactIndex
 from dynamicrag.locks import exclusive
-from dynamicrag.manifest import fingerprint
+from dynamicrag.manifest import fingerprint, is_content
 from dynamicrag.rescoring import rescore
 from dynamicrag.shards import Shard, name_of
 from dynamicrag.stage import UserError, log
@@ -78,10 +78,21 @@ def open_index(
                 _save(_build(shards, factory, seed), kept, manifest, holds)
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as the latter
         raise UserError(f"{kept}: the index cannot be written ({error}); give --index_path") from error
-    if _made_from(manifest) != holds:
+    if not _holds(_made_from(manifest), holds, shards):
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
     return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
+
+
+def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:
+    """Whether an index was made for this, by this version or by one that knew large shards by samples."""
+    if made == holds or not isinstance(made, dict):
+        return made == holds
+    kept = made.get("shards")
+    return {**made, "shards": holds["shards"]} == holds and isinstance(kept, list) and len(kept) == len(shards) and all(
+        isinstance(entry, list) and len(entry) == 2 and entry[0] == shard.path.name and is_content(entry[1], shard.path)
+        for entry, shard in zip(kept, shards, strict=True)
+    )
 
 
 def _made_from(manifest: Path) -> object:

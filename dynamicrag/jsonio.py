@@ -1,14 +1,20 @@
 """JSON and JSONL files, streamed both ways.
 
-Reading goes by content: a file whose first character is `[` is a JSON array, anything else is JSONL. Writing goes by
-suffix: `.json` is an array with one element a line, anything else JSONL. Memory does not grow with the file.
+Reading goes by content: a file whose first character is `[` is a JSON array, anything else is JSONL; a file named `.gz` is
+decompressed. Writing goes by suffix: `.json` is an array with one element per line, anything else JSONL. Memory does not
+grow with the file.
 """
 
 import codecs
+import contextlib
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
@@ -32,7 +38,7 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     path = Path(path)
     refuse_pipe(path)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -41,6 +47,16 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     if not head:
         raise UserError(f"{path}: the file is empty; expected a JSON array or one JSON object a line")
     yield from _read_array(path) if head.startswith(b"[") else _read_lines(path)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """An input, open for reading its bytes: those inside if it is compressed, named `.gz`. Raises OSError, and UserError for broken gzip."""
+    try:
+        with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from error
 
 
 def refuse_pipe(path: Path) -> None:
@@ -62,7 +78,7 @@ def _value(text: bytes | str) -> object:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
             if line:
@@ -80,7 +96,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     """Decode one element at a time, holding no more than the element and one read of the file."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     buffer, position, line = "", 0, 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
 
         def broken(reason: str) -> UserError:
             return UserError(f"{path}:{line}: not a valid JSON array: {reason}")

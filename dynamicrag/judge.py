@@ -103,6 +103,8 @@ class Judge:
         keys = [self._key(messages) for _, messages in answers]
         prompts: dict[str, tuple[str, Messages]] = {}
         for key, answer in zip(keys, answers, strict=True):
+            if key not in prompts and self._cache.get(key) is None:
+                self._keep_earlier(key, answer[1])
             prompts.setdefault(key, answer)
         grades = {key: grade for key in prompts if (grade := self._cached(key)) is not None}
         missing = {key: answer for key, answer in prompts.items() if key not in grades}
@@ -116,7 +118,14 @@ class Judge:
         return [grades[key] for key in keys]
 
     def _key(self, messages: Messages) -> str:
-        return hashlib.sha256(orjson.dumps([self._base_url, self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
+        """Of what decides a grade: the judge by its model's name, not by where it listens, which changes with every cluster job."""
+        return hashlib.sha256(orjson.dumps([self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
+
+    def _keep_earlier(self, key: str, messages: Messages) -> None:
+        """Keep a grade under its key that an earlier version kept under one with the address: it was paid for."""
+        earlier = hashlib.sha256(orjson.dumps([self._base_url, self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
+        if (grade := self._cache.get(earlier)) is not None:
+            self._cache.put(key, grade)
 
     def _cached(self, key: str) -> float | None:
         grade = self._cache.get(key)

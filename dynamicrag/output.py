@@ -2,7 +2,11 @@
 
 A stage that runs for hours appends finished rows to `<output>.partial`, a whole chunk of rows at a time and in input
 order, and renames it when complete. Starting again continues after the last whole chunk; because chunks are cut at
-fixed positions, the result equals that of an undisturbed run. The manifest is written last and marks completion.
+fixed positions, the result equals that of an undisturbed run on the same machine and device. On another device, in another
+precision, or if vLLM batches requests otherwise (on GPUs, unless VLLM_BATCH_INVARIANT=1), the last digits of a sum differ, and
+with them an answer now and then. The manifest is written last and marks completion.
+
+An output that is a link stays one: the file it leads to, and the partial file and manifest beside that, are written.
 """
 
 import argparse
@@ -19,20 +23,23 @@ import orjson
 from dynamicrag.atomic import atomic_writer, naming
 from dynamicrag.batches import prepared_ahead
 from dynamicrag.jsonio import dump_line, refuse_pipe, write_json
-from dynamicrag.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.locks import lock
+from dynamicrag.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.paths import written_at
 from dynamicrag.stage import UserError, log
 
 
 class Output:
     """The output files of one run of one stage; the first one is written in resumable chunks.
 
-    `finished` is True where an earlier run with the same arguments and inputs is complete: the stage then has nothing
-    to do. Raises UserError where the folder cannot be written, an input is missing, another run is writing the same
-    output, or what is there was made from other arguments or inputs (--overwrite discards it).
+    `finished` is True if an earlier run with the same arguments and inputs is complete: the stage then has nothing
+    to do. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another run is
+    writing the same output, or what is there was made from other arguments or inputs (--overwrite discards it).
     """
 
     def __init__(self, args: argparse.Namespace, outputs: list[str], inputs: list[str]):
-        self.paths = [Path(output) for output in outputs]
+        self._given = [str(output) for output in outputs]
+        self.paths = [written_at(output) for output in outputs]
         self.path = self.paths[0]
         self.partial = Path(f"{self.path}.partial")
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
@@ -74,7 +81,7 @@ class Output:
         """No output may be another run's: --overwrite would destroy it."""
         for path in self.paths:
             owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
-            if Path(owner).name != self.path.name:
+            if Path(owner).name not in (self.path.name, Path(self._given[0]).name) and os.path.realpath(owner) != os.path.realpath(self.path):
                 raise UserError(f"{path}: belongs to the run that wrote {owner}; give this one another path")
 
     def _is_finished(self) -> bool:
@@ -93,16 +100,22 @@ class Output:
         return False
 
     def _refuse_other(self, made: dict, path: Path) -> None:
-        for what in ("arguments", "inputs"):
-            before, now = made.get(what, {}), self.identity[what]
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            if changed:
-                shown = changed[0]
-                detail = f" ({before.get(shown)!r} then, {now.get(shown)!r} now)" if what == "arguments" else ""
-                raise UserError(
-                    f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
-                    "give --overwrite to replace it, or another output path to keep both"
-                )
+        what, changed = differences(made, self.identity)
+        if changed:
+            before, now = next(iter(changed.values()))
+            detail = f" ({before!r} then, {now!r} now)" if what == "arguments" else ""
+            raise UserError(
+                f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
+                "give --overwrite to replace it, or another output path to keep both"
+            )
+
+    def record(self, device: str | None = None, **resolved: str) -> None:
+        """Note the name of the device, and what `auto` came to in flags that decide what is written, such as dtype.
+
+        Call it before the first row is written. A run that began with other resolved values is refused then; one that began on
+        another device is continued, with a warning. An output that is finished is recognised without either.
+        """
+        self.identity |= {"resolved": resolved, **({"device": device} if device else {})}
 
     # -- rows that take long, a chunk at a time
 
@@ -133,7 +146,7 @@ class Output:
             self.path.replace(self.partial)  # interrupted between the rename and the manifest
         self._file = self.partial.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
         except BlockingIOError as error:
             raise UserError(f"{self.partial}: another run is writing this output; wait for it or end it") from error
         if not self._mark_begun():
@@ -143,7 +156,12 @@ class Output:
     def _mark_begun(self) -> bool:
         """Note what this run is made from, before its first byte; True where an earlier run of the same had begun."""
         if self._begun.exists():
-            self._refuse_other(parse_manifest(self._begun), self.partial)
+            begun = parse_manifest(self._begun)
+            self._refuse_other(begun, self.partial)
+            before, now = begun.get("device"), self.identity.get("device")
+            if before and now and before != now:
+                log.warning("%s: was begun on %s and is continued on %s: the last digits of its figures, and an answer now and then, may be "
+                            "other than if one device had done all of it", self.partial, before, now)
             return True
         with atomic_writer(self._begun) as file:
             file.write(orjson.dumps(self.identity))
@@ -225,7 +243,7 @@ class Output:
             log.warning("%d malformed rows set aside in %s", self.rejected, self.rejected_path)
         manifest = {
             **self.identity,
-            "outputs": [str(path) for path in self.paths],
+            "outputs": self._given,
             "counts": counts,
             **({"summary": summary} if summary else {}),
             "seconds": round(time.monotonic() - self.started, 1),
@@ -251,7 +269,7 @@ class Output:
 
 
 def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
-    """Raises UserError where an output is another one or an input, under whatever name or link."""
+    """Raises UserError if an output is another one or an input, under whatever name or link."""
     # os.path.realpath, since Path.resolve fails for a link to itself, which whoever reads it says better
     read, written = {os.path.realpath(name) for name in inputs}, set()
     for path in outputs:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from dynamicrag.jsonio import read_json
+from dynamicrag.jsonio import opened, read_json
 from dynamicrag.locks import exclusive
-from dynamicrag.manifest import fingerprint
+from dynamicrag.manifest import fingerprint, is_content
+from dynamicrag.paths import written_at
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -41,30 +42,37 @@ Passage = tuple[str, str, str]  # id, title, text
 def read_passages(path: str | Path) -> Iterator[Passage]:
     """Stream (id, title, text) from a TSV, JSONL, JSON or Parquet file, or from a folder of them in sorted order.
 
+    Files named .tsv.gz, .jsonl.gz and .json.gz are decompressed as they are read, as DPR's psgs_w100.tsv.gz is published.
     TSV is DPR's: a header with id, text and title, fields quoted where they hold a tab, a newline or a quote. JSON
     has id (or _id, docid), text (or contents) and title; `contents` without a title has it in its first line.
     Raises UserError naming file and line.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in TSV + JSON + PARQUET)
+        files = sorted(file for file in path.iterdir() if _kind(file) in TSV + JSON + PARQUET)
         if not files:
             raise UserError(f"{path}: holds no .tsv, .jsonl or .parquet file")
         yield from chain.from_iterable(map(read_passages, files))
-    elif path.suffix in TSV:
+    elif _kind(path) in TSV:
         yield from _read_tsv(path)
-    elif path.suffix in PARQUET:
+    elif _kind(path) in PARQUET:
         yield from _read_parquet(path)
-    elif path.suffix in JSON:
+    elif _kind(path) in JSON:
         for line, record in read_json(path):
             yield _passage(record, f"{path}:{line}")
     else:
-        raise UserError(f"{path}: expected a corpus named .tsv, .jsonl, .json or .parquet")
+        raise UserError(f"{path}: expected a corpus named .tsv, .jsonl or .json (also with .gz), or .parquet")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read; Parquet is compressed inside, never as a whole."""
+    inner = Path(path.name.removesuffix(".gz")).suffix
+    return inner if path.suffix != ".gz" or inner not in PARQUET else path.suffix
 
 
 def _read_tsv(path: Path) -> Iterator[Passage]:
     csv.field_size_limit(1 << 30)
-    with path.open("rb") as file:
+    with opened(path) as file:
 
         def lines() -> Iterator[str]:
             for number, line in enumerate(file, start=1):
@@ -204,13 +212,12 @@ def open_passages(path: str | Path, store: str | Path | None = None) -> PassageS
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such corpus")
-    folder = Path(store or f"{path}.store")
+    folder = written_at(store or f"{path}.store")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder):
-            content = fingerprint(path)
-            if _made_from(folder) != content:
-                _build(path, folder, content)
+            if not is_content(_made_from(folder), path):
+                _build(path, folder, fingerprint(path))
     except OSError as error:
         raise UserError(f"{folder}: the passage store cannot be written ({error}); give --passage_store") from error
     return PassageStore(folder)

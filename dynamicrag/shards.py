@@ -7,19 +7,19 @@ memory-mapped, so that the workers of a machine share one copy. Published Contri
 
 from __future__ import annotations
 
-import glob
 import itertools
 import pickle
 import struct
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.locks import exclusive
-from dynamicrag.manifest import fingerprint, manifest_path, read_manifest
+from dynamicrag.manifest import fingerprint, is_content, manifest_path, read_manifest
 from dynamicrag.passages import PassageStore
+from dynamicrag.paths import matching
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def ids_path(shard: str | Path) -> Path:
 
 def find_shards(pattern: str) -> list[Path]:
     """The shards a glob (or folder) names, sorted. Raises UserError where one is unfinished or its numbering has a gap."""
-    if Path(pattern).is_dir():
-        pattern = f"{pattern}/*"
-    names = sorted(map(Path, glob.glob(pattern)))
+    names = [file for path in matching(pattern) for file in (matching(path / "*") if path.is_dir() and path == Path(pattern) else [path])]
     partial = next((name for name in names if name.suffix == ".partial"), None)
     if partial is not None:
         raise UserError(f"{partial}: this shard is unfinished; run generate_passage_embeddings.py again to complete it")
@@ -149,7 +147,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
                             f"is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
         positions.append(found)
         manifest = read_manifest(shard.path) or {"inputs": {}}
-        if Path(model).exists() and manifest["inputs"] and fingerprint(model) not in manifest["inputs"].values():
+        if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
             log.warning("%s was made by another model than %s", shard.path, model)
     if all(isinstance(found, range) for found in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
         together = range(positions[0].start, positions[-1].stop)  # the usual case: 168 MB less a worker, for Wikipedia
@@ -200,6 +198,15 @@ def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
+def _frombuffer(raw: object, of_type: object, shape: object, order: object, *axes: object) -> _Array:
+    """How pickle protocol 5 writes a contiguous array; `axes` is None or absent unless its axes are permuted."""
+    if order not in ("C", "F") or any(axis is not None for axis in axes):
+        raise pickle.UnpicklingError(f"an array in order {order!r}")
+    array = _Array()
+    array.__setstate__((1, shape, of_type, order == "F", raw))
+    return array
+
+
 def _latin1(text: str, encoding: str) -> bytes:
     """How pickle protocols 0 to 2 write bytes."""
     if encoding != "latin1":
@@ -210,6 +217,8 @@ def _latin1(text: str, encoding: str) -> bytes:
 ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _latin1,
@@ -221,6 +230,9 @@ class _ShardUnpickler(pickle._Unpickler):
 
     In Python, a second a million ids: the one in C reserves what memory a few bytes of the file tell it to.
     """
+
+    # Protocol 5 writes what may be changed as a bytearray: read as bytes are, which reserves nothing that is not in the file.
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     def find_class(self, module: str, name: str) -> object:
         try:
@@ -247,16 +259,25 @@ def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _convert(path: Path) -> Path:
-    """Write a pickled shard as .npy beside itself, once; the ids come last and mark it complete."""
+    """Write a pickled shard as .npy beside itself, once; the ids mark it complete, and a file `.from` says of what content it is."""
     converted = path.with_suffix(".npy")
+    done, note = ids_path(converted), Path(f"{converted}.from")
     try:
         with exclusive(path):
-            done = ids_path(converted)
-            if not done.is_file() or done.stat().st_mtime < path.stat().st_mtime:
+            content = fingerprint(path)
+            noted = note.read_text() if note.is_file() else None
+            # Earlier versions made no note.
+            current = noted == content if noted else done.is_file() and done.stat().st_mtime >= path.stat().st_mtime
+            if not (done.is_file() and current):
                 ids, vectors = read_pickled(path)
                 log.info("converting %s to %s (once)", path, converted)
+                for stale in (note, done):
+                    stale.unlink(missing_ok=True)
                 save_array(converted, vectors)
                 save_ids(done, ids)
+            if noted != content:
+                with atomic_writer(note) as file:
+                    file.write(content.encode())
     except OSError as error:
         raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
     return converted

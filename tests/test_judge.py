@@ -1,5 +1,6 @@
 """dynamicrag/judge.py against a real server that misbehaves on demand."""
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import orjson
 import pytest
 
 from dynamicrag import judge as judge_module
@@ -24,12 +26,14 @@ from dynamicrag.judge import (
     CRITERIA,
     MAX_TOKENS,
     POINTS,
+    REPLY_FORMATS,
     RETRY_TEMPERATURE,
     Judge,
     JudgeUsage,
     UnreadableGrade,
     parse_grade,
 )
+from dynamicrag.judge_cache import GradeCache
 from dynamicrag.prompts import Prompts
 from dynamicrag.stage import UserError
 
@@ -402,24 +406,32 @@ def test_what_was_graded_is_not_asked_again(server, make):
     assert (again.usage.calls, again.usage.cached, server.requests) == (0, 2, 2)
 
 
-@pytest.mark.parametrize("other", ["model", "prompt", "system", "url", "format"])
-def test_another_model_prompt_endpoint_or_format_is_asked_anew(server, make, other):
+@pytest.mark.parametrize("other", ["model", "prompt", "system", "format"])
+def test_another_model_prompt_or_format_is_asked_again(server, make, other):
     make().grade(prompts("a"))
     server.script = [(200, grades(20))]
-    judge = make(
-        model="n" if other == "model" else "m", url=server.url.replace("127.0.0.1", "localhost") if other == "url" else None,
-        reply_format="text" if other == "format" else "json_schema",
-    )
+    judge = make(model="n" if other == "model" else "m", reply_format="text" if other == "format" else "json_schema")
     [(row, messages)] = prompts("b" if other == "prompt" else "a")
     if other == "system":
         messages[0]["content"] += "!"
     assert judge.grade([(row, messages)]) == [1.0]
 
 
-def test_a_slash_more_is_the_same_endpoint_and_another_row_the_same_prompt(server, make):
+def test_the_same_model_at_another_address_is_the_same_judge_and_another_row_the_same_prompt(server, make):
     make().grade(prompts("a"))
-    assert make(url=f"{server.url}/").grade([("another", prompts("a")[0][1])]) == [0.5]
+    for url in (f"{server.url}/", server.url.replace("127.0.0.1", "localhost"), "http://127.0.0.1:9/v1"):
+        assert make(url=url).grade([("another", prompts("a")[0][1])]) == [0.5]
     assert server.requests == 1
+
+
+def test_grades_kept_by_an_earlier_version_are_not_paid_for_again(server, make, cache):
+    """Their keys held the address of the judge."""
+    [(_, messages)] = prompts("a")
+    key = hashlib.sha256(orjson.dumps([server.url, "m", messages, REPLY_FORMATS["json_schema"], CRITERIA, POINTS])).hexdigest()
+    GradeCache(cache).put(key, 0.25)
+    judge = make()
+    assert judge.grade(prompts("a")) == [0.25] and (judge.usage.cached, server.requests) == (1, 0)
+    assert make(url="http://127.0.0.1:9/v1").grade(prompts("a")) == [0.25]
 
 
 def test_grades_come_back_in_the_order_of_the_prompts(server, make):

@@ -1,10 +1,14 @@
 """From questions and a corpus to questions with documents: splitting, embedding, searching, aggregating."""
 
+import gzip
 import json
 import os
 import pickle
 import random
+import re
 import shutil
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from dynamicrag.batches import length_batches
 from dynamicrag.dense import Encoder
 from dynamicrag.index import FaissIndex, open_index
 from dynamicrag.passages import open_passages, read_passages
+from dynamicrag.paths import matching
 from dynamicrag.shards import Shard, find_shards, open_shards, read_pickled
 from dynamicrag.stage import UserError
 
@@ -115,7 +120,20 @@ def test_tsv_with_everything_in_it(tmp_path):
     assert passages_of(tmp_path / "b.tsv", "title\tid\ttext\nT\t1\t" + "x" * 1_000_000)[0][2] == "x" * 1_000_000
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("psgs_w100.tsv.gz", 'id\ttext\ttitle\n1\t"two\nlines"\tT\n'), ("wiki.jsonl.gz", '{"id": "1", "contents": "\\"T\\"\\ntwo\\nlines"}\n'),
+    ("wiki.json.gz", '[{"id": "1", "title": "T",\n"text": "two\\nlines"}]'),
+])
+def test_a_corpus_is_read_as_it_is_published(tmp_path, name, content):
+    packed = gzip.compress(content.encode())
+    assert passages_of(tmp_path / name, packed) == [("1", "T", "two\nlines")] == list(read_passages(tmp_path))
+    for broken in (packed[:-9], packed[:12] + b"\xff\xff" + packed[14:], content.encode()):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}"):
+            passages_of(tmp_path / name, broken)
+
+
 @pytest.mark.parametrize("name, content, said", [
+    ("a.parquet.gz", "x", "named .tsv"),
     ("a.tsv", "1\ttext\ttitle\n", r"a\.tsv:1: expected the header"), ("a.tsv", "", "expected the header"),
     ("a.tsv", "id\ttext\ttitle\n1\tx\ty\n2\tx\n", r"a\.tsv:3: expected 3 fields, found 2"),
     ("a.tsv", 'id\ttext\ttitle\n1\t"x\ty\n2\tx\ty\n', r"a\.tsv:2: .*quot"), ("a.tsv", 'id\ttext\ttitle\n1\tx\ty\n2\t"x" z\ty\n', r"a\.tsv:3: .*quot"),
@@ -143,6 +161,15 @@ def test_jsonl_and_parquet(tmp_path):
     store = open_passages(tmp_path / "a.jsonl")
     assert store.positions(["é", "7", "07", "", "a"]).tolist() == [2, 0, -1, -1, 1]
     assert store.docs([2, 0]) == [{"id": "é", "title": "", "text": ""}, {"id": "7", "title": "T", "text": "x"}]
+
+
+def test_a_store_that_is_a_link_lies_where_the_link_leads(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "a.jsonl.store").symlink_to("large/store")
+    for text in ("old", "new"):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": text}])
+        assert open_passages(path).docs([0])[0]["text"] == text and (tmp_path / "a.jsonl.store").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.store", "large"]
 
 
 def test_store_follows_the_corpus(tmp_path):
@@ -429,7 +456,7 @@ def test_broken_shards(tmp_path, encoder_dir, corpus_tsv, shards, questions, con
 # ---------------------------------------------------------------- published shards
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 3, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_published_shards(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir, questions, protocol, module, monkeypatch):
     published = tmp_path / "published"
@@ -445,6 +472,17 @@ def test_published_shards(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir,
     expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "own.jsonl", "--n_docs", 5)
     for name in ("first", "second"):  # the second time from the converted copies, which are no further shards
         assert retrieve(encoder_dir, corpus_tsv, published, questions, tmp_path / f"{name}.jsonl", "--n_docs", 5) == expected
+
+
+def test_a_published_shard_that_is_replaced_is_converted_again(tmp_path):
+    """Also by a file that is older, as a copy that keeps the times is."""
+    shard = tmp_path / "passages_00"
+    for number, age in ((1, 0), (2, 1000), (3, 2000)):
+        shard.write_bytes(pickle.dumps((["a"], np.full((1, 2), number, np.float16))))
+        os.utime(shard, (shard.stat().st_mtime - age,) * 2)
+        for _ in range(2):
+            [opened] = open_shards(find_shards(str(tmp_path)))
+            assert opened.vectors.tolist() == [[number, number]]
 
 
 def test_a_pickle_never_runs_code(tmp_path, encoder_dir, corpus_tsv, questions):
@@ -466,10 +504,66 @@ def test_a_pickle_never_runs_code(tmp_path, encoder_dir, corpus_tsv, questions):
     {"a": 1}, (["a"],), (["a"], [1.0]), ([None], np.zeros((1, 2), np.float16)), (["a"], np.zeros((1, 2), np.int64)), "text",
     (["a"], np.zeros((1, 2), ">f2")), (["a"], np.array([["x"]])),
 ])
-def test_other_pickles_are_refused(tmp_path, payload):
-    (tmp_path / "passages_00").write_bytes(pickle.dumps(payload, protocol=4))
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_other_pickles_are_refused(tmp_path, payload, protocol):
+    (tmp_path / "passages_00").write_bytes(pickle.dumps(payload, protocol=protocol))
     with pytest.raises(UserError, match="passages_00: not a shard"):
         read_pickled(tmp_path / "passages_00")
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, pickle._dumps])
+@pytest.mark.parametrize("module", ["numpy.core.numeric", "numpy._core.numeric"])
+def test_an_array_of_protocol_5_has_its_values_in_any_layout(tmp_path, dump, module, monkeypatch):
+    values = np.arange(12, dtype=np.float16).reshape(4, 3)
+    monkeypatch.setattr(values.__reduce_ex__(5)[0], "__module__", module)
+    for vectors in (values, np.asfortranarray(values), values[:, ::-1], values.astype(np.float32)):
+        for writeable in (True, False):
+            vectors = vectors.copy("K")
+            vectors.flags.writeable = writeable
+            (tmp_path / "passages_00").write_bytes(dump((list("abcd"), vectors), protocol=5))
+            ids, found = read_pickled(tmp_path / "passages_00")
+            assert ids == list("abcd") and found.dtype == vectors.dtype and (found == vectors).all()
+
+
+def test_a_pickle_that_announces_more_bytes_than_it_has_reserves_none(tmp_path, request):
+    """A bytearray of protocol 5 that says it has a gigabyte."""
+    (tmp_path / "passages_00").write_bytes(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"x")
+    code = ("import re, sys; from pathlib import Path\nfrom dynamicrag.shards import read_pickled; from dynamicrag.stage import UserError\n"
+            "try: read_pickled(Path(sys.argv[1]))\n"
+            "except UserError: print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "passages_00"], capture_output=True, text=True, cwd=request.config.rootpath)
+    assert int(done.stdout) < 200_000, done.stderr
+
+
+# ---------------------------------------------------------------- names that could be patterns
+
+
+@pytest.mark.parametrize("name", ["data[1]", "a*b", "what?"])
+def test_a_folder_with_the_name_of_a_pattern_is_that_folder(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions, name):
+    """From splitting to aggregating, every path in it, with a folder beside it that the name matches as a pattern."""
+    expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "expected.jsonl", "--n_docs", 5)
+    for decoy in ("data1", "axb", "whatx"):
+        (tmp_path / decoy).mkdir()
+        (tmp_path / decoy / "passages_00.npy").write_bytes(b"not read")
+        (tmp_path / decoy / "found_0.jsonl.partial").write_bytes(b"not read")
+    folder = tmp_path / name
+    shutil.copytree(shards_dir, folder / "embeddings")
+    (folder / "corpus").mkdir()
+    shutil.copy(corpus_tsv, folder / "corpus/psgs.tsv")
+    split_data.main(["--input_file", str(questions), "--output_dir", str(folder / "splits"), "--num_splits", "2"])
+    for part in (0, 1):
+        retrieve(encoder_dir, folder / "corpus", folder / "embeddings", folder / f"splits/split_{part}.json", folder / f"found_{part}.jsonl", "--n_docs", 5)
+    assert find_shards(str(folder / "embeddings")) == find_shards(f"{folder}/embeddings/*") != []
+    aggregate.main(["--input_files", str(folder / "found_*.jsonl"), "--splits_dir", str(folder / "splits"), "--output_file", str(folder / "all.jsonl")])
+    assert read_jsonl(folder / "all.jsonl") == expected
+
+
+def test_a_file_with_the_name_of_a_pattern_is_that_file(tmp_path):
+    for name in ("a*b_1.json", "axb_1.json", "axb_1.json.partial", "c_2.json"):
+        (tmp_path / name).touch()
+    assert matching(tmp_path / "a*b_1.json") == [tmp_path / "a*b_1.json"] and matching(tmp_path / "a*b_1.json", ".partial") == []
+    assert matching(tmp_path / "?_2.json") == [tmp_path / "c_2.json"] and matching(tmp_path / "*_[12].json", ".partial") == [tmp_path / "axb_1.json.partial"]
+    assert matching("") == matching(tmp_path / "none*/x") == []
 
 
 def test_mapped_not_copied(shards_dir):

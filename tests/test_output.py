@@ -1,0 +1,388 @@
+"""What a run is known by, where its output lies, and which locks it holds."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+from conftest import write_jsonl
+from test_io import (
+    ROWS,
+    Killed,
+    arguments,
+    put,
+    run_stage,
+    test_two_runs_do_not_write_one_output,
+    test_workers_work_one_at_a_time_and_go_on_together,
+    values,
+)
+
+from dynamicrag import manifest
+from dynamicrag.answering import place_of
+from dynamicrag.atomic import atomic_writer
+from dynamicrag.locks import exclusive, in_turn
+from dynamicrag.manifest import read_manifest
+from dynamicrag.output import Output
+from dynamicrag.records import read_rows
+from dynamicrag.stage import UserError
+
+two_runs, taking_turns = test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together
+del test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together  # they are test_io.py's
+
+# ---------------------------------------------------------------- fingerprints
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A folder of fingerprints that starts empty."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def test_a_change_is_seen_in_a_file_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "SETTLED_NS", -1)
+    path = put(tmp_path / "large", os.urandom(1 << 20) * 65)
+    seen = {manifest.fingerprint(path)}
+    for place in (0, (1 << 20) + 5000, path.stat().st_size // 2, path.stat().st_size - 1):
+        times = path.stat()
+        with path.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an editor does that keeps the time
+        seen.add(manifest.fingerprint(path))
+    assert len(seen) == 5
+    assert manifest.fingerprint(put(tmp_path / "copy", path.read_bytes())) in seen
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Files above a thousand bytes are large; the names of the files whose bytes were read for their fingerprint."""
+    found, real = [], manifest.hashlib.file_digest
+
+    def file_digest(file, digest):
+        found.append(os.path.basename(file.name))
+        return real(file, digest)
+
+    monkeypatch.setattr(manifest.hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(manifest, "LARGE", 1000)
+    monkeypatch.setattr(manifest, "SETTLED_NS", -1)
+    return found
+
+
+def test_a_large_file_is_read_once_while_it_stays_what_it_was(tmp_path, reads, cache, monkeypatch):
+    path, small = put(tmp_path / "large", b"x" * 2000), put(tmp_path / "small", b"x")
+    first = manifest.fingerprint(path)
+    assert manifest.fingerprint(path) == first and manifest.fingerprint(small) == manifest.fingerprint(small)
+    assert reads == ["large", "small", "small"]
+    put(tmp_path / "other", b"y" * 2000)
+    os.utime(tmp_path / "other", ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    os.replace(tmp_path / "other", path)  # as many bytes, the same time
+    second = manifest.fingerprint(path)
+    assert second != first
+    for content in ("[]", "{", '{"state": 1, "sha256": "x"}'):
+        for kept in cache.rglob("*_*"):
+            kept.write_text(content)
+        assert manifest.fingerprint(path) == second
+    del reads[:]
+    assert manifest.fingerprint(path) == second and reads == []
+    monkeypatch.setattr(manifest, "SETTLED_NS", 10**12)  # it changed a moment ago: it may change again within the clock's tick
+    put(path, b"z" * 2000)
+    assert manifest.fingerprint(path) == manifest.fingerprint(path) and reads == ["large", "large"]
+
+
+def test_without_a_place_to_keep_it_a_fingerprint_is_made_again(tmp_path, reads, monkeypatch):
+    path = put(tmp_path / "large", b"x" * 2000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    assert manifest.fingerprint(path) == manifest.fingerprint(path) and reads == ["large", "large"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_an_earlier_version_goes_on_and_a_changed_input_is_seen(tmp_path, monkeypatch, caplog, finished):
+    """That version knew large files by 64 samples."""
+    monkeypatch.setattr(manifest, "LARGE", 2 << 20)
+    rows = [{**row, "text": "x" * (300 << 10)} for row in ROWS]
+    with monkeypatch.context() as patch:
+        sampled = manifest._samples
+        patch.setattr(manifest, "_content", sampled)
+        with contextlib.nullcontext() if finished else pytest.raises(Killed):
+            run_stage(tmp_path, rows=rows, stop_after=None if finished else 2)
+    assert run_stage(tmp_path) == (0 if finished else 4) and "samples" in caplog.text
+    content = (tmp_path / "in.jsonl").read_bytes()
+    (tmp_path / "in.jsonl").write_bytes(content.replace(b"question 0", b"question 1", 1))
+    with pytest.raises(UserError, match=r"other inputs: .*in\.jsonl"):
+        run_stage(tmp_path)
+
+
+# ---------------------------------------------------------------- the same input, the same arguments
+
+
+def test_the_same_file_by_another_path_is_the_same_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "linked").symlink_to("data")
+    (tmp_path / "by_link.jsonl").symlink_to("data/rows.jsonl")
+    for name in ("rows.jsonl", "nq.jsonl"):
+        write_jsonl(tmp_path / "data" / name, ROWS)
+    write_jsonl(tmp_path / "data/other.jsonl", ROWS[1:])
+    shard = put(tmp_path / "data/shard_0.npy", b"vectors")
+    put(tmp_path / "data/shard_1.npy", b"others")
+
+    def finished(path: str, output: str = "out.jsonl", shard: str = "data/shard_0.npy", folder: str = "data") -> bool:
+        out = Output(arguments(input_file=path, files=[path], folder=folder, output_file=output), [output], [path, shard])
+        if not out.finished:
+            out.process(read_rows(path), 3, list, 10, "")
+            out.finish()
+            return False
+        return True
+
+    assert not finished("data/rows.jsonl")
+    write_jsonl(tmp_path / "a_copy.jsonl", ROWS)
+    for path in ("./data/rows.jsonl", str(tmp_path / "data/rows.jsonl"), "linked/rows.jsonl", "by_link.jsonl", "a_copy.jsonl"):
+        assert finished(path) and finished(path, str(tmp_path / "out.jsonl"), str(shard), str(tmp_path / "linked"))
+    for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that says which data set the rows are of
+        with pytest.raises(UserError, match="other arguments: files, input_file"):
+            finished(path)
+    with pytest.raises(UserError, match="other inputs: data/shard_0"):
+        finished("data/rows.jsonl", shard="data/shard_1.npy")
+    with pytest.raises(UserError, match="other arguments: folder"):
+        finished("data/rows.jsonl", folder="elsewhere")
+
+
+def test_two_inputs_that_changed_places_are_other_inputs(tmp_path):
+    one, other = write_jsonl(tmp_path / "one.jsonl", ROWS), write_jsonl(tmp_path / "other.jsonl", ROWS[1:])
+    inputs, output = [str(one), str(other)], str(tmp_path / "out")
+    out = Output(arguments(one=inputs[0], other=inputs[1]), [output], inputs)
+    out.publish(output, ROWS)
+    out.finish()
+    with pytest.raises(UserError, match="other arguments: one, other"):
+        Output(arguments(one=inputs[1], other=inputs[0]), [output], inputs)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(UserError, match=r"other inputs: .*one.*other"):
+        Output(arguments(one=inputs[0], other=inputs[1]), [output], inputs)
+
+
+def test_shards_that_changed_their_names_are_other_inputs(tmp_path):
+    """They are found through a glob: their order is that of their names."""
+    for folder, contents in (("a", b"xy"), ("b", b"xy"), ("c", b"yx")):
+        (tmp_path / folder).mkdir()
+        for number, content in enumerate(contents):
+            put(tmp_path / folder / f"shard_{number}", bytes([content]))
+    output = str(tmp_path / "out")
+
+    def run(folder: str) -> Output:
+        return Output(arguments(), [output], [str(tmp_path / folder / f"shard_{number}") for number in (0, 1)])
+
+    out = run("a")
+    out.publish(output, ROWS)
+    out.finish()
+    assert run("b").finished
+    with pytest.raises(UserError, match=r"other inputs: .*shard_0"):
+        run("c")
+
+
+def test_where_a_server_listens_is_not_what_a_run_is_but_whether_there_is_one_is(tmp_path):
+    with pytest.raises(Killed):
+        run_stage(tmp_path, stop_after=2, api_base="http://one:1/v1", judge_base_url=None)
+    assert run_stage(tmp_path, api_base="http://two:2/v1", judge_base_url=None) == 4
+    for changed in ({"api_base": None, "judge_base_url": None}, {"api_base": "http://one:1/v1", "judge_base_url": "http://one:1/v1"}):
+        with pytest.raises(UserError, match=r"other arguments: (api_base|judge_base_url)"):
+            run_stage(tmp_path, **changed)
+
+
+# ---------------------------------------------------------------- device and precision
+
+GPU, CPU = {"device": "NVIDIA H100", "dtype": "bfloat16"}, {"device": "cpu", "dtype": "float32"}
+
+
+def computed(folder, resolved: dict, chunks: int = 9, dtype: str = "auto") -> Output:
+    """A stage that writes so many chunks at most, with what its --dtype and --device come to."""
+    source = write_jsonl(folder / "in.jsonl", ROWS)
+    out = Output(arguments(dtype=dtype), [str(folder / "out.jsonl")], [str(source)])
+    if out.finished:
+        return out
+    out.record(**resolved)
+    for number, chunk in enumerate(out.chunks(read_rows(source), 3)):
+        if number == chunks:
+            out._file.close()
+            return out
+        out.write(chunk)
+    out.finish()
+    return out
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path, caplog):
+    computed(tmp_path, GPU, chunks=2)
+    with pytest.raises(UserError, match=r"out\.jsonl\.partial: was made from other arguments: dtype \('bfloat16' then, 'float32' now\)"):
+        computed(tmp_path, CPU)
+    assert "begun on" not in caplog.text
+    computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # asked for by name
+    assert "begun on NVIDIA H100 and is continued on cpu" in caplog.text
+    computed(tmp_path, GPU)
+    made = read_manifest(tmp_path / "out.jsonl")
+    assert (made["device"], made["resolved"]) == ("NVIDIA H100", {"dtype": "bfloat16"})
+    assert computed(tmp_path, {}).finished and computed(tmp_path, {}, dtype="bfloat16").finished, "without a look at the device"
+    with pytest.raises(UserError, match=r"dtype \('auto' then, 'float32' now\)"):
+        computed(tmp_path, {}, dtype="float32")
+
+
+def test_a_run_of_an_earlier_version_that_noted_no_precision_goes_on(tmp_path, caplog):
+    computed(tmp_path, {}, chunks=2)
+    begun = tmp_path / "out.jsonl.partial.manifest.json"
+    begun.write_text(json.dumps({key: value for key, value in json.loads(begun.read_text()).items() if key not in ("device", "resolved")}))
+    assert computed(tmp_path, CPU).rows == 10 and "begun on" not in caplog.text
+
+
+# ---------------------------------------------------------------- outputs that are links
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("name", ["out", "elsewhere"])
+def test_an_output_that_is_a_link_stays_one(tmp_path, suffix, name):
+    """The home folder is small: nothing is written there beside the link."""
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    link, target = home / f"out{suffix}", scratch / f"{name}{suffix}"
+    link.symlink_to(os.path.relpath(target, home))
+    with pytest.raises(Killed):
+        run_stage(home, suffix, stop_after=2)
+    assert sorted(os.listdir(home)) == ["in.jsonl", link.name] and f"{target.name}.partial" in os.listdir(scratch)
+    assert run_stage(home, suffix) == 4 and run_stage(home, suffix) == 0
+    assert link.is_symlink() and len(values(target)) == 10 and read_manifest(link)["counts"] == read_manifest(target)["counts"] == {"rows": 10}
+    assert sorted(os.listdir(home)) == ["in.jsonl", link.name] and sorted(os.listdir(scratch)) == sorted([target.name, f"{target.name}.manifest.json"])
+    assert run_stage(home, suffix, overwrite=True) == 10 and link.is_symlink()
+
+
+def test_every_whole_file_is_written_where_its_link_leads(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "table.md").symlink_to("far/table.md")
+    for content in (b"one", b"two"):
+        with atomic_writer(tmp_path / "table.md") as file:
+            file.write(content)
+        assert (tmp_path / "table.md").is_symlink() and (tmp_path / "far/table.md").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["far", "table.md"] and os.listdir(tmp_path / "far") == ["table.md"]
+
+
+# ---------------------------------------------------------------- file systems and their locks
+
+
+class NfsLocks:
+    """flock as Linux' NFS client has it: byte-range locks, which the file's mode must allow, and which may not be upgraded."""
+
+    def __init__(self):
+        self.shared, self.flock = set(), fcntl.flock
+
+    def __call__(self, fd: int, operation: int) -> None:
+        mode, kind = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE, operation & ~fcntl.LOCK_NB
+        if (kind == fcntl.LOCK_SH and mode == os.O_WRONLY) or (kind == fcntl.LOCK_EX and mode == os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if kind == fcntl.LOCK_EX and fd in self.shared:
+            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
+        self.flock(fd, operation)
+        (self.shared.add if kind == fcntl.LOCK_SH else self.shared.discard)(fd)
+
+
+def test_locks_work_as_nfs_has_them(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", NfsLocks())
+    with open(tmp_path / "file", "w") as file, pytest.raises(OSError, match="Bad file"):
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+    with open(tmp_path / "file", "w+") as file, pytest.raises(OSError, match="deadlock"):
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    monkeypatch.setattr(fcntl, "flock", NfsLocks())
+    taking_turns(tmp_path)
+    with exclusive(tmp_path / "store"):
+        pass
+    assert run_stage(tmp_path) == 10
+    (tmp_path / "two").mkdir()
+    two_runs(tmp_path / "two")
+    assert "wait for each other" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"^\S+/out\.jsonl\.partial: .*flock"):
+        run_stage(tmp_path)
+    with pytest.raises(UserError, match=r"^\S+/store\.lock: .*flock"), exclusive(tmp_path / "store"):
+        raise AssertionError("it goes on without the lock")
+    went_on = False
+    with in_turn(tmp_path / "corpus"):  # which only saves memory
+        went_on = True
+    assert went_on and "flock" in caplog.text
+
+
+def test_turns_are_of_one_machine_and_leave_nothing_beside_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "machine"))
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "linked").symlink_to("corpus.tsv")
+    for name in ("corpus.tsv", "linked"):
+        with in_turn(tmp_path / name):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["linked", "machine"]
+    assert len(os.listdir(tmp_path / "machine")) == 2, "the same corpus by two names"
+    for path in (tmp_path / "machine").iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+    with in_turn(tmp_path / "corpus.tsv"):
+        pass
+    assert not (tmp_path / "elsewhere").exists(), "in a folder that others may write to, no link is followed"
+
+
+# ---------------------------------------------------------------- what stages note and show
+
+CHAIN = """
+import sys
+from pathlib import Path
+import aggregate, evaluate_retrieval, generate_passage_embeddings, reranker, retriever, reward_trajectories, split_data
+corpus, encoder, monot5 = sys.argv[1:]
+common = ["--device", "cpu"]
+split_data.main(["--input_file", "questions.jsonl", "--output_dir", "splits", "--num_splits", "1"])
+generate_passage_embeddings.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--output_dir", "embeddings", *common])
+retriever.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--passages_embeddings", "embeddings", "--query",
+                "splits/split_0.json", "--output_file", "found_0.jsonl", "--index", "flat", "bm25", "--n_docs", "3", "--dtype", "float32", *common])
+aggregate.main(["--input_files", "found_*.jsonl", "--splits_dir", "splits", "--output_file", "all.jsonl"])
+reranker.main(["--model_name_or_path", monot5, "--input_file", "all.jsonl", "--output_file", "reranked.jsonl", "--dtype", "bfloat16", *common])
+reward_trajectories.main(["--input_file", "sampled.jsonl", "--output_file", "rewarded.jsonl", "--bert_model", encoder, "--bert_layer", "1", *common])
+evaluate_retrieval.main(["--results_file", "reranked.jsonl"])
+"""
+
+
+def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, request, encoder_dir, monot5_dir, corpus_tsv):
+    write_jsonl(tmp_path / "questions.jsonl", [{**row, "answers": ["x"]} for row in ROWS])
+    write_jsonl(tmp_path / "sampled.jsonl", [
+        {"id": "1", "question": "what?", "answers": ["a"], "docs": [], "id_lists": [[], []], "responses": ["a", "b"], "response_tokens": [1, 1]},
+    ])
+    done = subprocess.run([sys.executable, "-c", CHAIN, corpus_tsv, encoder_dir, monot5_dir], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(request.config.rootpath)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.search(r"\d%\||it/s|/s\]", done.stderr)
+    noted = {name: read_manifest(tmp_path / name) for name in ("embeddings/passages_00.npy", "found_0.jsonl", "reranked.jsonl", "rewarded.jsonl")}
+    assert {made["device"] for made in noted.values()} == {"cpu"}
+    automatic, *given, none = (made["resolved"].get("dtype") for made in noted.values())
+    assert automatic in ("float32", "bfloat16") and given == ["float32", "bfloat16"] and none is None
+
+
+def test_an_llm_stage_notes_where_its_models_run():
+    def caller(**place):
+        return SimpleNamespace(engine=SimpleNamespace(place=lambda: place) if place else SimpleNamespace())
+
+    one, other = caller(device="NVIDIA H100", dtype="bfloat16"), caller(device="NVIDIA H100", dtype="float16")
+    assert place_of((one, one)) == {"device": "NVIDIA H100", "dtype": "bfloat16"}
+    assert place_of((one, other)) == {"device": "NVIDIA H100", "dtype": "bfloat16, float16"}
+    assert place_of((caller(), caller())) == {}, "a server does not say"
