@@ -214,7 +214,7 @@ def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
         run("r.json")
 
 
-@pytest.mark.parametrize("response", [None, 5, ["gold"], {"text": "gold"}])
+@pytest.mark.parametrize("response", [None, 5, ["gold", "gold"], [], [5], {"text": "gold"}])
 def test_a_response_that_is_not_a_string_is_no_answer(response):  # behaviour 24
     write("r.json", [{**make_row(1), "response": response}, make_row(2)])
     found = run("r.json")["r"]
@@ -289,10 +289,10 @@ def test_several_runs_make_one_table(capsys):
     printed = capsys.readouterr().out
     assert printed == Path("t.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
-    assert lines[0][:4] == ["system", "n", "score", "95 %"]
-    assert lines[2][:3] == ["one", "10", "60.0"]
-    assert lines[3][:3] == ["two", "2", "50.0"]
-    assert lines[4] == ["system", "", "fever", "nq"]
+    assert lines[0][:5] == ["system", "n", "score", "95 %", "metric"]
+    assert lines[2][:3] == ["one", "10", "60.0"] and lines[2][4] == "em"
+    assert lines[3][:3] == ["two", "2", "50.0"] and lines[3][4] == "accuracy+em"
+    assert lines[4] == ["system", "(em)", "fever (accuracy)", "nq (em)"]
     assert lines[7] == ["two", "", "0.0 (1.0)", "100.0 (2.0)"]
     assert len({len(line) for line in printed.splitlines()[:4]}) == 1, "columns line up"
 
@@ -403,8 +403,8 @@ def test_the_first_run_is_compared_with_each_other_question_by_question(capsys):
     found = compared("a.json", "b.json", "c.json")
     assert found["b"]["n"] == 100 and found["b"]["difference"] == pytest.approx(25)
     assert 15 < found["b"]["low"] < 25 < found["b"]["high"] < 35 and found["b"]["p"] < 0.001
-    assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1}
-    assert "a less each of the others" in capsys.readouterr().out
+    assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1, "metric": "em"}
+    assert "a minus each of the others" in capsys.readouterr().out
 
 
 def test_only_the_same_questions_are_compared():
