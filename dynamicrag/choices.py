@@ -42,7 +42,8 @@ def choices_of(row: Mapping) -> list[Choice]:
         found, labels = list(found.values()), list(found)
     elif isinstance(found, list) and found and all(isinstance(choice, dict) and {"text", "label"} <= choice.keys() for choice in found):
         found, labels = [choice["text"] for choice in found], [choice["label"] for choice in found]
-    labels = list(string.ascii_uppercase[: len(found)]) if labels is None else labels
+    if labels is None and isinstance(found, list):
+        labels = list(string.ascii_uppercase[: len(found)])
     if (
         not isinstance(found, list) or not isinstance(labels, list) or len(labels) != len(found)
         or not all(type(value) in (str, int, float) and str(value).strip() for value in (*found, *labels))

@@ -362,7 +362,7 @@ def _completed(value: object, asked: Mapping[str, Row]) -> object:
         known.pop("answers", None)
     if value.get("gold_docs") is not None or value.get("positive_ctxs"):
         known.pop("gold_docs", None)
-    filled = {key: found for key, found in known.items() if value.get(key) is None or (key == "answers" and not value[key])}
+    filled = {key: found for key, found in known.items() if key == "answers" or value.get(key) is None}
     return {**value, **filled}
 
 

@@ -12,6 +12,7 @@ import evaluate
 import evaluate_retrieval
 import inference
 import top_inference
+from dynamicrag import tasks
 from dynamicrag.answering import fail_unanswered
 from dynamicrag.calls import Caller, work_on_fitting
 from dynamicrag.engine import Completion
@@ -145,6 +146,82 @@ def test_a_question_asked_twice_is_refused():
     write("asked.jsonl", [*RIGHT, RIGHT[0]])
     with pytest.raises(UserError, match=r"asked\.jsonl:7: key 'id': 'q1' is already used on line 1"):
         run("r.jsonl", eval_file="asked.jsonl")
+
+
+# ---------------------------------------------------------------- what the results do not say
+
+
+def strip(rows: list[dict], *more: str) -> list[dict]:
+    return [{key: row[key] for key in ("id", "response", *more) if key in row} for row in rows]
+
+
+@pytest.mark.parametrize("more", [(), ("question",), ("question", "id_list"), ("question", "answers")])
+def test_results_may_be_ids_and_responses_alone(more):
+    """Three of four are right, and all four count, whatever else the results say."""
+    write("asked.jsonl", [make_row(n, None, dataset="popqa", kind="x" if n < 3 else "y") for n in range(1, 5)])
+    write("r.jsonl", strip([make_row(1), make_row(2, "it is gold"), make_row(3, "golden"), make_row(4, "bad")], *more))
+    found = run("r.jsonl", eval_file="asked.jsonl", group_by="kind")["r"]
+    assert (found["n"], found["score"], found["metric"], found["without_gold_answer"], found["unanswered"]) == (4, 75.0, "match", 0, 0)
+    assert {name: (group["n"], group["score"]) for name, group in found["groups"].items()} == {"x": (2, 100.0), "y": (2, 50.0)}
+
+
+def test_readings_gold_documents_and_choices_are_taken_from_what_was_asked():
+    write("asked.jsonl", [
+        make_row(1, None, qa_pairs=[{"short_answers": ["1989"]}, {"short_answers": ["1644"]}]),
+        make_row(2, None, dataset="ARC-Challenge", answers=["B"], choices={"text": ["wood", "iron"], "label": ["A", "B"]}, positive_ctxs=[{"passage_id": "wiki:7"}]),
+        make_row(3, None, dataset="nq", gold_docs=["9"]),
+    ])
+    write("r.jsonl", [{"id": "q1", "response": "in 1989"}, {"id": "q2", "response": "iron", "final_docs": ["7"]}, {"id": "q3", "response": "bad", "final_docs": ["7"]}])
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert {name: (group["metrics"], group["score"]) for name, group in found["groups"].items()} == {
+        "asqa": ("str_em", 50.0), "arc": ("accuracy", 100.0), "nq": ("em", 0.0),
+    }
+    assert (found["selection"]["n"], found["selection"]["exact"], found["selection"]["recall"]) == (2, 50.0, 50.0)
+
+
+def test_what_the_results_say_themselves_stands_before_what_was_asked():
+    write("asked.jsonl", [make_row(1, None, dataset="nq", answers=["other"], gold_docs=["a"])])
+    write("r.jsonl", [make_row(1, "gold it is", dataset="popqa", gold_docs=[], final_docs=[])])
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert (found["metric"], found["score"], found["selection"]["exact"]) == ("match", 100.0, 100.0)
+    assert run("r.jsonl", eval_file="asked.jsonl", dataset="NQ")["r"]["metric"] == "em", "and the flag before both"
+
+
+def test_rows_left_out_are_counted_in_log_and_table(capsys, caplog):
+    write("asked.jsonl", [make_row(n, None, answers=["gold"] if n < 3 else []) for n in range(1, 6)])
+    write("r.jsonl", strip([make_row(1), make_row(2), make_row(3), make_row(4), make_row(1)]))
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert (found["n"], found["score"], found["without_gold_answer"], found["repeated"]) == (2, 100.0, 3, 1)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert dict(zip(lines[0], lines[2], strict=True))["left out: no gold answer"] == "3"
+    assert dict(zip(lines[0], lines[2], strict=True))["left out: repeated"] == "1"
+    assert "r.jsonl: without a gold answer and not counted: 3 rows, q3 the first" in caplog.text
+    write("r.jsonl", [make_row(1)])
+    run("r.jsonl")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_an_unknown_data_set_is_said_with_the_metric_taken_unless_one_is_given(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "_said", set())
+    write("r.json", [make_row(1), make_row(2, dataset="unheard of"), make_row(3, dataset="unheard of")])
+    run("r.json", metric="match")
+    assert "data set" not in caplog.text
+    run("r.json")
+    said = [message for message in caplog.messages if "data set" in message]
+    assert len(said) == 2 and "'unheard of'" in said[1] and all("em" in message and tasks.DEFAULT_TASK.instruction in message for message in said)
+
+
+def test_gold_ids_of_another_corpus_are_said_with_their_number(caplog):
+    rows = [make_row(n, gold_docs=[f"x{n}", "y"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="nq") for n in (1, 2)]
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever")])
+    run("r.json")
+    assert [message for message in caplog.messages if "gold document ids" in message] == [
+        "r.json: 4 gold document ids match no document of any row (4 of nq); give the ids that the corpus searched has"
+    ]
+    caplog.clear()
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], docs=[{"id": "wiki:a", "text": "t"}], final_docs=["wiki:a"], dataset="nq")])
+    assert run("r.json")["r"]["selection"]["gold_chosen"] == 1
+    assert "gold document ids" not in caplog.text
 
 
 # ---------------------------------------------------------------- why there is no answer

@@ -360,6 +360,49 @@ def test_qrels_stand_in_for_the_rows_gold_documents_with_their_gains():
     })
 
 
+@pytest.mark.parametrize(("gold", "docs"), [("wiki:12", "12"), ("12", "wiki:12"), ("12", "12"), ("wiki:12", "wiki:12")])
+@pytest.mark.parametrize("where", ["gold_docs", "positive_ctxs", "eval_file", "qrels", "run"])
+def test_gold_ids_are_those_of_the_documents_with_or_without_dprs_prefix(gold, docs, where, caplog):
+    found = [{"id": docs, "text": "", "score": 2.0}, {"id": "13", "text": "", "score": 1.0}]
+    row = make_row(1, found)
+    Path("q").write_text(f"q1 0 {gold} 1\n")
+    if where in ("eval_file", "run"):
+        write_jsonl(Path("asked.jsonl"), [{"id": "q1", "question": "?", "gold_docs": [gold]}])
+    if where == "run":
+        Path("r.run").write_text(f"q1 Q0 {docs} 1 2 t\n")
+        measures = run("r.run", eval_file="asked.jsonl")["r"]["retrieval"]["measures"]
+    else:
+        own = {"gold_docs": {"gold_docs": [gold]}, "positive_ctxs": {"positive_ctxs": [{"psg_id": gold}]}}.get(where, {})
+        measures = score([{**row, **own}], **{"eval_file": {"eval_file": "asked.jsonl"}, "qrels": {"qrels": "q"}}.get(where, {}))["measures"]
+    assert measures["MRR@10"] == 100
+    assert "gold document ids" not in caplog.text
+
+
+def test_a_document_that_has_the_gold_id_itself_stands_before_one_with_the_prefix():
+    docs = [{"id": "wiki:1", "text": "", "score": 2.0}, {"id": "1", "text": "", "score": 1.0}]
+    assert score([make_row(1, docs, gold_docs=["1"])])["measures"]["MRR@10"] == 50
+    assert score([make_row(1, docs, gold_docs=["wiki:1"])])["measures"]["MRR@10"] == 100
+
+
+def test_gold_ids_that_match_no_document_are_said_once_with_their_number(caplog):
+    rows = [make_row(n, "ab", gold_docs=["doc-1", "doc-2"], dataset="nq") for n in range(3)] + [make_row(3, "ab", gold_docs=["b"], dataset="fever"), make_row(4, "", gold_docs=["z"], dataset="popqa")]
+    assert score(rows)["n"] == 5
+    assert [message for message in caplog.messages if "gold document ids" in message] == [
+        "r.jsonl: 6 gold document ids match no document of any row (6 of nq); give the ids that the corpus searched has"
+    ]
+    caplog.clear()
+    score([*rows, make_row(5, "ab", gold_docs=["a"], dataset="nq")])
+    assert "gold document ids" not in caplog.text, "a document that was not retrieved is no other corpus"
+
+
+def test_results_may_be_ids_and_documents_alone():
+    write_jsonl(Path("asked.jsonl"), [{"id": f"q{n}", "question": "?", "gold_docs": ["a"], "answers": ["gold"], "dataset": "NQ"} for n in (1, 2)])
+    rows = [{"id": "q1", "docs": make_docs("ab", a="gold")}, {"id": "q2", "docs": make_docs("ba")}]
+    found = score(rows, eval_file="asked.jsonl", k=[1])
+    assert (found["n"], found["gold"], found["answers"], found["measures"]["R@1"], found["measures"]["answer@1"]) == (2, 2, 2, 50, 50)
+    assert list(found["groups"]) == ["nq"]
+
+
 def test_qrels_of_other_questions_are_an_error_and_missing_ones_are_said(caplog):
     Path("q").write_text("x1 0 a 1\n")
     path = write_jsonl(Path("r.jsonl"), [make_row(1, answers=["x"])])
