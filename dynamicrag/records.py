@@ -311,9 +311,9 @@ def _answer_texts(value: object, key: str) -> list[str]:
 
 
 def _read_literal(text: str) -> list | dict | None:
-    """The list or object that a text is, as JSON or as Python writes it; None for any other text."""
+    """The list or object that a text is, as JSON or as Python writes it (a tuple or set of strings too); None for any other text."""
     text = text.strip()
-    if text[:1] + text[-1:] not in ("[]", "{}"):
+    if text[:1] + text[-1:] not in ("[]", "{}", "()"):
         return None
     try:
         return orjson.loads(text)
@@ -329,6 +329,8 @@ def _read_literal(text: str) -> list | dict | None:
             value = ast.literal_eval(text)
     except (ValueError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
         return None
+    if isinstance(value, tuple | set) and value and all(isinstance(one, str) for one in value):
+        return sorted(value) if isinstance(value, set) else list(value)
     return value if isinstance(value, list | dict) else None
 
 

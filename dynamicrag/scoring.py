@@ -19,7 +19,7 @@ REASONS = {"no_selection": "no selection in", "question_too_long": "the question
 
 
 class Outcome(NamedTuple):
-    """One question. What it used is None, and its usage empty, where it was not answered; `reason` is None where it was."""
+    """One question. `documents` is None and `usage` empty if it was not answered or its row does not say; `reason` is None if it was."""
 
     score: float  # in [0, 1]
     metric: str
@@ -41,11 +41,17 @@ def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Ou
     return Outcome(
         score, metric, str(row.get(group_by, "")),
         None if answered else unanswered_reason(row),
-        len(row.get("id_list", ())) if answered else None,
+        _documents_of(row) if answered else None,
         row.get("usage", {}) if answered else {},
         chosen_of(row, path),
         row["entity_support"] if isinstance(row.get("entity_support"), Support) else None,
     )
+
+
+def _documents_of(row: Row) -> int | None:
+    """How many documents a question was answered from, None if its row does not say."""
+    chosen = next((row[key] for key in ("id_list", "final_docs") if row.get(key) is not None), None)
+    return None if chosen is None else len(chosen)
 
 
 def unanswered_reason(row: Row) -> str:
@@ -99,6 +105,7 @@ def summarise(
         "without_gold_answer": len(without_gold_answer),
         "repeated": sum((repeated or {}).values()),
         "documents": _mean_documents(every),
+        "documents_known": len(documents),
         "none_share": documents.count(0) / len(documents) if documents else 0.0,
         **{key: statistics.fmean(values) for key, values in usage.items()},
         "groups": {

@@ -350,6 +350,16 @@ def test_documents_none_and_cost_are_means_over_what_was_answered():
     assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (3, 100, 7)
 
 
+def test_documents_are_not_counted_as_none_where_a_row_does_not_say(capsys):
+    write("r.json", [{"id": "1", "question": "?", "answers": ["gold"], "response": "gold"}])
+    assert run("r.json")["r"]["documents_known"] == 0
+    header, _, line = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [dict(zip(header, line, strict=True))[column] for column in ("score", "documents", "None")] == ["100.0", "", ""]
+    write("r.json", [make_row(1, id_list=[1, 2]), {**make_row(2), "id_list": None, "final_docs": []}, {**make_row(3), "id_list": None}])
+    found = run("r.json")["r"]
+    assert (found["documents"], found["documents_known"], found["none_share"]) == (1.0, 2, 0.5)
+
+
 def test_scores_are_broken_down_by_any_key():
     write("r.json", [make_row(1, kind="a"), make_row(2, "bad", kind="a"), make_row(3, kind="b", id_list=[1, 2])])
     groups = run("r.json", group_by="kind")["r"]["groups"]

@@ -217,6 +217,7 @@ TRIVIAQA = {"value": "40 km", "aliases": ["40km", "40 km"], "normalized_aliases"
         ({"answer": "Paris", "answer_aliases": ["City of Light", "Paris"]}, ["Paris", "City of Light"]), ({"answers": ["a", "a"], "answer_aliases": '["b"]'}, ["a", "a", "b"]),
         ({"answer_aliases": ["b"]}, ["b"]), ({"answers": [], "answer": "x"}, ["x"]), ({"answers": None, "answer": "", "golden_answers": ["y"]}, ["y"]),
         ({"answers": [], "qa_pairs": [{"short_answers": ["x"]}]}, ["x"]), ({"answerKey": "B"}, ["B"]), ({"answer": "long", "qa_pairs": [{"short_answers": ["x"]}]}, ["long"]),
+        ({"answer": "('a', 'b')"}, ["a", "b"]), ({"answer": "{'b', 'a'}"}, ["a", "b"]), ({"answer": "(C)"}, ["(C)"]), ({"answer": "(1, 2)"}, ["(1, 2)"]),
         ({"answers": ["[0, 1]"]}, ["[0, 1]"]), ({"answers": ["[citation needed]"]}, ["[citation needed]"]), ({"answer": "{1, 2}"}, ["{1, 2}"]), ({"answer": "[3], [1]"}, None),
         ({"answers": "[] or not"}, ["[] or not"]), ({"answers": "[]"}, []), ({"answers": []}, []), ({"answers": [""]}, [""]),
     ],
