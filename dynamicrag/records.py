@@ -23,11 +23,12 @@ from dynamicrag.jsonio import read_json
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import CHOICE, READINGS_TASK, dataset_named, derive_dataset, known_task, name_of_file, readings_of
 
-ID_KEYS = ("id", "sample_id")
+ID_KEYS = ("id", "sample_id", "_id", "question_id")  # ALCE has the second, HotpotQA and 2WikiMultihopQA the third, TriviaQA the last
 # answerKey is ARC's, possible_answers PopQA's; answer_aliases, of MuSiQue and 2WikiMultihopQA, come on top of any of them.
 ANSWER_KEYS = ("answers", "answer", "golden_answers", "possible_answers", "output", "answerKey")
 ALIASES_KEY = "answer_aliases"
 TRIVIAQA_KEYS = ("aliases", "normalized_aliases")  # beside `value`
+LONGEST_LITERAL = 100_000  # characters of a list written out as a text: Python's parser takes a hundred times as much memory
 DOCS_KEYS = ("docs", "ctxs")
 DOC_ID_KEYS = ("id", "_id", "docid", "passage_id", "psg_id")
 DOC_TEXT_KEYS = ("text", "contents", "doc", "passage_text")  # contents begins with the title if there is no key title
@@ -313,7 +314,7 @@ def _answer_texts(value: object, key: str) -> list[str]:
 def _read_literal(text: str) -> list | dict | None:
     """The list or object that a text is, as JSON or as Python writes it (a tuple or set of strings too); None for any other text."""
     text = text.strip()
-    if text[:1] + text[-1:] not in ("[]", "{}", "()"):
+    if text[:1] + text[-1:] not in ("[]", "{}", "()") or len(text) > LONGEST_LITERAL:
         return None
     try:
         return orjson.loads(text)
@@ -327,7 +328,7 @@ def _read_literal(text: str) -> list | dict | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
         return None
     if isinstance(value, tuple | set) and value and all(isinstance(one, str) for one in value):
         return sorted(value) if isinstance(value, set) else list(value)

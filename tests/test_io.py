@@ -172,9 +172,10 @@ def test_rows_come_in_one_form(tmp_path):
         {"id": 7, "question": "q", "answer": "Paris", "ctxs": [{"id": 12, "text": "t", "score": "1.5"}], "extra": [1]},
         {"sample_id": "s", "question": "q", "golden_answers": ["a", "b"], "docs": [{"title": None, "text": "t"}]},
         {"id": "r", "question": "q", "qa_pairs": [{"short_answers": ["x", "y"]}, {"short_answers": ["y", "z"]}]},
-        {"id": "t", "question": "q", "output": "a", "dataset": "nq"},
+        {"id": "t", "question": "q", "output": "a", "dataset": "nq"}, {"_id": "5a7a", "question": "q"}, {"question_id": "tc_1", "question": "q"},
     ])
-    first, second, third, fourth = read_rows(path)
+    first, second, third, fourth, fifth, sixth = read_rows(path)
+    assert (fifth["id"], sixth["id"], sixth["dataset"]) == ("5a7a", "tc_1", "triviaqa")
     assert first["id"] == "7" and first["answers"] == ["Paris"] and first["extra"] == [1] and "ctxs" not in first
     assert first["docs"] == [{"id": "12", "title": "", "text": "t", "score": 1.5}]
     assert second["id"] == "s" and second["answers"] == ["a", "b"] and second["docs"][0]["id"] == "doc1"
@@ -240,12 +241,26 @@ def test_answers_are_read_in_the_forms_of_the_fields_files(given, answers):
         ({"answers": "[politician, leader]"}, "answers"), ({"answer": "[1945]"}, "answer"), ({"possible_answers": "['a', nan]"}, "possible_answers"), ({"answer": "['a'"[:-1] + "]"}, "answer"),
         ({"answer": {"aliases": ["x"]}}, "answer"), ({"answer": {"value": "x", "aliases": [1]}}, "answer"), ({"answer": '{"aliases": ["x"]}'}, "answer"), ({"answer": 5}, "answer"),
         ({"answers": [["a"], ["b"]]}, "answers"), ({"answers": [["a"]]}, "answers"), ({"answer": "x", "answer_aliases": [1]}, "answer_aliases"),
-        ({"answer": "[" * 3000 + "]" * 3000}, "answer"),
+        ({"answer": "[" * 3000 + "]" * 3000}, "answer"), ({"answer": f"[{'1,' * 100_000}]"}, "answer"), ({"answer": "[{[1]: 2}]"}, "answer"),
     ],
 )
 def test_answers_that_cannot_be_read_are_named_by_their_key_and_never_taken_for_text(given, key):
     with pytest.raises(RowError, match=f"^key '{key}': "):
         normalise_row({"id": "1", "question": "q", **given})
+
+
+LITERALS = st.lists(st.sampled_from(["[", "]", "{", "}", "(", ")", "'", '"', "a", "\\", ",", ":", "value", "1", " ", "\n", "#", "nan", "é", "-"]), max_size=12).map("".join)
+
+
+@given(answer=LITERALS | LITERALS.map("[{}]".format) | LITERALS.map("['{}']".format) | LITERALS.map('{{"value": "{}"}}'.format), listed=st.booleans())
+def test_any_answer_is_read_or_refused_and_is_then_in_the_projects_form(answer, listed):
+    try:
+        row = normalise_row({"id": "1", "question": "q", "answers": [answer] if listed else answer})
+    except RowError as error:
+        assert str(error).startswith("key 'answers': ")
+        return
+    assert all(isinstance(one, str) for one in row["answers"])
+    assert normalise_row(row) == row
 
 
 @pytest.mark.parametrize(("given", "key"), [({"answer": None}, "answer"), ({"answer": []}, "answers"), ({"answer": ""}, "answers"), ({"answers": ["", " "]}, "answers"), ({}, "answers")])
