@@ -43,10 +43,9 @@ def main(argv=None):
     if out.finished:
         return
     prompts = Prompts(args.prompts)
-    unanswered = 0
+    unanswered: list[str] = []
 
     def examples() -> Iterator[dict[str, str]]:
-        nonlocal unanswered
         for row in read_rows(args.input_file, NEEDS, reject=out.reject):
             unjudged = next((p for p in row["true_id"] if row["docs"][p - 1].get("rerank_score") is None), None)
             if unjudged is not None:
@@ -54,12 +53,12 @@ def main(argv=None):
             if any(answer.strip() for answer in row.get("answers") or ()):
                 yield sft_row(row, prompts, args.max_docs)
             else:
-                unanswered += 1
+                unanswered.append(row["id"])
 
     count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     count = out.publish(args.output_file, examples())
     if unanswered:
-        log.warning("%d rows have no gold answer and train nothing", unanswered)
+        log.warning("%d rows have no gold answer and train nothing, %s the first", len(unanswered), unanswered[0])
     out.finish(examples=count)
 
 

@@ -1,8 +1,10 @@
 """Score result files against their gold answers, with 95 % bootstrap intervals, and what the answers cost.
 
-Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). Rows that could not be
-answered (the remain file of the run) and rows of --eval_file that are missing from the results count as wrong; of rows
-that answer one question the first counts. Several result files make one table, a row each. Where the rows say which
+Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). What a row of results does not say
+(question, answers, data set, gold documents, group) is taken from the row of --eval_file with its id: results may be ids
+and responses alone. Rows that could not be answered (the remain file of the run) and rows of --eval_file that are missing
+from the results count as wrong; of rows that answer one question the first counts. Rows left out, of a question that came
+before or without a gold answer, are counted in log and table. Several result files make one table, a row each. Where the rows say which
 documents are needed (gold_docs, or DPR's positive_ctxs), another table scores those chosen. --entity_support adds how many
 of an answer's named entities are in the documents it was given. --compare says how the first file differs from each of
 the others, question by question: the difference, its interval and p, by paired bootstrap.
@@ -14,7 +16,8 @@ Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interv
     python evaluate.py --results_file results/llama3_8b_nq.json --metric match
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import orjson
@@ -22,6 +25,7 @@ import orjson
 from dynamicrag import stage
 from dynamicrag.answering import fail_unanswered
 from dynamicrag.atomic import atomic_writer
+from dynamicrag.gold import needed_documents
 from dynamicrag.grounding import with_entity_support
 from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, paired_bootstrap
@@ -38,7 +42,7 @@ def parse_args(argv=None):
     files = parser.add_argument_group("files")
     files.add_argument("--results_file", nargs="+", default=["results/llama3_8b_nq.json"], help="answered rows, of one or more runs")
     files.add_argument("--remain_file", help="rows without an answer (default: the one the run's manifest names)")
-    files.add_argument("--eval_file", help="the questions asked; those missing from the results count as wrong")
+    files.add_argument("--eval_file", help="the questions asked, with what the results do not say; those missing count as wrong")
     files.add_argument("--output_file", help="metrics as JSON (default: <results_file>.metrics.json)")
     files.add_argument("--table_file", help="also write the Markdown table here")
     scoring = parser.add_argument_group("scoring")
@@ -52,7 +56,7 @@ def parse_args(argv=None):
 
 
 def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
-    """The first system less each other one, on 0 to 100, with its 95 % interval and p, over the same questions.
+    """The first system minus each other one, on 0 to 100, with its 95 % interval and p, over the same questions.
 
     Raises UserError for systems that were not asked the same: without --eval_file a missing question has no score.
     """
@@ -67,15 +71,17 @@ def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[st
 
 
 def result_rows(
-    results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None, asked: set[str] | None = None
+    results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None,
+    asked: Mapping[str, Row] | None = None, repeated: Counter[str] | None = None,
 ) -> Iterable[Row]:
     """Answered rows, then those of the remain file, then what else was asked, each question once: its first row counts.
 
-    `asked` are the ids of eval_file, where they were read already. Raises UserError for a row that is not among those
-    asked: results of another file would look like missing answers.
+    `asked` is what read_asked() gives of eval_file, if it was read already. Rows of a question that came before are counted
+    in `repeated`, by results_file. Raises UserError for a row that is not among those asked: results of another file would
+    look like missing answers.
     """
     if asked is None and eval_file:
-        asked = read_ids(eval_file)
+        asked = read_asked(eval_file, "dataset", dataset)
     manifest = read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
         named = Path(manifest["outputs"][1])
@@ -83,21 +89,23 @@ def result_rows(
     if remain_file is None and eval_file is None:
         log.warning("%s: no manifest names its remain file and no --eval_file was given: questions that got no answer are "
                     "not counted", results_file)
-    seen, repeats, first_repeat = set(), 0, None
+    repeated = Counter() if repeated is None else repeated
+    seen, first_repeat = set(), None
     for path in filter(None, [results_file, remain_file]):
         if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
             continue
-        for row in read_rows(path, dataset=dataset, unique=False):
+        for row in read_rows(path, dataset=dataset, unique=False, asked=asked):
             if asked is not None and row["id"] not in asked:
                 raise UserError(f"{path}: row {row['id']} is not in {eval_file}; these are not the answers to its questions")
             if row["id"] in seen:
-                repeats, first_repeat = repeats + 1, first_repeat or f"{row['id']} in {path}"
+                repeated[results_file] += 1
+                first_repeat = first_repeat or f"{row['id']} in {path}"
             else:
                 seen.add(row["id"])
                 yield row
-    if repeats:
+    if first_repeat:
         log.warning("%s: answered again and not counted: %d rows, %s the first; the first row of a question counts",
-                    results_file, repeats, first_repeat)
+                    results_file, repeated[results_file], first_repeat)
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
         for row in read_rows(eval_file, dataset=dataset):
@@ -105,12 +113,20 @@ def result_rows(
                 yield fail_unanswered(row, MISSING)
 
 
-def read_ids(path: str) -> set[str]:
-    """The ids of the questions asked. Raises UserError as read_rows does, for a question asked twice too."""
-    return {row["id"] for row in read_rows(path)}
+def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:
+    """The questions asked by id, in the order of the file, each with what scores it: everything but its documents' texts.
+
+    Raises UserError as read_rows does, for a question asked twice too.
+    """
+    asked = {}
+    for row in read_rows(path, dataset=dataset):
+        needed = needed_documents(row, path)
+        kept = {key: row[key] for key in ("question", "retrieved_question", "dataset", "answers", "qa_pairs", "choices", group_by) if key in row}
+        asked[row["id"]] = kept if needed is None else {**kept, "gold_docs": sorted(needed)}
+    return asked
 
 
-def with_progress(rows: Iterable[Row], results_file: str, asked: set[str] | None, name: str) -> Iterable[Row]:
+def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping[str, Row] | None, name: str) -> Iterable[Row]:
     """The rows, under a progress bar; how many there will be is what was asked, or what the run's manifest counted."""
     from tqdm import tqdm
 
@@ -133,15 +149,18 @@ def main(argv=None):
     refuse_overlap(outputs, filter(None, (*args.results_file, args.remain_file, args.eval_file)))
     for path in outputs:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    asked = read_ids(args.eval_file) if args.eval_file else None
+    asked = read_asked(args.eval_file, args.group_by, args.dataset) if args.eval_file else None
     summaries, scores = {}, {}
     for name, results_file in zip(system_names(args.results_file), args.results_file, strict=True):
-        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset, asked)
+        repeated: Counter[str] = Counter()
+        rows = result_rows(results_file, args.remain_file, args.eval_file, args.dataset, asked, repeated)
         if args.entity_support:
             rows = with_entity_support(rows, results_file)
         rows = with_progress(rows, results_file, asked, name)
-        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file)
+        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file, repeated)
     compared = compare(scores, args.seed) if args.compare else {}
+    for name, found in compared.items():
+        found["metric"] = "+".join(sorted({summaries[system]["metric"] for system in (next(iter(summaries)), name)}))
     tables = [summary_tables(summaries), selection_tables(summaries)]
     if compared:
         tables.append(comparison_table(next(iter(summaries)), compared))

@@ -1,8 +1,8 @@
 """Score the documents of result files: are the gold documents among the first k, and is an answer in their text.
 
 Where gold documents are known (--qrels, else the rows' gold_docs or DPR's positive_ctxs): recall R@k, nDCG@10 and
-MRR@10. Where gold answers are known: answer@k, the share of questions with an answer in one of the first k documents
-(it says nothing where answers are labels). All on 0 to 100. Questions of --eval_file that are missing from the results
+MRR@10. Where gold answers are known: answer@k, the share of questions with an answer in the text of one of the first k
+documents by DPR's rule (it says nothing where answers are labels). All on 0 to 100. Questions of --eval_file that are missing from the results
 count as zero. Reranked rows make two lines: the retriever's order, and the reranker's.
 
 Reads    output/retrieval_data_rerank.jsonl                  rows with docs, of any stage; or a TREC run and --eval_file
@@ -137,7 +137,9 @@ def summarise_file(path: str, scored: list[Scored], qrels_file: str | None, seed
     for one in kept:
         by_group[one.group].append(one)
     groups = {group: summarise(members, seed) for group, members in sorted(by_group.items())}
-    return {**summary, "left_out": len(scored) - len(kept), "groups": groups}
+    if left_out := len(scored) - len(kept):
+        log.warning("%s: without gold documents and gold answers and not counted: %d rows", path, left_out)
+    return {**summary, "left_out": left_out, "groups": groups}
 
 
 def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
@@ -148,8 +150,10 @@ def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
     for count, of_answers in (("gold", False), ("answers", True)):
         block = [measure for measure in measures if measure.startswith("answer@") is of_answers]
         columns += [count, *block] if block else []
+    if any(summary["left_out"] for _, summary in lines):
+        columns.append("left_out")
     rows = [[*line, *(_cell(summary, column) for column in columns)] for line, summary in lines]
-    tables = [markdown_table(["system", "order", *columns], rows)]
+    tables = [markdown_table(["system", "order", *(column.replace("_", " ") for column in columns)], rows)]
     groups = sorted({group for _, summary in lines for group in summary["groups"]})
     if len(groups) > 1:
         none = {"measures": {}}  # for a group that another file has

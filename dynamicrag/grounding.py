@@ -16,7 +16,7 @@ from dynamicrag.metrics import normalise
 from dynamicrag.records import Doc, Row
 from dynamicrag.selected import final_ids
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import task_of
+from dynamicrag.tasks import known_task
 
 SENTENCE = ("The answer is ", ".")
 BATCH = 64  # answers a call of the model
@@ -85,7 +85,8 @@ def entities_in(doc: Doc, entities: set[str]) -> set[str]:
 
 def _answer(row: Row) -> str:
     response = row.get("response")
-    is_text = isinstance(response, str) and task_of(row.get("dataset")).metric != "accuracy"
+    task = known_task(row.get("dataset"))
+    is_text = isinstance(response, str) and (task is None or task.metric != "accuracy")
     return response[:LONGEST] if is_text else ""
 
 

@@ -1,6 +1,7 @@
 """Metrics of an answer against its gold answers, each in [0, 1], best gold answer taken.
 
-Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single spaces.
+Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Typographic
+quotes and dashes count as the ASCII ones in every metric.
 """
 
 from __future__ import annotations
@@ -8,25 +9,33 @@ from __future__ import annotations
 import re
 import statistics
 import string
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
+
+from dynamicrag.choices import Choice, chosen_label, gold_label, shown_choices
+from dynamicrag.tasks import CHOICE, known_task, readings_of
+from dynamicrag.texts import composed
 
 if TYPE_CHECKING:
     import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = {ord(character): None for character in string.punctuation}
+# FEVER's third label, as its files and those of others have it.
+_NOT_ENOUGH = re.compile(r"\W*(?:nei|not[\s_-]*enough[\s_-]*info(?:rmation)?)(?![^\W_])", re.IGNORECASE)
+# What is written without spaces is compared character by character, each with its marks; everything else word by word.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_ANY_WORD = rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}\p{{M}}])+"
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalised form, of NFKC text; what consists of articles and punctuation alone keeps its lower-cased words.
+    """SQuAD's normalised form, of composed text; what consists of articles and punctuation alone keeps its lower-cased words.
 
     SQuAD's script leaves nothing of "the", "A" or "?" and so takes them for equal to each other and to no answer at all.
     """
-    lowered = unicodedata.normalize("NFKC", text).lower()
+    lowered = composed(text).lower()
     bare = lowered.translate(_PUNCTUATION)
     return _without_articles(bare) or " ".join(bare.split()) or lowered.strip()
 
@@ -51,19 +60,31 @@ def match(response: str, answers: Sequence[str]) -> float:
     return float(bool(given) and (given in golds or any(gold in _without_articles(given) for gold in golds)))
 
 
-def accuracy(response: str, answers: Sequence[str]) -> float:
-    """1 where the response begins with the label. Articles stay: "A" is a choice, not an article."""
-    given = response.lower().translate(_PUNCTUATION).split()
-    labels = [answer.lower().translate(_PUNCTUATION).split() for answer in answers]
-    return float(any(label and given[: len(label)] == label for label in labels))
+def accuracy(response: str, answers: Sequence[str], choices: Sequence[Choice] = ()) -> float:
+    """1 if the response names the label: the choice it names (choices.chosen_label), or the label it begins with."""
+    return float(any(_names_label(response, answer, choices) for answer in answers))
 
 
-def token_f1(response: str, answers: Sequence[str]) -> float:
-    """F1 over the bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer tokens."""
+def _names_label(response: str, answer: str, choices: Sequence[Choice]) -> bool:
+    if label := gold_label(answer, choices):
+        return chosen_label(response, label, choices) == label
+    if _NOT_ENOUGH.fullmatch(answer.strip().rstrip(string.punctuation)):
+        return _NOT_ENOUGH.match(response) is not None
+    given, label = (composed(text).lower().translate(_PUNCTUATION).split() for text in (response, answer))
+    return bool(label) and given[: len(label)] == label
+
+
+def token_f1(response: str, answers: Sequence[str], whole_answers: Sequence[str] = ()) -> float:
+    """F1 over the bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer tokens.
+
+    If one side is one of `whole_answers` (HotpotQA: yes, no, noanswer), F1 is 0 unless both sides are equal.
+    """
     given = normalise(response).split()
 
     def f1(answer: str) -> float:
         gold = normalise(answer).split()
+        if given != gold and any(" ".join(side) in whole_answers for side in (given, gold)):
+            return 0.0
         common = sum((Counter(given) & Counter(gold)).values())
         return 2 * common / (len(given) + len(gold)) if common else 0.0
 
@@ -71,14 +92,21 @@ def token_f1(response: str, answers: Sequence[str]) -> float:
 
 
 def rouge_l(response: str, answers: Sequence[str]) -> float:
-    """ROUGE-L F (Lin 2004), stemmed: longest common subsequence over the whole text. Words are runs of a-z and 0-9."""
-    return max(_rouge("rougeL").score(answer, response)["rougeL"].fmeasure for answer in answers)
+    """ROUGE-L F (Lin 2004): longest common subsequence over the whole text.
+
+    Words are rouge-score's, runs of a-z and 0-9, stemmed. If the answer has other letters, words are runs of any letters,
+    digits and marks, those of a-z stemmed likewise; in scripts without spaces (Chinese, Japanese, Thai, ...) characters.
+    """
+    return max(_scorer("rougeL", answer).score(answer, response)["rougeL"].fmeasure for answer in answers)
 
 
 def rouge_lsum(response: str, answers: Sequence[str]) -> float:
-    """ROUGE-Lsum F: union of sentence-wise longest common subsequences, for answers of several sentences."""
+    """ROUGE-Lsum F: union of sentence-wise longest common subsequences, for answers of several sentences; words as in rouge_l."""
     response = split_sentences(response)
-    return max(_rouge("rougeLsum").score(split_sentences(answer), response)["rougeLsum"].fmeasure for answer in answers)
+    scores = []
+    for answer in map(split_sentences, answers):
+        scores.append(_scorer("rougeLsum", answer).score(answer, response)["rougeLsum"].fmeasure)
+    return max(scores)
 
 
 def str_em(response: str, short_answers: Sequence[Sequence[str]]) -> float:
@@ -86,32 +114,46 @@ def str_em(response: str, short_answers: Sequence[Sequence[str]]) -> float:
     return sum(match(response, answers) for answers in short_answers) / len(short_answers)
 
 
+def _scorer(kind: str, answer: str):
+    """rouge-score's scorer, with words of any script if the answer has a letter that rouge-score drops."""
+    return _rouge(kind, not answer.isascii() and any(character.isalpha() and not character.isascii() for character in answer))
+
+
 @cache
-def _rouge(kind: str):
+def _rouge(kind: str, any_script: bool):
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], tokenizer=_StemmingOnce())
+    return RougeScorer([kind], tokenizer=_StemmingOnce(any_script))
 
 
 class _StemmingOnce:
-    """rouge-score's own tokens, with stemming; a word that comes again is not stemmed again, which takes most of the time."""
+    """rouge-score's own tokens, with stemming; a word that comes again is not stemmed again, which takes most of the time.
 
-    def __init__(self):
+    With `any_script`, words are _ANY_WORD of the composed text; those of ASCII are stemmed as rouge-score stems its own.
+    """
+
+    def __init__(self, any_script: bool):
         from nltk.stem.porter import PorterStemmer
 
         self.stem = lru_cache(100_000)(PorterStemmer().stem)
+        self.any_script = any_script
 
     def tokenize(self, text: str) -> list[str]:
+        import regex
         from rouge_score.tokenize import tokenize
 
-        return tokenize(text, self)
+        if not self.any_script:
+            return tokenize(text, self)
+        words = regex.findall(_ANY_WORD, composed(text).lower())
+        return [self.stem(word) if word.isascii() and len(word) > 3 else word for word in words]
 
 
 def split_sentences(text: str) -> str:
     """One sentence a line, as ROUGE-Lsum wants it."""
     import punkt
 
-    return "\n".join(punkt.sent_tokenize(text))
+    sentences = "\n".join(punkt.sent_tokenize(text))
+    return re.sub(r"(?<=[。！？।])[^\S\n]*(?=[^\s。！？।])", "\n", sentences)  # which the tokenizer, an English one, does not know
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -125,15 +167,20 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 METRIC_NAMES = (*METRICS, "str_em")
 
 
-def score_row(metric: str, response: str, row: dict) -> float | None:
+def score_row(metric: str, response: str, row: Mapping) -> float | None:
     """One row under one metric, or None where the row has no gold answer to compare with."""
     answers = [answer for answer in row.get("answers") or [] if answer.strip()]
     if metric == "str_em":
-        pairs = row.get("qa_pairs") or [{"short_answers": [answer]} for answer in answers]
-        readings = [[answer for answer in pair["short_answers"] if answer.strip()] for pair in pairs]
-        readings = [reading for reading in readings if reading]
+        readings = readings_of(row) or [[answer] for answer in answers]
         return str_em(response, readings) if readings else None
-    return METRICS[metric](response, answers) if answers else None
+    if not answers:
+        return None
+    task = known_task(row.get("dataset"))
+    if metric == "accuracy" and (row.get("choices") or (task and task.instruction == CHOICE)):
+        return accuracy(response, answers, shown_choices(row))
+    if metric == "f1" and task:
+        return token_f1(response, answers, task.whole_answers)
+    return METRICS[metric](response, answers)
 
 
 def bootstrap_interval(scores: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from dynamicrag.jsonio import opened, read_json
 from dynamicrag.locks import exclusive
 from dynamicrag.manifest import fingerprint, is_content
 from dynamicrag.paths import written_at
+from dynamicrag.records import title_and_text
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -130,9 +131,8 @@ def _passage(record: object, where: str) -> Passage:
     text, title = record.get(key), record.get("title")
     if not isinstance(text, str):
         raise UserError(f"{where}: key '{key}': expected a string, found {type(text).__name__}")
-    if title is None and key == "contents" and "\n" in text:
-        title, text = text.split("\n", 1)
-        title = title.strip().removeprefix('"').removesuffix('"')
+    if title is None and key == "contents":
+        title, text = title_and_text(text)
     if not isinstance(title or "", str):
         raise UserError(f"{where}: key 'title': expected a string, found {type(title).__name__}")
     return str(passage_id), title or "", text

@@ -1,10 +1,9 @@
 """Metrics of a question's documents, best first: against gold documents, and against gold answers in their text."""
 
 import math
-import re
+import unicodedata
 from collections.abc import Sequence
 
-from dynamicrag.metrics import normalise
 from dynamicrag.records import Doc
 
 SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # an order of the documents, and the key it goes by
@@ -45,12 +44,23 @@ def gold_measures(ranked: Sequence[tuple[list[str], dict[str, int]]], cutoffs: l
     return measures
 
 
-def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
-    """Rank of the first document whose normalised title and text hold an answer as whole words, or infinity.
+def searched_form(text: str) -> str:
+    """The tokens of a text, each between single spaces, by DPR's rule; empty for a text without any token.
 
-    DPR's has_answer (Karpukhin et al. 2020, arXiv 2004.04906), but normalised as the metrics of answers are, and with
-    the title. `answers` are normalised, and at least one.
+    The text is normalised NFD. A token is a run of letters, digits and marks, or one other character that is no space and
+    no control character. Tokens are lower-cased (Karpukhin et al. 2020, arXiv 2004.04906: has_answer over SimpleTokenizer).
     """
-    wanted = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, answers))})(?!\w)")
-    texts = (normalise(f"{doc['title']} {doc['text']}") for doc in docs)
-    return next((rank for rank, text in enumerate(texts, start=1) if wanted.search(text)), math.inf)
+    import regex
+
+    tokens = regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", unicodedata.normalize("NFD", text))
+    return f" {' '.join(tokens).lower()} " if tokens else ""
+
+
+def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
+    """Rank of the first document whose text holds an answer, its tokens one after the other, or infinity.
+
+    By DPR's rule, so the title is not looked at; an answer without any token is in no document.
+    """
+    wanted = list(filter(None, map(searched_form, answers)))
+    texts = (searched_form(doc["text"]) for doc in docs)
+    return next((rank for rank, text in enumerate(texts, start=1) if any(answer in text for answer in wanted)), math.inf)

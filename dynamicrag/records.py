@@ -2,21 +2,36 @@
 
 A row is one question. Every stage reads rows through `read_rows`, which accepts the names the field's data sets use
 (`ctxs` for `docs`, `answer` or `golden_answers` for `answers`, `sample_id` for `id`), checks what the stage needs,
-and passes keys it does not know through untouched.
+and passes keys it does not know through untouched. The choices of a multiple-choice question (`choices`) become part of
+its `question`, which is what the LLM and the judge read; what is searched with stays the question alone (`retrieved_question`).
 """
 
+import ast
+import io
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+import orjson
+
+from dynamicrag.choices import choices_of, with_choices
 from dynamicrag.jsonio import read_json
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import derive_dataset
+from dynamicrag.tasks import CHOICE, READINGS_TASK, dataset_named, derive_dataset, known_task, name_of_file, readings_of
 
-ID_KEYS = ("id", "sample_id")
-ANSWER_KEYS = ("answers", "answer", "golden_answers", "output")
+ID_KEYS = ("id", "sample_id", "_id", "question_id")  # ALCE has the second, HotpotQA and 2WikiMultihopQA the third, TriviaQA the last
+# answerKey is ARC's, possible_answers PopQA's; answer_aliases, of MuSiQue and 2WikiMultihopQA, come on top of any of them.
+ANSWER_KEYS = ("answers", "answer", "golden_answers", "possible_answers", "output", "answerKey")
+ALIASES_KEY = "answer_aliases"
+TRIVIAQA_KEYS = ("aliases", "normalized_aliases")  # beside `value`
+LONGEST_LITERAL = 100_000  # characters of a list written out as a text: Python's parser takes a hundred times as much memory
 DOCS_KEYS = ("docs", "ctxs")
+DOC_ID_KEYS = ("id", "_id", "docid", "passage_id", "psg_id")
+DOC_TEXT_KEYS = ("text", "contents", "doc", "passage_text")  # contents begins with the title if there is no key title
 POSITION_KEYS = ("true_id", "false_id", "sequence")
 TRAJECTORY_KEYS = {  # parallel lists: one of these a trajectory
     "id_lists": list, "responses": str, "response_tokens": int, "response_scores": float | int, "score_terms": dict,
@@ -72,18 +87,20 @@ def read_rows(
     dataset: str | None = None,
     reject: Callable[[dict], None] | None = None,
     unique: bool = True,
+    asked: Mapping[str, Row] | None = None,
 ) -> Iterator[Row]:
     """Stream the rows of a JSON or JSONL file in the project's own form.
 
     `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
-    say. Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
+    say. `asked`, rows by id, has what a row does not say itself: its question, answers, data set, ... Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
     skipped. (A line that is not JSON always raises: nothing after it can be trusted.) An id that comes again is an
     error of its row; without `unique` it is the caller's to see.
     """
     seen: dict[str, int] = {}
+    file_name = name_of_file(path)
     for line, value in read_json(path):
         try:
-            row = normalise_row(value, needs, dataset, Path(path).stem)
+            row = normalise_row(_completed(value, asked or {}), needs, dataset, file_name)
             if unique and row["id"] in seen:
                 raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
         except RowError as error:
@@ -105,8 +122,8 @@ def count_rows(
     return count
 
 
-def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | None = None, stem: str = "") -> Row:
-    """One decoded JSON value as a row. Raises RowError."""
+def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | None = None, file_name: str = "") -> Row:
+    """One decoded JSON value as a row; `file_name` as tasks.name_of_file gives it. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError("(the whole row)", f"expected a JSON object, found {_kind(value)}")
     row = dict(value)
@@ -128,14 +145,18 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
         row["docs"] = [normalise_doc(doc, position, docs_key) for position, doc in enumerate(docs, start=1)]
     if not dataset and row.get("dataset") is not None and not _is_text(row["dataset"]):
         raise RowError("dataset", f"expected a string, found {_kind(row['dataset'])}")
-    named = dataset or row.get("dataset") or derive_dataset(row["id"], stem)
+    named = dataset or row.get("dataset") or derive_dataset(row["id"], file_name) or (READINGS_TASK if readings_of(row) else None)
     if named is not None:
-        row["dataset"] = named
+        row["dataset"] = dataset_named(named) or named
+    _show_choices(row)
     for key in needs:
         if key not in row:
-            raise RowError(key, "missing; it is written by an earlier stage or is part of the data set")
+            empty = next((other for other in ANSWER_KEYS if other in row), None) if key == "answers" else None
+            raise RowError(empty or key, "holds no gold answer" if empty else "missing; it is written by an earlier stage or is part of the data set")
     _check_written(row, needs)
     if "response" in row:
+        if isinstance(row["response"], list) and len(row["response"]) == 1 and isinstance(row["response"][0], str):
+            row["response"] = row["response"][0]  # of one sample
         _check_result(row)
     return row
 
@@ -146,13 +167,20 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
     if not isinstance(value, dict):
         raise RowError(where, f"expected an object with id, title and text, found {_kind(value)}")
     doc = dict(value)
-    text = doc.get("text")
+    text_key = next((name for name in DOC_TEXT_KEYS if doc.get(name) is not None), DOC_TEXT_KEYS[0])
+    text = doc.get(text_key)
     if not isinstance(text, str):
-        raise RowError(f"{where}.text", f"expected a string, found {_kind(text)}")
-    if doc.get("id") is not None and (type(doc["id"]) not in (str, int) or doc["id"] == ""):
-        raise RowError(f"{where}.id", f"expected a non-empty string or an integer, found {_kind(doc['id'])}")
-    doc["id"] = str(doc["id"]) if doc.get("id") is not None else f"doc{position}"
-    doc["title"] = doc.get("title") or ""
+        expected = "a string" if text is not None else f"a string (or one of {', '.join(DOC_TEXT_KEYS[1:])})"
+        raise RowError(f"{where}.{text_key}", f"expected {expected}, found {_kind(text)}")
+    id_key = next((name for name in DOC_ID_KEYS if doc.get(name) is not None), None)
+    doc_id = doc[id_key] if id_key else f"doc{position}"
+    if type(doc_id) not in (str, int) or doc_id == "":
+        raise RowError(f"{where}.{id_key}", f"expected a non-empty string or an integer, found {_kind(doc_id)}")
+    if text_key == "contents" and doc.get("title") is None:
+        doc["title"], text = title_and_text(text)
+    doc |= {"id": str(doc_id), "title": doc.get("title") or "", "text": text}
+    if text_key != "text":
+        del doc[text_key]
     if not isinstance(doc["title"], str):
         raise RowError(f"{where}.title", f"expected a string, found {_kind(doc['title'])}")
     for score in ("score", "rerank_score"):
@@ -233,16 +261,112 @@ def _identifier(row: dict) -> str:
 
 
 def _answers(row: dict) -> list[str] | None:
-    """Gold answers from whichever key the data set uses; a lone string is one answer, never its characters."""
-    key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
-    if key is None:
-        if row.get("qa_pairs") is None:
-            return None
+    """Gold answers from whichever keys the data set uses, else of all readings."""
+    found = _own_answers(row)
+    if not _any_text(found) and row.get("qa_pairs") is not None:
         return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
-    answers = [row[key]] if isinstance(row[key], str) else row[key]
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise RowError(key, f"expected a string or a list of strings, found {_kind(row[key])}")
-    return answers
+    return found
+
+
+def _own_answers(row: dict) -> list[str] | None:
+    """Those of ANSWER_KEYS, the first key that has any, and aliases; a lone string is one answer, never its characters."""
+    found: list[str] | None = None
+    for key in ANSWER_KEYS:
+        if row.get(key) is not None and not _any_text(found):
+            texts = _answer_texts(row[key], key)
+            found = texts if found is None or _any_text(texts) else found
+    if row.get(ALIASES_KEY) is not None:
+        aliases = _answer_texts(row[ALIASES_KEY], ALIASES_KEY)
+        found = [*(found or []), *(alias for alias in dict.fromkeys(aliases) if alias not in (found or ()))]
+    return found
+
+
+def _any_text(texts: list[str] | None) -> bool:
+    return any(text.strip() for text in texts or ())
+
+
+def _answer_texts(value: object, key: str) -> list[str]:
+    """A string, a list of strings, TriviaQA's {value, aliases, normalized_aliases}, or one of these written out as a text.
+
+    PopQA ships the list of its answers as a text. Raises RowError for a text that is a list and cannot be read as one of
+    strings: taken for an answer it would match nothing.
+    """
+    if isinstance(value, str):
+        read = _read_literal(value)
+        if read is not None:
+            return _answer_texts(read, key)
+        if value.strip().startswith("[") and value.strip().endswith("]"):
+            raise RowError(key, f"is the text of a list that cannot be read, {_kind(value)}; give a list of strings (of one, if this is the answer itself)")
+        return [value]
+    if isinstance(value, dict) and isinstance(value.get("value"), str):
+        value = [value["value"], *(alias for name in TRIVIAQA_KEYS for alias in _answer_texts(value.get(name) or [], key))]
+        return list(dict.fromkeys(value))
+    if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
+        raise RowError(key, f"expected a string or a list of strings, found {_kind(value)}")
+    read = [_read_literal(answer) for answer in value]
+    listed = [isinstance(one, list) and bool(one) and all(isinstance(answer, str) for answer in one) for one in read]
+    if not any(listed):
+        return value
+    flat = ([answer] if not is_list else one for answer, one, is_list in zip(value, read, listed, strict=True))
+    return _answer_texts([answer for some in flat for answer in some], key)
+
+
+def _read_literal(text: str) -> list | dict | None:
+    """The list or object that a text is, as JSON or as Python writes it (a tuple or set of strings too); None for any other text."""
+    text = text.strip()
+    if text[:1] + text[-1:] not in ("[]", "{}", "()") or len(text) > LONGEST_LITERAL:
+        return None
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        pass
+    try:
+        # numpy writes ['a' 'b'], which Python reads as the one string 'ab'.
+        words = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in (tokenize.NL, tokenize.NEWLINE)]
+        if any(one == other == tokenize.STRING for one, other in itertools.pairwise(words)):
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
+        return None
+    if isinstance(value, tuple | set) and value and all(isinstance(one, str) for one in value):
+        return sorted(value) if isinstance(value, set) else list(value)
+    return value if isinstance(value, list | dict) else None
+
+
+def title_and_text(contents: str) -> tuple[str, str]:
+    """FlashRAG's and Search-R1's `contents`: the title, in quotes, is the first of several lines."""
+    title, line_end, text = contents.partition("\n")
+    return (title.strip().removeprefix('"').removesuffix('"'), text) if line_end else ("", contents)
+
+
+def _show_choices(row: Row) -> None:
+    """Put the row's choices below its question, unless they are there; the question alone is what is searched with."""
+    try:
+        choices = choices_of(row)
+    except ValueError as error:
+        task = known_task(row.get("dataset"))
+        if task and task.instruction == CHOICE:
+            raise RowError("choices", f"{error}, found {_kind(row['choices'])}") from error
+        return  # a key of another meaning
+    question = row["question"]
+    row["question"] = with_choices(question, choices)
+    if row["question"] != question and row.get("retrieved_question") is None:
+        row["retrieved_question"] = question
+
+
+def _completed(value: object, asked: Mapping[str, Row]) -> object:
+    """A decoded row with what it does not say itself from the row of `asked` that has its id. Raises RowError for its id or answers."""
+    if not isinstance(value, dict) or not asked:
+        return value
+    known = dict(asked.get(_identifier(value), {}))
+    if _any_text(_own_answers(value)):
+        known.pop("answers", None)
+    if value.get("gold_docs") is not None or value.get("positive_ctxs"):
+        known.pop("gold_docs", None)
+    filled = {key: found for key, found in known.items() if key == "answers" or value.get(key) is None}
+    return {**value, **filled}
 
 
 def _finite(value: object, where: str) -> float:

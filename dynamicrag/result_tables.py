@@ -9,18 +9,22 @@ Summaries = dict[str, dict]  # by system, as scoring.summarise() gives them
 
 
 def summary_tables(summaries: Summaries) -> str:
-    """One line a system: score with interval, documents, cost; then score and documents by group."""
+    """One line per system: score with interval, metric, documents, cost, rows left out if there are any; then score and documents by group."""
     columns: dict[str, Callable[[dict], str]] = {
         "n": lambda s: str(s["n"]),
         "score": lambda s: f"{s['score']:.1f}",
         "95 %": lambda s: f"{s['low']:.1f} to {s['high']:.1f}",
-        "documents": lambda s: f"{s['documents']:.2f}",
-        "None": lambda s: f"{100 * s['none_share']:.0f} %",
+        "metric": lambda s: s["metric"],
+        "documents": lambda s: f"{s['documents']:.2f}" if s.get("documents_known", s["n"]) else "",
+        "None": lambda s: f"{100 * s['none_share']:.0f} %" if s.get("documents_known", s["n"]) else "",
         "unanswered": lambda s: str(s["unanswered"]),
         "calls": lambda s: f"{s.get('calls', 0):.1f}",
         "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
         "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
     }
+    for heading, key in (("no gold answer", "without_gold_answer"), ("repeated", "repeated")):
+        if any(summary.get(key) for summary in summaries.values()):
+            columns[f"left out: {heading}"] = lambda s, key=key: str(s.get(key, 0))
     if any("entity_support" in summary for summary in summaries.values()):
         columns["entities in chosen"] = lambda s: f"{_number(s['entity_support']['chosen'])} (of {s['entity_support']['responses']})"
         columns["in retrieved"] = lambda s: _number(s["entity_support"]["retrieved"])
@@ -32,8 +36,12 @@ def summary_tables(summaries: Summaries) -> str:
             found = summary["groups"].get(group)
             return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
 
+        def heading(group: str) -> str:
+            metrics = {summary["groups"][group].get("metrics", "") for summary in summaries.values() if group in summary["groups"]} - {""}
+            return f"{group} ({', '.join(sorted(metrics))})" if metrics else group
+
         rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
-        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *groups], rows))
+        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *map(heading, groups)], rows))
     return "\n\n".join(tables)
 
 
@@ -67,12 +75,17 @@ def selection_tables(summaries: Summaries) -> str:
 
 
 def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
-    """One line a system that the first is compared with."""
+    """One line per system that the first is compared with; the metric only if it is known (it is in files written since it is stored)."""
+    with_metric = any("metric" in found for found in compared.values())
     lines = [
-        [name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}"]
+        [
+            name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}",
+            *([found.get("metric", "")] if with_metric else []),
+        ]
         for name, found in compared.items()
     ]
-    return f"{first} less each of the others:\n\n" + markdown_table(["system", "n", "difference", "95 %", "p"], lines)
+    header = ["system", "n", "difference", "95 %", "p", *(["metric"] if with_metric else [])]
+    return f"{first} minus each of the others:\n\n" + markdown_table(header, lines)
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from dynamicrag.metrics import exact_match, match, score_row
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import task_of
+from dynamicrag.tasks import task_of_row
 
 TERMS = ("em", "bert", "rouge", "length", "judge")
 ANSWER_MATCHES = {"exact": exact_match, "contains": match}
@@ -49,7 +49,7 @@ def correctness(response: str, row: Mapping, answer_match: str) -> float:
 
     Labels are compared as labels, and ASQA's readings are averaged: neither can equal a whole answer.
     """
-    metric = task_of(row.get("dataset")).metric
+    metric = task_of_row(row).metric
     if metric == "accuracy" or (metric == "str_em" and row.get("qa_pairs")):
         score = score_row(metric, response, row)
         if score is not None:

@@ -46,7 +46,7 @@ def final_ids(row: Row, path: str) -> set[str]:
     """The ids of the documents an answer was given from. Raises UserError naming file and row."""
     found = row["final_docs"]
     if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
-        raise UserError(f"{path}: row {row['id']}: key 'final_docs': expected a list of document ids; mend or remove it")
+        raise UserError(f"{path}: row {row['id']}: key 'final_docs': expected a list of document ids; correct or remove it")
     return set(map(str, found))
 
 

@@ -12,6 +12,7 @@ import evaluate
 import evaluate_retrieval
 import inference
 import top_inference
+from dynamicrag import tasks
 from dynamicrag.answering import fail_unanswered
 from dynamicrag.calls import Caller, work_on_fitting
 from dynamicrag.engine import Completion
@@ -147,6 +148,82 @@ def test_a_question_asked_twice_is_refused():
         run("r.jsonl", eval_file="asked.jsonl")
 
 
+# ---------------------------------------------------------------- what the results do not say
+
+
+def strip(rows: list[dict], *more: str) -> list[dict]:
+    return [{key: row[key] for key in ("id", "response", *more) if key in row} for row in rows]
+
+
+@pytest.mark.parametrize("more", [(), ("question",), ("question", "id_list"), ("question", "answers")])
+def test_results_may_be_ids_and_responses_alone(more):
+    """Three of four are right, and all four count, whatever else the results say."""
+    write("asked.jsonl", [make_row(n, None, dataset="popqa", kind="x" if n < 3 else "y") for n in range(1, 5)])
+    write("r.jsonl", strip([make_row(1), make_row(2, "it is gold"), make_row(3, "golden"), make_row(4, "bad")], *more))
+    found = run("r.jsonl", eval_file="asked.jsonl", group_by="kind")["r"]
+    assert (found["n"], found["score"], found["metric"], found["without_gold_answer"], found["unanswered"]) == (4, 75.0, "match", 0, 0)
+    assert {name: (group["n"], group["score"]) for name, group in found["groups"].items()} == {"x": (2, 100.0), "y": (2, 50.0)}
+
+
+def test_readings_gold_documents_and_choices_are_taken_from_what_was_asked():
+    write("asked.jsonl", [
+        make_row(1, None, qa_pairs=[{"short_answers": ["1989"]}, {"short_answers": ["1644"]}]),
+        make_row(2, None, dataset="ARC-Challenge", answers=["B"], choices={"text": ["wood", "iron"], "label": ["A", "B"]}, positive_ctxs=[{"passage_id": "wiki:7"}]),
+        make_row(3, None, dataset="nq", gold_docs=["9"]),
+    ])
+    write("r.jsonl", [{"id": "q1", "response": "in 1989"}, {"id": "q2", "response": "iron", "final_docs": ["7"]}, {"id": "q3", "response": "bad", "final_docs": ["7"]}])
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert {name: (group["metrics"], group["score"]) for name, group in found["groups"].items()} == {
+        "asqa": ("str_em", 50.0), "arc": ("accuracy", 100.0), "nq": ("em", 0.0),
+    }
+    assert (found["selection"]["n"], found["selection"]["exact"], found["selection"]["recall"]) == (2, 50.0, 50.0)
+
+
+def test_what_the_results_say_themselves_stands_before_what_was_asked():
+    write("asked.jsonl", [make_row(1, None, dataset="nq", answers=["other"], gold_docs=["a"])])
+    write("r.jsonl", [make_row(1, "gold it is", dataset="popqa", gold_docs=[], final_docs=[])])
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert (found["metric"], found["score"], found["selection"]["exact"]) == ("match", 100.0, 100.0)
+    assert run("r.jsonl", eval_file="asked.jsonl", dataset="NQ")["r"]["metric"] == "em", "and the flag before both"
+
+
+def test_rows_left_out_are_counted_in_log_and_table(capsys, caplog):
+    write("asked.jsonl", [make_row(n, None, answers=["gold"] if n < 3 else []) for n in range(1, 6)])
+    write("r.jsonl", strip([make_row(1), make_row(2), make_row(3), make_row(4), make_row(1)]))
+    found = run("r.jsonl", eval_file="asked.jsonl")["r"]
+    assert (found["n"], found["score"], found["without_gold_answer"], found["repeated"]) == (2, 100.0, 3, 1)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert dict(zip(lines[0], lines[2], strict=True))["left out: no gold answer"] == "3"
+    assert dict(zip(lines[0], lines[2], strict=True))["left out: repeated"] == "1"
+    assert "r.jsonl: without a gold answer and not counted: 3 rows, q3 the first" in caplog.text
+    write("r.jsonl", [make_row(1)])
+    run("r.jsonl")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_an_unknown_data_set_is_said_with_the_metric_taken_unless_one_is_given(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "_said", set())
+    write("r.json", [make_row(1), make_row(2, dataset="unheard of"), make_row(3, dataset="unheard of")])
+    run("r.json", metric="match")
+    assert "data set" not in caplog.text
+    run("r.json")
+    said = [message for message in caplog.messages if "data set" in message]
+    assert len(said) == 2 and "'unheard of'" in said[1] and all("em" in message and tasks.DEFAULT_TASK.instruction in message for message in said)
+
+
+def test_gold_ids_of_another_corpus_are_said_with_their_number(caplog):
+    rows = [make_row(n, gold_docs=[f"x{n}", "y"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="nq") for n in (1, 2)]
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever")])
+    run("r.json")
+    assert [message for message in caplog.messages if "gold document ids" in message] == [
+        "r.json: 4 gold document ids match no document of any row (4 of nq); give the ids that the corpus searched has"
+    ]
+    caplog.clear()
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], docs=[{"id": "wiki:a", "text": "t"}], final_docs=["wiki:a"], dataset="nq")])
+    assert run("r.json")["r"]["selection"]["gold_chosen"] == 1
+    assert "gold document ids" not in caplog.text
+
+
 # ---------------------------------------------------------------- why there is no answer
 
 
@@ -214,7 +291,7 @@ def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
         run("r.json")
 
 
-@pytest.mark.parametrize("response", [None, 5, ["gold"], {"text": "gold"}])
+@pytest.mark.parametrize("response", [None, 5, ["gold", "gold"], [], [5], {"text": "gold"}])
 def test_a_response_that_is_not_a_string_is_no_answer(response):  # behaviour 24
     write("r.json", [{**make_row(1), "response": response}, make_row(2)])
     found = run("r.json")["r"]
@@ -273,6 +350,16 @@ def test_documents_none_and_cost_are_means_over_what_was_answered():
     assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (3, 100, 7)
 
 
+def test_documents_are_not_counted_as_none_where_a_row_does_not_say(capsys):
+    write("r.json", [{"id": "1", "question": "?", "answers": ["gold"], "response": "gold"}])
+    assert run("r.json")["r"]["documents_known"] == 0
+    header, _, line = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [dict(zip(header, line, strict=True))[column] for column in ("score", "documents", "None")] == ["100.0", "", ""]
+    write("r.json", [make_row(1, id_list=[1, 2]), {**make_row(2), "id_list": None, "final_docs": []}, {**make_row(3), "id_list": None}])
+    found = run("r.json")["r"]
+    assert (found["documents"], found["documents_known"], found["none_share"]) == (1.0, 2, 0.5)
+
+
 def test_scores_are_broken_down_by_any_key():
     write("r.json", [make_row(1, kind="a"), make_row(2, "bad", kind="a"), make_row(3, kind="b", id_list=[1, 2])])
     groups = run("r.json", group_by="kind")["r"]["groups"]
@@ -289,10 +376,10 @@ def test_several_runs_make_one_table(capsys):
     printed = capsys.readouterr().out
     assert printed == Path("t.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
-    assert lines[0][:4] == ["system", "n", "score", "95 %"]
-    assert lines[2][:3] == ["one", "10", "60.0"]
-    assert lines[3][:3] == ["two", "2", "50.0"]
-    assert lines[4] == ["system", "", "fever", "nq"]
+    assert lines[0][:5] == ["system", "n", "score", "95 %", "metric"]
+    assert lines[2][:3] == ["one", "10", "60.0"] and lines[2][4] == "em"
+    assert lines[3][:3] == ["two", "2", "50.0"] and lines[3][4] == "accuracy+em"
+    assert lines[4] == ["system", "(em)", "fever (accuracy)", "nq (em)"]
     assert lines[7] == ["two", "", "0.0 (1.0)", "100.0 (2.0)"]
     assert len({len(line) for line in printed.splitlines()[:4]}) == 1, "columns line up"
 
@@ -403,8 +490,8 @@ def test_the_first_run_is_compared_with_each_other_question_by_question(capsys):
     found = compared("a.json", "b.json", "c.json")
     assert found["b"]["n"] == 100 and found["b"]["difference"] == pytest.approx(25)
     assert 15 < found["b"]["low"] < 25 < found["b"]["high"] < 35 and found["b"]["p"] < 0.001
-    assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1}
-    assert "a less each of the others" in capsys.readouterr().out
+    assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1, "metric": "em"}
+    assert "a minus each of the others" in capsys.readouterr().out
 
 
 def test_only_the_same_questions_are_compared():

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate_retrieval
-from dynamicrag.metrics import bootstrap_interval, normalise
+from dynamicrag.metrics import bootstrap_interval
 from dynamicrag.ranking import answer_rank, gold_measures
 from dynamicrag.runs import Run, read_qrels, write_run
 from dynamicrag.stage import UserError
@@ -359,6 +360,49 @@ def test_qrels_stand_in_for_the_rows_gold_documents_with_their_gains():
     })
 
 
+@pytest.mark.parametrize(("gold", "docs"), [("wiki:12", "12"), ("12", "wiki:12"), ("12", "12"), ("wiki:12", "wiki:12")])
+@pytest.mark.parametrize("where", ["gold_docs", "positive_ctxs", "eval_file", "qrels", "run"])
+def test_gold_ids_are_those_of_the_documents_with_or_without_dprs_prefix(gold, docs, where, caplog):
+    found = [{"id": docs, "text": "", "score": 2.0}, {"id": "13", "text": "", "score": 1.0}]
+    row = make_row(1, found)
+    Path("q").write_text(f"q1 0 {gold} 1\n")
+    if where in ("eval_file", "run"):
+        write_jsonl(Path("asked.jsonl"), [{"id": "q1", "question": "?", "gold_docs": [gold]}])
+    if where == "run":
+        Path("r.run").write_text(f"q1 Q0 {docs} 1 2 t\n")
+        measures = run("r.run", eval_file="asked.jsonl")["r"]["retrieval"]["measures"]
+    else:
+        own = {"gold_docs": {"gold_docs": [gold]}, "positive_ctxs": {"positive_ctxs": [{"psg_id": gold}]}}.get(where, {})
+        measures = score([{**row, **own}], **{"eval_file": {"eval_file": "asked.jsonl"}, "qrels": {"qrels": "q"}}.get(where, {}))["measures"]
+    assert measures["MRR@10"] == 100
+    assert "gold document ids" not in caplog.text
+
+
+def test_a_document_that_has_the_gold_id_itself_stands_before_one_with_the_prefix():
+    docs = [{"id": "wiki:1", "text": "", "score": 2.0}, {"id": "1", "text": "", "score": 1.0}]
+    assert score([make_row(1, docs, gold_docs=["1"])])["measures"]["MRR@10"] == 50
+    assert score([make_row(1, docs, gold_docs=["wiki:1"])])["measures"]["MRR@10"] == 100
+
+
+def test_gold_ids_that_match_no_document_are_said_once_with_their_number(caplog):
+    rows = [make_row(n, "ab", gold_docs=["doc-1", "doc-2"], dataset="nq") for n in range(3)] + [make_row(3, "ab", gold_docs=["b"], dataset="fever"), make_row(4, "", gold_docs=["z"], dataset="popqa")]
+    assert score(rows)["n"] == 5
+    assert [message for message in caplog.messages if "gold document ids" in message] == [
+        "r.jsonl: 6 gold document ids match no document of any row (6 of nq); give the ids that the corpus searched has"
+    ]
+    caplog.clear()
+    score([*rows, make_row(5, "ab", gold_docs=["a"], dataset="nq")])
+    assert "gold document ids" not in caplog.text, "a document that was not retrieved is no other corpus"
+
+
+def test_results_may_be_ids_and_documents_alone():
+    write_jsonl(Path("asked.jsonl"), [{"id": f"q{n}", "question": "?", "gold_docs": ["a"], "answers": ["gold"], "dataset": "NQ"} for n in (1, 2)])
+    rows = [{"id": "q1", "docs": make_docs("ab", a="gold")}, {"id": "q2", "docs": make_docs("ba")}]
+    found = score(rows, eval_file="asked.jsonl", k=[1])
+    assert (found["n"], found["gold"], found["answers"], found["measures"]["R@1"], found["measures"]["answer@1"]) == (2, 2, 2, 50, 50)
+    assert list(found["groups"]) == ["nq"]
+
+
 def test_qrels_of_other_questions_are_an_error_and_missing_ones_are_said(caplog):
     Path("q").write_text("x1 0 a 1\n")
     path = write_jsonl(Path("r.jsonl"), [make_row(1, answers=["x"])])
@@ -374,22 +418,63 @@ def test_qrels_of_other_questions_are_an_error_and_missing_ones_are_said(caplog)
 @pytest.mark.parametrize(
     ("text", "answer", "found"),
     [
-        ("a party in town", "art", False), ("modern art in town", "art", True), ("Art.", "the ART!", True), ("art", "art gallery", False),
-        ("the art of the gallery", "art gallery", False), ("an Art  Gallery", "art gallery", True), ("artgallery", "art", False),
-        ("cost 1999 or so", "199", False), ("it is 2.911 billion", "$2.911 billion", True), ("“Carmen” – an opera", "carmen", True),
-        ("(c++) is", "C++", True), ("x", ".*", False), ("a|b", "b", False), ("Ｐaris", "paris", True), ("São Tomé", "são tomé", True), ("", "x", False),
+        ("a party in town", "art", False), ("modern art in town", "art", True), ("Art.", "ART", True), ("art", "art gallery", False),
+        ("Art.", "the art", False), ("the art of the gallery", "art gallery", False), ("an Art  Gallery", "art gallery", True),
+        ("artgallery", "art", False), ("art-gallery", "art gallery", False), ("art - gallery", "art-gallery", True), ("snake_case", "snake", True),
+        ("cost 1999 or so", "199", False), ("it is $ 2.911 billion", "$2.911 billion", True), ("it is 2.911 billion", "$2.911 billion", False),
+        ("“Carmen” – an opera", "carmen", True), ("(c++) is", "C++", True), ("x", ".*", False), ("a|b", "b", True), ("Ｐaris", "paris", False),
+        ("São Tomé", "sa\u0303o tome\u0301", True), ("Sao Tome", "São Tomé", False), ("", "x", False), ("x", "\u200b", False), ("北京是中国的首都", "首都", False),
     ],
 )
-def test_an_answer_is_found_as_whole_words_of_the_normalised_text(text, answer, found):
-    assert (answer_rank([{"title": "", "text": text}], [normalise(answer)]) == 1) is found
+def test_an_answer_is_found_by_dprs_rule(text, answer, found):
+    assert (answer_rank([{"title": "", "text": text}], [answer]) == 1) is found
 
 
-def test_any_answer_counts_and_the_title_is_text_too():
+def plain_tokens(text: str) -> list[str]:
+    """DPR's SimpleTokenizer character by character: runs of letters, numbers and marks; else single characters but spaces and controls."""
+    tokens, run = [], ""
+    for character in unicodedata.normalize("NFD", text):
+        kind = unicodedata.category(character)[0]
+        if kind in "LNM":
+            run += character
+            continue
+        tokens += [run] if run else []
+        run = ""
+        if kind not in "ZC":
+            tokens.append(character)
+    return [token.lower() for token in [*tokens, *([run] if run else [])]]
+
+
+def plain_has_answer(text: str, answer: str) -> bool:
+    tokens, wanted = plain_tokens(text), plain_tokens(answer)
+    return bool(wanted) and any(tokens[start : start + len(wanted)] == wanted for start in range(len(tokens) - len(wanted) + 1))
+
+
+def test_answers_are_found_as_a_plain_implementation_of_dprs_rule_finds_them():
+    rng = random.Random(5)
+    pieces = [
+        "art", "Art", "art's", "party", "the", "1999", "199", "3.5", "$", "%", "C++", "São", "Sa\u0303o", "é", "e\u0301", "東京", "東", "京都", "Москва", "กรุงเทพ", "مرحبا",
+        "नमस्ते", "İ", "ß", "SS", "Σας", "ΣΑΣ", "½", "²", "Ⅳ", "_", "-", "–", "“", "”", "'", "’", ".", ",", "\u0000", "\u200b", "\u00ad", "\t", "🙂", "\u0489", "ﬁ", "ﬁve",
+    ]
+    spaces = ["", "", " ", " ", " ", "\u00a0", "\n", "\u2003"]
+    found = 0
+    for _ in range(3000):
+        words = rng.choices(pieces, k=rng.randint(1, 12))
+        text = "".join(f"{word}{rng.choice(spaces)}" for word in words)
+        start = rng.randrange(len(words))
+        some = words[start : start + rng.randint(1, 3)] if rng.random() < 0.7 else rng.choices(pieces, k=2)
+        answer = rng.choice([str, str.lower, str.upper])("".join(f"{word}{rng.choice(spaces)}" for word in some))
+        expected = plain_has_answer(text, answer)
+        assert (answer_rank([{"title": answer, "text": text}], [answer]) == 1) is expected, (text, answer)
+        found += expected
+    assert 800 < found < 2200
+
+
+def test_any_answer_counts_and_the_title_is_not_looked_at():
     docs = make_docs("abc", None, None, b="one two")
     docs[2]["title"] = "Three"
     assert answer_rank(docs, ["four", "two"]) == 2
-    assert answer_rank(docs, ["three nothing"]) == 3
-    assert answer_rank(docs, ["four"]) == math.inf
+    assert answer_rank(docs, ["three"]) == answer_rank(docs, ["four"]) == math.inf
     assert answer_rank([], ["four"]) == math.inf
 
 
@@ -412,7 +497,7 @@ def test_an_answer_is_looked_for_in_each_order_of_the_documents():
     assert results["reranking"]["measures"] == {"answer@1": 100, "answer@3": 100, "answer@20": 100}
 
 
-def test_each_measure_is_over_the_questions_that_have_it_and_rows_with_nothing_gold_are_left_out(capsys):
+def test_each_measure_is_over_the_questions_that_have_it_and_rows_with_nothing_gold_are_left_out(capsys, caplog):
     rows = [
         make_row(1, make_docs("ab", a="gold"), gold_docs=["b"], answers=["gold"]), make_row(2, "ab", answers=["gold"]),
         make_row(3, "ab", gold_docs=["a"]), make_row(4, "ab"), make_row(5, "ab", gold_docs=[], answers=["", " "]),
@@ -421,8 +506,9 @@ def test_each_measure_is_over_the_questions_that_have_it_and_rows_with_nothing_g
     assert (found["n"], found["gold"], found["answers"], found["left_out"], found["main"]) == (3, 2, 2, 2, "nDCG@10")
     assert found["measures"]["R@1"] == 50 and found["measures"]["answer@1"] == 50
     header, _, line = table(capsys.readouterr().out)
-    assert header == ["system", "order", "n", "documents", "gold", "R@1", "nDCG@10", "MRR@10", "answers", "answer@1", "answer@20"]
-    assert line[:6] == ["r", "retrieval", "3", "2.0", "2", "50.0"] and line[7:] == ["75.0", "2", "50.0", "50.0"]
+    assert header == ["system", "order", "n", "documents", "gold", "R@1", "nDCG@10", "MRR@10", "answers", "answer@1", "answer@20", "left out"]
+    assert line[:6] == ["r", "retrieval", "3", "2.0", "2", "50.0"] and line[7:] == ["75.0", "2", "50.0", "50.0", "2"]
+    assert "not counted: 2 rows" in caplog.text
     assert line[6] == f"{found['measures']['nDCG@10']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
 

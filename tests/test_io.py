@@ -19,7 +19,7 @@ from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.locks import in_turn
 from dynamicrag.manifest import read_manifest
 from dynamicrag.output import Output
-from dynamicrag.records import count_rows, normalise_row, read_rows
+from dynamicrag.records import RowError, count_rows, normalise_row, read_rows
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import derive_dataset
 
@@ -172,9 +172,10 @@ def test_rows_come_in_one_form(tmp_path):
         {"id": 7, "question": "q", "answer": "Paris", "ctxs": [{"id": 12, "text": "t", "score": "1.5"}], "extra": [1]},
         {"sample_id": "s", "question": "q", "golden_answers": ["a", "b"], "docs": [{"title": None, "text": "t"}]},
         {"id": "r", "question": "q", "qa_pairs": [{"short_answers": ["x", "y"]}, {"short_answers": ["y", "z"]}]},
-        {"id": "t", "question": "q", "output": "a", "dataset": "nq"},
+        {"id": "t", "question": "q", "output": "a", "dataset": "nq"}, {"_id": "5a7a", "question": "q"}, {"question_id": "tc_1", "question": "q"},
     ])
-    first, second, third, fourth = read_rows(path)
+    first, second, third, fourth, fifth, sixth = read_rows(path)
+    assert (fifth["id"], sixth["id"], sixth["dataset"]) == ("5a7a", "tc_1", "triviaqa")
     assert first["id"] == "7" and first["answers"] == ["Paris"] and first["extra"] == [1] and "ctxs" not in first
     assert first["docs"] == [{"id": "12", "title": "", "text": "t", "score": 1.5}]
     assert second["id"] == "s" and second["answers"] == ["a", "b"] and second["docs"][0]["id"] == "doc1"
@@ -202,6 +203,152 @@ def test_malformed_rows_are_named_or_set_aside(tmp_path, row, key):
     assert [row["id"] for row in read_rows(path, reject=aside.append)] == ["good"]
     assert aside[0]["line"] == 2 and aside[0]["row"] == row
     assert count_rows(path, skip_malformed=True) == 1
+
+
+TRIVIAQA = {"value": "40 km", "aliases": ["40km", "40 km"], "normalized_aliases": ["40 km", "forty km"], "type": "Numerical"}
+
+
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [
+        ({"answers": '["politician", "political leader"]'}, ["politician", "political leader"]), ({"answers": "['Jane Roe', \"O'Brien\"]"}, ["Jane Roe", "O'Brien"]),
+        ({"possible_answers": '["politician", "leader"]'}, ["politician", "leader"]), ({"possible_answers": ["a", "b"], "obj": "c"}, ["a", "b"]),
+        ({"golden_answers": ['["a", "b"]']}, ["a", "b"]), ({"answers": ["['a', 'b']", "c"]}, ["a", "b", "c"]), ({"answer": ' [ "a" ]\n'}, ["a"]),
+        ({"answer": TRIVIAQA}, ["40 km", "40km", "forty km"]), ({"answer": json.dumps(TRIVIAQA)}, ["40 km", "40km", "forty km"]), ({"answer": {"value": "x"}}, ["x"]),
+        ({"answer": "Paris", "answer_aliases": ["City of Light", "Paris"]}, ["Paris", "City of Light"]), ({"answers": ["a", "a"], "answer_aliases": '["b"]'}, ["a", "a", "b"]),
+        ({"answer_aliases": ["b"]}, ["b"]), ({"answers": [], "answer": "x"}, ["x"]), ({"answers": None, "answer": "", "golden_answers": ["y"]}, ["y"]),
+        ({"answers": [], "qa_pairs": [{"short_answers": ["x"]}]}, ["x"]), ({"answerKey": "B"}, ["B"]), ({"answer": "long", "qa_pairs": [{"short_answers": ["x"]}]}, ["long"]),
+        ({"answer": "('a', 'b')"}, ["a", "b"]), ({"answer": "{'b', 'a'}"}, ["a", "b"]), ({"answer": "(C)"}, ["(C)"]), ({"answer": "(1, 2)"}, ["(1, 2)"]),
+        ({"answers": ["[0, 1]"]}, ["[0, 1]"]), ({"answers": ["[citation needed]"]}, ["[citation needed]"]), ({"answer": "{1, 2}"}, ["{1, 2}"]), ({"answer": "[3], [1]"}, None),
+        ({"answers": "[] or not"}, ["[] or not"]), ({"answers": "[]"}, []), ({"answers": []}, []), ({"answers": [""]}, [""]),
+    ],
+)
+def test_answers_are_read_in_the_forms_of_the_fields_files(given, answers):
+    row = {"id": "1", "question": "q", **given}
+    if answers is None:
+        with pytest.raises(RowError, match="key 'answer': is the text of a list"):
+            normalise_row(row)
+        return
+    read = normalise_row(row)
+    assert read["answers"] == answers
+    assert normalise_row(read) == read
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"answers": "['Jane Roe' 'J. Roe']"}, "answers"),  # as numpy writes a list; Python reads one string of it
+        ({"answers": "[politician, leader]"}, "answers"), ({"answer": "[1945]"}, "answer"), ({"possible_answers": "['a', nan]"}, "possible_answers"), ({"answer": "['a'"[:-1] + "]"}, "answer"),
+        ({"answer": {"aliases": ["x"]}}, "answer"), ({"answer": {"value": "x", "aliases": [1]}}, "answer"), ({"answer": '{"aliases": ["x"]}'}, "answer"), ({"answer": 5}, "answer"),
+        ({"answers": [["a"], ["b"]]}, "answers"), ({"answers": [["a"]]}, "answers"), ({"answer": "x", "answer_aliases": [1]}, "answer_aliases"),
+        ({"answer": "[" * 3000 + "]" * 3000}, "answer"), ({"answer": f"[{'1,' * 100_000}]"}, "answer"), ({"answer": "[{[1]: 2}]"}, "answer"),
+    ],
+)
+def test_answers_that_cannot_be_read_are_named_by_their_key_and_never_taken_for_text(given, key):
+    with pytest.raises(RowError, match=f"^key '{key}': "):
+        normalise_row({"id": "1", "question": "q", **given})
+
+
+LITERALS = st.lists(st.sampled_from(["[", "]", "{", "}", "(", ")", "'", '"', "a", "\\", ",", ":", "value", "1", " ", "\n", "#", "nan", "é", "-"]), max_size=12).map("".join)
+
+
+@given(answer=LITERALS | LITERALS.map("[{}]".format) | LITERALS.map("['{}']".format) | LITERALS.map('{{"value": "{}"}}'.format), listed=st.booleans())
+def test_any_answer_is_read_or_refused_and_is_then_in_the_projects_form(answer, listed):
+    try:
+        row = normalise_row({"id": "1", "question": "q", "answers": [answer] if listed else answer})
+    except RowError as error:
+        assert str(error).startswith("key 'answers': ")
+        return
+    assert all(isinstance(one, str) for one in row["answers"])
+    assert normalise_row(row) == row
+
+
+@pytest.mark.parametrize(("given", "key"), [({"answer": None}, "answer"), ({"answer": []}, "answers"), ({"answer": ""}, "answers"), ({"answers": ["", " "]}, "answers"), ({}, "answers")])
+def test_where_answers_are_needed_their_absence_is_named(given, key):
+    with pytest.raises(RowError, match=f"^key '{key}': (holds no gold answer|missing)"):
+        normalise_row({"id": "1", "question": "q", **given}, ("answers",))
+
+
+@pytest.mark.parametrize(
+    ("doc", "read"),
+    [
+        ({"doc": "a b"}, ("doc2", "", "a b")), ({"passage_text": "a b", "title": "T", "passage_id": 7}, ("7", "T", "a b")), ({"contents": '"The Title"\na\nb', "docid": "d"}, ("d", "The Title", "a\nb")),
+        ({"contents": "a b", "_id": "w"}, ("w", "", "a b")), ({"contents": '"Other"\na b', "title": "T"}, ("doc2", "T", '"Other"\na b')), ({"contents": "x", "text": "a b", "psg_id": "1"}, ("1", "", "a b")),
+        ({"text": None, "doc": "a b", "id": None, "docid": 3}, ("3", "", "a b")), ({"text": "", "contents": "a b"}, ("doc2", "", "")),
+    ],
+)
+def test_documents_are_read_in_the_forms_of_the_fields_files(doc, read):
+    row = normalise_row({"id": "1", "question": "q", "ctxs": [{"text": "t"}, doc]})
+    assert tuple(row["docs"][1][key] for key in ("id", "title", "text")) == read
+    assert normalise_row(row) == row
+
+
+@pytest.mark.parametrize("doc", [{"title": "t"}, {"doc": 5}, {"contents": ["a"]}, {"passage_text": None}])
+def test_a_document_without_text_is_named(doc):
+    with pytest.raises(RowError, match=r"^key 'ctxs\[0\]\.(text|doc|contents|passage_text)': expected a string"):
+        normalise_row({"id": "1", "question": "q", "ctxs": [doc]})
+
+
+@pytest.mark.parametrize("choices", [{"text": ["friction", "gravity"], "label": ["A", "B"]}, ["friction", "gravity"]])
+@pytest.mark.parametrize("dataset", [{"dataset": "arc"}, {}])
+def test_choices_are_part_of_the_question_and_not_of_what_is_searched_with(choices, dataset):
+    row = normalise_row({"id": "1", "question": "Which force?", "choices": choices, **dataset})
+    assert (row["question"], row["retrieved_question"]) == ("Which force?\nA: friction\nB: gravity", "Which force?")
+    assert normalise_row(row) == row and row["choices"] == choices
+    assert normalise_row({**row, "retrieved_question": "force"})["retrieved_question"] == "force"
+    shown = normalise_row({"id": "1", "question": "Which force? (A) friction (B) gravity", "choices": choices})
+    assert shown["question"] == "Which force? (A) friction (B) gravity" and "retrieved_question" not in shown
+
+
+def test_choices_of_no_known_form_are_named_where_they_are_needed():
+    row = {"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}}
+    assert normalise_row(row)["question"] == "q", "elsewhere it is a key of another meaning"
+    with pytest.raises(RowError, match=r"^key 'choices': expected"):
+        normalise_row({**row, "dataset": "ARC-Challenge"})
+
+
+def test_a_response_in_a_list_of_one_is_that_response():
+    assert normalise_row({"id": "1", "question": "q", "response": ["Paris"]})["response"] == "Paris"
+    assert normalise_row({"id": "1", "question": "q", "response": ["Paris", "Rome"]})["response"] == ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        ("flashrag/asqa/dev.jsonl", "asqa"), ("flashrag/2wikimultihopqa/test.jsonl", "2wikimqa"), ("NQ/train.jsonl", "nq"), ("PopQA/Test.jsonl", "popqa"), ("nq/questions.jsonl", None),
+        ("my_nq/test.jsonl", None), ("asqa/fever.jsonl", "fever"), ("asqa/old/dev.jsonl", None), ("ARC-Challenge.jsonl", "arc"), ("asqa_eval_gtr_top100.json", "asqa"),
+        ("research/search_arc.jsonl", None),
+    ],
+)
+def test_the_folder_names_the_data_set_of_a_file_that_names_a_split(tmp_path, monkeypatch, name, dataset):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, [{"id": "test_0", "question": "q", "golden_answers": ["a"]}])
+    assert next(read_rows(path)).get("dataset") == dataset
+    monkeypatch.chdir(path.parent)
+    assert next(read_rows(path.name)).get("dataset") == dataset, "however the path is written"
+
+
+def test_data_sets_are_called_by_one_name_and_readings_are_asqas():
+    assert normalise_row({"id": "1", "question": "q", "dataset": "ARC-Challenge"})["dataset"] == "arc"
+    assert normalise_row({"id": "1", "question": "q", "dataset": "nq"}, dataset="TriviaQA")["dataset"] == "triviaqa"
+    assert normalise_row({"id": "1", "question": "q", "dataset": "My Own"})["dataset"] == "My Own"
+    readings = {"id": "1", "question": "q", "qa_pairs": [{"short_answers": ["a"]}]}
+    assert normalise_row(readings)["dataset"] == "asqa" and normalise_row({**readings, "dataset": "My Own"})["dataset"] == "My Own"
+    assert "dataset" not in normalise_row({**readings, "qa_pairs": [{"short_answers": [""]}]})
+
+
+def test_what_a_row_does_not_say_is_taken_from_what_was_asked(tmp_path):
+    asked = {"1": {"question": "q", "answers": ["a"], "dataset": "nq", "gold_docs": ["d"], "kind": "k"}}
+    path = write_jsonl(tmp_path / "fever.jsonl", [{"id": 1, "response": "x"}])
+    assert next(read_rows(path, asked=asked)) == {"id": "1", "response": "x", **asked["1"]}
+    own = {"question": "own", "answers": ["b"], "dataset": "popqa", "gold_docs": [], "kind": "mine"}
+    assert next(read_rows(write_jsonl(path, [{"id": "1", **own}]), asked=asked)) == {"id": "1", **own}
+    empty = {"question": None, "golden_answers": [], "answers": [""], "positive_ctxs": [], "kind": None}
+    assert next(read_rows(write_jsonl(path, [{"id": "1", **empty}]), asked=asked)) == {"id": "1", "golden_answers": [], "positive_ctxs": [], **asked["1"]}
+    assert next(read_rows(write_jsonl(path, [{"id": "1", "answer": "b", "positive_ctxs": [{"id": "e"}]}]), asked=asked))["answers"] == ["b"]
+    with pytest.raises(UserError, match=r"fever\.jsonl:1: key 'question'"):
+        next(read_rows(write_jsonl(path, [{"id": "2", "response": "x"}]), asked=asked))
 
 
 def test_repeated_ids_and_missing_keys(tmp_path):

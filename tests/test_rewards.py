@@ -400,6 +400,25 @@ def test_permuting_the_trajectories_of_a_row_permutes_its_rewards(terms, ids, we
     assert permuted["response_scores"] == [scores[t] for t in order]
 
 
+@pytest.mark.parametrize(
+    ("row", "response", "em"),
+    [
+        ({"dataset": "ARC-Challenge", "answers": ["A"]}, "A plant needs light", 0), ({"dataset": "arc", "answers": ["A"]}, "the answer is (A)", 1),
+        ({"dataset": "arc", "answers": ["2"], "choices": ["wood", "iron"]}, "iron", 1), ({"dataset": "FEVER", "answers": ["NOT ENOUGH INFO"]}, "NEI", 1),
+        ({"dataset": "my own", "answers": ["x and y"], "qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}, "it is x", 0.5),
+        ({"dataset": "nq", "answers": ["it's"]}, "It’s", 1),
+    ],
+)
+def test_the_em_term_is_the_metric_of_evaluation_for_labels_and_readings(row, response, em):
+    assert correctness(response, row, "exact") == em
+
+
+def test_the_rouge_term_reads_any_script():
+    rows = [{"id": str(n), "question": "q", "answers": [text], "responses": [text, "no"]} for n, text in enumerate(["北京是中国的首都。", "Москва", "กรุงเทพ", "Paris"])]
+    terms = reward_trajectories.terms_of_answers(rows, None, None, None, "exact")
+    assert [[one["rouge"] for one in of_row] for of_row in terms] == [[1, 0]] * 4
+
+
 @given(response=st.text(max_size=40), answers=st.lists(st.text(max_size=40).filter(str.strip), min_size=1, max_size=3), how=st.sampled_from(["exact", "contains"]))
 def test_every_term_of_any_answer_lies_between_0_and_1(response, answers, how):
     assert 0 <= correctness(response, {"answers": answers}, how) <= 1
