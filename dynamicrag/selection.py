@@ -52,9 +52,19 @@ def parse_ids(text: str, n_docs: int) -> Selection:
     return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
 
 
+def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
+    """Positions by rerank score, best first; equal scores keep their order.
+
+    The order of the documents stands for the score if one of them has none: published training data has labels alone.
+    """
+    if any(docs[position - 1].get("rerank_score") is None for position in positions):
+        return sorted(positions)
+    return sorted(positions, key=lambda position: -docs[position - 1]["rerank_score"])
+
+
 def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:
-    """What the reranker would select: its relevant documents, best rerank score first; equal scores keep their order."""
-    return sorted(true_id, key=lambda position: -docs[position - 1]["rerank_score"])[:max_length]
+    """What the reranker would select: its relevant documents, best first."""
+    return best_first(docs, true_id)[:max_length]
 
 
 def ids_pattern(n_docs: int) -> str:
