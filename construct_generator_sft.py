@@ -10,7 +10,6 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.output import Output
@@ -19,7 +18,7 @@ from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import best_first
 from dynamicrag.stage import log
 from dynamicrag.tasks import target_answer, task_of
-from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, in_batches, length_inputs, load_window
+from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
 NEEDS = ("docs", "true_id")
 
@@ -76,8 +75,8 @@ def main(argv=None):
 
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     window = load_window(args)
-    fitted = in_batches(answered(), partial(fit, prompts=prompts, max_docs=args.max_docs, window=window), total, "training rows")
-    count = out.publish(args.output_file, window.kept(fitted, args.input_file))
+    fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
+    count = out.publish(args.output_file, (made.row for made in fitted))
     if unanswered:
         log.warning("%d rows have no gold answer and train nothing", unanswered)
     if unscored:

@@ -9,14 +9,12 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
     python reranker_sequence.py
 """
 
-from functools import partial
-
 from dynamicrag import stage
 from dynamicrag.output import Output
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
-from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, in_batches, length_inputs, load_window
+from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 
@@ -48,7 +46,7 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
         return prompts.reranker(row["question"], docs)
 
     shown = window.documents(build, labelled, target)
-    if shown is None or (labelled and not shown) or max(row["sequence"], default=0) > len(shown):
+    if shown is None or (len(shown) < len(labelled) and (max(row["sequence"], default=0) > len(shown) or not shown)):
         return Fitted(None)
     return Fitted(training_row(build(shown), output=target), len(labelled) - len(shown))
 
@@ -62,8 +60,8 @@ def main(argv=None):
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     window = load_window(args)
     rows = read_rows(args.input_file, NEEDS, reject=out.reject)
-    fitted = in_batches(rows, partial(fit, prompts=prompts, window=window), total, "training rows")
-    examples = out.publish(args.output_file, window.kept(fitted, args.input_file))
+    fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
+    examples = out.publish(args.output_file, (made.row for made in fitted))
     check_columns(args, args.output_file)
     out.finish(examples=examples, **window.counts())
 

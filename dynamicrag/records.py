@@ -72,18 +72,20 @@ def read_rows(
     dataset: str | None = None,
     reject: Callable[[dict], None] | None = None,
     unique: bool = True,
+    complete: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
     """Stream the rows of a JSON or JSONL file in the project's own form.
 
     `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
     say. Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
     skipped. (A line that is not JSON always raises: nothing after it can be trusted.) An id that comes again is an
-    error of its row; without `unique` it is the caller's to see.
+    error of its row; without `unique` it is the caller's to see. `complete` may add keys that other tools do not write,
+    before `needs` are checked.
     """
     seen: dict[str, int] = {}
     for line, value in read_json(path):
         try:
-            row = normalise_row(value, needs, dataset, Path(path).stem)
+            row = normalise_row(value, needs, dataset, Path(path).stem, complete)
             if unique and row["id"] in seen:
                 raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
         except RowError as error:
@@ -105,7 +107,9 @@ def count_rows(
     return count
 
 
-def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | None = None, stem: str = "") -> Row:
+def normalise_row(
+    value: object, needs: tuple[str, ...] = (), dataset: str | None = None, stem: str = "", complete: Callable[[Row], None] | None = None
+) -> Row:
     """One decoded JSON value as a row. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError("(the whole row)", f"expected a JSON object, found {_kind(value)}")
@@ -131,6 +135,8 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
     named = dataset or row.get("dataset") or derive_dataset(row["id"], stem)
     if named is not None:
         row["dataset"] = named
+    if complete is not None:
+        complete(row)
     for key in needs:
         if key not in row:
             raise RowError(key, "missing; it is written by an earlier stage or is part of the data set")

@@ -5,9 +5,11 @@ goes, with the closing request and the beginning of the assistant's turn. The st
 fit every row into `cutoff_len` first. Whole documents go from the end, as they do at inference (calls.documents_that_fit).
 """
 
+import itertools
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import orjson
@@ -31,10 +33,11 @@ SETTINGS = {"model_name_or_path": str, "template": str, "cutoff_len": int, "data
 
 
 class Fitted(NamedTuple):
-    """What became of one row: its training row, None if it is left out, and how many documents it lost."""
+    """What became of one row: its training row, None if it is left out, how many documents it lost, and what a report says of it."""
 
     row: dict[str, str] | None
     removed: int = 0
+    about: Mapping[str, float] = MappingProxyType({})
 
 
 def add_length_flags(parser: ArgumentParser, recipe: str) -> None:
@@ -54,6 +57,7 @@ class TrainingWindow:
 
     def __init__(self, cutoff_len: int | None = None, prompts: PromptTokenizer | None = None):
         self.cutoff_len, self._prompts = cutoff_len, prompts
+        self._quiet = False
         self.written = self.shortened = self.left_out = self.removed = 0
 
     @property
@@ -92,21 +96,39 @@ class TrainingWindow:
             return None
         return documents_that_fit(self, build, docs, room)
 
-    def kept(self, fitted: Iterable[Fitted], path: str) -> Iterator[dict[str, str]]:
-        """The training rows that fit, counted. Raises UserError at the end if the rows of `path` left none."""
-        for row, removed in fitted:
-            if row is None:
+    def again(self) -> "TrainingWindow":
+        """The same window with nothing counted, and without a progress bar: for a first look at some rows."""
+        window = TrainingWindow(self.cutoff_len, self._prompts)
+        window._quiet = True
+        return window
+
+    def kept(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str, path: str) -> Iterator[Fitted]:
+        """Those training rows of every row that fit, counted, in order; `fit` runs on all cores.
+
+        Raises UserError at the end if the rows of `path` left none.
+        """
+        for fitted in self._in_batches(rows, fit, total, desc):
+            if fitted.row is None:
                 self.left_out += 1
                 continue
             self.written += 1
-            self.shortened += removed > 0
-            self.removed += removed
-            yield row
+            self.shortened += fitted.removed > 0
+            self.removed += fitted.removed
+            yield fitted
         if self.left_out and not self.written:
             raise UserError(
                 f"{path}: not one of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents its target names; "
                 "show fewer documents (process_training_data.py --n_docs), use shorter passages, or train with a larger cutoff_len"
             )
+
+    def _in_batches(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str) -> Iterator[Fitted]:
+        from tqdm import tqdm
+
+        rows = iter(rows)
+        with tqdm(total=total, unit="row", desc=desc, **({"disable": True} if self._quiet else {})) as progress:
+            while batch := list(itertools.islice(rows, ROWS_A_BATCH)):
+                yield from itertools.chain.from_iterable(in_threads(fit, batch))
+                progress.update(len(batch))
 
     def counts(self) -> dict[str, int]:
         """How many rows were shortened and left out, for the manifest; a warning if any was."""
@@ -122,19 +144,6 @@ def estimated_tokens(text: str) -> int:
     """A guess at the tokens of a text: CHARACTERS_A_TOKEN in ASCII, one token for every other character."""
     ascii_only = len(text.encode("ascii", "ignore"))
     return round(ascii_only / CHARACTERS_A_TOKEN) + len(text) - ascii_only
-
-
-def in_batches(rows: Iterable[Item], work: Callable[[Item], object], total: int | None, desc: str) -> Iterator:
-    """work() of every row, in order, on all cores, with a progress bar over `total` rows."""
-    import itertools
-
-    from tqdm import tqdm
-
-    rows = iter(rows)
-    with tqdm(total=total, unit="row", desc=desc) as progress:
-        while batch := list(itertools.islice(rows, ROWS_A_BATCH)):
-            yield from in_threads(work, batch)
-            progress.update(len(batch))
 
 
 # ---------------------------------------------------------------- the recipe
