@@ -15,8 +15,8 @@ from dynamicrag import stage
 from dynamicrag.output import Output
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import best_first
-from dynamicrag.stage import log
+from dynamicrag.selection import best_first, unjudged_position
+from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import target_answer, task_of
 from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
@@ -70,7 +70,9 @@ def main(argv=None):
             if not any(answer.strip() for answer in row.get("answers") or ()):
                 unanswered += 1
                 continue
-            unscored += any(row["docs"][position - 1].get("rerank_score") is None for position in row["true_id"])
+            if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
+                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run reranker.py")
+            unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
             yield row
 
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))

@@ -20,7 +20,7 @@ from dynamicrag import stage
 from dynamicrag.gold import needed_documents
 from dynamicrag.output import Output
 from dynamicrag.records import Row, read_rows
-from dynamicrag.selection import EXPERT_LENGTH, expert_sequence
+from dynamicrag.selection import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
@@ -95,9 +95,11 @@ def main(argv=None):
     def labelled(reject=None):
         for row in read_rows(args.input_file, ("docs",), reject=reject):
             shown = row["docs"][: args.n_docs]
-            unlabelled = None if args.labels == "gold" else next((doc["id"] for doc in shown if "rerank_label" not in doc), None)
-            if unlabelled is not None:
-                raise UserError(f"{args.input_file}: row {row['id']}: document {unlabelled} has no rerank_label; run reranker.py first")
+            unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
+            if unjudged is not None:
+                raise UserError(
+                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has no rerank_label and rerank_score; run reranker.py first"
+                )
             gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
             if args.labels == "gold" and gold is None:
                 raise UserError(f"{args.input_file}: row {row['id']}: has neither gold_docs nor positive_ctxs; --labels reranker needs none")
@@ -107,7 +109,7 @@ def main(argv=None):
     candidates, rows, unscored = [], 0, 0
     for row in labelled(out.reject):
         rows += 1
-        unscored += any(doc.get("rerank_score") is None for doc in row["docs"][: args.n_docs])
+        unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
     if not rows:
         raise UserError(f"{args.input_file}: holds no usable row")

@@ -52,10 +52,18 @@ def parse_ids(text: str, n_docs: int) -> Selection:
     return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
 
 
+def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | None:
+    """The first of `positions` whose document was not judged as the others were: it has no rerank score and another has one, or no label either."""
+    unscored = [position for position in positions if docs[position - 1].get("rerank_score") is None]
+    if 0 < len(unscored) < len(positions):
+        return unscored[0]
+    return next((position for position in unscored if docs[position - 1].get("rerank_label") is None), None)
+
+
 def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
     """Positions by rerank score, best first; equal scores keep their order.
 
-    The order of the documents stands for the score if one of them has none: published training data has labels alone.
+    Without scores the order of the documents stands for them: published training data has labels alone.
     """
     if any(docs[position - 1].get("rerank_score") is None for position in positions):
         return sorted(positions)

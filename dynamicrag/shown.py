@@ -1,6 +1,6 @@
 """How many documents the LLM is shown: one number, for the labels, the samples, the pairs and the answers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from dynamicrag.records import Row
 from dynamicrag.stage import UserError
@@ -15,8 +15,8 @@ def labelled_documents(row: Row) -> int | None:
     return sum(map(len, lists)) if all(isinstance(positions, list) for positions in lists) else None
 
 
-def check_shown(path: str, rows: Iterable[Row], flag: str, shown: int) -> Iterator[Row]:
-    """The rows. Raises UserError, naming both numbers, for one that was labelled for another number of documents than will be shown."""
+def check_shown(path: str, rows: Iterable[Row], flag: str, shown: int) -> None:
+    """Raises UserError, naming both numbers, for a row that was labelled for another number of documents than will be shown."""
     for row in rows:
         labelled = labelled_documents(row)
         if labelled is not None and labelled != min(shown, len(row["docs"])):
@@ -24,4 +24,3 @@ def check_shown(path: str, rows: Iterable[Row], flag: str, shown: int) -> Iterat
                 f"{path}: row {row['id']}: process_training_data.py labelled {labelled} documents (--n_docs), and {flag} {shown} would "
                 f"show {min(shown, len(row['docs']))}; give {flag} {labelled}, or label again with --n_docs {shown}"
             )
-        yield row

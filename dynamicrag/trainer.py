@@ -116,8 +116,9 @@ class TrainingWindow:
             self.removed += fitted.removed
             yield fitted
         if self.left_out and not self.written:
+            how = "" if self._prompts else ", by an estimate (--tokenizer counts)"
             raise UserError(
-                f"{path}: not one of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents its target names; "
+                f"{path}: not one of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents its target names{how}; "
                 "show fewer documents (process_training_data.py --n_docs), use shorter passages, or train with a larger cutoff_len"
             )
 
@@ -134,8 +135,8 @@ class TrainingWindow:
         """How many rows were shortened and left out, for the manifest; a warning if any was."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d: %d rows lost %d documents from the end, and %d rows are left out (the target names a document "
-                "that does not fit, or nothing fits)", self.cutoff_len, self.shortened, self.removed, self.left_out,
+                "cutoff_len %d%s: %d rows lost %d documents from the end, and %d rows are left out (the target names a document "
+                "that does not fit, or nothing fits)", self.cutoff_len, "" if self._prompts else " (estimated)", self.shortened, self.removed, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 

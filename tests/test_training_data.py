@@ -187,7 +187,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_another_choice(targets): 
 def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_makes_them():  # behaviour 9
     rows = make_rows(3, 3)
     del rows[1]["docs"][2]["rerank_label"]
-    with pytest.raises(UserError, match=r"row q1: document 1/3 has no rerank_label; run reranker\.py first"):
+    with pytest.raises(UserError, match=r"row q1: document 1/3 has no rerank_label and rerank_score; run reranker\.py first"):
         process(rows)
     assert not SEQUENCES.exists()
     assert len(process(rows, "--n_docs", "2")[0]) == 1, "documents that are not shown need no label"
