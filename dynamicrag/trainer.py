@@ -250,12 +250,15 @@ def _unreachable(name: str) -> str | None:
         return None
     if hub.constants.HF_HUB_OFFLINE:
         return f"{name} is not a folder here, and no hub is asked (HF_HUB_OFFLINE)"
-    import httpx
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
 
     try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=HUB_SECONDS)
-    except (OSError, httpx.HTTPError) as error:
-        return f"{name} is not a folder here, and {hub.constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+        urlopen(Request(hub.constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError:
+        return None  # it answers
+    except (OSError, ValueError) as error:
+        return f"{name} is not a folder here, and {hub.constants.ENDPOINT} cannot be reached ({error})"
     return None
 
 
