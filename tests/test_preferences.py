@@ -319,6 +319,52 @@ def test_the_report_says_what_the_pairs_teach(caplog):
     assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["gold in chosen"] is None
 
 
+REORDERED = [([1, 2], "gold 1", 0.9, 1.0), ([2, 1], "bad", 0.1, 0.0), ([3], "bad", 0.5, 0.0), ([1, 2], "gold 1", 0.9, 1.0)]
+
+
+@pytest.mark.parametrize(("by", "pairs"), [("order", [("[1], [2]", "[2], [1]")]), ("set", [("[1], [2]", "[3]")])])
+def test_the_same_documents_in_another_order_are_a_pair_only_by_order(by, pairs, caplog):
+    caplog.set_level("INFO")
+    reranker_set, _ = make([make_row(REORDERED)], "--pair-by", by)
+    assert [(pair["chosen"], pair["rejected"]) for pair in reranker_set] == pairs
+    same = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["same documents"]
+    assert same == (by == "order") and ("--pair-by set" in caplog.text) == (by == "order")
+
+
+@given(trajectories=st.lists(trajectory, max_size=8), which=st.sampled_from(["best-worst", "all", "top-bottom:2"]))
+def test_no_pair_by_set_is_of_equal_sets(trajectories, which):
+    row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
+    pairs = reranker_pairs(row, which, 0.0, by="set")
+    sets = [(frozenset(row["id_lists"][pair.chosen]), frozenset(row["id_lists"][pair.rejected])) for pair in pairs]
+    assert all(chosen != rejected for chosen, rejected in sets) and len(set(sets)) == len(sets)
+
+
+def test_the_length_of_the_targets_is_reported_by_role():
+    make([make_row([RIGHT, WORSE], 1), make_row([([1, 2], "gold 2", 0.9, 1.0), ([3], "worse", 0.1, 0.0)], 2)])
+    counts = read_manifest("training_data/llama3_8b_reranker_dpo.json")["counts"]
+    assert counts["reranker_target_characters"] == len("[1]" "[4]" "[1], [2]" "[3]")
+    assert counts["generator_target_characters"] == len("gold 1" "worse" "gold 2" "worse")
+
+
+def test_rows_of_other_tools_without_docs_shown_and_terms_are_completed_and_it_is_said(caplog):
+    whole = [make_row([RIGHT, WRONG, WORSE], n, docs_shown=7) for n in (1, 2)]
+    for row in whole:
+        row["responses"][0], row["docs_shown"] = f"gold {row['id'][1:]}", 7
+    bare = [{key: value for key, value in row.items() if key not in ("docs_shown", "score_terms")} for row in whole]
+    assert make(bare) == make(whole)
+    assert [key for key in ("docs_shown", "score_terms") if f"2 rows have no {key}" in caplog.text] == ["docs_shown", "score_terms"]
+    make([{**row, "true_id": [1], "false_id": [2, 3, 4]} for row in bare])
+    [pair, _] = [row for _, row in read_json("training_data/llama3_8b_reranker_dpo.json")]
+    assert len(re.findall(r"^\[\d+\] title", pair["instruction"], re.MULTILINE)) == 4, "those labelled are those shown"
+
+
+def test_more_documents_shown_than_labelled_are_refused_with_both_numbers():
+    row = {**make_row([RIGHT, WORSE], docs_shown=6), "true_id": [1], "false_id": [2, 3, 4]}
+    with pytest.raises(UserError, match=r"row q1: docs_shown is 6, .*labelled 4 documents"):
+        make([row])
+    assert make([{**row, "docs_shown": 4}]), "fewer may have fitted the window"
+
+
 SHORT = ([1], "gold 1", 0.9, 1.0)
 AS_RIGHT, WRONG_LONG, WRONG_SHORT = ([1, 2], "gold 1", 0.5, 1.0), ([1, 2], "x", 0.5, 0.0), ([2], "x", 0.5, 0.0)
 

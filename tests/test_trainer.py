@@ -47,7 +47,7 @@ def documents(number: int, words: int, relevant: set[int]) -> list[dict]:
     ]
 
 
-def long_rows(count: int = 12, words: int = 60) -> list[dict]:
+def long_rows(count: int = 8, words: int = 60) -> list[dict]:
     """Questions with 40 documents, the relevant ones at different depths; every fourth has them all early, every fourth needs none."""
     deep = [{1, 30}, {2, 3}, set(), {n for n in range(1, DOCS + 1) if n % 3}]
     return [
@@ -124,8 +124,8 @@ def test_a_target_that_names_a_removed_document_is_left_out_and_counted(llama3, 
     assert counts["examples"] + counts["left_out"] == len(expert) and counts["left_out"] > 0 and counts["shortened"] == counts["examples"] > 0
     assert len(read(BC)) == counts["examples"]
     counts = read_manifest(PAIRS[0])["counts"]
-    assert counts["left_out"] >= 6, "the pair whose rejected side names the 35th document"
-    assert not [pair for pair in read(PAIRS[0]) if "[35]" in pair["rejected"]] and counts["reranker_pairs"] == 6
+    assert counts["left_out"] >= 4, "the pair whose rejected side names the 35th document"
+    assert not [pair for pair in read(PAIRS[0]) if "[35]" in pair["rejected"]] and counts["reranker_pairs"] == 4
     assert read_manifest(GENERATOR)["counts"]["shortened"] > 0
 
 

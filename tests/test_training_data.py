@@ -193,6 +193,35 @@ def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_
     assert len(process(rows, "--n_docs", "2")[0]) == 1, "documents that are not shown need no label"
 
 
+def published(row: dict) -> dict:
+    """The row as published training data has it: labels without scores."""
+    return {**row, "docs": [{key: value for key, value in doc.items() if key not in ("rerank_score", "score")} for doc in row["docs"]]}
+
+
+@pytest.mark.parametrize("targets", ["expert", "padded"])
+def test_labels_without_scores_are_taken_in_the_order_of_the_documents_and_it_is_said_once(targets, caplog):
+    expert, others = process([published(make_row(n, [0.6, 0.1, 0.9, 0.7])) for n in range(10)], "--targets", targets)
+    assert {tuple(row["true_id"]) for row in expert + others} == {(1, 3, 4)}
+    if targets == "expert":
+        assert {tuple(row["sequence"]) for row in expert} == {(1, 3, 4)}
+    assert all("rerank_score" not in doc for row in expert + others for doc in row["docs"]), "none is made up"
+    assert [record.getMessage() for record in caplog.records if "10 of 10 rows" in record.getMessage()]
+    [example] = generator_examples([published(labelled(1, [0.6, 0.1, 0.9, 0.7]))])
+    assert titles(example) == ["1", "3", "4"]
+    assert "1 rows have relevant documents without rerank_score" in caplog.text
+
+
+def test_documents_half_of_which_have_a_score_are_refused():
+    row = make_row(1, [0.6, 0.1, 0.9])
+    del row["docs"][1]["rerank_score"]
+    with pytest.raises(UserError, match="row q1: document 1/2 has no rerank_label and rerank_score"):
+        process([row])
+    row = process_training_data.label(make_row(1, [0.6, 0.1, 0.9]), 20)
+    del row["docs"][2]["rerank_score"]
+    with pytest.raises(UserError, match=r"row q1: docs\[2\] has no rerank_score"):
+        generator_examples([row])
+
+
 @pytest.mark.parametrize(("given", "label"), [(True, "true"), (False, "false"), ("True", "true"), ("maybe", None), (None, None)])
 def test_a_label_is_true_or_false_in_any_spelling_and_nothing_else(given, label):
     row = make_row(1, [0.9, 0.1])
