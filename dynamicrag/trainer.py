@@ -96,6 +96,25 @@ class TrainingWindow:
             return None
         return documents_that_fit(self, build, docs, room)
 
+    def conversation(self, row: dict) -> Fitted:
+        """A training row with a history, of as many of its first questions as fit; none if not even the first does.
+
+        `removed` counts the questions that went.
+        """
+        turns = [*row["history"], [row["instruction"], row["output"]]]
+        messages = [{"role": "system", "content": row["system"]}]
+        fitting = 0
+        for question, answer in turns:
+            messages.append({"role": "user", "content": question})
+            if not self.fits(messages, self.answer_tokens(answer)):
+                break
+            messages.append({"role": "assistant", "content": answer})
+            fitting += 1
+        if not fitting:
+            return Fitted(None)
+        question, answer = turns[fitting - 1]
+        return Fitted({**row, "instruction": question, "output": answer, "history": turns[: fitting - 1]}, len(turns) - fitting)
+
     def again(self) -> "TrainingWindow":
         """The same window with nothing counted, and without a progress bar: for a first look at some rows."""
         window = TrainingWindow(self.cutoff_len, self._prompts)
@@ -119,7 +138,7 @@ class TrainingWindow:
             how = "" if self._prompts else ", by an estimate (--tokenizer counts)"
             raise UserError(
                 f"{path}: not one of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents its target names{how}; "
-                "show fewer documents (process_training_data.py --n_docs), use shorter passages, or train with a larger cutoff_len"
+                "show fewer documents (--n_docs), use shorter passages, or train with a larger cutoff_len"
             )
 
     def _in_batches(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str) -> Iterator[Fitted]:
@@ -131,12 +150,12 @@ class TrainingWindow:
                 yield from itertools.chain.from_iterable(in_threads(fit, batch))
                 progress.update(len(batch))
 
-    def counts(self) -> dict[str, int]:
-        """How many rows were shortened and left out, for the manifest; a warning if any was."""
+    def counts(self, what: str = "documents") -> dict[str, int]:
+        """How many rows were shortened, by `what`, and left out, for the manifest; a warning if any was."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d%s: %d rows lost %d documents from the end, and %d rows are left out (the target names a document "
-                "that does not fit, or nothing fits)", self.cutoff_len, "" if self._prompts else " (estimated)", self.shortened, self.removed, self.left_out,
+                "cutoff_len %d%s: %d rows lost %d %s from the end, and %d rows are left out (the target names one that does not fit, or "
+                "nothing fits)", self.cutoff_len, "" if self._prompts else " (estimated)", self.shortened, self.removed, what, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 
@@ -151,14 +170,13 @@ def estimated_tokens(text: str) -> int:
 
 
 def recipe_path(args: Namespace) -> Path | None:
-    """The recipe's file: as given, or README's one in this folder or in the project's. Raises UserError for one that is not there."""
+    """The recipe's file, in this folder or in the project's; None without the project's folder. Raises UserError for one that is not there."""
     given = Path(args.train_recipe)
-    if given.is_file():
-        return given
-    default = args.train_recipe in (f"recipes/llama3_8b/{kind}.yaml" for kind in ("sft", "dpo"))
-    if not default:
+    if found := next((path for path in (given, HERE / given) if path.is_file()), None):
+        return found
+    if (HERE / "recipes").is_dir():
         raise UserError(f"{given}: no such recipe; give --train_recipe the YAML file that llamafactory-cli will train with")
-    return HERE / given if (HERE / given).is_file() else None
+    return None
 
 
 def read_recipe(path: Path) -> dict:

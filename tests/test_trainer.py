@@ -138,6 +138,25 @@ def test_rows_that_fit_are_the_same_whatever_their_length_is_counted_by(llama3):
     assert written[0] == written[1] == written[2]
 
 
+def conversation(questions: int) -> dict:
+    """A training row of several questions about the same documents, as the Factbook's warm-up has them."""
+    first = Prompts().reranker("which river?", documents(1, 60, set())[:12])
+    further = [[f"which country has number {n}? " * 20, f"[{n}]"] for n in range(1, questions)]
+    turns = [[first[1]["content"], "[1]"], *further]
+    return {"instruction": turns[-1][0], "input": "", "output": turns[-1][1], "system": first[0]["content"], "history": turns[:-1]}
+
+
+def test_a_conversation_loses_its_last_questions(llama3):
+    window = load_window(reranker_sequence.parse_args(count_by(llama3)))
+    row, removed, _ = window.conversation(conversation(60))
+    kept = len(row["history"]) + 1
+    assert 1 < kept < 60 and removed == 60 - kept
+    assert row == conversation(kept)
+    assert window.conversation(conversation(kept)) == (conversation(kept), 0, {})
+    assert TrainingWindow(50).conversation(conversation(2)).row is None
+    assert TrainingWindow().conversation(conversation(60)) == (conversation(60), 0, {})
+
+
 def test_a_set_of_which_nothing_fits_is_an_error_and_no_file(llama3):
     write_jsonl(Path("rows.jsonl"), long_rows(3))
     process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "3"])
@@ -304,6 +323,8 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
         cases[name] = [template, str(tmp_path / name), str(SFT)]
         write_sets(long_rows(8), "--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja"))
         sets[name] = {f"{entry}{form}": read(path) for entry, path in SETS.items() for form in ("", "_published")}
+        flags = ["--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja")]
+        sets[name]["factbook_warm_up"] = [load_window(reranker_sequence.parse_args(flags)).conversation(conversation(80)).row]
     for path, content in (("cases.json", cases), ("sets.json", sets), ("info.json", {**info, **published})):
         Path(path).write_text(json.dumps(content))
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -314,6 +335,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     encoded = json.loads(Path("encoded.json").read_text())
     for name, (template, folder, _) in cases.items():
         prompts = PromptTokenizer(trainer.load_tokenizer(folder)[0], read_template(str(ROOT / f"template/{template}.jinja")))
+        assert encoded[name]["factbook_warm_up"]["recipe"] == encoded[name]["factbook_warm_up"]["none"], name
         for entry in SETS:
             of_recipe, whole = encoded[name][entry]["recipe"], encoded[name][entry]["none"]
             assert of_recipe == whole, (name, entry)
