@@ -116,10 +116,14 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
     """4 documents, of which 4 were labelled: any number of at least 4 shows them all."""
     row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
     write_jsonl(Path("q.jsonl"), [row])
-    monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", lambda args: pytest.skip("goes on to load a model"))
+
+    def load(args):
+        raise RuntimeError("goes on to load a model")
+
+    monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
     arguments = ["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--overwrite", *flags]
     if status is None:
-        with pytest.raises(pytest.skip.Exception):
+        with pytest.raises(RuntimeError, match="goes on"):
             sampling_dpo_trajectories.main(arguments)
         return
     with pytest.raises(UserError, match=rf"q\.jsonl: row {row['id']}: .*labelled 4 documents .*--topn {status}"):

@@ -115,6 +115,23 @@ def test_a_row_loses_as_many_documents_as_it_must_and_no_more(llama3):
         assert not window.fits(Prompts().reranker(row["question"], row["docs"][: kept + 1]), answer)
 
 
+def test_prompt_answer_and_end_token_count_to_the_last_token(llama3):
+    """At exactly its own length nothing goes; with one token fewer a document does. The longer of two answers counts."""
+    prompts = PromptTokenizer(trainer.load_tokenizer(str(llama3))[0], read_template(str(ROOT / "template/llama3.jinja")))
+    docs, answers = documents(1, 5, set())[:6], ("[1]", "[1], [2], [3]")
+
+    def build(some: list[dict]) -> list[dict]:
+        return Prompts().reranker("which river?", some)
+
+    whole = [*build(docs), {"role": "assistant", "content": answers[1]}]
+    rendered = prompts.tokenizer.apply_chat_template(whole, chat_template=prompts.chat_template, tokenize=False)
+    length = len(prompts.tokenizer.encode(rendered, add_special_tokens=False))
+    assert TrainingWindow(length, prompts).documents(build, docs, *answers) == docs
+    assert TrainingWindow(length - 1, prompts).documents(build, docs, *answers) == docs[:5]
+    assert TrainingWindow(length - 1, prompts).documents(build, docs, answers[0]) == docs
+    assert TrainingWindow(30, prompts).documents(build, docs, *answers) is None
+
+
 @pytest.mark.parametrize("how", ["counted", "estimated"])
 def test_a_target_that_names_a_removed_document_is_left_out_and_counted(llama3, how):
     flags = count_by(llama3) if how == "counted" else ["--cutoff_len", "3000"]
