@@ -21,7 +21,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.manifest import is_content, manifest_path, read_manifest
+from dynamicrag.manifest import fingerprint, is_content, manifest_path, read_manifest
 from dynamicrag.output import Output
 from dynamicrag.paths import matching
 from dynamicrag.stage import UserError
@@ -153,7 +153,7 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
     if split is None:
         raise UserError(f"{splits_dir}: has no finished split of {questions}; run split_data.py, or give --splits_dir")
     whole = fingerprint(questions)
-    if whole not in split["inputs"].values():
+    if not any(is_content(made_from, questions) for made_from in split["inputs"].values()):
         raise UserError(f"{splits_dir}: is not a split of {questions} as it is now; run split_data.py and the shards again with --overwrite")
     first = None
     for path in shards:
@@ -165,9 +165,10 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
             "stage": manifest.get("stage"),
             "arguments": {**manifest["arguments"], "input_json": questions},
             "inputs": {questions: whole, **{name: content for name, content in manifest["inputs"].items() if name != part}},
+            "resolved": manifest.get("resolved", {}),
         }
         first = first or made
-        for what in ("arguments", "inputs"):
+        for what in ("arguments", "inputs", "resolved"):
             changed = sorted(key for key in made[what].keys() | first[what].keys() if made[what].get(key) != first[what].get(key))
             if changed:
                 raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its {made['stage']}.py again with the same")

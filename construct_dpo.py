@@ -3,7 +3,8 @@
 Reranker: the question and its documents -> a trajectory against one of lower reward (--pairs says which). Generator:
 the question and the best trajectory's documents -> the gold answer against the lowest-scoring wrong response. The
 published recipe (--recipe published) rejects the first response that is not the gold answer, and divides the questions:
-the first 10,000 of 50,000 make generator pairs, the others reranker pairs.
+the first 10,000 of 50,000 make generator pairs, the others reranker pairs. A pair that is longer than the trainer's cutoff_len
+loses whole documents from the end; one that names such a document, or still does not fit, is left out, and counted.
 
 Reads    training_data/llama3_8b_output_dpo.jsonl        rows with id_lists, responses, response_scores, score_terms
 Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: instruction, input, chosen, rejected, system
@@ -17,18 +18,23 @@ import itertools
 import math
 import random
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.gold import gold_documents
 from dynamicrag.output import Output
 from dynamicrag.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, read_rows
+from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.records import Doc, Row, read_rows
+from dynamicrag.rewards import correctness
 from dynamicrag.selection import format_ids
+from dynamicrag.shown import labelled_documents
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
 from dynamicrag.tasks import task_of
+from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
@@ -36,7 +42,9 @@ GENERATOR_SHARE = 5  # a smaller data set gives a fifth
 # Pairs are warned of where the chosen selection is the shorter one in more than this share, or only shorter in this.
 SHORTER_SHARE, ONLY_SHORTER_SHARE = 2 / 3, 1 / 2
 MARGINS = (0.05, 0.1, 0.2, 0.4)  # edges of the report's lines
-FIGURES = ("margin", "k chosen", "k rejected", "None", "shorter", "equally right", "only shorter", "gold in chosen", "gold in rejected")
+FIGURES = (
+    "margin", "k chosen", "k rejected", "None", "shorter", "equally right", "only shorter", "same documents", "gold in chosen", "gold in rejected",
+)
 NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
 
 
@@ -69,6 +77,10 @@ def parse_args(argv=None):
         "--pairs", default="best-worst", help="of a question's distinct trajectories: best-worst; all; or top-bottom:M, each of "
         "the M best against each of the M worst"
     )
+    pairs.add_argument(
+        "--pair-by", choices=["order", "set"], default="order", help="trajectories are distinct if they name other documents or "
+        "another order; or by the set of documents alone, so that no pair is one of order"
+    )
     pairs.add_argument("--min-margin", type=float, default=0.0, help="least difference in reward of a reranker pair")
     pairs.add_argument("--max-pairs-a-question", type=int, help="most reranker pairs of a question, those of widest margin")
     pairs.add_argument(
@@ -76,6 +88,7 @@ def parse_args(argv=None):
     )
     pairs.add_argument("--max-reranker-pairs", type=int, help="most reranker pairs, a random sample (default: all)")
     pairs.add_argument("--max-generator-pairs", type=int, help="most generator pairs, likewise")
+    add_length_flags(parser, "recipes/llama3_8b/dpo.yaml")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if not PAIRS.fullmatch(args.pairs):
@@ -101,6 +114,30 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
     yield from (item for _, item in sorted(kept, key=lambda numbered: numbered[0]))
 
 
+def complete(row: Row, defaults: Counter) -> None:
+    """Add what construct_dpo.py needs and other tools do not write, counted in `defaults`: docs_shown and score_terms."""
+    if row.get("docs_shown") is None and "docs" in row:
+        row["docs_shown"] = min(len(row["docs"]), labelled_documents(row) or len(row["docs"]))
+        defaults["docs_shown"] += 1
+    responses, answers = row.get("responses"), row.get("answers") or []
+    readable = isinstance(responses, list) and all(isinstance(response, str) for response in responses)
+    if row.get("score_terms") is None and readable and any(map(str.strip, answers)):
+        row["score_terms"] = [{"em": correctness(response, row, "exact")} for response in responses]
+        defaults["score_terms"] += 1
+
+
+def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
+    """The rows. Raises UserError for one whose sampling showed more documents than were labelled: the two stages differ."""
+    for row in rows:
+        labelled = labelled_documents(row)
+        if labelled is not None and row["docs_shown"] > labelled:
+            raise UserError(
+                f"{path}: row {row['id']}: docs_shown is {row['docs_shown']}, and process_training_data.py labelled {labelled} documents; "
+                f"sample again with --topn {labelled}, or label again with --n_docs {row['docs_shown']}"
+            )
+        yield row
+
+
 def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
     """What a reranker pair teaches; NaN where no gold document is known."""
     chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
@@ -113,7 +150,7 @@ def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
 
     return {
         "margin": pair.margin, "k chosen": len(chosen), "k rejected": len(rejected), "None": not chosen, "shorter": shorter,
-        "equally right": equally_right, "only shorter": shorter and equally_right,
+        "equally right": equally_right, "only shorter": shorter and equally_right, "same documents": {*chosen} == {*rejected},
         "gold in chosen": holds_gold(chosen), "gold in rejected": holds_gold(rejected),
     }
 
@@ -136,28 +173,62 @@ def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
 
 
 def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
-    """A line a margin."""
+    """One line per margin."""
     shown = {name: ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line.values()] for name, line in summary.items()}
     return markdown_table(["", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
 
 
-def reranker_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
-    """The training row and the figures of every reranker pair."""
-    for row in rows:
-        for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question):
-            messages = prompts.reranker(row["question"], row["docs"][: row["docs_shown"]])
-            chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
-            yield training_row(messages, chosen=format_ids(chosen), rejected=format_ids(rejected)), figures(row, pair, args.input_file)
+def fit_pair(
+    build: Callable[[list[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
+) -> Fitted:
+    """A pair of the documents that fit the window beside the longer of `targets`; none if the last one `named` does not."""
+    shown = window.documents(build, docs, *targets)
+    if shown is None or (len(shown) < len(docs) and (len(shown) < named or not shown)):
+        return Fitted(None)
+    row = training_row(build(shown), chosen=targets[0], rejected=targets[1])
+    return Fitted(row, len(docs) - len(shown), {**about, "target size": sum(map(window.size, targets))})
 
 
-def generator_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
-    """The training row of every generator pair; there is no figure of it."""
-    for row in rows:
-        if found := generator_pair(row, args.generator_chosen, args.recipe == "published"):
-            best, chosen, rejected = found
-            docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
-            messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)
-            yield training_row(messages, chosen=chosen, rejected=rejected), {}
+def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+    """The reranker pairs of a question, each with its figures."""
+    docs, pairs = row["docs"][: row["docs_shown"]], []
+
+    def build(some: list[Doc]) -> Messages:
+        return prompts.reranker(row["question"], some)
+
+    for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question, args.pair_by):
+        chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
+        targets, named = (format_ids(chosen), format_ids(rejected)), max([*chosen, *rejected], default=0)
+        pairs.append(fit_pair(build, docs, named, targets, window, figures(row, pair, args.input_file)))
+    return pairs
+
+
+def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+    """The generator pair of a question, if it makes one; there is no figure of it."""
+    found = generator_pair(row, args.generator_chosen, args.recipe == "published")
+    if not found:
+        return []
+    best, chosen, rejected = found
+    docs, instruction = [row["docs"][position - 1] for position in row["id_lists"][best]], task_of(row.get("dataset")).instruction
+
+    def build(some: list[Doc]) -> Messages:
+        return prompts.generator(row["question"], some, instruction)
+
+    return [fit_pair(build, docs, 0, (chosen, rejected), window, {})]
+
+
+def training_rows(
+    pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args, window: TrainingWindow | None = None, total: int | None = None
+) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+    """The training row and the figures of every pair that fits the window."""
+    window = window or TrainingWindow()
+    work = partial(pairs_of, prompts=prompts, args=args, window=window)
+    for pair in window.kept(rows, work, total, pairs_of.__name__.replace("_", " "), args.input_file):
+        yield pair.row, pair.about
+
+
+reranker_rows = partial(training_rows, reranker_pairs_of)
+generator_rows = partial(training_rows, generator_pairs_of)
 
 
 def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dict[str, str], dict]]:
@@ -170,56 +241,88 @@ def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dic
             yield made, about
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts])])
-    if out.finished:
-        return
-    prompts = Prompts(args.prompts)
-    count, differing = 0, []  # of the questions kept, whether their rewards differ
-    for row in read_rows(args.input_file, NEEDS, reject=out.reject):
-        count += 1
-        if worth_learning_from(row, args.keep_mean):
-            differing.append(len(set(row["response_scores"])) > 1)
-    for_generator = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
+def warn_of_defaults(defaults: Counter, path: str) -> None:
+    """Say what was taken for keys that rows of other tools do not have."""
+    taken = {
+        "docs_shown": "the documents labelled, or all of a row's, are taken for those shown",
+        "score_terms": "em is computed from answers and responses, and rewards have no other term",
+    }
+    for key, what in taken.items():
+        if defaults[key]:
+            log.warning("%s: %d rows have no %s: %s", path, defaults[key], key, what)
 
-    def questions(start: int, stop: int | None) -> Iterator[Row]:
-        """All questions for either set; by the published recipe a question serves one of them, and only if its rewards differ."""
-        rows = read_rows(args.input_file, NEEDS, reject=out.ignore)
-        kept = (row for row in rows if worth_learning_from(row, args.keep_mean))
-        return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
-    def generator() -> Iterator[tuple[dict, dict]]:
-        return distinct(generator_rows(questions(0, for_generator), prompts, args))
-
-    def reranker() -> Iterator[tuple[dict, dict]]:
-        return distinct(reranker_rows(questions(for_generator, None), prompts, args))
-
-    for name, pairs in (("reranker", reranker()), ("generator", generator())):
-        if next(pairs, None) is None:
-            raise UserError(
-                f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions; DPO needs both kinds. Sample at a higher "
-                "--temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
-            )
-    taught = array("f")
-
-    def noted(pairs: Iterable[tuple[dict, dict]]) -> Iterator[dict]:
-        for made, about in pairs:
-            taught.extend(about[figure] for figure in FIGURES)
-            yield made
-
-    of_reranker = out.publish(args.reranker_file, noted(capped(reranker(), args.max_reranker_pairs, args.seed)))
-    of_generator = out.publish(args.generator_file, (made for made, _ in capped(generator(), args.max_generator_pairs, args.seed)))
-    summary = summarise(taught)
+def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, unit: str) -> None:
+    """Log the figures of the pairs, and warn if they teach brevity alone."""
     log.info("reranker pairs, by margin; means and shares:\n%s", summary_table(summary))
-    shorter, only_shorter = (summary["all"][figure] for figure in ("shorter", "only shorter"))
+    whole = sum(sizes.values()) or 1
+    roles = [[role, f"{count:,}", f"{sizes[role]:,}", f"{100 * sizes[role] / whole:.1f}", f"{sizes[role] / max(count, 1):.1f}"] for role, count in pairs.items()]
+    log.info("pairs by role, with the length of both targets:\n%s", markdown_table(["", "pairs", f"target {unit}", "share, %", "per pair"], roles))
+    every = summary["all"]
+    if every["same documents"]:
+        log.info("%.0f %% of the reranker pairs are the same documents in another order; --pair-by set makes none", 100 * every["same documents"])
+    shorter, only_shorter = every["shorter"], every["only shorter"]
     if shorter > SHORTER_SHARE or only_shorter > ONLY_SHORTER_SHARE:
         log.warning(
             "the chosen selection is the shorter one in %.0f %% of the pairs, and in %.0f %% that is all, since both answers are "
             "equally right: a model may learn to choose nothing. Raise --min-margin, give --keep-mean, or lower the weight of "
             "length (reward_trajectories.py --reweight)", 100 * shorter, 100 * only_shorter,
         )
-    out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
+    if out.finished:
+        return
+    prompts, window = Prompts(args.prompts), load_window(args)
+    defaults: Counter[str] = Counter()
+    count, differing = 0, []  # of the questions kept, whether their rewards differ
+
+    def read(reject, defaults: Counter) -> Iterator[Row]:
+        return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
+
+    for row in read(out.reject, defaults):
+        count += 1
+        if worth_learning_from(row, args.keep_mean):
+            differing.append(len(set(row["response_scores"])) > 1)
+    warn_of_defaults(defaults, args.input_file)
+    for_generator = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
+
+    def questions(start: int, stop: int | None) -> Iterator[Row]:
+        """All questions for either set; by the published recipe a question serves one of them, and only if its rewards differ."""
+        kept = (row for row in read(out.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
+        return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
+
+    def generator(window: TrainingWindow) -> Iterator[tuple[dict, dict]]:
+        return distinct(generator_rows(questions(0, for_generator), prompts, args, window, len(differing)))
+
+    def reranker(window: TrainingWindow) -> Iterator[tuple[dict, dict]]:
+        return distinct(reranker_rows(questions(for_generator, None), prompts, args, window, len(differing)))
+
+    for name, pairs in (("reranker", reranker), ("generator", generator)):
+        if next(pairs(window.again()), None) is None:
+            raise UserError(
+                f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions; DPO needs both kinds. Sample at a higher "
+                "--temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
+            )
+    taught, sizes = array("f"), Counter()
+
+    def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
+        for made, about in pairs:
+            sizes[role] += about["target size"]
+            if role == "reranker":
+                taught.extend(about[figure] for figure in FIGURES)
+            yield made
+
+    of_reranker = out.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
+    of_generator = out.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
+    summary = summarise(taught)
+    say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
+    for path in (args.reranker_file, args.generator_file):
+        check_columns(args, path)
+    targets = {f"{role}_target_{window.unit}": sizes[role] for role in ("reranker", "generator")}
+    out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
 
 
 if __name__ == "__main__":

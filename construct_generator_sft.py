@@ -1,5 +1,8 @@
 """Write the generator's SFT set: question and its relevant documents in, the gold answer out.
 
+A row that is longer than the trainer's cutoff_len loses whole documents from the end; one that still does not fit is left
+out, and counted.
+
 Reads    training_data/training_data_sft.jsonl          rows with docs, true_id and answers
 Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: instruction, input, output, system
 
@@ -10,10 +13,12 @@ from collections.abc import Iterator
 
 from dynamicrag import stage
 from dynamicrag.output import Output
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.records import Doc, Row, count_rows, read_rows
+from dynamicrag.selection import best_first, unjudged_position
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
 NEEDS = ("docs", "true_id")
 
@@ -26,40 +31,61 @@ def parse_args(argv=None):
     add_prompts_flag(files)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--max_docs", type=int, default=14, help="most relevant documents shown, best rerank score first")
+    add_length_flags(parser, "recipes/llama3_8b/sft.yaml")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
     """One SFT example. A question none of whose documents is relevant is answered without documents."""
-    relevant = sorted((row["docs"][position - 1] for position in row["true_id"]), key=lambda doc: -doc["rerank_score"])
+    return fit(row, prompts, max_docs, TrainingWindow()).row
+
+
+def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fitted:
+    """One SFT example of the relevant documents that fit the window; none if no relevant document fits."""
+    relevant = [row["docs"][position - 1] for position in best_first(row["docs"], row["true_id"])][:max_docs]
     instruction = task_of(row.get("dataset")).instruction
-    return training_row(prompts.generator(row["question"], relevant[:max_docs], instruction), output=target_answer(row))
+    answer = target_answer(row)
+
+    def build(docs: list[Doc]) -> Messages:
+        return prompts.generator(row["question"], docs, instruction)
+
+    shown = window.documents(build, relevant, answer)
+    if shown is None or (relevant and not shown):
+        return Fitted(None)
+    return Fitted(training_row(build(shown), output=answer), len(relevant) - len(shown))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
     if out.finished:
         return
     prompts = Prompts(args.prompts)
     unanswered: list[str] = []
+    unscored = 0
 
-    def examples() -> Iterator[dict[str, str]]:
+    def answered() -> Iterator[Row]:
+        nonlocal unscored
         for row in read_rows(args.input_file, NEEDS, reject=out.reject):
-            unjudged = next((p for p in row["true_id"] if row["docs"][p - 1].get("rerank_score") is None), None)
-            if unjudged is not None:
-                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run reranker.py")
-            if any(answer.strip() for answer in row.get("answers") or ()):
-                yield sft_row(row, prompts, args.max_docs)
-            else:
+            if not any(answer.strip() for answer in row.get("answers") or ()):
                 unanswered.append(row["id"])
+                continue
+            if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
+                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run reranker.py")
+            unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
+            yield row
 
-    count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    count = out.publish(args.output_file, examples())
+    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+    window = load_window(args)
+    fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
+    count = out.publish(args.output_file, (made.row for made in fitted))
     if unanswered:
         log.warning("%d rows have no gold answer and train nothing, %s the first", len(unanswered), unanswered[0])
-    out.finish(examples=count)
+    if unscored:
+        log.warning("%d rows have relevant documents without rerank_score: their order stood for it", unscored)
+    check_columns(args, args.output_file)
+    out.finish(examples=count, **window.counts())
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswer
 from dynamicrag.calls import Caller, add_call_flags, load_callers
 from dynamicrag.engine import Usage, add_engine_flags
 from dynamicrag.gold import needed_documents
-from dynamicrag.records import Doc, Row
+from dynamicrag.records import Doc, Row, read_rows
 from dynamicrag.selection import expert_sequence, format_ids, parse_ids
+from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError
 from dynamicrag.templates import in_threads
 
@@ -43,7 +44,7 @@ def parse_args(argv=None):
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
     choice.add_argument("--selector", nargs="+", default=["dynamic"], help="who chooses the documents")
-    choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown, as in training")
+    choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
@@ -59,8 +60,9 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     if selector.startswith("top:"):
         return list(range(1, min(int(selector.removeprefix("top:")), len(docs)) + 1))
     key = "rerank_score" if all("rerank_score" in doc for doc in docs) else "score"
+    scored = any(doc.get("rerank_score") is not None for doc in docs)  # published data has labels alone: their order stands for scores
     needed = ("rerank_score", "rerank_label") if selector == "monot5" else (key,)
-    unscored = next((doc["id"] for doc in docs if any(doc.get(score) is None for score in needed)), None)
+    unscored = next((doc["id"] for doc in docs if any(doc.get(score) is None for score in (needed if scored else needed[-1:]))), None)
     if unscored is not None:
         raise UserError(f"--selector {selector}: document {unscored} has no {' and '.join(needed)}; run reranker.py first")
     if selector == "monot5":
@@ -142,6 +144,8 @@ def main(argv=None):
             raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
 
     def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
+        for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):  # rows held out are labelled
+            check_shown(path, read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None), "--topn", args.topn)
         return load_callers(args, both=any(run.selector in BY_LLM for run in runs))
 
     answer_runs(runs_of(args, "selector"), load, answer_rows, "selector")

@@ -3,9 +3,10 @@
 The reranker's labels say which of the documents shown are relevant; where a data set names the documents a question needs
 (gold_docs, DPR's positive_ctxs), `--labels gold` takes those, in the order of the reranker's scores. A seeded sample of the questions becomes expert
 rows, each with the sequence of identifiers the LLM is to write; all other questions go on to generator SFT and DPO.
-Every row is labelled, used or not: a row without labels would teach the generator that nothing was found.
+Every row is labelled, used or not: a row without labels would teach the generator that nothing was found. Published
+training data has labels without scores: then the order of the documents stands for the score.
 
-Reads    output/retrieval_data_rerank.jsonl                       rows with docs, rerank_score and rerank_label
+Reads    output/retrieval_data_rerank.jsonl                       rows with docs, rerank_label and rerank_score
 Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, false_id, true_count, sequence, sequence_length
          training_data/retrieval_data_rerank_normal.jsonl         + true_id, false_id, true_count
 
@@ -19,7 +20,8 @@ from dynamicrag import stage
 from dynamicrag.gold import needed_documents
 from dynamicrag.output import Output
 from dynamicrag.records import Row, read_rows
-from dynamicrag.selection import EXPERT_LENGTH, expert_sequence
+from dynamicrag.selection import EXPERT_LENGTH, expert_sequence, unjudged_position
+from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
@@ -37,15 +39,18 @@ def parse_args(argv=None):
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--targets", choices=["expert", "padded"], default="expert",
-        help="one sequence a question, or the published recipe: one a length, filled up with irrelevant documents",
+        help="one sequence per question, or the published recipe: one per length, filled up with irrelevant documents",
     )
     recipe.add_argument("--labels", choices=["reranker", "gold"], default="reranker", help="who says which documents are relevant")
-    recipe.add_argument("--n_docs", type=int, default=20, help="documents shown to the LLM, here and in every later stage")
+    recipe.add_argument("--n_docs", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
     recipe.add_argument("--max_length", type=int, default=EXPERT_LENGTH, help="longest sequence")
     recipe.add_argument("--max_per_length", type=int, default=2000, help="most expert rows of one length")
     recipe.add_argument("--max_rows", type=int, help="most expert rows (default: 30,000, or a fifth of a smaller data set)")
     stage.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.n_docs < 1:
+        parser.error("--n_docs must be at least 1")
+    return args
 
 
 def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
@@ -89,10 +94,11 @@ def main(argv=None):
 
     def labelled(reject=None):
         for row in read_rows(args.input_file, ("docs",), reject=reject):
-            unlabelled = [doc["id"] for doc in row["docs"][: args.n_docs] if "rerank_label" not in doc or doc.get("rerank_score") is None]
-            if unlabelled:
+            shown = row["docs"][: args.n_docs]
+            unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
+            if unjudged is not None:
                 raise UserError(
-                    f"{args.input_file}: row {row['id']}: document {unlabelled[0]} has no rerank_label and rerank_score; run reranker.py first"
+                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has no rerank_label and rerank_score; run reranker.py first"
                 )
             gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
             if args.labels == "gold" and gold is None:
@@ -100,12 +106,15 @@ def main(argv=None):
             yield label(row, args.n_docs, gold)
 
     # The file is read three times; malformed rows are recorded the first time only.
-    candidates, rows = [], 0
+    candidates, rows, unscored = [], 0, 0
     for row in labelled(out.reject):
         rows += 1
+        unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
     if not rows:
         raise UserError(f"{args.input_file}: holds no usable row")
+    if unscored:
+        log.warning("%s: %d of %d rows have documents without rerank_score: their order stands for it", args.input_file, unscored, rows)
     max_rows = args.max_rows
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))

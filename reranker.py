@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     if output.finished:
         return
     count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject), dataset=args.dataset)
+    given = next((row["docs"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None) if row["docs"]), [])
+    if any("rerank_label" in doc for doc in given):
+        stage.log.warning("%s: documents have a rerank_label already, as published training data has; it is replaced", args.input_file)
     if args.run:
         run = Run(args.run)
         ids = (row["id"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None))

@@ -1,5 +1,8 @@
 """Write the reranker's behaviour-cloning set: question and documents in, the expert's identifiers out.
 
+A row that is longer than the trainer's cutoff_len loses whole documents from the end; one whose target names such a
+document is left out, and counted.
+
 Reads    training_data/retrieval_data_rerank_sequence.jsonl   rows with docs and sequence
 Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows: instruction, input, output, system
 
@@ -8,9 +11,10 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
 
 from dynamicrag import stage
 from dynamicrag.output import Output
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
+from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 
@@ -23,25 +27,43 @@ def parse_args(argv=None):
     )
     files.add_argument("--output_file", default="training_data/reranker_bc_training.json", help="SFT set")
     add_prompts_flag(files)
+    add_length_flags(parser, "recipes/llama3_8b/sft.yaml")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def sft_row(row: Row, prompts: Prompts) -> dict[str, str]:
     """One SFT example. The documents shown are exactly those that were labelled."""
-    shown = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
-    return training_row(prompts.reranker(row["question"], shown), output=format_ids(row["sequence"]))
+    return fit(row, prompts, TrainingWindow()).row
+
+
+def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
+    """One SFT example of the documents labelled that fit the window; none if the target names another."""
+    labelled = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
+    target = format_ids(row["sequence"])
+
+    def build(docs: list[Doc]) -> Messages:
+        return prompts.reranker(row["question"], docs)
+
+    shown = window.documents(build, labelled, target)
+    if shown is None or (len(shown) < len(labelled) and (max(row["sequence"], default=0) > len(shown) or not shown)):
+        return Fitted(None)
+    return Fitted(training_row(build(shown), output=target), len(labelled) - len(shown))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts])])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
     if out.finished:
         return
     prompts = Prompts(args.prompts)
-    count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+    window = load_window(args)
     rows = read_rows(args.input_file, NEEDS, reject=out.reject)
-    out.finish(examples=out.publish(args.output_file, (sft_row(row, prompts) for row in rows)))
+    fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
+    examples = out.publish(args.output_file, (made.row for made in fitted))
+    check_columns(args, args.output_file)
+    out.finish(examples=examples, **window.counts())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from dynamicrag.calls import Caller, add_call_flags, load_callers, work_on_fitti
 from dynamicrag.engine import Completion, Request, Usage, add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import expert_sequence, format_ids, parse_ids, summarise_selections
+from dynamicrag.selection import expert_sequence, format_ids, parse_ids, summarise_selections, unjudged_position
+from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.templates import in_threads
 
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     sampling.add_argument("--num-samples", type=int, default=8, help="trajectories a question")
     sampling.add_argument("--temperature", type=float, default=1.0, help="of the selections; answers are greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus the selections are sampled from")
-    sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=20, help="documents shown")
+    sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
     sampling.add_argument("--include-expert", action="store_true", help="add the reranker's selection as a trajectory")
     sampling.add_argument(
         "--permute", action="store_true",
@@ -97,11 +98,14 @@ def expert_selection(row: Row, shown: int) -> list[int]:
 
 
 def check_judged(path: str, rows: Iterable[Row]) -> None:
-    """--include-expert needs the reranker's scores. Raises UserError, before a model is loaded."""
+    """--include-expert orders by the reranker's scores; published training data has labels alone. Raises UserError for half of them."""
+    unscored = 0
     for row in rows:
-        unjudged = next((p for p in row["true_id"] if row["docs"][p - 1].get("rerank_score") is None), None)
-        if unjudged is not None:
+        if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
             raise UserError(f"{path}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score, which --include-expert needs; run reranker.py")
+        unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
+    if unscored:
+        log.warning("%s: %d rows have relevant documents without rerank_score: their order stands for it in the expert's trajectory", path, unscored)
 
 
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
@@ -166,6 +170,7 @@ def main(argv=None):
         return
     needs = ("docs", "true_id") if args.include_expert else ("docs",)
     total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
+    check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
     if args.include_expert:
         check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
     callers = load_callers(args)

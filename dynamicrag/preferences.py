@@ -19,10 +19,14 @@ class Pair(NamedTuple):
     margin: float
 
 
-def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = None) -> list[Pair]:
-    """The reranker pairs of a row, widest margin first; equal selections are one trajectory, equal rewards no pair."""
+def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = None, by: str = "order") -> list[Pair]:
+    """The reranker pairs of a row, widest margin first; equal selections are one trajectory, equal rewards no pair.
+
+    `by` set: selections of the same documents in another order are equal, too. The first trajectory stands for them.
+    """
     scores = row["response_scores"]
-    distinct = {tuple(ids): trajectory for trajectory, ids in reversed(list(enumerate(row["id_lists"])))}.values()
+    key = frozenset if by == "set" else tuple
+    distinct = {key(ids): trajectory for trajectory, ids in reversed(list(enumerate(row["id_lists"])))}.values()
     ranked = sorted(distinct, key=lambda trajectory: (-scores[trajectory], trajectory))
     if which == "all":
         candidates = itertools.combinations(ranked, 2)
@@ -36,7 +40,7 @@ def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = N
 
 
 def generator_pair(row: Row, chosen_from: str, reject_first: bool = False) -> tuple[int, str, str] | None:
-    """(trajectory whose documents are shown, chosen answer, rejected answer); None where no response is wrong.
+    """(trajectory whose documents are shown, chosen answer, rejected answer); None if no response is wrong.
 
     The best trajectory's documents, its answer (`chosen_from` best) or the gold one, and the lowest-scoring wrong response
     (`reject_first`: the first one).

@@ -82,7 +82,7 @@ class Prompts:
             self._override(Path(path))
 
     def _override(self, path: Path) -> None:
-        given = _read_yaml(path)
+        given = read_yaml(path, "prompts")
         if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
             raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
         for name, parts in given.items():
@@ -137,8 +137,8 @@ class Prompts:
         ]
 
 
-def _read_yaml(path: Path) -> object:
-    """A YAML file without aliases, which a few lines of can make unfold to any size, and without tags, which name types."""
+def read_yaml(path: Path, of: str) -> object:
+    """A YAML file of `of`, without aliases, of which a few lines can unfold to any size, and without tags, which name types. Raises UserError."""
     import yaml
 
     try:
@@ -155,7 +155,7 @@ def _read_yaml(path: Path) -> object:
                 raise ValueError(f"line {token.start_mark.line + 1}: {what}")
         return yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable YAML file of prompts: {error}") from error
+        raise UserError(f"{path}: not a readable YAML file of {of}: {error}") from error
 
 
 def _names() -> list[str]:

@@ -88,19 +88,21 @@ def read_rows(
     reject: Callable[[dict], None] | None = None,
     unique: bool = True,
     asked: Mapping[str, Row] | None = None,
+    complete: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
     """Stream the rows of a JSON or JSONL file in the project's own form.
 
     `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
     say. `asked`, rows by id, has what a row does not say itself: its question, answers, data set, ... Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
     skipped. (A line that is not JSON always raises: nothing after it can be trusted.) An id that comes again is an
-    error of its row; without `unique` it is the caller's to see.
+    error of its row; without `unique` it is the caller's to see. `complete` may add keys that other tools do not write,
+    before `needs` are checked.
     """
     seen: dict[str, int] = {}
     file_name = name_of_file(path)
     for line, value in read_json(path):
         try:
-            row = normalise_row(_completed(value, asked or {}), needs, dataset, file_name)
+            row = normalise_row(_completed(value, asked or {}), needs, dataset, file_name, complete)
             if unique and row["id"] in seen:
                 raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
         except RowError as error:
@@ -122,7 +124,10 @@ def count_rows(
     return count
 
 
-def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | None = None, file_name: str = "") -> Row:
+def normalise_row(
+    value: object, needs: tuple[str, ...] = (), dataset: str | None = None, file_name: str = "",
+    complete: Callable[[Row], None] | None = None,
+) -> Row:
     """One decoded JSON value as a row; `file_name` as tasks.name_of_file gives it. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError("(the whole row)", f"expected a JSON object, found {_kind(value)}")
@@ -149,6 +154,8 @@ def normalise_row(value: object, needs: tuple[str, ...] = (), dataset: str | Non
     if named is not None:
         row["dataset"] = dataset_named(named) or named
     _show_choices(row)
+    if complete is not None:
+        complete(row)
     for key in needs:
         if key not in row:
             empty = next((other for other in ANSWER_KEYS if other in row), None) if key == "answers" else None

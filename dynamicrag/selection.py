@@ -52,9 +52,27 @@ def parse_ids(text: str, n_docs: int) -> Selection:
     return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
 
 
+def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | None:
+    """The first of `positions` whose document was not judged as the others were: it has no rerank score and another has one, or no label either."""
+    unscored = [position for position in positions if docs[position - 1].get("rerank_score") is None]
+    if 0 < len(unscored) < len(positions):
+        return unscored[0]
+    return next((position for position in unscored if docs[position - 1].get("rerank_label") is None), None)
+
+
+def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
+    """Positions by rerank score, best first; equal scores keep their order.
+
+    Without scores the order of the documents stands for them: published training data has labels alone.
+    """
+    if any(docs[position - 1].get("rerank_score") is None for position in positions):
+        return sorted(positions)
+    return sorted(positions, key=lambda position: -docs[position - 1]["rerank_score"])
+
+
 def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:
-    """What the reranker would select: its relevant documents, best rerank score first; equal scores keep their order."""
-    return sorted(true_id, key=lambda position: -docs[position - 1]["rerank_score"])[:max_length]
+    """What the reranker would select: its relevant documents, best first."""
+    return best_first(docs, true_id)[:max_length]
 
 
 def ids_pattern(n_docs: int) -> str:

@@ -86,7 +86,7 @@ def test_every_stage_wrote_its_rows(chain):
     expert = read_jsonl(chain / "training_data/retrieval_data_rerank_sequence.jsonl")
     assert len(labelled) + len(expert) == 40
     assert all(row["dataset"] == "nq" and row["answers"] == [row["answer"]] and "note" in row for row in labelled + expert)
-    assert all(len(row["docs"]) == 50 and len(row["true_id"]) + len(row["false_id"]) == 20 for row in labelled + expert)
+    assert all(len(row["docs"]) == 50 and len(row["true_id"]) + len(row["false_id"]) == 40 for row in labelled + expert)
     sampled = json.loads((chain / "results/training_data_dpo_sampling.json").read_text())
     assert all(len(row["id_lists"]) == len(row["responses"]) == 4 and row["usage"]["calls"] >= 2 for row in sampled)
     rewarded = read_jsonl(chain / "training_data/llama3_8b_output_dpo.jsonl")
@@ -159,7 +159,7 @@ def test_rounds_of_dpo_go_on_from_each_other_and_are_compared(chain):
     """Two rounds from the SFT model: an untrained model is right about nothing, so the SFT model stays the best."""
     environment = {
         **os.environ, "WORK": str(chain), "DEV_QUESTIONS": str(chain / "eval_data/nq.jsonl"), "PATIENCE": "2", "BERT_MODEL": str(chain / "models/retriever"),
-        "DPO_FLAGS": TRAIN_ON_CPU, "DPO_RECIPE": "simpo", "SAMPLE_FLAGS": "--num-samples 4 --answer-max-tokens 8 --include-expert", "N_DOCS_SHOWN": "5",
+        "DPO_FLAGS": TRAIN_ON_CPU, "DPO_RECIPE": "simpo", "SAMPLE_FLAGS": "--num-samples 4 --answer-max-tokens 8 --include-expert",
         "ENGINE_FLAGS": "--max-model-len 4096", "PAIR_FLAGS": "--pairs top-bottom:2", "VLLM_CPU_KVCACHE_SPACE": "1", "NUM_SHARDS": "1",
     }
     command = "bash scripts/iterate.sh 2 configs/llama3_8b.env"
@@ -188,8 +188,8 @@ for recipe in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_every_recipe_is_one_the_trainer_reads():
-    recipes = sorted((REPO / "recipes").glob("*/*.yaml"))
-    assert len(recipes) == 21
+    recipes = sorted([*(REPO / "recipes").glob("*/*.yaml"), *(REPO / "examples/train_full").glob("*.yaml")])
+    assert len(recipes) == 23
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     command = [REPO / ".venv-train/bin/python", "-c", READ_RECIPES, *recipes]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)

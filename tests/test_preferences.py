@@ -294,7 +294,10 @@ def test_questions_are_filtered_before_pairs_are_made():
     rows = [make_row([RIGHT, WORSE], 1), make_row([WRONG, WORSE], 2), make_row([RIGHT, ([1, 2], "gold 3", 0.5, 1.0)], 3)]
     pairs = make(rows, "--keep-mean", ".01,.99")
     assert [["what is 1?" in pair["instruction"] for pair in of_kind] for of_kind in pairs] == [[True], [True]]
-    assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["counts"] == {"questions": 3, "kept": 1, "reranker_pairs": 1, "generator_pairs": 1}
+    counts = read_manifest("training_data/llama3_8b_reranker_dpo.json")["counts"]
+    assert {name: counts[name] for name in ("questions", "kept", "reranker_pairs", "generator_pairs")} == {
+        "questions": 3, "kept": 1, "reranker_pairs": 1, "generator_pairs": 1,
+    }
 
 
 def test_the_report_says_what_the_pairs_teach(caplog):
@@ -307,13 +310,59 @@ def test_the_report_says_what_the_pairs_teach(caplog):
     summary = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]
     assert summary["all"] == pytest.approx({
         "pairs": 3, "margin": (0.6 + 0.08 + 0.8) / 3, "k chosen": 1, "k rejected": 4 / 3, "None": 1 / 3, "shorter": 2 / 3,
-        "equally right": 1 / 3, "only shorter": 0, "gold in chosen": 1 / 2, "gold in rejected": 0,
+        "equally right": 1 / 3, "only shorter": 0, "same documents": 0, "gold in chosen": 1 / 2, "gold in rejected": 0,
     })
     assert {line: summary[line]["pairs"] for line in summary} == {"all": 3, "0.05 to 0.10": 1, "0.40 to 1.00": 2}
     assert summary["0.05 to 0.10"]["gold in chosen"] == 0
     assert "| 0.40 to 1.00 | 2 " in caplog.text
     make([{**row, "gold_docs": []} for row in rows])
     assert read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["gold in chosen"] is None
+
+
+REORDERED = [([1, 2], "gold 1", 0.9, 1.0), ([2, 1], "bad", 0.1, 0.0), ([3], "bad", 0.5, 0.0), ([1, 2], "gold 1", 0.9, 1.0)]
+
+
+@pytest.mark.parametrize(("by", "pairs"), [("order", [("[1], [2]", "[2], [1]")]), ("set", [("[1], [2]", "[3]")])])
+def test_the_same_documents_in_another_order_are_a_pair_only_by_order(by, pairs, caplog):
+    caplog.set_level("INFO")
+    reranker_set, _ = make([make_row(REORDERED)], "--pair-by", by)
+    assert [(pair["chosen"], pair["rejected"]) for pair in reranker_set] == pairs
+    same = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["all"]["same documents"]
+    assert same == (by == "order") and ("--pair-by set" in caplog.text) == (by == "order")
+
+
+@given(trajectories=st.lists(trajectory, max_size=8), which=st.sampled_from(["best-worst", "all", "top-bottom:2"]))
+def test_no_pair_by_set_is_of_equal_sets(trajectories, which):
+    row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
+    pairs = reranker_pairs(row, which, 0.0, by="set")
+    sets = [(frozenset(row["id_lists"][pair.chosen]), frozenset(row["id_lists"][pair.rejected])) for pair in pairs]
+    assert all(chosen != rejected for chosen, rejected in sets) and len(set(sets)) == len(sets)
+
+
+def test_the_length_of_the_targets_is_reported_by_role():
+    make([make_row([RIGHT, WORSE], 1), make_row([([1, 2], "gold 2", 0.9, 1.0), ([3], "worse", 0.1, 0.0)], 2)])
+    counts = read_manifest("training_data/llama3_8b_reranker_dpo.json")["counts"]
+    assert counts["reranker_target_characters"] == len("[1]" "[4]" "[1], [2]" "[3]")
+    assert counts["generator_target_characters"] == len("gold 1" "worse" "gold 2" "worse")
+
+
+def test_rows_of_other_tools_without_docs_shown_and_terms_are_completed_and_it_is_said(caplog):
+    whole = [make_row([RIGHT, WRONG, WORSE], n, docs_shown=7) for n in (1, 2)]
+    for row in whole:
+        row["responses"][0], row["docs_shown"] = f"gold {row['id'][1:]}", 7
+    bare = [{key: value for key, value in row.items() if key not in ("docs_shown", "score_terms")} for row in whole]
+    assert make(bare) == make(whole)
+    assert [key for key in ("docs_shown", "score_terms") if f"2 rows have no {key}" in caplog.text] == ["docs_shown", "score_terms"]
+    make([{**row, "true_id": [1], "false_id": [2, 3, 4]} for row in bare])
+    [pair, _] = [row for _, row in read_json("training_data/llama3_8b_reranker_dpo.json")]
+    assert len(re.findall(r"^\[\d+\] title", pair["instruction"], re.MULTILINE)) == 4, "those labelled are those shown"
+
+
+def test_more_documents_shown_than_labelled_are_refused_with_both_numbers():
+    row = {**make_row([RIGHT, WORSE], docs_shown=6), "true_id": [1], "false_id": [2, 3, 4]}
+    with pytest.raises(UserError, match=r"row q1: docs_shown is 6, .*labelled 4 documents"):
+        make([row])
+    assert make([{**row, "docs_shown": 4}]), "fewer may have fitted the window"
 
 
 SHORT = ([1], "gold 1", 0.9, 1.0)

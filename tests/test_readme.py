@@ -56,3 +56,17 @@ def test_example_command_is_understood_by_its_own_parser(command, monkeypatch):
     script, *arguments = shlex.split(command)
     monkeypatch.syspath_prepend(REPO / Path(script).parent)
     importlib.import_module(Path(script).stem).parse_args(arguments)
+
+
+def test_readme_defaults_and_settings_show_the_same_number_of_documents():
+    """One number for a window: the stages' defaults, what README says, and the settings of each model's window."""
+    defaults = {importlib.import_module(stage).parse_args([]).n_docs for stage in ("process_training_data",)}
+    defaults |= {importlib.import_module(stage).parse_args([]).topn for stage in ("sampling_dpo_trajectories", "inference")}
+    [shown] = defaults
+    assert f"is shown {shown} documents" in README and not [command for command in readme_commands() if "--n_docs 20" in command]
+    windows = {"llama3_8b": (shown, 8192), "llama2_7b": (shown // 2, 4096)}
+    for model, (number, window) in windows.items():
+        settings = (REPO / f"configs/{model}.env").read_text(encoding="utf-8")
+        assert f"N_DOCS_SHOWN:-{number}}}" in settings
+        assert f"cutoff_len: {window}" in (REPO / f"recipes/{model}/sft.yaml").read_text(encoding="utf-8")
+    assert shown == importlib.import_module("top_inference").parse_args([]).max_context_window

@@ -200,6 +200,18 @@ def test_scores_of_another_reranker(retrieved, tmp_path, caplog):
     assert [doc["rerank_score"] for doc in rows[2]["docs"]] == pytest.approx([1 / (1 + np.exp(-1.5)), 1 / (1 + np.exp(2))])
 
 
+def test_labels_of_another_reranker_are_replaced_and_it_is_said(retrieved, tmp_path, caplog):
+    """Published training data has labels without scores: judged again, both are ours."""
+    (tmp_path / "r.trec").write_text("".join(f"{row['id']} Q0 {doc['id']} 1 0.9 x\n" for row in read_jsonl(retrieved) for doc in row["ctxs"]))
+    labelled = tmp_path / "labelled.jsonl"
+    write_jsonl(labelled, [{**row, "ctxs": [{**doc, "rerank_label": "false"} for doc in row["ctxs"]]} for row in read_jsonl(retrieved)])
+    run("no model", retrieved, tmp_path / "a.jsonl", "--run", tmp_path / "r.trec")
+    assert "already" not in caplog.text
+    rows = run("no model", labelled, tmp_path / "b.jsonl", "--run", tmp_path / "r.trec")
+    assert {(doc["rerank_score"], doc["rerank_label"]) for row in rows for doc in row["docs"]} == {(0.9, "true")}
+    assert "labelled.jsonl" in caplog.text and "is replaced" in caplog.text
+
+
 def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_path, monkeypatch):
     """What is asked is whether it has any of the file, not any of those that are left."""
     monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)

@@ -111,6 +111,32 @@ def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded
     assert here == []
 
 
+@pytest.mark.parametrize(("flags", "status"), [([], None), (["--topn", "3"], 3), (["--topn", "4"], None), (["--topn", "2"], 2)])
+def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(here, flags, status, monkeypatch):  # noqa: F811
+    """4 documents, of which 4 were labelled: any number of at least 4 shows them all."""
+    row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
+    write_jsonl(Path("q.jsonl"), [row])
+
+    def load(args):
+        raise RuntimeError("goes on to load a model")
+
+    monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
+    arguments = ["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--overwrite", *flags]
+    if status is None:
+        with pytest.raises(RuntimeError, match="goes on"):
+            sampling_dpo_trajectories.main(arguments)
+        return
+    with pytest.raises(UserError, match=rf"q\.jsonl: row {row['id']}: .*labelled 4 documents .*--topn {status}"):
+        sampling_dpo_trajectories.main(arguments)
+
+
+def test_the_expert_of_published_labels_is_in_the_order_of_the_documents(caplog):
+    rows = [{**question(), "docs": documents(3, rerank_label="true"), "true_id": [3, 1]}]
+    sampling_dpo_trajectories.check_judged("q.jsonl", rows)
+    assert "1 rows have relevant documents without rerank_score" in caplog.text
+    assert sampling_dpo_trajectories.expert_selection(rows[0], 3) == [1, 3]
+
+
 @pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--temperature", "0"], ["--top-p", "0"], ["--top-p", "1.1"]])
 def test_sampling_that_makes_no_sense_is_refused(flags):
     with pytest.raises(SystemExit):

@@ -110,7 +110,7 @@ def test_every_row_is_labelled_and_in_exactly_one_file_also_after_the_caps_are_f
     assert len(others) == 55
     assert sorted(row["id"] for row in expert + others) == sorted(row["id"] for row in rows)
     for row in expert + others:
-        labels = [doc["rerank_label"] == "true" for doc in row["docs"][:20]]
+        labels = [doc["rerank_label"] == "true" for doc in row["docs"][:40]]
         assert row["true_id"] == [n for n, label in enumerate(labels, start=1) if label]
         assert row["true_count"] == sum(labels)
 
@@ -128,7 +128,7 @@ def test_caps_are_full_and_never_exceeded(flags, most, most_per_length):
     expert, _ = process(rows, *flags)
     lengths = Counter(row["sequence_length"] for row in expert)
     assert max(lengths.values()) <= most_per_length
-    available = Counter(min(14, sum(doc["rerank_score"] > 0.5 for doc in row["docs"][:20])) for row in rows)
+    available = Counter(min(14, sum(doc["rerank_score"] > 0.5 for doc in row["docs"])) for row in rows)
     assert len(expert) == min(most, sum(min(count, most_per_length) for count in available.values()))
 
 
@@ -191,6 +191,35 @@ def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_
         process(rows)
     assert not SEQUENCES.exists()
     assert len(process(rows, "--n_docs", "2")[0]) == 1, "documents that are not shown need no label"
+
+
+def published(row: dict) -> dict:
+    """The row as published training data has it: labels without scores."""
+    return {**row, "docs": [{key: value for key, value in doc.items() if key not in ("rerank_score", "score")} for doc in row["docs"]]}
+
+
+@pytest.mark.parametrize("targets", ["expert", "padded"])
+def test_labels_without_scores_are_taken_in_the_order_of_the_documents_and_it_is_said_once(targets, caplog):
+    expert, others = process([published(make_row(n, [0.6, 0.1, 0.9, 0.7])) for n in range(10)], "--targets", targets)
+    assert {tuple(row["true_id"]) for row in expert + others} == {(1, 3, 4)}
+    if targets == "expert":
+        assert {tuple(row["sequence"]) for row in expert} == {(1, 3, 4)}
+    assert all("rerank_score" not in doc for row in expert + others for doc in row["docs"]), "none is made up"
+    assert [record.getMessage() for record in caplog.records if "10 of 10 rows" in record.getMessage()]
+    [example] = generator_examples([published(labelled(1, [0.6, 0.1, 0.9, 0.7]))])
+    assert titles(example) == ["1", "3", "4"]
+    assert "1 rows have relevant documents without rerank_score" in caplog.text
+
+
+def test_documents_half_of_which_have_a_score_are_refused():
+    row = make_row(1, [0.6, 0.1, 0.9])
+    del row["docs"][1]["rerank_score"]
+    with pytest.raises(UserError, match="row q1: document 1/2 has no rerank_label and rerank_score"):
+        process([row])
+    row = process_training_data.label(make_row(1, [0.6, 0.1, 0.9]), 20)
+    del row["docs"][2]["rerank_score"]
+    with pytest.raises(UserError, match=r"row q1: docs\[2\] has no rerank_score"):
+        generator_examples([row])
 
 
 @pytest.mark.parametrize(("given", "label"), [(True, "true"), (False, "false"), ("True", "true"), ("maybe", None), (None, None)])

@@ -4,7 +4,8 @@ A large model can find the document that speaks of what is asked before it is tr
 learn it, and a single question is one identifier to learn from for four hundred tokens read: from such it learns how many
 documents to name, not which (docs/evidence.md). So a conversation shows the documents of one question in the reranker's prompt,
 and goes on with further questions made of the facts that stand in the same documents: ten selections for one reading, which
-differ by nothing but what is asked. --role generator makes the same of answers.
+differ by nothing but what is asked. --role generator makes the same of answers. A conversation that is longer than the trainer's cutoff_len
+loses its last questions, and one whose first question does not fit is left out; both are counted.
 
 Reads    --input_file     questions with gold_docs and their retrieved docs, of the countries that may be trained on
          --passages       the passages that corpus.py wrote
@@ -26,6 +27,7 @@ from dynamicrag.prompts import Prompts, add_prompts_flag, as_text, training_row
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.trainer import add_length_flags, check_columns, load_window
 
 # How often each kind is tried for a further question. Those of several documents succeed rarely among so few; those that
 # need none always do.
@@ -41,6 +43,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
     group.add_argument("--output_file", default="training_data/factbook_warm_up.json", help="the warm-up set")
     add_prompts_flag(group)
+    add_length_flags(parser, "recipes/smollm2_135m/warm_up.yaml")
     group = parser.add_argument_group("conversations")
     group.add_argument("--role", choices=["reranker", "generator"], default="reranker", help="what is trained: to choose documents, or to answer from them")
     group.add_argument("--max_rows", type=int, help="conversations, each from another question of the input (default: all)")
@@ -159,8 +162,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
-    made = list(conversations(rows, passages, args, Prompts(args.prompts)))
+    window = load_window(args)
+    whole = conversations(rows, passages, args, Prompts(args.prompts))
+    made = [fitted.row for fitted in window.kept(whole, lambda row: [window.conversation(row)], len(rows), "conversations", args.input_file)]
     write_json(args.output_file, made)
+    check_columns(args, args.output_file)
+    window.counts("questions")
     turns = sum(len(row["history"]) + 1 for row in made)
     log.info("%s: %d conversations, %d questions", args.output_file, len(made), turns)
 

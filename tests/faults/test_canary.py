@@ -65,6 +65,7 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
         for n, text in enumerate([f"$(touch {canary})", f"`touch {canary}`", f"; touch {canary} #", f"|touch {canary}", JINJA % str(canary), f"{{question.__class__}} touch {canary}"])
     ).encode(),
 }
+LENGTHS = {"--train_recipe": "", "--tokenizer": "--template {good}/chat.jinja", "--template": "--tokenizer {good}/monot5"}
 FLAGS: dict[str, dict[str, str]] = {  # by stage: each flag that names an input, and what else it takes for the file to be opened
     "split_data": {"--input_file": ""},
     "retriever": {
@@ -74,15 +75,15 @@ FLAGS: dict[str, dict[str, str]] = {  # by stage: each flag that names an input,
     "aggregate": {"--input_files": "", "--splits_dir": ""},
     "reranker": {"--input_file": "", "--run": "", "--model_name_or_path": ""},
     "process_training_data": {"--input_file": ""},
-    "reranker_sequence": {"--input_file": "", "--prompts": ""},
+    "reranker_sequence": {"--input_file": "", "--prompts": "", **LENGTHS},
     "split_for_sft_dpo": {"--input_file": ""},
-    "construct_generator_sft": {"--input_file": "", "--prompts": ""},
+    "construct_generator_sft": {"--input_file": "", "--prompts": "", **LENGTHS},
     "sampling_dpo_trajectories": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
     "reward_trajectories": {
         "--input_file": "", "--prompts": "", "--bert_model": "--weights bert=1 --device cpu",
         "--judge-cache": "--judge-model m --weights judge=1,em=1 --judge-base-url http://127.0.0.1:9/v1",
     },
-    "construct_dpo": {"--input_file": "", "--prompts": ""},
+    "construct_dpo": {"--input_file": "", "--prompts": "", **LENGTHS},
     "inference": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
     "top_inference": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
     "evaluate": {"--results_file": "", "--remain_file": "", "--eval_file": ""},
@@ -96,7 +97,7 @@ NO_INPUTS = set(
     "--selection-max-tokens --answer-max-tokens --constrain-ids --chunk-size --chunk_size --weights --reweight --answer-match --length-of --bert_layer --bert_baseline "
     "--judge-base-url --judge-model --judge-format --judge-limit --judge-concurrency --recipe --keep-mean --pairs --min-margin --max-pairs-a-question "
     "--generator-chosen --max-reranker-pairs --max-generator-pairs --selector --max-context-window --order --metric --entity_support --compare --group_by --stage --k "
-    "--output_dir --output_file --sequence_file --normal_file --sft_file --dpo_file --dev_file --output-json --output-jsonl --remain-output-json --reranker_file "
+    "--cutoff_len --pair-by --output_dir --output_file --sequence_file --normal_file --sft_file --dpo_file --dev_file --output-json --output-jsonl --remain-output-json --reranker_file "
     "--generator_file --table_file --run_file --input-jsonl".split()
 )
 
