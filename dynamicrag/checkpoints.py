@@ -24,10 +24,15 @@ def loading(path: str, what: str) -> Iterator[None]:
 def load_weights(auto: type, path: str, **options: object) -> object:
     """The model of an Auto class. Raises ValueError where the folder has no weights for a part of it: they would be noise."""
     model, found = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
+    refuse_missing(found)
+    return model
+
+
+def refuse_missing(found: dict) -> None:
+    """Raises ValueError where transformers' loading info names weights that a checkpoint does not have."""
     missing = sorted(name for name in found["missing_keys"] if "pooler" not in name and not name.endswith("position_ids"))
     if missing:
         raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
-    return model
 
 
 def load_tokenizer(path: str, model: object) -> object:
@@ -35,7 +40,25 @@ def load_tokenizer(path: str, model: object) -> object:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
+    check_tokenizer(tokenizer, model)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: object, model: object) -> None:
+    """Raises ValueError where a tokenizer has tokens that the model has not."""
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {known}")
-    return tokenizer
+
+
+def positions(model: object) -> int | None:
+    """How many tokens a model can read; None where its positions are relative.
+
+    Models of RoBERTa's kind count positions from the one after that of padding: XLM-R has 514, and reads 512 tokens.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or limit < 1:
+        return None
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    return limit - padding - 1
