@@ -257,13 +257,20 @@ def main(argv: list[str] | None = None) -> None:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
 
+    searched = without = 0
+
     def retrieve(rows: list[dict]) -> list[dict]:
+        nonlocal searched, without
         found = [search(rows) for search in searches]
         scores, positions = found[0] if len(found) == 1 else fuse([ranking for _, ranking in found], args.n_docs)
+        searched, without = searched + len(rows), without + int((positions < 0).all(axis=1).sum())
         return attach_docs(rows, scores, positions, store)
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass or QUESTIONS_A_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
+    if without:
+        stage.log.warning("%d of the %d questions searched found no document; %s", without, searched,
+                          "no word of theirs is in the passages" if args.index == ["bm25"] else "look at --index, --nprobe and --run")
     Path(queries).unlink(missing_ok=True)  # before the run is complete: afterwards nothing would ever remove it
     output.finish(docs_a_question=min(args.n_docs, len(store)))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dynamicrag.stage import UserError
 
@@ -62,3 +63,21 @@ def positions(model: object) -> int | None:
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
     return limit - padding - 1
+
+
+def read_json(path: str, name: str) -> object | None:
+    """A JSON file of a checkpoint, or None where it has no such file."""
+    import orjson
+    from transformers.utils import cached_file
+
+    if Path(path).is_file():
+        return None
+    found = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False
+    )
+    if found is None:
+        return None
+    try:
+        return orjson.loads(Path(found).read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}/{name}: not JSON ({error}); give the folder of a Hugging Face model") from error

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
-from dynamicrag.checkpoints import NO_CODE, check_tokenizer, load_tokenizer, load_weights, loading, positions, refuse_missing
+from dynamicrag.checkpoints import (
+    NO_CODE,
+    check_tokenizer,
+    load_tokenizer,
+    load_weights,
+    loading,
+    positions,
+    refuse_missing,
+)
 from dynamicrag.device import pick_device, pick_dtype
 from dynamicrag.encoders import PASSAGE, SentenceModules, Settings, read_settings
 from dynamicrag.stage import UserError

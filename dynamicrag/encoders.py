@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamicrag.checkpoints import NO_CODE
+from dynamicrag.checkpoints import NO_CODE, read_json
 from dynamicrag.manifest import manifest_path, read_manifest
 from dynamicrag.stage import UserError, log
 
@@ -68,7 +68,7 @@ def read_settings(
     from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers import AutoConfig
 
-    listed = None if plain else _read_json(path, "modules.json")
+    listed = None if plain else read_json(path, "modules.json")
     if listed is None:
         width = AutoConfig.from_pretrained(path, **NO_CODE).hidden_size
         modules, config = SentenceModules(None, [Pooling(width, pooling or POOLINGS[0])], None), {}
@@ -113,11 +113,11 @@ def _load_tail(path: str, listed: object) -> tuple[SentenceModules, dict]:
                             "sentence_transformers are loaded here; code that comes with a model is never run")
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise UserError(f"{path}/modules.json: refused: the path of module {place} is {folder!r}, which is outside the model's folder")
-        activation = (_read_json(path, f"{folder}/config.json") or {}).get("activation_function", "torch.") if place else "torch."
+        activation = (read_json(path, f"{folder}/config.json") or {}).get("activation_function", "torch.") if place else "torch."
         if not str(activation).startswith("torch."):
             raise UserError(f"{path}/{folder}/config.json: refused: its activation function is {activation!r}, which is not one of torch's")
     tail = [import_module_class(kind).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
-    config = _read_json(path, "config_sentence_transformers.json") or {}
+    config = read_json(path, "config_sentence_transformers.json") or {}
     truncate_dim = config.get("truncate_dim")
     if not isinstance(config.get("prompts") or {}, dict) or not isinstance(truncate_dim, int | None):
         raise UserError(f"{path}/config_sentence_transformers.json: expected prompts by name, and a whole number as truncate_dim")
@@ -133,24 +133,6 @@ def _prompt_of(path: str, config: dict, role: str) -> str:
     if not isinstance(prompt, str):
         raise UserError(f"{path}/config_sentence_transformers.json: the prompt for each {role} is {prompt!r}, which is no text")
     return prompt
-
-
-def _read_json(path: str, name: str) -> object | None:
-    """A JSON file of a checkpoint, or None where it has no such file."""
-    import orjson
-    from transformers.utils import cached_file
-
-    if Path(path).is_file():
-        return None
-    found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False
-    )
-    if found is None:
-        return None
-    try:
-        return orjson.loads(Path(found).read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}/{name}: not JSON ({error}); give the folder of a Hugging Face model") from error
 
 
 # ---------------------------------------------------------------- what shards were made with
