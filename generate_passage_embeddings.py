@@ -1,7 +1,9 @@
 """Embed a corpus: passages -> shards of vectors for the retriever.
 
-Mean-pooled embeddings as in Contriever (Izacard et al., 2022, arXiv 2112.09118). Several machines or GPUs share a
-corpus with --num_shards N, each with its own --shard_id.
+A sentence-transformers folder says how its vectors are made: pooling, normalisation, the prompt before a passage, length.
+A plain folder is pooled by the mean, as Contriever (Izacard et al., 2022, arXiv 2112.09118) is, or by --pooling. What was
+used is printed and kept in the shard's manifest; a search with other settings is refused. Several machines or GPUs share
+a corpus with --num_shards N, each with its own --shard_id.
 
 Reads    data/psgs_w100.tsv                              a corpus: TSV with the header id, text, title; JSONL; Parquet
 Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row a passage
@@ -19,6 +21,7 @@ from pathlib import Path
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP, prepared_ahead
 from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.encoders import POOLINGS, record
 from dynamicrag.manifest import place
 from dynamicrag.output import Output
 
@@ -36,8 +39,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--shard_id", type=int, default=0, help="which part of the corpus this run embeds, from 0")
     group.add_argument("--num_shards", type=int, default=1, help="how many parts there are")
     group = parser.add_argument_group("encoder")
-    group.add_argument("--normalize", action="store_true", help="vectors of length 1 (sentence-transformers models)")
-    group.add_argument("--max_length", type=int, default=512, help="tokens of a passage that are read")
+    group.add_argument("--pooling", choices=POOLINGS, default=None, help="of a plain folder: mean unless given; cls is the first token")
+    group.add_argument("--normalize", action="store_true", help="vectors of length 1, also where the folder does not say so")
+    group.add_argument("--passage_prompt", default=None, help="put before each passage, such as E5's 'passage: ' (what the folder says)")
+    group.add_argument("--max_length", type=int, default=None, help="tokens of a passage that are read (what the folder says, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
@@ -96,8 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)
     if start == stop:
         raise stage.UserError(f"{args.passages}: {len(store)} passages cannot fill {args.num_shards} shards")
-    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    encoder = Encoder(
+        args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize, args.pooling, args.passage_prompt
+    )
     output.record(**place(args.device, args.dtype))
+    stage.log.info("%s, for passages: %s", args.model_name_or_path, encoder.said())
     file = output.begin()
     done = open_rows(file, stop - start, encoder.hidden_size)
     began = time.monotonic()
@@ -119,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)
     padding = 1 - encoder.seen_tokens / max(encoder.padded_tokens, 1)
-    output.finish(width=encoder.hidden_size, rate=f"{rate:.1f} passages/s", padding=f"{padding:.1%}")
+    kept = record(encoder.settings, encoder.max_length)
+    output.finish(kept, width=encoder.hidden_size, rate=f"{rate:.1f} passages/s", padding=f"{padding:.1%}")
 
 
 if __name__ == "__main__":

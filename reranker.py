@@ -1,7 +1,7 @@
 """Judge every retrieved document: rows with docs -> the same with rerank_score and rerank_label.
 
-The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713), or a cross-encoder where the
-checkpoint is a sequence classifier. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The
+The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713); a cross-encoder, if the checkpoint is
+a sequence classifier; or a causal model that says yes or no, such as Qwen3-Reranker. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The
 documents stay in the retriever's order unless --sort is given. --run takes the scores from any other reranker's TREC run.
 
 Reads    output/retrieval_data.jsonl                     rows with docs
@@ -44,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default="models/reranker/monot5", help="a folder or a hub name")
     group.add_argument("--max_length", type=int, default=512, help="tokens of question and document that are read")
+    group.add_argument("--instruction", default=None, help="of a causal reranker: what is to be found (what the checkpoint says, or a neutral one)")
+    group.add_argument("--system_prompt", default=None, help="of a causal reranker: its authors' words, as on the model card (a neutral one)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
@@ -91,7 +93,8 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
 
     from dynamicrag.monot5 import load_reranker
 
-    model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length)
+    model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length, args.instruction, args.system_prompt)
+    stage.log.info("%s: %s", args.model_name_or_path, model.said())
     progress = tqdm(desc="judging", unit=" documents", unit_scale=True)
 
     def prepare(rows: list[dict]) -> tuple[list[dict], list[Tokens]]:

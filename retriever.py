@@ -1,7 +1,7 @@
 """Retrieve documents: questions -> the same with `docs`, scored, best first.
 
-Dense retrieval as in Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages
-and compared by inner product, exactly (`--index flat`) or through a compressed index. `--index bm25` searches by words,
+Dense retrieval as in Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages,
+after the prompt for questions that the encoder's folder or --query_prompt gives, and compared by inner product, exactly (`--index flat`) or through a compressed index. `--index bm25` searches by words,
 `--run` takes the documents that any other system wrote as a TREC run, and several of these are fused by reciprocal
 rank (Cormack et al., 2009). `retrieved_question`, where a row has one, is what is searched with.
 
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
 from dynamicrag.device import DEVICES, DTYPES, pick_device
+from dynamicrag.encoders import POOLINGS, QUERY, refuse_other_settings
 from dynamicrag.index import CANDIDATES, NPROBE
 from dynamicrag.locks import in_turn
 from dynamicrag.manifest import place
@@ -41,6 +42,7 @@ from dynamicrag.runs import Run, fuse
 if TYPE_CHECKING:
     import numpy as np
 
+    from dynamicrag.encoders import Settings
     from dynamicrag.passages import PassageStore
 
 # What a ranking is made by: rows -> scores float32 and positions in the corpus int64 (-1: no document), both [rows, k].
@@ -73,8 +75,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--questions_a_pass", type=int, help="questions searched in one pass over the vectors (1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
+    group.add_argument("--pooling", choices=POOLINGS, default=None, help="of a plain folder, as given when embedding (mean)")
     group.add_argument("--normalize", action="store_true", help="vectors of length 1, as given when embedding")
-    group.add_argument("--max_length", type=int, default=512, help="tokens of a question that are read")
+    group.add_argument("--query_prompt", default=None, help="put before each question, such as E5's 'query: ' (what the folder says)")
+    group.add_argument("--max_length", type=int, default=None, help="tokens of a question that are read (what the folder says, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
     group.add_argument("--device", default="auto", help=DEVICES)
@@ -126,15 +130,24 @@ def process_of_its_own() -> Executor:
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
-def encode_questions(args: Namespace, path: str, count: int) -> None:
-    """Write the vectors of all questions to `path`, .npy float32 [count, width]."""
+def query_settings(args: Namespace) -> Settings:
+    """How questions will be encoded. The model is not loaded for it."""
+    from dynamicrag.dense import encoder_settings
+
+    return encoder_settings(args.model_name_or_path, QUERY, args.normalize, args.pooling, args.query_prompt)[0]
+
+
+def encode_questions(args: Namespace, path: str, count: int) -> str:
+    """Write the vectors of all questions to `path`, .npy float32 [count, width]; returns how they were made, in words."""
     import numpy as np
     from tqdm import tqdm
 
     from dynamicrag.dense import Encoder
     from dynamicrag.records import read_rows
 
-    encoder = Encoder(args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize)
+    encoder = Encoder(
+        args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize, args.pooling, args.query_prompt, QUERY
+    )
     rows = read_rows(args.query, dataset=args.dataset, reject=(lambda _: None) if args.on_error == "skip" else None)
     with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
@@ -144,6 +157,7 @@ def encode_questions(args: Namespace, path: str, count: int) -> None:
                 raise stage.UserError(f"{args.model_name_or_path}: gives no finite vector for a question; try --dtype float32")
             file.write(vectors.tobytes())
             progress.update(len(texts))
+    return encoder.said()
 
 
 def dense_searches(
@@ -155,7 +169,6 @@ def dense_searches(
     """
     import numpy as np
 
-    from dynamicrag.dense import hidden_size
     from dynamicrag.index import open_index
     from dynamicrag.rescoring import NotFiniteError
     from dynamicrag.shards import check_shards, name_of, open_shards, part_of, shard_bounds
@@ -163,11 +176,13 @@ def dense_searches(
     shards = open_shards(shard_paths)
     with process_of_its_own() as encoding:
         output.record(**encoding.submit(place, device, args.dtype).result())
-        width = encoding.submit(hidden_size, args.model_name_or_path).result()
-        corpus = check_shards(shards, width, store, args.model_name_or_path)
+        settings = encoding.submit(query_settings, args).result()
+        refuse_other_settings(shard_paths, args.model_name_or_path, settings)
+        corpus = check_shards(shards, settings.width, store, args.model_name_or_path)
         output.begin()  # from here on no other run may write this output, nor its vectors
         with in_turn(args.passages) if device == "cpu" else nullcontext():
-            encoding.submit(encode_questions, args, queries, count).result()
+            said = encoding.submit(encode_questions, args, queries, count).result()
+            stage.log.info("%s, for questions: %s", args.model_name_or_path, said)
             encoding.shutdown()  # its memory is free before the others go on
     part, parts = map(int, args.corpus_shard.split("/"))
     shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
@@ -244,13 +259,20 @@ def main(argv: list[str] | None = None) -> None:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
 
+    searched = without = 0
+
     def retrieve(rows: list[dict]) -> list[dict]:
+        nonlocal searched, without
         found = [search(rows) for search in searches]
         scores, positions = found[0] if len(found) == 1 else fuse([ranking for _, ranking in found], args.n_docs)
+        searched, without = searched + len(rows), without + int((positions < 0).all(axis=1).sum())
         return attach_docs(rows, scores, positions, store)
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass or QUESTIONS_A_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
+    if without:
+        stage.log.warning("%d of the %d questions searched found no document; %s", without, searched,
+                          "no word of theirs is in the passages" if args.index == ["bm25"] else "look at --index, --nprobe and --run")
     Path(queries).unlink(missing_ok=True)  # before the run is complete: afterwards nothing would ever remove it
     output.finish(docs_a_question=min(args.n_docs, len(store)))
 

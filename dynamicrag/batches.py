@@ -38,12 +38,13 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def pad(sequences: list[list[int]], value: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists as a [batch, longest] tensor padded on the right, and its attention mask, on `device`."""
+def pad(sequences: list[list[int]], value: int, device: str, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as a [batch, longest] tensor padded on the right (or the left), and its attention mask, on `device`."""
     import torch
 
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    places = torch.arange(int(lengths.max()))
+    mask = (places.flip(0) if left else places) < lengths[:, None]
     ids = torch.full(mask.shape, value)
     ids[mask] = torch.tensor(list(chain.from_iterable(sequences)), dtype=ids.dtype)
     if device.startswith("cuda"):  # from pinned memory: such a copy does not wait for the batches before it

@@ -1,8 +1,8 @@
-"""The dense encoder: a text as one vector, the mean of the last hidden states of its tokens.
+"""The dense encoder: a text as one vector.
 
-This is how Contriever (Izacard et al., 2022, arXiv 2112.09118) and the sentence-transformers models encode; the latter
-also normalise the vectors. Reads a Hugging Face folder or name, or a training checkpoint of Contriever's
-(`checkpoint.pth`). Code in a checkpoint is never executed.
+A sentence-transformers folder is applied as it says, module by module, on batches of our own; a plain folder is pooled by
+the mean, as Contriever (Izacard et al., 2022, arXiv 2112.09118) is, unless a flag says otherwise. Reads a Hugging Face
+folder or name, or a training checkpoint of Contriever's (`checkpoint.pth`). Code in a checkpoint is never executed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
-from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
+from dynamicrag.checkpoints import (
+    NO_CODE,
+    check_tokenizer,
+    load_tokenizer,
+    load_weights,
+    loading,
+    positions,
+    refuse_missing,
+)
 from dynamicrag.device import pick_device, pick_dtype
+from dynamicrag.encoders import PASSAGE, SentenceModules, Settings, read_settings
 from dynamicrag.stage import UserError
 
 if TYPE_CHECKING:
@@ -28,25 +37,39 @@ ENCODER = f"an encoder, or Contriever's {CHECKPOINT}"
 CHECKPOINT_PREFIXES = ("encoder_q.", "encoder.")
 # More characters than this a token cannot come from a text that matters; a 1 MB text is cut before it is tokenised.
 CHARACTERS_PER_TOKEN = 100
+# Tokens of a text that are read, where neither a flag nor the folder says how many.
+MAX_LENGTH = 512
+UNBOUNDED = 1_000_000  # a tokenizer without a limit says 1e30
 
 
 class Encoder:
-    """Encodes texts into vectors of `hidden_size`.
+    """Encodes texts of one role, queries or passages, into vectors of `hidden_size`.
 
-    `seen_tokens` and `padded_tokens` count what went through the model, without and with padding.
+    `settings` says how. `max_length` is the flag, else what a sentence-transformers folder says, else 512, and never more
+    than the model has positions for. `seen_tokens` and `padded_tokens` count what went through the model, without and
+    with padding.
     """
 
     def __init__(
-        self, path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512, normalize: bool = False
+        self, path: str, device: str = "auto", dtype: str = "auto", max_length: int | None = None, normalize: bool = False,
+        pooling: str | None = None, prompt: str | None = None, role: str = PASSAGE,
     ):
         self.device = pick_device(device)
-        self.normalize = normalize
-        self.model, self.tokenizer = _load(path, pick_dtype(dtype, self.device))
+        self.settings, modules = encoder_settings(path, role, normalize, pooling, prompt)
+        self.model, self.tokenizer, says = _load(path, modules, pick_dtype(dtype, self.device))
         self.model.to(self.device).eval()
-        self.hidden_size: int = self.model.config.hidden_size
-        self.max_length = min(max_length, getattr(self.model.config, "max_position_embeddings", max_length))
+        # What follows the model computes in float32: it is little work, and scores are compared closely.
+        self.tail = [module.to(self.device).float().eval() for module in modules.tail]
+        self.truncate_dim = modules.truncate_dim
+        self.hidden_size = self.settings.width
+        self.max_length = min(max_length or says or MAX_LENGTH, positions(self.model) or max_length or MAX_LENGTH)
+        self.prompt_length = _prompt_length(self.tokenizer, self.settings.prompt)
         self.pad_id = self.tokenizer.pad_token_id or 0
         self.seen_tokens = self.padded_tokens = 0
+
+    def said(self) -> str:
+        """What is done with a text, on one line."""
+        return f"{self.settings.said()}, at most {self.max_length} tokens"
 
     def encode(
         self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
@@ -59,8 +82,8 @@ class Encoder:
         return self.encode_tokens(self.tokenize(texts), batch_tokens, progress)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, cut to max_length. The tokenizer works on all cores, outside Python's global lock."""
-        cut = [text[: self.max_length * CHARACTERS_PER_TOKEN] for text in texts]
+        """The tokens of the prompt and each text, cut to max_length. The tokenizer works on all cores, outside Python's global lock."""
+        cut = [self.settings.prompt + text[: self.max_length * CHARACTERS_PER_TOKEN] for text in texts]
         return self.tokenizer(cut, truncation=True, max_length=self.max_length, **IDS_ALONE)["input_ids"] if cut else []
 
     def encode_tokens(
@@ -85,24 +108,38 @@ class Encoder:
         return vectors
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean over the real tokens, in float32: [batch, length] -> [batch, hidden_size]."""
-        import torch
+        """The model, then the modules after it, in float32: [batch, length] -> [batch, hidden_size].
 
+        Texts are padded on the right, whatever the tokenizer prefers: Pooling finds the last token by the mask, and no
+        token of a causal model sees the padding after it.
+        """
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        weights = mask.unsqueeze(-1)
-        mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-        return torch.nn.functional.normalize(mean, dim=-1) if self.normalize else mean
+        features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": self.prompt_length}
+        for place, module in enumerate(self.tail):
+            if self.truncate_dim and place == len(self.tail) - 1 and type(module).__name__ == "Normalize":
+                features["sentence_embedding"] = features["sentence_embedding"][:, : self.truncate_dim]
+            features = module(features)
+        return features["sentence_embedding"][:, : self.truncate_dim]
 
 
-def hidden_size(path: str) -> int:
-    """The width of an encoder's vectors, from its configuration alone."""
-    from transformers import AutoConfig
-
+def encoder_settings(
+    path: str, role: str = PASSAGE, normalize: bool = False, pooling: str | None = None, prompt: str | None = None
+) -> tuple[Settings, SentenceModules]:
+    """read_settings() of any encoder, also of a checkpoint of Contriever's training. Raises UserError for what is none."""
     checkpoint = _checkpoint(path)
     with loading(path, ENCODER):
-        if checkpoint is not None and not (checkpoint.parent / "config.json").is_file():
-            return _load(path, None)[0].config.hidden_size
-        return AutoConfig.from_pretrained(checkpoint.parent if checkpoint else path, **NO_CODE).hidden_size
+        if checkpoint is None:
+            return read_settings(path, role, normalize, pooling, prompt)
+        base = checkpoint.parent if (checkpoint.parent / "config.json").is_file() else _read_checkpoint(checkpoint)[0]
+        return read_settings(str(base), role, normalize, pooling, prompt, plain=True)
+
+
+def _prompt_length(tokenizer: object, prompt: str) -> int:
+    """Tokens of a prompt, without what the tokenizer puts after a text: what a Pooling with include_prompt = false leaves out."""
+    if not prompt:
+        return 0
+    tokens = tokenizer(prompt, **IDS_ALONE)["input_ids"]
+    return len(tokens) - (tokens[-1] in tokenizer.all_special_ids)
 
 
 def _checkpoint(path: str) -> Path | None:
@@ -114,26 +151,49 @@ def _checkpoint(path: str) -> Path | None:
     return found if found.is_file() and not (given / "model.safetensors").is_file() else None
 
 
-def _load(path: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
+def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
+    """Model, tokenizer, and the tokens of a text that the folder says are read."""
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it would report the pooling layer, which mean pooling does without
+    logging.set_verbosity_error()  # it would report the pooling layer of BERT, which no pooling here uses
     checkpoint = _checkpoint(path)
     with loading(path, ENCODER):
         if checkpoint is not None:
-            return _load_checkpoint(checkpoint, dtype)
+            return (*_load_checkpoint(checkpoint, dtype), None)
+        if modules.transformer is not None:
+            return _load_transformer(path, modules.transformer, dtype)
         model = load_weights(AutoModel, path, dtype=dtype)
-        return model, load_tokenizer(path, model)
+        return model, load_tokenizer(path, model), None
 
 
-def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
-    """A checkpoint of Contriever's training: {"model": weights, "opt": its arguments, naming the base model}."""
+def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
+    """The Transformer module of a sentence-transformers folder, by that library: it knows each kind's encoder and tokenizer."""
+    from sentence_transformers.base.modules import Transformer
+
+    class Checked(Transformer):
+        """Refuses a checkpoint without weights for a part of its model, which would be noise."""
+
+        def _load_model(self, *args: object, **kwargs: object) -> PreTrainedModel:
+            model, found = super()._load_model(*args, output_loading_info=True, **kwargs)
+            refuse_missing(found)
+            return model
+
+    module = Checked.load(path, subfolder=folder, model_kwargs={"dtype": dtype}, **NO_CODE)
+    text = module.modality_config.get("text", {})
+    if (text.get("method"), text.get("method_output_name")) != ("forward", "last_hidden_state") or module.tokenizer is None:
+        raise UserError(f"{path}: its Transformer gives {text or 'nothing'} for a text; an encoder here gives the last hidden states")
+    check_tokenizer(module.tokenizer, module.model)
+    says = module.max_seq_length
+    return module.model, module.tokenizer, says if says and says < UNBOUNDED else None
+
+
+def _read_checkpoint(path: Path) -> tuple[str, dict]:
+    """A checkpoint of Contriever's training, {"model": weights, "opt": its arguments}: the base model they name, and the weights."""
     import pickle
 
     import torch
-    from transformers import AutoConfig, AutoModel
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -144,7 +204,14 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
         raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with the weights under 'model'")
     beside = (path.parent / "config.json").is_file()
     base = str(path.parent) if beside else getattr(state.get("opt"), "retriever_model_id", "bert-base-uncased")
-    weights = state["model"]
+    return base, state["model"]
+
+
+def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
+    """The encoder of a checkpoint of Contriever's training."""
+    from transformers import AutoConfig, AutoModel
+
+    base, weights = _read_checkpoint(path)
     for prefix in CHECKPOINT_PREFIXES:
         inner = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if any(name.startswith("embeddings.") for name in inner):

@@ -1,8 +1,8 @@
 """Pointwise rerankers: the probability that a document is relevant to a question.
 
 MonoT5 (Nogueira et al., 2020, arXiv 2003.06713): a T5 reads `Query: q Document: d Relevant:` and the first token it
-would write is compared over `true` and `false`. CrossEncoder: a sequence classifier over the pair, the same outputs.
-Which of the two a checkpoint is, its configuration says.
+would write is compared over `true` and `false`. CrossEncoder: a sequence classifier over the pair, the same outputs. A
+causal model that says yes or no is in dynamicrag/yesno.py. Which of the three a checkpoint is, its configuration says.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
-from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading
+from dynamicrag.checkpoints import NO_CODE, load_tokenizer, load_weights, loading, positions, read_json
 from dynamicrag.device import pick_device, pick_dtype
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,10 @@ def document_text(doc: dict) -> str:
     return f"{doc['title']} {doc['text']}".strip()
 
 
-class _Pointwise:
-    """What both rerankers share: batches of similar length over many pairs."""
+class Pointwise:
+    """What all rerankers share: batches of similar length over many pairs."""
+
+    left = False  # whether batches are padded on the left
 
     def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
         self.model = model.to(device).eval()
@@ -60,7 +62,7 @@ class _Pointwise:
         scored = []  # fetched at the end: a GPU works on one batch while the next is padded
         with torch.inference_mode():
             for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens or default_batch_tokens(self.device)):
-                ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device)
+                ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device, self.left)
                 types, _ = pad([inputs[position][1] for position in batch], 0, self.device)
                 scored.append((batch, self.forward(ids, mask, types)))
                 if progress is not None:
@@ -69,16 +71,29 @@ class _Pointwise:
                 scores[batch] = of_batch.cpu().numpy()
         return scores
 
+    def said(self) -> str:
+        """What a score is, on one line."""
+        raise NotImplementedError
+
     def _cut(self, text: str) -> str:
         return text[: self.max_length * CHARACTERS_PER_TOKEN]
 
+    def _first_tokens(self, text: str, count: int) -> str:
+        """The part of a text that its first `count` tokens cover."""
+        text = self._cut(text)
+        kept = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
+        return text[: kept[-1][1]] if kept else text
 
-class MonoT5(_Pointwise):
+
+class MonoT5(Pointwise):
     """A sequence-to-sequence checkpoint, judged by its first token."""
 
     def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
         self.true_false = [self._one_token(word) for word in ("true", "false")]
+
+    def said(self) -> str:
+        return f"monoT5, P(true) of true and false, at most {self.max_length} tokens"
 
     def _one_token(self, word: str) -> int:
         tokens = self._tokens(word)
@@ -138,31 +153,31 @@ class MonoT5(_Pointwise):
         return state * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else state
 
 
-class CrossEncoder(_Pointwise):
+class CrossEncoder(Pointwise):
     """A sequence classifier: one label (sigmoid) or two, the second being `relevant` (softmax)."""
 
     def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
         if model.config.num_labels > 2:
             raise UserError(f"the classifier has {model.config.num_labels} labels; a reranker has one or two")
+        if getattr(model.config, "pad_token_id", None) is None:  # a causal model's classifier finds the last token by it
+            model.config.pad_token_id = self.pad_id
+
+    def said(self) -> str:
+        of = "the sigmoid of its one logit" if self.model.config.num_labels == 1 else "the softmax of its second of two logits"
+        return f"a sequence classifier, {of}, at most {self.max_length} tokens"
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
         """Tokens and segments of each pair. Only the document is cut (and a question beyond half the window)."""
         if not pairs:
             return []
-        halves = {question: self._first_half(question) for question in dict.fromkeys(question for question, _ in pairs)}
+        halves = {question: self._first_tokens(question, self.max_length // 2) for question in dict.fromkeys(question for question, _ in pairs)}
         questions = [halves[question] for question, _ in pairs]
         texts = [self._cut(text) for _, text in pairs]
         encoded = self.tokenizer(
             questions, texts, truncation="only_second", max_length=self.max_length, return_token_type_ids=True, return_attention_mask=False
         )
         return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
-
-    def _first_half(self, question: str) -> str:
-        question = self._cut(question)
-        encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
-        kept = encoded["offset_mapping"][: self.max_length // 2]
-        return question[: kept[-1][1]] if kept else question
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
         """Logits to [0, 1], in float32."""
@@ -172,26 +187,55 @@ class CrossEncoder(_Pointwise):
 
 
 def load_reranker(
-    path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512
-) -> MonoT5 | CrossEncoder:
-    """The reranker in a Hugging Face folder (or of a hub name). Raises UserError where it is neither of the two."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512, instruction: str | None = None,
+    system_prompt: str | None = None,
+) -> Pointwise:
+    """The reranker in a Hugging Face folder (or of a hub name), of the kind that its architecture says.
+
+    `instruction` and `system_prompt` are for causal models. Raises UserError where it is none of the three kinds.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
     from transformers.utils import logging
+
+    from dynamicrag.yesno import YesNo
 
     logging.disable_progress_bar()
     device = pick_device(device)
     with loading(path, "a reranker"):
         config = AutoConfig.from_pretrained(path, **NO_CODE)
-        if any("ForSequenceClassification" in name for name in config.architectures or []):
+        options = {}
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             kind, auto = CrossEncoder, AutoModelForSequenceClassification
+        elif any(name.endswith("ForCausalLM") for name in config.architectures or []):
+            kind, auto = YesNo, AutoModelForCausalLM
+            options = {"path": path, "instruction": instruction, "system_prompt": system_prompt}
         elif config.model_type in ("t5", "mt5"):
             kind, auto = MonoT5, AutoModelForSeq2SeqLM
         else:
-            raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5 or a sequence classifier")
+            raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5, a sequence classifier or a causal model")
+        if kind is not YesNo and (instruction is not None or system_prompt is not None):
+            raise UserError(f"{path}: is a {kind.__name__}, which reads no --instruction and no --system_prompt; leave them out")
         model = load_weights(auto, path, dtype=pick_dtype(dtype, device))
-        window = getattr(config, "max_position_embeddings", None) or max_length  # a T5 has relative positions, no limit
+        if kind is CrossEncoder:
+            _warn_of_other_uses(path, config)
+        window = positions(model) or max_length  # a T5 has relative positions, no limit
         tokenizer, max_length = load_tokenizer(path, model), min(max_length, window)
     try:
-        return kind(model, tokenizer, device, max_length)
+        return kind(model, tokenizer, device, max_length, **options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _warn_of_other_uses(path: str, config: object) -> None:
+    """Warn where sentence-transformers' CrossEncoder would compute another score: it may apply another function, or a prompt.
+
+    An Identity gives the logit itself, of which the sigmoid is the same order and a probability.
+    """
+    shipped = read_json(path, "config_sentence_transformers.json") or {}
+    within = getattr(config, "sentence_transformers", None) or {}
+    function = within.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or shipped.get("activation_fn")
+    if function and str(function).rpartition(".")[2] not in ("Sigmoid", "Identity"):
+        log.warning("%s: its authors apply %s to its logits, and rerank_score is their sigmoid or softmax", path, function)
+    prompt = (shipped.get("prompts") or {}).get(shipped.get("default_prompt_name"))
+    if prompt:
+        log.warning("%s: its authors put the prompt %r before each pair, which is not done here", path, prompt)

@@ -33,15 +33,21 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_to
 
 def read_template(path: str) -> str:
     """A chat template's text. Raises UserError where it cannot be read, is not Jinja, or does not write a question."""
-    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it anew
-
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the chat template cannot be read: {error}") from error
+    try_template(text, path, SAMPLE)
+    return text
+
+
+def try_template(text: str, path: str, messages: Messages) -> None:
+    """Render a chat template once in a process of its own. Raises UserError where it is not Jinja, or does not write the last message."""
+    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it anew
+
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_try, args=(text, sender), daemon=True)
+    process = context.Process(target=_try, args=(text, messages, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -54,10 +60,9 @@ def read_template(path: str) -> str:
         receiver.close()
     if said:
         raise UserError(f"{path}{said.decode(errors='replace')}")
-    return text
 
 
-def _try(text: str, sender: Connection) -> None:
+def _try(text: str, messages: Messages, sender: Connection) -> None:
     """Send what is wrong with the template, beginning with its line where there is one; nothing where nothing is."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -67,9 +72,9 @@ def _try(text: str, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     wrong = ""
     try:
-        [rendered], _ = render_jinja_template([SAMPLE], chat_template=text, add_generation_prompt=True, **TOKENS)
-        if SAMPLE[1]["content"] not in rendered:
-            wrong = ": the chat template does not write the user's turn"
+        [rendered], _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=True, **TOKENS)
+        if messages[-1]["content"] not in rendered:
+            wrong = f": the chat template does not write the {messages[-1]['role']}'s turn"
     except jinja2.TemplateSyntaxError as error:
         wrong = f":{error.lineno}: not a Jinja template: {error.message}"
     except Exception as error:  # it is a program: it may raise whatever a program may

@@ -16,6 +16,14 @@ def test_padding_is_on_the_right_and_masked(sequences):
     assert mask.tolist() == [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
 
 
+@pytest.mark.parametrize("sequences", [[[5, 6, 7], [8]], [[1]], [[], [2, 2]], [[], []]])
+def test_padding_on_the_left(sequences):
+    ids, mask = pad(sequences, 9, "cpu", left=True)
+    longest = max(map(len, sequences))
+    assert ids.tolist() == [[9] * (longest - len(sequence)) + sequence for sequence in sequences]
+    assert mask.tolist() == [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+
+
 def test_the_next_item_is_prepared_while_the_caller_works():
     begun = [threading.Event() for _ in range(4)]
 
