@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Corpus -> embedding shards. Shards that an earlier run began are finished in their own number.
 source "$(dirname "$0")/common.sh"
-given PASSAGES
+given_inputs
 
 total=$(embedding_shards)
 embed() { # SHARD

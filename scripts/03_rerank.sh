@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Documents -> documents with the reranker's scores and labels, for training questions and evaluation sets.
+# Documents -> documents with the reranker's scores and labels, for training questions and evaluation sets, EVAL_FILES included.
 source "$(dirname "$0")/common.sh"
 needs "$WORK/output/retrieval_data.jsonl" scripts/02_retrieve.sh
 
@@ -13,3 +13,4 @@ for questions in $EVAL_QUESTIONS; do
     name=$(stem "$questions")
     rerank "$WORK/output/retrieval_$name.jsonl" "$WORK/eval_data/$name.jsonl"
 done
+for file in ${EVAL_FILES:-}; do rerank "$file" "$WORK/eval_data/$(stem "$file").jsonl"; done

@@ -2,8 +2,8 @@
 # Documents and answers -> two tables per evaluation set: how well the documents were found, and a line per model and selector.
 source "$(dirname "$0")/common.sh"
 
-for questions in $EVAL_QUESTIONS; do
-    name=$(stem "$questions")
+for set in "${SETS[@]}"; do
+    name=${set%%=*}
     results=()
     for stage in sft dpo best; do
         for selector in $SELECTORS; do

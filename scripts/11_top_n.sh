@@ -9,8 +9,8 @@ needs "$model/config.json" scripts/05_sft.sh
 stage=$(basename "$model")
 
 sets=()
-for questions in $EVAL_QUESTIONS; do
-    name=$(stem "$questions")
+for set in "${SETS[@]}"; do
+    name=${set%%=*}
     needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
     needs "$WORK/results/${name}_${stage}_dynamic.json" scripts/09_infer.sh
     sets+=("$WORK/eval_data/$name.jsonl")
@@ -22,8 +22,8 @@ for n in $TOP_N; do
 done
 [[ -z $SHARDS ]] || exit 0
 
-for questions in $EVAL_QUESTIONS; do
-    name=$(stem "$questions")
+for set in "${SETS[@]}"; do
+    name=${set%%=*}
     results=("$WORK/results/${name}_${stage}_dynamic.json")
     for n in $TOP_N; do
         results+=("$WORK/results/${name}_${stage}_windows$n.json")

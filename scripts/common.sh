@@ -16,7 +16,7 @@ CONFIG=${1:-${CONFIG:-configs/llama3_8b.env}}
 [[ -f $CONFIG ]] || refuse "$CONFIG: no such settings file; see configs/"
 ASKED_WORK=${WORK:-}
 # shellcheck source=configs/llama3_8b.env
-source "$CONFIG"
+source <(tr -d '\r' <"$CONFIG")  # an editor on Windows ends lines with a carriage return
 
 [[ $WORK == "${ASKED_WORK:-$WORK}" ]] || refuse "$CONFIG sets WORK over the environment; write WORK=\${WORK:-...}"
 
@@ -76,6 +76,28 @@ MODEL_DIR=$WORK/DynamicRAG_$MODEL
 POLICY=${POLICY:-$MODEL_DIR/sft}
 SFT_RECIPE=${SFT_RECIPE:-sft}
 DPO_RECIPE=${DPO_RECIPE:-dpo}
+
+# The evaluation sets, as SET=FILE: EVAL_QUESTIONS get their documents here, the rows of EVAL_FILES have some already. A set is called
+# by the name of its file, and so are its results.
+stem() { basename "${1%.*}"; }
+SETS=()
+# shellcheck disable=SC2153  # both are settings
+for file in ${EVAL_QUESTIONS:-} ${EVAL_FILES:-}; do
+    name=$(stem "$file")
+    for other in "${SETS[@]}"; do
+        [[ ${other%%=*} != "$name" ]] || refuse "${other#*=} and $file: two evaluation sets are called $name, and would write the same files; rename one (EVAL_QUESTIONS, EVAL_FILES)"
+    done
+    SETS+=("$name=$file")
+done
+# given_inputs: end here if a file that the settings name for the first stages is not there.
+given_inputs() {
+    local set
+    given PASSAGES
+    given TRAIN_QUESTIONS
+    for set in "${SETS[@]}"; do
+        [[ -e ${set#*=} ]] || refuse "${set#*=} is missing; $CONFIG names it as an evaluation set${MAKER:+; $MAKER makes it}"
+    done
+}
 
 # needs FILE SCRIPT: end here if FILE is missing, naming the script that makes it.
 needs() {
@@ -282,7 +304,6 @@ join_answers() {
         done
     done
 }
-stem() { basename "${1%.*}"; }
 result_of() { # FILE VALUE: the path that SCRIPT writes
     local path=${output//\{input\}/$(stem "$1")}
     echo "${path//\{$choice\}/${2//:/}}"
@@ -317,6 +338,15 @@ setting() {
     shift 2
     for word in "$@"; do [[ $word != "$key="* ]] || value=${word#*=}; done
     [[ $value == @(null|"~") ]] || echo "${value//[\"\']/}"
+}
+
+# fit_to RECIPE TOKENIZER KEY=VALUE...: in FIT_FLAGS, the flags by which rows are fitted into what RECIPE will train.
+fit_to() {
+    local recipe=recipes/$MODEL/$1.yaml length
+    recipe_exists "$recipe"
+    length=$(setting cutoff_len "$recipe" "${@:3}")
+    FIT_FLAGS=(--train_recipe "$recipe" --tokenizer "$2" --template "$TEMPLATE")
+    [[ -z $length ]] || FIT_FLAGS+=(--cutoff_len "$length")
 }
 
 recipe_exists() { # RECIPE

@@ -44,8 +44,10 @@ cross_encoder() {
 }
 warm_up() {
     local name role size number=0
+    # shellcheck disable=SC2086  # a list of key=value settings
+    fit_to warm_up "$CHAT_MODEL" $WARM_UP_FLAGS
     while read -r name role size; do
-        [[ -f $WORK/training_data/factbook_$name.json ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" \
+        [[ -f $WORK/training_data/factbook_$name.json ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" \
             --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" --input_file "$WORK/output/retrieval_reranker.jsonl" \
             --output_file "$WORK/training_data/factbook_$name.json" --role "$role" --max_rows "$size" --seed $((SEED + number++))
     done <<<"warm_up reranker $WARM_UP_SIZE

@@ -9,8 +9,8 @@ model=${2:-$(newest_model)}
 needs "$model/config.json" scripts/05_sft.sh
 
 sets=()
-for questions in $EVAL_QUESTIONS; do
-    name=$(stem "$questions")
+for set in "${SETS[@]}"; do
+    name=${set%%=*}
     needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
     sets+=("$WORK/eval_data/$name.jsonl")
 done

@@ -4,8 +4,8 @@
 #     bash scripts/oracle.sh configs/demo.env
 source "$(dirname "$0")/common.sh"
 
-for questions in $EVAL_QUESTIONS; do
-    name=$(stem "$questions")
+for set in "${SETS[@]}"; do
+    name=${set%%=*}
     needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
     oracle=$WORK/eval_data/${name}_oracle.jsonl
     [[ -f $oracle ]] || python examples/factbook/oracle.py --input_file "$WORK/eval_data/$name.jsonl" --passages "$PASSAGES" \

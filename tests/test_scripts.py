@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,53 @@ def test_a_round_that_is_not_finished_is_named(rounds_module, tmp_path):
 def test_a_number_of_rounds_is_asked_for(rounds):
     done = subprocess.run(["bash", "scripts/iterate.sh", rounds], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+# ---------------------------------------------------------------- settings and evaluation sets
+
+
+def sourced(command: str, settings: Path, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", f"source scripts/common.sh {settings}; {command}"], cwd=REPO, env={**os.environ, **environment},
+                          capture_output=True, text=True)
+
+
+def test_settings_may_have_the_line_ends_of_windows(settings):
+    expected = sourced('declare -p MODEL WORK SELECTORS SETS', settings)
+    settings.write_bytes(settings.read_bytes().replace(b"\n", b"\r\n"))
+    done = sourced('declare -p MODEL WORK SELECTORS SETS', settings)
+    assert done.returncode == 0 and done.stdout == expected.stdout and "\r" not in done.stdout
+
+
+@pytest.mark.parametrize(("questions", "files"), [("a/test.jsonl b/test.json", ""), ("a/test.jsonl", "b/test.jsonl"), ("", "a/x.jsonl b/x.jsonl")])
+def test_two_evaluation_sets_of_one_name_are_refused_before_any_work(settings, questions, files):
+    settings.write_text(settings.read_text().replace("EVAL_QUESTIONS=/", "UNUSED=/"))
+    done = sourced("echo started", settings, EVAL_QUESTIONS=questions, EVAL_FILES=files)
+    assert done.returncode == 2 and "started" not in done.stdout and len(done.stderr.splitlines()) == 1
+    assert all(path in done.stderr for path in (questions + " " + files).split())
+
+
+def test_evaluation_sets_with_and_without_documents_are_one_list(settings):
+    settings.write_text(settings.read_text().replace("EVAL_QUESTIONS=/", "UNUSED=/"))
+    done = sourced('printf "%s\\n" "${SETS[@]}"', settings, EVAL_QUESTIONS="q/nq.jsonl q/fever.json", EVAL_FILES="eval/asqa.json")
+    assert done.stdout.split() == ["nq=q/nq.jsonl", "fever=q/fever.json", "asqa=eval/asqa.json"], done.stderr
+    assert sourced('echo "${#SETS[@]}"', settings, EVAL_QUESTIONS="").stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize("missing", ["PASSAGES", "TRAIN_QUESTIONS", "EVAL_QUESTIONS", "EVAL_FILES"])
+@pytest.mark.parametrize("script", ["01_embed.sh", "02_retrieve.sh"])
+def test_a_missing_input_of_any_stage_is_named_before_the_first_one_starts(settings, tmp_path, missing, script):
+    settings.write_text(re.sub(rf"\b{missing}=\S+", f"{missing}={tmp_path}/absent.jsonl", settings.read_text(), count=1))
+    done = bash(script, settings)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{tmp_path}/absent.jsonl" in done.stderr
+    assert not (tmp_path / "run").exists() and not (tmp_path / "embeddings").exists()
+
+
+def test_rows_are_fitted_into_what_the_recipe_will_train(settings):
+    def flags(*words: str) -> list[str]:
+        done = sourced(f'fit_to {" ".join(words)}; printf "%s\\n" "${{FIT_FLAGS[@]}}"', settings, TEMPLATE="template/smollm2.jinja")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    fixed = ["--train_recipe", "recipes/smollm2_135m/sft.yaml", "--tokenizer", "models/m", "--template", "template/smollm2.jinja", "--cutoff_len"]
+    assert flags("sft", "models/m") == [*fixed, "2048"]
+    assert flags("sft", "models/m", "seed=1", "cutoff_len=512") == [*fixed, "512"]
