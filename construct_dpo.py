@@ -34,7 +34,14 @@ from dynamicrag.shown import labelled_documents
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
 from dynamicrag.tasks import task_of
-from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
+from dynamicrag.trainer import (
+    Fitted,
+    TrainingWindow,
+    add_length_flags,
+    check_columns,
+    load_window,
+    resolve_length_flags,
+)
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
@@ -272,7 +279,7 @@ def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, un
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
+    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
     if out.finished:
         return
     prompts, window = Prompts(args.prompts), load_window(args)

@@ -18,7 +18,14 @@ from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import best_first, unjudged_position
 from dynamicrag.stage import UserError, log
 from dynamicrag.tasks import target_answer, task_of
-from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
+from dynamicrag.trainer import (
+    Fitted,
+    TrainingWindow,
+    add_length_flags,
+    check_columns,
+    load_window,
+    resolve_length_flags,
+)
 
 NEEDS = ("docs", "true_id")
 
@@ -58,7 +65,7 @@ def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fi
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
     if out.finished:
         return
     prompts = Prompts(args.prompts)

@@ -14,7 +14,14 @@ from dynamicrag.output import Output
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
-from dynamicrag.trainer import Fitted, TrainingWindow, add_length_flags, check_columns, length_inputs, load_window
+from dynamicrag.trainer import (
+    Fitted,
+    TrainingWindow,
+    add_length_flags,
+    check_columns,
+    load_window,
+    resolve_length_flags,
+)
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 
@@ -53,7 +60,7 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *length_inputs(args)])
+    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
     if out.finished:
         return
     prompts = Prompts(args.prompts)

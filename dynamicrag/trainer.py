@@ -190,21 +190,20 @@ def read_recipe(path: Path) -> dict:
     return {name: recipe[name] for name in SETTINGS if name in recipe}
 
 
-def template_path(args: Namespace, recipe: dict) -> Path | None:
-    """The chat template of the flag, or that of the recipe's name in this folder or in the project's."""
-    if args.template:
-        return Path(args.template)
-    named = [folder / "template" / f"{Path(recipe.get('template', '')).name}.jinja" for folder in (Path(), HERE)]
-    return next((path for path in named if path.is_file()), None)
+def resolve_length_flags(args: Namespace) -> list[str]:
+    """Put what the recipe says in the place of flags not given, and return the files that decide lengths: inputs of a stage.
 
-
-def length_inputs(args: Namespace) -> list[str]:
-    """The files that decide the length of a row: they belong to the inputs of a stage."""
+    The recipe itself is none of them: another learning rate changes no training row. Raises UserError as read_recipe does.
+    """
     path = recipe_path(args)
     recipe = read_recipe(path) if path else {}
-    model = Path(args.tokenizer or recipe.get("model_name_or_path", ""))
-    files = [path, template_path(args, recipe), *(model / name for name in TOKENIZER_FILES)]
-    return [str(file) for file in files if file and file.is_file()]
+    args.cutoff_len = recipe.get("cutoff_len") if args.cutoff_len is None else args.cutoff_len
+    args.tokenizer = args.tokenizer or recipe.get("model_name_or_path")
+    if not args.template:
+        name = Path("template") / f"{Path(recipe.get('template', '')).name}.jinja"
+        args.template = next((str(file) for file in (name, HERE / name) if file.is_file()), None)
+    files = [args.template, *(Path(args.tokenizer) / name for name in TOKENIZER_FILES if args.tokenizer)]
+    return [str(file) for file in files if file and Path(file).is_file()]
 
 
 def load_window(args: Namespace) -> TrainingWindow:
@@ -212,19 +211,16 @@ def load_window(args: Namespace) -> TrainingWindow:
 
     Raises UserError for a recipe, a template or a tokenizer folder that cannot be used.
     """
-    path = recipe_path(args)
-    recipe = read_recipe(path) if path else {}
-    cutoff_len = args.cutoff_len if args.cutoff_len is not None else recipe.get("cutoff_len")
+    resolve_length_flags(args)
+    cutoff_len, model, template = args.cutoff_len, args.tokenizer, args.template
     if cutoff_len is None:
-        log.warning("%s: lengths are not checked, since there is no such recipe or it has no cutoff_len; give --cutoff_len or --train_recipe", path or args.train_recipe)
+        log.warning("lengths are not checked: %s is not here, or has no cutoff_len; give --cutoff_len or --train_recipe", args.train_recipe)
         return TrainingWindow()
     if cutoff_len < 1:
         raise UserError(f"cutoff_len {cutoff_len}: expected at least 1; give another --cutoff_len")
-    model = args.tokenizer or recipe.get("model_name_or_path")
-    template = template_path(args, recipe)
-    tokenizer, why = load_tokenizer(model) if model else (None, "no model is named")
+    tokenizer, why = load_tokenizer(model) if model else (None, f"{args.train_recipe} names no model")
     if tokenizer is not None and template is None:
-        tokenizer, why = None, f"there is no chat template for {recipe.get('template')!r}; give --template"
+        tokenizer, why = None, f"there is no chat template of the name that {args.train_recipe} gives"
     if tokenizer is None:
         log.warning(
             "lengths are not counted but estimated, at %s characters a token, against cutoff_len %d: %s. Give --tokenizer the folder of "
@@ -232,7 +228,7 @@ def load_window(args: Namespace) -> TrainingWindow:
         )
         return TrainingWindow(cutoff_len)
     log.info("cutoff_len %d, counted by the tokenizer of %s and %s", cutoff_len, model, template)
-    return TrainingWindow(cutoff_len, PromptTokenizer(tokenizer, read_template(str(template))))
+    return TrainingWindow(cutoff_len, PromptTokenizer(tokenizer, read_template(template)))
 
 
 def load_tokenizer(model: str) -> tuple[object | None, str]:

@@ -228,9 +228,19 @@ def test_the_hub_is_asked_once_and_quickly(monkeypatch, caplog):
     assert "cannot be reached" in caplog.text
 
 
-def test_a_new_recipe_or_tokenizer_is_another_input(llama3):
-    inputs = reranker_sequence.parse_args([*count_by(llama3), "--train_recipe", str(SFT)])
-    assert {str(SFT), str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(trainer.length_inputs(inputs))
+def test_another_tokenizer_or_cutoff_len_is_another_set_and_another_learning_rate_is_not(llama3):
+    args = reranker_sequence.parse_args([*count_by(llama3)])
+    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(trainer.resolve_length_flags(args))
+    assert (args.cutoff_len, args.tokenizer) == (8192, str(llama3))
+    write_jsonl(Path("rows.jsonl"), long_rows(4, 5))
+    process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "4"])
+    Path("r.yaml").write_text("cutoff_len: 8192\nlearning_rate: 1.0e-5\n")
+    reranker_sequence.main(["--train_recipe", "r.yaml"])
+    Path("r.yaml").write_text("cutoff_len: 8192\nlearning_rate: 2.0e-5\n")
+    reranker_sequence.main(["--train_recipe", "r.yaml"])
+    Path("r.yaml").write_text("cutoff_len: 4096\n")
+    with pytest.raises(UserError, match="other arguments: cutoff_len"):
+        reranker_sequence.main(["--train_recipe", "r.yaml"])
 
 
 def test_an_estimate_is_near_what_a_tokenizer_counts_and_never_of_nothing():
