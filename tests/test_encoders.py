@@ -168,7 +168,7 @@ def test_a_plain_folder_may_have_prompts(tmp_path, encoder_dir):
     path.write_text(json.dumps({"prompts": {"query": "which river : ", "passage": "oil : "}, "similarity_fn_name": "cosine"}))
     prompts = [encoder_settings(str(folder), role)[0] for role in ("query", "passage")]
     assert [(one.prompt, one.pooling, one.normalize) for one in prompts] == [("which river : ", "mean", False), ("oil : ", "mean", False)]
-    for wrong in ("[]", "{", json.dumps({"prompts": []}), json.dumps({"prompts": {"query": 1}}), json.dumps({"truncate_dim": "8"})):
+    for wrong in ("[]", "{", json.dumps({"prompts": [1]}), json.dumps({"prompts": {"query": 1}}), json.dumps({"truncate_dim": "8"})):
         path.write_text(wrong)
         with pytest.raises(UserError, match=r"config_sentence_transformers\.json"):
             encoder_settings(str(folder), "query")
