@@ -53,12 +53,13 @@ def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
         vectors = measure.vectors_like_passages(args.vectors, args.width)
         return vectors, measure.questions_about(vectors, args.questions)
     from dynamicrag.dense import Encoder
+    from dynamicrag.encoders import QUERY
     from dynamicrag.records import read_rows
     from dynamicrag.shards import find_shards, open_shards
 
     vectors = np.concatenate([shard.vectors for shard in open_shards(find_shards(args.passages_embeddings))])
     texts = [row["question"] for row in read_rows(args.query)][: args.questions]
-    return vectors, Encoder(args.model_name_or_path, normalize=args.normalize).encode(texts)
+    return vectors, Encoder(args.model_name_or_path, normalize=args.normalize, role=QUERY).encode(texts)
 
 
 # ---------------------------------------------------------------- exact search

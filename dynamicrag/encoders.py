@@ -4,7 +4,7 @@ A sentence-transformers folder (`modules.json`) lists modules: a Transformer, a 
 token, E5 and GTE the mean, Qwen3-Embedding the last token), Dense layers, a Normalize. Its
 `config_sentence_transformers.json` has the prompts that its authors put before a query and before a passage. The library
 sentence-transformers loads these modules. A plain Hugging Face folder says nothing: it is pooled by the mean, unless a
-flag says otherwise. Shards keep what was used, and a search with other settings is refused.
+flag says otherwise; prompts may stand beside its weights too. Shards keep what was used, and a search with other settings is refused.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def read_settings(
     listed = None if plain else read_json(path, "modules.json")
     if listed is None:
         width = AutoConfig.from_pretrained(path, **NO_CODE).hidden_size
-        modules, config = SentenceModules(None, [Pooling(width, pooling or POOLINGS[0])], None), {}
+        modules = SentenceModules(None, [Pooling(width, pooling or POOLINGS[0])], None)
+        config = {} if plain else _read_config(path)
     else:
-        modules, config = _load_tail(path, listed)
+        config = _read_config(path)
+        modules = _load_tail(path, listed, config.get("truncate_dim"))
         width = AutoConfig.from_pretrained(path, subfolder=modules.transformer, **NO_CODE).hidden_size
     poolings = [module for module in modules.tail if isinstance(module, Pooling)]
     names = [type(module).__name__ for module in modules.tail]
@@ -83,7 +85,7 @@ def read_settings(
     if pooling is not None and pooling != pooled:
         raise UserError(f"--pooling {pooling}: {path}/modules.json asks for {pooled}; leave the flag out, it is for plain folders")
     compared_by = config.get("similarity_fn_name")
-    by_folder = names[-1] == "Normalize" or compared_by == "cosine"
+    by_folder = listed is not None and (names[-1] == "Normalize" or compared_by == "cosine")
     if normalize and listed is not None and not by_folder:
         log.warning("--normalize: %s has no Normalize module, and its vectors are compared by %s; they are normalised, as the flag says", path,
                     compared_by or "a function that it does not name")
@@ -99,8 +101,8 @@ def read_settings(
     return Settings(pooled, layers, normalize or by_folder, _prompt_of(path, config, role) if prompt is None else prompt, width), modules
 
 
-def _load_tail(path: str, listed: object) -> tuple[SentenceModules, dict]:
-    """The modules that modules.json lists after the Transformer, and config_sentence_transformers.json."""
+def _load_tail(path: str, listed: object, truncate_dim: int | None) -> SentenceModules:
+    """The modules that modules.json lists after the Transformer."""
     from sentence_transformers.util.misc import import_module_class
 
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
@@ -117,11 +119,16 @@ def _load_tail(path: str, listed: object) -> tuple[SentenceModules, dict]:
         if not str(activation).startswith("torch."):
             raise UserError(f"{path}/{folder}/config.json: refused: its activation function is {activation!r}, which is not one of torch's")
     tail = [import_module_class(kind).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
-    config = read_json(path, "config_sentence_transformers.json") or {}
-    truncate_dim = config.get("truncate_dim")
-    if not isinstance(config.get("prompts") or {}, dict) or not isinstance(truncate_dim, int | None):
-        raise UserError(f"{path}/config_sentence_transformers.json: expected prompts by name, and a whole number as truncate_dim")
-    return SentenceModules(kinds[0][1], tail, truncate_dim), config
+    return SentenceModules(kinds[0][1], tail, truncate_dim)
+
+
+def _read_config(path: str) -> dict:
+    """config_sentence_transformers.json: prompts, how vectors are compared, their width. {} where a folder has none."""
+    config = read_json(path, "config_sentence_transformers.json")
+    config = {} if config is None else config
+    if not isinstance(config, dict) or not isinstance(config.get("prompts") or {}, dict) or not isinstance(config.get("truncate_dim"), int | None):
+        raise UserError(f"{path}/config_sentence_transformers.json: expected an object with prompts by name, and a whole number as truncate_dim")
+    return config
 
 
 def _prompt_of(path: str, config: dict, role: str) -> str:

@@ -161,6 +161,19 @@ def test_a_prompt_by_flag(shipped):
     assert_same_directions(vectors, reference(shipped["e5"], TEXTS, "query", prompt="which river : "))
 
 
+def test_a_plain_folder_may_have_prompts(tmp_path, encoder_dir):
+    """For settings files, whose lists of flags cannot hold a space."""
+    folder = shutil.copytree(encoder_dir, tmp_path / "m")
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"query": "which river : ", "passage": "oil : "}, "similarity_fn_name": "cosine"}))
+    prompts = [encoder_settings(str(folder), role)[0] for role in ("query", "passage")]
+    assert [(one.prompt, one.pooling, one.normalize) for one in prompts] == [("which river : ", "mean", False), ("oil : ", "mean", False)]
+    for wrong in ("[]", "{", json.dumps({"prompts": [1]}), json.dumps({"prompts": {"query": 1}}), json.dumps({"truncate_dim": "8"})):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=r"config_sentence_transformers\.json"):
+            encoder_settings(str(folder), "query")
+
+
 def test_a_pooling_without_the_prompt(copy):
     folder = copy("mxbai", **{"1_Pooling__config_json": {"include_prompt": False, "pooling_mode": "mean"}})
     texts = TEXTS[:10]
