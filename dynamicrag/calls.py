@@ -4,12 +4,16 @@ Sampling, inference and top-N inference build their requests here and nowhere el
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from dynamicrag.engine import ApiEngine, Request, VllmEngine, load_engine
+from dynamicrag.completion import Completion, Request
+from dynamicrag.completion_cache import CompletionCache
+from dynamicrag.engine import ApiEngine, VllmEngine, load_engine
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
 from dynamicrag.records import Doc, Row
-from dynamicrag.selection import ids_pattern
+from dynamicrag.selection import Selection, ids_pattern, parse_ids
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of
 from dynamicrag.templates import in_threads
@@ -21,13 +25,14 @@ def add_call_flags(parser: ArgumentParser) -> None:
     add_prompts_flag(group)
     group.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
     group.add_argument("--reranker-template", help="its chat template, where not --template")
-    group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers")
+    group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers; a model that reasons first needs more")
     group.add_argument(
         "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/tasks.py)"
     )
     group.add_argument(
         "--constrain-ids", choices=["on", "off"], default="on",
-        help="let the reranker write nothing but None or identifiers of the documents shown",
+        help="let the reranker write nothing but None or identifiers of the documents shown (a server that splits off a model's "
+        "reasoning constrains what follows it)",
     )
     group.add_argument("--dataset", help="data set of every row, over what the rows say")
     group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
@@ -82,14 +87,60 @@ def work_on_fitting(
     return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
 
 
+@contextmanager
+def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
+    """A run that writes `output`: what a server answers is kept until the run is through, and what was cut off is said at its end."""
+    models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
+    if overwrite:
+        cache.remove()
+    for caller in models:
+        caller.begin(cache)
+    try:
+        yield
+    finally:
+        for caller in models:
+            caller.say_cut_off()
+    cache.remove()
+
+
+def read_selection(completion: Completion, sample: int, n_docs: int) -> Selection:
+    """The selection that a sample of a completion is."""
+    if reason := completion.reason("selection", sample):
+        return Selection([], False, reason=reason)
+    return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off)
+
+
 class Caller:
-    """Builds the requests of one run from its flags."""
+    """Builds the requests of one run from its flags, and asks them."""
 
     def __init__(self, engine: VllmEngine | ApiEngine, args: Namespace):
         self._args = args
         self.engine = engine
         self.prompts = Prompts(args.prompts)
         self._said_cut = False
+        self._texts, self._cut_off = Counter(), Counter()  # by the flag of the limit, and the limit
+
+    def begin(self, cache: CompletionCache) -> None:
+        """Begin a run: count what is cut off from here on, and keep what a server answers in `cache`."""
+        self._texts.clear()
+        self._cut_off.clear()
+        if isinstance(self.engine, ApiEngine):
+            self.engine.keep_in(cache)
+
+    def ask(self, requests: list[Request]) -> list[Completion]:
+        """Run all requests as one batch, in order."""
+        completions = self.engine.complete(requests)
+        for request, completion in zip(requests, completions, strict=True):
+            self._texts[request.limit, request.max_tokens] += len(completion.texts)
+            self._cut_off[request.limit, request.max_tokens] += len(completion.cut_off)
+        return completions
+
+    def say_cut_off(self) -> None:
+        """One warning for each limit that has cut texts off."""
+        for (flag, limit), number in sorted(self._cut_off.items()):
+            if number:
+                what = "selections" if flag == "--selection-max-tokens" else "answers"
+                log.warning("%d of %d %s were cut off at %d tokens; raise %s", number, self._texts[flag, limit], what, limit, flag)
 
     def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
         fitting = documents_that_fit(self.engine, build, docs, max_tokens)
@@ -110,7 +161,8 @@ class Caller:
         ]
         if all(self.engine.fits(messages, max_tokens) for messages, max_tokens in prompts):
             return None
-        return f"the question alone is longer than --max-model-len {self._args.max_model_len}: {row['question'][:80]!r}"
+        window = getattr(self.engine, "max_model_len", self._args.max_model_len)
+        return f"the question alone is longer than --max-model-len {window}: {row['question'][:80]!r}"
 
     def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
         """Those of `docs` that fit the reranker's prompt."""
@@ -126,6 +178,7 @@ class Caller:
             max_tokens=self._args.selection_max_tokens,
             n=n, temperature=temperature, top_p=top_p,
             pattern=ids_pattern(len(docs)) if self._args.constrain_ids == "on" else None,
+            limit="--selection-max-tokens",
         )
 
     def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
@@ -147,6 +200,7 @@ class Caller:
         return Request(
             messages=self.prompts.pointwise(row["question"], doc),
             seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),
-            max_tokens=4,
-            pattern="(Yes|No)",
+            max_tokens=self._args.selection_max_tokens,
+            pattern="(Yes|No)" if self._args.constrain_ids == "on" else None,
+            limit="--selection-max-tokens",
         )

@@ -88,7 +88,7 @@ def _final_list(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
         return _ranges(last[lead_in.end() :], cut_off)
     before, gap, paragraph = text.rpartition("\n\n")
     heading = before.rstrip().rpartition("\n")[2].rstrip()
-    if not gap or heading.endswith(":") and not _LEAD_IN.fullmatch(heading):  # "Not needed:", and its list
+    if not gap or (heading.endswith(":") and not _LEAD_IN.fullmatch(heading)):  # "Not needed:", and its list
         return None
     return _ranges(_without_lead_in(paragraph), cut_off)
 
@@ -122,7 +122,7 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
             # int() refuses thousands of digits
             numbers.append(int(digits or 0) if len(digits) < 10 else 10**9)
     shape = "".join(kinds)
-    if text[at:].strip() or depth and not cut_off:
+    if text[at:].strip() or (depth and not cut_off):
         return None
     if shape == "x":
         return []

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamicrag.engine import ApiEngine, Request, read_template, resolve_model
+from dynamicrag.engine import ApiEngine, Request, resolve_model
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, in_threads
+from dynamicrag.templates import PromptTokenizer, in_threads, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,11 +142,13 @@ START = """
 import sys
 from dynamicrag import engine
 if __name__ == "__main__":
-    engine.read_template, engine.forgeable = lambda path: "", lambda *of: []
+    tokenizer = engine.Namespace(added_tokens_decoder={})
+    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="")
+    engine.model_window, engine.forgeable = lambda model: None, lambda *of: []
     if "cuda" in sys.argv:
         import torch
         torch.cuda.is_available()
-    flags = engine.Namespace(template="", max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
+    flags = engine.Namespace(template="", enable_thinking=None, max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
     engine.VllmEngine("model", flags)
 """
 

@@ -14,7 +14,7 @@ import pytest
 
 from dynamicrag.prompts import Prompts, training_row
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, read_template
+from dynamicrag.templates import PromptTokenizer, load_prompts, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
@@ -217,6 +217,15 @@ def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
         assert dpo["chosen_labels"][number] == unseen + chosen
         assert dpo["rejected_input_ids"][number] == prompt + rejected
         assert dpo["rejected_labels"][number] == unseen + rejected
+
+
+def test_auto_asks_in_the_tokens_the_model_was_trained_on(case, parity, request):
+    """Of what LLaMA-Factory saves beside the weights, without being told the template."""
+    prompts, _ = case
+    auto = load_prompts(str(parity[1][request.node.callspec.params["case"]]), "auto")
+    for messages in conversations():
+        assert auto.ids(messages) == prompts.ids(messages)
+    assert auto.name.startswith("the chat template of "), "LLaMA-Factory saves one, and it is taken"
 
 
 def test_no_document_and_no_question_becomes_a_turn(case):
