@@ -208,8 +208,6 @@ class ApiEngine:
         """The reply to one call, after as many tries as it takes. Raises UserError."""
         from tenacity import AsyncRetrying, retry_if_exception
 
-        answered = self._answered
-
         def gives_up(state) -> bool:
             if state.attempt_number > 1:
                 self._say("busy", f"does not answer ({self._reason(state.outcome.exception())}); trying again")
@@ -225,9 +223,9 @@ class ApiEngine:
                 raise
             status = getattr(error, "status_code", 500)
             reason = self._reason(error)
-            # What fails while others are answered is this request's own.
-            if self._answered > answered and status >= 500 and not self._failed and not _unreachable(error):
-                return f"the server failed: {reason}"
+            # What fails while another is answered is this request's own.
+            if status >= 500 and not self._failed and not _unreachable(error) and await self._is_up(client):
+                return f"the server failed at it, and not at others: {reason}"
             raise UserError(f"{self._url}: {self._model}: {reason}; {self._advice(status)}") from error
         if isinstance(reply, str):
             self._refused += 1
@@ -236,6 +234,16 @@ class ApiEngine:
         else:
             self._answered += 1
         return reply
+
+    async def _is_up(self, client) -> bool:
+        """Whether the server answers the shortest of questions."""
+        import openai
+
+        try:
+            await self._call(client, Request([{"role": "user", "content": "Write yes."}], seed=0, max_tokens=16))
+        except (openai.OpenAIError, UnreadableReply, OSError):
+            return False
+        return True
 
     async def _call(self, client, request: Request) -> Reply | str:
         """The reply to one call, without the options that the server does not take; a reason if it refuses the request."""

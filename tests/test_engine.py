@@ -64,7 +64,7 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             received.append(body)
-            n = 1 if Handler.ignore_n else body["n"]
+            n = 1 if Handler.ignore_n else body.get("n", 1)
             choices = [
                 {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {body['seed']} "}}
                 for i in range(n)
@@ -102,15 +102,16 @@ def test_a_server_gets_every_setting_and_answers_come_back_in_order(server):
     assert received[0]["max_tokens"] == 5 and received[0]["structured_outputs"] == {"regex": "None"}
 
 
-def test_a_server_that_ignores_n_ends_the_run(server):
-    url, _, handler = server
+def test_a_server_that_ignores_n_is_asked_once_a_sample(server):
+    url, received, handler = server
     handler.ignore_n = True
-    with pytest.raises(UserError, match="does not support n"):
-        ApiEngine(url, "some-model").complete([ask(1, n=8)])
+    [completion] = ApiEngine(url, "some-model").complete([ask(1, n=4)])
+    assert completion.texts == ["1", "2", "3", "4"] and completion.prompt_tokens == 4 * 7
+    assert len(received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
-    monkeypatch.setattr("dynamicrag.engine.API_RETRIES", 0)
+    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         ApiEngine("http://127.0.0.1:9/v1", "some-model").complete([ask(1)])
 
