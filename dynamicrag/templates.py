@@ -238,7 +238,8 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
             continue
         has_markers = bool(MARKER.search(text))
         # Those without markers of that kind fit every tokenizer: they count only for models of the kind.
-        if not has_markers and not (is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"):
+        of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
+        if not (has_markers or of_its_kind or path.stem in name):
             continue
         ranked.append((path.stem not in name, not has_markers, path.stem != "mistral", _shown(path)))
     return [shown for *_, shown in sorted(ranked)]
