@@ -108,11 +108,15 @@ class Prompts:
                 self._texts[name][part] = text
 
     def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
-        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1."""
+        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
+
+        The form that the prompt names and that models are trained to write is `[2], [1]`, or `None`. Which other forms count
+        in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        """
         return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
 
     def pointwise(self, question: str, doc: Doc) -> Messages:
-        """Asks whether one document is needed."""
+        """Asks whether one document is needed. The answer has to begin with Yes or No."""
         return self._messages("pointwise", "user", question=question, documents=self._documents("pointwise", [doc]))
 
     def generator(self, question: str, docs: Sequence[Doc], instruction: str) -> Messages:

@@ -229,7 +229,7 @@ def is_token(tokenizer, text: str) -> bool:
 
 
 def fitting_templates(model: str, tokenizer) -> list[str]:
-    """Those of template/*.jinja whose markers are tokens of a model, the likeliest first: by its name, else by its markers."""
+    """Those of template/*.jinja whose markers are tokens of a model, the likeliest first: by its markers, else by its name."""
     name = re.sub(r"[^a-z0-9]", "", "".join(Path(model).parts[-2:]).lower())
     ranked = []
     for path in sorted(FOLDER.glob("*.jinja")):
@@ -241,7 +241,7 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
         of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
         if not (has_markers or of_its_kind or path.stem in name):
             continue
-        ranked.append((path.stem not in name, not has_markers, path.stem != "mistral", _shown(path)))
+        ranked.append((not has_markers, path.stem not in name, path.stem != "mistral", _shown(path)))
     return [shown for *_, shown in sorted(ranked)]
 
 

@@ -3,7 +3,10 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +20,7 @@ from dynamicrag.engine import ApiEngine, Request
 from dynamicrag.jsonio import read_json
 from dynamicrag.stage import UserError
 
+REPO = Path(__file__).parents[2]
 SECRET = "sk-canary-0123456789"
 GOOD = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
 REPLIES: dict[str, tuple[int, bytes, str]] = {
@@ -263,8 +267,7 @@ OWN_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", OWN_FAULTS)
-@pytest.mark.parametrize("kind", ["choose", "answer"])
+@pytest.mark.parametrize(("case", "kind"), zip(OWN_FAULTS, ("choose", "answer", "choose", "answer", "choose"), strict=True))
 def test_a_refused_request_costs_its_own_question(fake, asked, case, kind):
     fake.behave = lambda body: OWN_FAULTS[case] if word_of(body) == "7" and kind_of(body) == kind else None
     status, _ = asked()
@@ -367,8 +370,7 @@ def test_a_server_that_ignores_the_constraint_is_tried_with_the_older_field_and_
     assert status == 0 and not asked.read() and said.count("does not hold its selections") == 1
 
 
-@pytest.mark.parametrize("how", ["ignored", "refused", "must be 1"])
-@pytest.mark.parametrize("seeds", [True, False])
+@pytest.mark.parametrize(("how", "seeds"), [("ignored", True), ("refused", True), ("must be 1", False)])
 def test_samples_are_asked_for_one_by_one_if_the_server_has_no_n(fake, asked, how, seeds):
     def behave(body):
         if not seeds and "seed" in body:
@@ -424,8 +426,7 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
     assert len(fake.paid) == len(set(fake.paid)) == 24
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-@pytest.mark.parametrize("chunk", ["", "--chunk-size 5"])
+@pytest.mark.parametrize(("trouble", "chunk"), [("429", ""), ("500", "--chunk-size 5"), ("cut", ""), ("not JSON", "")])
 def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, asked, trouble, chunk):
     """The server fails for good in the middle of a run; the same command continues when it is back."""
     fake.behave = lambda body: TROUBLES[trouble] if len(fake.paid) >= 17 else None
@@ -439,6 +440,30 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, aske
     all_right(asked)
     assert len(fake.paid) == len(set(fake.paid)) == 24, "every call was paid for once"
     assert not list(asked.out.glob("*.partial*"))
+
+
+def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_path, asked):
+    """The stage as a process of its own, killed while the server lets it wait."""
+    hold = threading.Event()
+    fake.behave = lambda body: (hold.wait(30), (503, b""))[1] if len(fake.paid) >= 17 and not hold.is_set() else None
+    flags = ["--template", f"{asked.good}/chat.jinja", "--llm-model", "m", "--api-base", fake.url, "--input-json", str(asked.rows), "--output-json", f"{asked.out}/answered.json"]
+    command = [sys.executable, str(REPO / "inference.py"), *flags]
+    # The first calls come one by one and the others all at once: those answered at the moment of the kill are on their way.
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
+        kept = asked.out / "answered.json.partial.completions.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (kept.exists() and sum(map(bool, kept.read_bytes().splitlines())) == len(fake.paid) >= 17):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    hold.set()
+    paid = list(fake.paid)
+    assert 17 <= len(paid) < 24, (tmp_path / "log").read_text()
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    all_right(asked)
+    assert len(fake.paid) == len(set(fake.paid)) == 24 and not kept.exists()
 
 
 @pytest.mark.parametrize("questions", [12, 1])
@@ -470,8 +495,10 @@ REASONING = {
 }
 
 
-@pytest.mark.parametrize("stage", ["inference", "top_inference", "sampling_dpo_trajectories"])
-@pytest.mark.parametrize("form", REASONING)
+@pytest.mark.parametrize(("form", "stage"), [
+    *((form, "inference") for form in REASONING), ("tags", "top_inference"), ("a field", "top_inference"), ("tags", "sampling_dpo_trajectories"),
+    ("no opening tag", "sampling_dpo_trajectories"),
+])
 def test_reasoning_is_in_no_selection_and_in_no_answer(fake, asked, form, stage):
     fake.behave = lambda body: REASONING[form]("[1]" if kind_of(body) == "choose" else f"answer {word_of(body)}")
     assert asked(stage=stage)[0] == 0
