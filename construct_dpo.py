@@ -28,7 +28,6 @@ from dynamicrag.records import Row, read_rows
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
-from dynamicrag.tasks import task_of
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
@@ -156,7 +155,7 @@ def generator_rows(rows: Iterable[Row], prompts: Prompts, args) -> Iterator[tupl
         if found := generator_pair(row, args.generator_chosen, args.recipe == "published"):
             best, chosen, rejected = found
             docs = [row["docs"][position - 1] for position in row["id_lists"][best]]
-            messages = prompts.generator(row["question"], docs, task_of(row.get("dataset")).instruction)
+            messages = prompts.generator(row["question"], docs, prompts.instruction(row.get("dataset")), row["id_lists"][best])
             yield training_row(messages, chosen=chosen, rejected=rejected), {}
 
 

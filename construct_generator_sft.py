@@ -13,7 +13,7 @@ from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.stage import UserError, log
-from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.tasks import target_answer
 
 NEEDS = ("docs", "true_id")
 
@@ -32,9 +32,10 @@ def parse_args(argv=None):
 
 def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
     """One SFT example. A question none of whose documents is relevant is answered without documents."""
-    relevant = sorted((row["docs"][position - 1] for position in row["true_id"]), key=lambda doc: -doc["rerank_score"])
-    instruction = task_of(row.get("dataset")).instruction
-    return training_row(prompts.generator(row["question"], relevant[:max_docs], instruction), output=target_answer(row))
+    relevant = sorted(row["true_id"], key=lambda position: -row["docs"][position - 1]["rerank_score"])[:max_docs]
+    docs = [row["docs"][position - 1] for position in relevant]
+    messages = prompts.generator(row["question"], docs, prompts.instruction(row.get("dataset")), relevant)
+    return training_row(messages, output=target_answer(row))
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ def add_call_flags(parser: ArgumentParser) -> None:
     add_prompts_flag(group)
     group.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
     group.add_argument("--reranker-template", help="its chat template, where not --template")
+    group.add_argument("--selection-temperature", type=float, default=0.0, help="of selections, except where trajectories are sampled (--temperature)")
     group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers; a model that reasons first needs more")
     group.add_argument(
         "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/tasks.py)"
@@ -57,6 +58,12 @@ def documents_that_fit(
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
     return list(docs[:fitting])
+
+
+def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
+    """The 1-based positions of `chosen` in `docs`, by id; of documents with one id, the first."""
+    positions = {doc["id"]: position for position, doc in reversed(list(enumerate(docs, start=1)))}
+    return [positions[doc["id"]] for doc in chosen]
 
 
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
@@ -157,7 +164,7 @@ class Caller:
         task = task_of(row.get("dataset"))
         prompts = [
             (self.prompts.reranker(row["question"], []), self._args.selection_max_tokens),
-            (self.prompts.generator(row["question"], [], task.instruction), self._args.answer_max_tokens or task.max_tokens),
+            (self.prompts.generator(row["question"], [], self.prompts.instruction(row.get("dataset"))), self._args.answer_max_tokens or task.max_tokens),
         ]
         if all(self.engine.fits(messages, max_tokens) for messages, max_tokens in prompts):
             return None
@@ -169,14 +176,14 @@ class Caller:
         return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens)
 
     def select(
-        self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float = 0.0, top_p: float = 1.0
+        self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float | None = None, top_p: float = 1.0
     ) -> Request:
-        """Choose among `docs`; `n` samples of it. `purpose` tells apart the seeds of one row's several requests."""
+        """Choose among `docs`; `n` samples of it, by default at --selection-temperature. `purpose` tells apart the seeds of one row's several requests."""
         return Request(
             messages=self.prompts.reranker(row["question"], docs),
             seed=derive_seed(self._args.seed, row["id"], purpose),
             max_tokens=self._args.selection_max_tokens,
-            n=n, temperature=temperature, top_p=top_p,
+            n=n, temperature=self._args.selection_temperature if temperature is None else temperature, top_p=top_p,
             pattern=ids_pattern(len(docs)) if self._args.constrain_ids == "on" else None,
             limit="--selection-max-tokens",
         )
@@ -186,8 +193,10 @@ class Caller:
         task = task_of(row.get("dataset"))
         max_tokens = self._args.answer_max_tokens or task.max_tokens
 
+        numbers = positions_of(row["docs"], docs)
+
         def build(some: Sequence[Doc]) -> Messages:
-            return self.prompts.generator(row["question"], some, task.instruction)
+            return self.prompts.generator(row["question"], some, self.prompts.instruction(row.get("dataset")), numbers[: len(some)])
 
         return Request(
             messages=build(self._fit(build, docs, max_tokens)),
