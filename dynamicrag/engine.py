@@ -169,6 +169,9 @@ class VllmEngine:
         if tokens := forgeable(self._prompts.chat_template, tokenizer):
             log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/prompts.py "
                         "before you train", self._prompts.name, ", ".join(tokens))
+        if self._prompts.opens_reasoning:
+            log.warning("%s opens the model's reasoning; a selection that is constrained (--constrain-ids on) is written without any, "
+                        "and the limits of tokens count the reasoning", self._prompts.name)
         # Tags that are special tokens would be taken out of the text, and leave the reasoning in it.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))

@@ -38,6 +38,7 @@ from dynamicrag.stage import UserError, log
 CONCURRENCY = 64
 CALL_SECONDS = 600
 RETRY_SECONDS = 180  # a server that has answered before is waited for as long as this at least
+MOST_TIMEOUTS = 3
 MOST_REFUSED = 20  # requests refused before one is answered: it is not their content then
 # What is wrong with one request; every other status below 500 is wrong with all.
 OWN_FAULT = (400, 413, 422, 451)
@@ -211,6 +212,8 @@ class ApiEngine:
         def gives_up(state) -> bool:
             if state.attempt_number > 1:
                 self._say("busy", f"does not answer ({self._reason(state.outcome.exception())}); trying again")
+            if _timed_out(state.outcome.exception()):  # each of them has taken CALL_SECONDS
+                return self._failed or state.attempt_number >= min(MOST_TIMEOUTS, endpoint.ATTEMPTS)
             patient = self._answered and state.seconds_since_start < RETRY_SECONDS
             return self._failed or (state.attempt_number >= endpoint.ATTEMPTS and not patient)
 
@@ -362,7 +365,13 @@ def _status_error() -> type[Exception]:
     return openai.APIStatusError
 
 
+def _timed_out(error: BaseException) -> bool:
+    import openai
+
+    return isinstance(error, TimeoutError | openai.APITimeoutError)
+
+
 def _unreachable(error: BaseException) -> bool:
     import openai
 
-    return isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+    return isinstance(error, openai.APIConnectionError) and not _timed_out(error)

@@ -146,7 +146,7 @@ import sys
 from dynamicrag import engine
 if __name__ == "__main__":
     tokenizer = engine.Namespace(added_tokens_decoder={})
-    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="")
+    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
     engine.model_window, engine.forgeable = lambda model: None, lambda *of: []
     if "cuda" in sys.argv:
         import torch
