@@ -58,7 +58,7 @@ DEFAULT_PROMPTS: dict[str, dict[str, str | None]] = {
 }
 # What chat templates mark turns with. A tokenizer reads these in a document as it reads them from the template, so that a
 # document could end its turn and begin another; with a space after the first character they are nothing but text.
-TURN_MARKERS = re.compile(r"<(?=\||/?s>|<?/?SYS>>)|\[(?=/?INST\])")
+TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
 MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
 NUMBERS = ("new", "original")
 PLACEHOLDERS = {
