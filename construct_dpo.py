@@ -33,7 +33,6 @@ from dynamicrag.selection import format_ids
 from dynamicrag.shown import labelled_documents
 from dynamicrag.stage import UserError, log
 from dynamicrag.tables import markdown_table
-from dynamicrag.tasks import task_of
 from dynamicrag.trainer import (
     Fitted,
     TrainingWindow,
@@ -216,10 +215,11 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
     if not found:
         return []
     best, chosen, rejected = found
-    docs, instruction = [row["docs"][position - 1] for position in row["id_lists"][best]], task_of(row.get("dataset")).instruction
+    positions = row["id_lists"][best]
+    docs, instruction = [row["docs"][position - 1] for position in positions], prompts.instruction(row)
 
     def build(some: list[Doc]) -> Messages:
-        return prompts.generator(row["question"], some, instruction)
+        return prompts.generator(row["question"], some, instruction, positions[: len(some)])
 
     return [fit_pair(build, docs, 0, (chosen, rejected), window, {})]
 

@@ -17,7 +17,7 @@ from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import best_first, unjudged_position
 from dynamicrag.stage import UserError, log
-from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.tasks import target_answer
 from dynamicrag.trainer import (
     Fitted,
     TrainingWindow,
@@ -50,12 +50,12 @@ def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
 
 def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fitted:
     """One SFT example of the relevant documents that fit the window; none if no relevant document fits."""
-    relevant = [row["docs"][position - 1] for position in best_first(row["docs"], row["true_id"])][:max_docs]
-    instruction = task_of(row.get("dataset")).instruction
-    answer = target_answer(row)
+    positions = best_first(row["docs"], row["true_id"])[:max_docs]
+    relevant = [row["docs"][position - 1] for position in positions]
+    instruction, answer = prompts.instruction(row), target_answer(row)
 
     def build(docs: list[Doc]) -> Messages:
-        return prompts.generator(row["question"], docs, instruction)
+        return prompts.generator(row["question"], docs, instruction, positions[: len(docs)])
 
     shown = window.documents(build, relevant, answer)
     if shown is None or (relevant and not shown):

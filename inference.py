@@ -26,17 +26,19 @@ from argparse import Namespace
 
 from dynamicrag import stage
 from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
-from dynamicrag.calls import Caller, add_call_flags, load_callers
-from dynamicrag.engine import Usage, add_engine_flags
+from dynamicrag.calls import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.completion import Usage
+from dynamicrag.engine import add_engine_flags
 from dynamicrag.gold import needed_documents
 from dynamicrag.records import Doc, Row, read_rows
-from dynamicrag.selection import expert_sequence, format_ids, parse_ids
+from dynamicrag.selection import expert_sequence
 from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError
 from dynamicrag.templates import in_threads
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
+VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 def parse_args(argv=None):
@@ -73,25 +75,28 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first
 
 
-def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list, list[Usage]]:
-    """Positions each question's LLM chose (or the text that could not be read as a selection), and what it cost."""
+def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list[list[int] | str], list[Usage]]:
+    """Positions each question's LLM chose (or the reason why its output cannot be read), and what it cost."""
     usages = [Usage() for _ in rows]
+    choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
-        completions = caller.engine.complete([caller.select(row, docs) for row, docs in zip(rows, shown, strict=True)])
-        choices = []
-        for docs, completion, usage in zip(shown, completions, usages, strict=True):
-            usage.add(completion)
-            selection = parse_ids(completion.texts[0], len(docs))
-            choices.append(selection.ids if selection.valid else completion.texts[0])
+        completions = caller.ask([caller.select(row, docs) for row, docs in zip(rows, shown, strict=True)])
+        for number, (docs, completion) in enumerate(zip(shown, completions, strict=True)):
+            usages[number].add(completion)
+            selection = read_selection(completion, 0, len(docs))
+            choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
     asked = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
-    verdicts = caller.engine.complete(
-        [caller.judge_document(rows[number], shown[number][position - 1]) for number, position in asked]
-    )
-    choices = [[] for _ in rows]
+    verdicts = caller.ask([caller.judge_document(rows[number], shown[number][position - 1]) for number, position in asked])
     for (number, position), completion in zip(asked, verdicts, strict=True):
         usages[number].add(completion)
-        if completion.texts[0].lower().startswith("yes"):
+        verdict = VERDICT.match(completion.texts[0])
+        if isinstance(choices[number], str):
+            continue
+        if not verdict:
+            reason = completion.reason("selection") or f"no selection in the model's output {completion.texts[0][:200]!r}; expected Yes or No"
+            choices[number] = f"{reason} (document {shown[number][position - 1]['id']})"
+        elif verdict[1].lower() == "yes":
             choices[number].append(position)
     return choices, usages
 
@@ -105,7 +110,7 @@ def select_gold(row: Row, docs: list[Doc], path: str) -> list[int]:
 
 
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """The rows answered; one whose selection cannot be read carries `error` instead of `response`."""
+    """The rows answered; one whose selection or answer cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: run.topn]), rows)
     if run.selector in BY_LLM:
@@ -117,7 +122,7 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         else:
             choices = [select_by_rule(run.selector, docs) for docs in shown]
     readable = [number for number, choice in enumerate(choices) if isinstance(choice, list)]
-    completions = generator.engine.complete(in_threads(
+    completions = generator.ask(in_threads(
         lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]), readable
     ))
     answers = dict(zip(readable, completions, strict=True))
@@ -126,13 +131,14 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         result = {**unanswered(row), "docs_shown": len(docs)}
         if number in answers:
             usage.add(answers[number])
+        if error := answers[number].reason("answer") if number in answers else choice:
+            result["error"] = error
+        else:
             result |= {
                 "id_list": choice,
                 "final_docs": [docs[position - 1]["id"] for position in choice],
                 "response": answers[number].texts[0],
             }
-        else:
-            result["error"] = f"no selection in the model's output {choice[:200]!r}; expected {format_ids([1, 2])} or None"
         results.append({**result, "usage": vars(usage)})
     return results
 

@@ -19,11 +19,13 @@ from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.answering import place_of
-from dynamicrag.calls import Caller, add_call_flags, load_callers, work_on_fitting
-from dynamicrag.engine import Completion, Request, Usage, add_engine_flags, engine_inputs
+from dynamicrag.calls import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
+from dynamicrag.completion import Completion, Request, Usage
+from dynamicrag.completion_cache import CompletionCache
+from dynamicrag.engine import add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import expert_sequence, format_ids, parse_ids, summarise_selections, unjudged_position
+from dynamicrag.selection import expert_sequence, format_ids, summarise_selections, unjudged_position
 from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.templates import in_threads
@@ -79,17 +81,18 @@ def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list
     return requests
 
 
-def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[tuple[str, list[int]]], list[str]]:
-    """The samples that name documents or None, as (text, positions in docs), and the texts of the others."""
-    valid, invalid = [], []
+def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[tuple[str, list[int]]], list[str], str]:
+    """The samples that name documents or None, as (text, positions in docs); the texts of the others; and why, if no text is one."""
+    valid, invalid, reason = [], [], ""
     for completion, order in samples:
-        for text in completion.texts:
-            selection = parse_ids(text, len(order))
+        for number, text in enumerate(completion.texts):
+            selection = read_selection(completion, number, len(order))
             if selection.valid:
                 valid.append((text, [order[position - 1] for position in selection.ids]))
             else:
                 invalid.append(text)
-    return valid, invalid
+                reason = reason or completion.reason("selection", number)
+    return valid, invalid, "" if valid else reason
 
 
 def expert_selection(row: Row, shown: int) -> list[int]:
@@ -109,7 +112,7 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
 
 
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
-    """Each row with its trajectories; an unreadable selection costs that trajectory, not the question."""
+    """Each row with its trajectories; an unreadable selection or answer costs that trajectory, not the question."""
     chooser, generator = callers
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     asked = [
@@ -118,12 +121,14 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
         for request, order in of_row
     ]
     samples: list[list[tuple[Completion, list[int]]]] = [[] for _ in rows]
-    for (number, _, order), completion in zip(asked, chooser.engine.complete([r for _, r, _ in asked]), strict=True):
+    for (number, _, order), completion in zip(asked, chooser.ask([r for _, r, _ in asked]), strict=True):
         samples[number].append((completion, order))
 
     results, distinct = [], {}  # distinct: (row's id, selection) -> (row, documents to answer from)
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
-        trajectories, invalid = read_selections(sampled)
+        trajectories, invalid, reason = read_selections(sampled)
+        if reason:
+            log.warning("row %s: %s", row["id"], reason)
         from_expert = [False] * len(trajectories)
         if args.include_expert:
             expert = expert_selection(row, len(docs))
@@ -146,11 +151,17 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
                 distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
 
     requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
-    answers = dict(zip(distinct, generator.engine.complete(requests), strict=True))
+    answers = dict(zip(distinct, generator.ask(requests), strict=True))
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
         for completion in mine.values():
             result["usage"].add(completion)
+        readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[tuple(ids)].reason("answer")]
+        if lost := len(result["id_lists"]) - len(readable):
+            why = next(filter(None, (completion.reason("answer") for completion in mine.values())))
+            log.warning("row %s: %d of its trajectories are left out: %s", result["id"], lost, why)
+        for key in ("id_lists", "from_expert", "selections"):
+            result[key] = [result[key][n] for n in readable]
         result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
         result["response_tokens"] = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
         result["usage"] = vars(result["usage"])
@@ -167,6 +178,7 @@ def main(argv=None):
     args = parse_args(argv)
     out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
     if out.finished:
+        CompletionCache(out.path).remove()  # left by an interruption right after the manifest
         return
     needs = ("docs", "true_id") if args.include_expert else ("docs",)
     total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
@@ -177,14 +189,16 @@ def main(argv=None):
     out.record(**place_of(callers))
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
     sample = partial(sample_trajectories, callers=callers, args=args)
-    out.process(rows, args.chunk_size, partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory), total, "sampling")
-    seen = summarise_selections(out.written())
-    log.info(
-        "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
-        "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "
-        "selections and %(distinct_answers).2f distinct answers", seen,
-    )
-    out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
+    work = partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory)
+    with asking(callers, args.output_json, args.overwrite):
+        out.process(rows, args.chunk_size, work, total, "sampling")
+        seen = summarise_selections(out.written())
+        log.info(
+            "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
+            "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "
+            "selections and %(distinct_answers).2f distinct answers", seen,
+        )
+        out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
 from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
-from dynamicrag.calls import Caller, add_call_flags, load_callers
-from dynamicrag.engine import Usage, add_engine_flags
+from dynamicrag.calls import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.completion import Usage
+from dynamicrag.engine import add_engine_flags
 from dynamicrag.records import Doc, Row
-from dynamicrag.selection import Selection, parse_ids
+from dynamicrag.selection import Selection
 from dynamicrag.stage import UserError
 from dynamicrag.templates import in_threads
 
@@ -78,18 +79,18 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
 
 
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """The rows answered; one whose last selection cannot be read carries `error` instead of `response`."""
+    """The rows answered; one whose last selection or answer cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
     usages = [Usage() for _ in rows]
 
     def choose(windows: list[Window]) -> list[Selection]:
         shown = in_threads(lambda window: (window[0], chooser.shown(rows[window[0]]["question"], window[1])), windows)
-        completions = chooser.engine.complete([
+        completions = chooser.ask([
             chooser.select(rows[number], docs, ("window", docs[0]["id"] if docs else "")) for number, docs in shown
         ])
         for (number, _), completion in zip(shown, completions, strict=True):
             usages[number].add(completion)
-        return [parse_ids(completion.texts[0], len(docs)) for (_, docs), completion in zip(shown, completions, strict=True)]
+        return [read_selection(completion, 0, len(docs)) for (_, docs), completion in zip(shown, completions, strict=True)]
 
     candidates = reduce_to_window([row["docs"][: run.topn] for row in rows], run.max_context_window, choose)
     open_questions = [number for number, docs in enumerate(candidates) if docs]
@@ -100,21 +101,22 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         number: [candidates[number][position - 1] for position in in_order(final[number].ids)] if number in final else []
         for number in readable
     }
-    completions = generator.engine.complete(in_threads(lambda number: generator.answer(rows[number], chosen[number]), readable))
+    completions = generator.ask(in_threads(lambda number: generator.answer(rows[number], chosen[number]), readable))
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):
         result = {**unanswered(row), "candidates": [doc["id"] for doc in candidates[number]]}
         if number in answers:
             usage.add(answers[number])
+        if error := answers[number].reason("answer") if number in answers else f"{final[number].reason} (last window)":
+            result["error"] = error
+        else:
             positions = {doc["id"]: position for position, doc in reversed(list(enumerate(row["docs"], start=1)))}
             result |= {
                 "id_list": [positions[doc["id"]] for doc in chosen[number]],
                 "final_docs": [doc["id"] for doc in chosen[number]],
                 "response": answers[number].texts[0],
             }
-        else:
-            result["error"] = "no selection in the model's output for the last window"
         results.append({**result, "usage": vars(usage)})
     return results
 

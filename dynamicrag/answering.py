@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dynamicrag.calls import Caller, work_on_fitting
+from dynamicrag.calls import Caller, asking, work_on_fitting
+from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Row, count_rows, read_rows
@@ -88,6 +89,9 @@ def answer_runs(
     """
     outputs = [Output(run, [run.output_json, run.remain_output_json], [run.input_json, *engine_inputs(run)]) for run in runs]
     unfinished = [(run, out) for run, out in zip(runs, outputs, strict=True) if not out.finished]
+    for out in outputs:
+        if out.finished:
+            CompletionCache(out.path).remove()  # left by an interruption right after the manifest
     if not unfinished:
         return
     skip = bool(outputs[0].reject)
@@ -98,5 +102,6 @@ def answer_runs(
         out.started = time.monotonic()  # its own time, without that of loading the models and of the runs before
         rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
         work = partial(work_on_fitting, callers=callers, work=partial(answer, callers=callers, run=run), fail=fail_unanswered)
-        out.process(rows, run.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {choice} {getattr(run, choice)}")
-        out.finish_answers()
+        with asking(callers, run.output_json, run.overwrite):
+            out.process(rows, run.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {choice} {getattr(run, choice)}")
+            out.finish_answers()

@@ -1,21 +1,36 @@
-"""OpenAI-compatible endpoints: their address, which is written to manifests, and their key, which is written nowhere."""
+"""OpenAI-compatible endpoints: their address, which is written to manifests, their key, which is written nowhere, and retries."""
 
 import os
 import re
+import time
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 
 from dynamicrag.stage import UserError
 
-BASE_URL = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d{1,5})?(/[^\s?#]*)?", re.IGNORECASE)
+BASE_URL = re.compile(
+    r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d{1,5})?(/[^\s?#]*)?(\?api-version=[\w.-]{1,40})?", re.IGNORECASE | re.ASCII
+)
+ATTEMPTS = 8
+MAX_WAIT_SECONDS = 30
+MAX_RETRY_AFTER_SECONDS = 120
+PASSING_STATUSES = (408, 409, 425, 429)  # and all from 500
+MOST_SAID = 500
+
+
+class UnreadableReply(ValueError):
+    """A reply with status 200 that is not what was asked for."""
 
 
 def check_url(flag: str, url: str, variable: str) -> str:
-    """The address without a slash at its end. Raises UserError for one with more than host and path."""
+    """The address without a slash at its end. Raises UserError for one with more than host, path and Azure's api-version."""
     if not BASE_URL.fullmatch(url):  # not shown: what is wrong with it may be the key
         raise UserError(
-            f"{flag}: expected http(s)://host[:port][/path] without user, password or query, as it is written to "
-            f"manifests: a key belongs in the environment variable {variable}"
+            f"{flag}: expected http(s)://host[:port][/path][?api-version=...] without user, password or another query, as it is "
+            f"written to manifests: a key belongs in the environment variable {variable}"
         )
-    return url.rstrip("/")
+    address, mark, query = url.partition("?")
+    return address.rstrip("/") + mark + query
 
 
 def read_key(*variables: str) -> str:
@@ -29,3 +44,65 @@ def read_key(*variables: str) -> str:
 def without_key(text: str, key: str) -> str:
     """What a server said, which may repeat the key."""
     return text.replace(key, "[key]") if key else text
+
+
+def open_client(url: str, key: str, seconds: float, **options):
+    """An openai.AsyncOpenAI of a checked address, without retries of its own. Azure takes the key in a header of its own."""
+    import openai
+
+    address, _, version = url.partition("?api-version=")
+    if version:
+        options |= {"default_query": {"api-version": version}, "default_headers": {"api-key": key} if key else None}
+    return openai.AsyncOpenAI(base_url=address, api_key=key or "none", max_retries=0, timeout=seconds, **options)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether another try may help: the server is busy or broken, cannot be reached, or replied with something else."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        # A quota that is used up has the status of a rate that is too high, and stays used up.
+        return error.code != "insufficient_quota" and (error.status_code in PASSING_STATUSES or error.status_code >= 500)
+    return isinstance(error, openai.APIConnectionError | UnreadableReply | OSError)
+
+
+def wait(state) -> float:
+    """Seconds to the next try (of a tenacity state): what the server asks for, and a random time under a bound that doubles."""
+    from tenacity import wait_random_exponential
+
+    asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
+    seconds = 0.0
+    with suppress(ValueError, OverflowError):
+        seconds = float(asked) if re.fullmatch(r"[\d.]+", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
+    return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS) + wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS)(state)
+
+
+def reason_of(error: BaseException, key: str, seconds: float) -> str:
+    """What went wrong with a call that may take `seconds`, without the key and of bounded length."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        reason = f"HTTP {error.status_code}: {message if isinstance(message, str) else repr(error.body)}"
+    elif isinstance(error, TimeoutError | openai.APITimeoutError):
+        reason = f"no whole reply within {seconds:g} s"
+    elif isinstance(error, openai.APIConnectionError):
+        reason = f"no connection ({error.__cause__ or error})"
+    else:
+        reason = str(error)
+    return without_key(reason, key)[:MOST_SAID]  # cut last, lest half of the key be left
+
+
+def count(usage: object, name: str) -> int:
+    """A number of tokens that a reply gives, 0 if it gives none."""
+    value = getattr(usage, name, 0)
+    return value if type(value) is int and value > 0 else 0
+
+
+def usable(text: object) -> str | None:
+    """The text of a message: as it is, or the text parts of a list of parts; None if there is none. Raises UnreadableReply."""
+    if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
+        text = "".join(part["text"] for part in text if part.get("type") == "text" and isinstance(part.get("text"), str)) or None
+    if not isinstance(text, str | None):
+        raise UnreadableReply(f"its content is {text!r:.100}")
+    return text.encode(errors="replace").decode() if text else text  # half a surrogate pair, which JSON allows, is no text

@@ -4,19 +4,19 @@ Requests go in as one large batch. Each carries its own seed (see stage.derive_s
 on the request and not on what it was batched with.
 """
 
-import asyncio
+import io
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
 
+from dynamicrag.completion import OPENS, Completion, Request, Sample, completion_of, refused
 from dynamicrag.device import warn_of_unused_gpus
-from dynamicrag.endpoint import check_url, read_key, without_key
 from dynamicrag.prompts import Messages
+from dynamicrag.server import ApiEngine
 from dynamicrag.stage import UserError, log
-from dynamicrag.templates import PromptTokenizer, forgeable, in_threads, read_template
+from dynamicrag.templates import AUTO, PromptTokenizer, forgeable, in_threads, load_prompts
 
 # vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
 # parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
@@ -26,54 +26,22 @@ VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns of every weight it converts
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
-API_CONCURRENCY = 64
-API_RETRIES = 5
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt. `pattern` is a regular expression the output must match; None leaves it free."""
-
-    messages: Messages
-    seed: int
-    max_tokens: int
-    n: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    pattern: str | None = None
-
-
-@dataclass
-class Usage:
-    """What a row has cost so far."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-
-    def add(self, completion: "Completion") -> None:
-        self.calls += 1
-        self.prompt_tokens += completion.prompt_tokens
-        self.generated_tokens += completion.generated_tokens
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came back for one request: `n` texts (stripped), and the tokens they cost."""
-
-    texts: list[str] = field(default_factory=list)
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+DEFAULT_WINDOW = 8192  # tokens: more costs memory that no prompt here needs
 
 
 def add_engine_flags(parser: ArgumentParser) -> None:
     """The flags of every stage that calls an LLM."""
     group = parser.add_argument_group("engine")
     group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
-    group.add_argument("--template", default="template/llama3.jinja", help="chat template, one of template/*.jinja")
-    group.add_argument("--api-base", metavar="URL", help="use an OpenAI-compatible server instead; it applies its own template")
+    group.add_argument("--template", default=AUTO, help="chat template: auto is the checkpoint's own, or else the one of template/*.jinja it was "
+                       "trained with; or one of template/*.jinja")
+    group.add_argument("--enable-thinking", nargs="?", const="on", choices=["on", "off"],
+                       help="let the model reason first, if its chat template has a switch for that (default: off, and as a server has it)")
+    group.add_argument("--api-base", metavar="URL", help="use an OpenAI-compatible server instead; it applies its own template. Azure: "
+                       "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION")
     group.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs one model is spread over")
-    group.add_argument("--max-model-len", type=int, default=8192, help="window in tokens, prompt and answer together")
+    group.add_argument("--max-model-len", type=int, help=f"window in tokens, prompt and answer together (default: {DEFAULT_WINDOW}, or the model's own if "
+                       "that is smaller)")
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory vLLM may take")
     group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="weights' type")
 
@@ -104,15 +72,49 @@ def engine_inputs(args: Namespace) -> list[str]:
     """What decides the output of an LLM stage besides its rows: template, prompts and checkpoint folders."""
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
-    files = filter(None, [args.template, args.reranker_template, args.prompts])
+    files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
     return [*files, *(name for name in checkpoints if Path(name).is_dir())]
 
 
 def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     """The engine the flags of add_engine_flags ask for."""
     if args.api_base:
-        return ApiEngine(args.api_base, args.llm_model)
+        return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
+
+
+def model_window(model: str) -> int | None:
+    """The longest sequence a model's config.json allows, in tokens; None if it does not say."""
+    from transformers import PretrainedConfig
+
+    from dynamicrag.checkpoints import loading
+
+    with loading(model, "a language model"):
+        config, _ = PretrainedConfig.get_config_dict(model)
+        config = {**config, **(config.get("text_config") or {})}
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+        windows = [config[name] for name in names if type(config.get(name)) is int and config[name] > 0]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if windows and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+            windows = [int((rope.get("original_max_position_embeddings") or min(windows)) * rope.get("factor", 1))]
+    return min(windows, default=None)
+
+
+def window_of(model: str, asked: int | None) -> int:
+    """--max-model-len, by default the smaller of DEFAULT_WINDOW and the model's own. Raises UserError for more than its own."""
+    own = model_window(model)
+    if asked and own and asked > own and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, or leave it out")
+    if not asked and own and own < DEFAULT_WINDOW:
+        log.info("--max-model-len is %d, the window of %s", own, model)
+    return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
+
+
+def bars_are_off() -> bool:
+    """Whether tqdm shows no bars (TQDM_DISABLE=1): vLLM's own divides by the time that such a bar does not measure."""
+    from tqdm import tqdm
+
+    return tqdm(total=1, file=io.StringIO()).disable
 
 
 def bind_cores(cores: set[int], ranks: int) -> str:
@@ -147,33 +149,46 @@ def prepare_vllm(ranks: int = 1) -> bool:
 
 
 class VllmEngine:
-    """vLLM in process. Prompts are rendered with our own template and handed over as token ids."""
+    """vLLM in process. Prompts are rendered with a chat template chosen here and handed over as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        chat_template = read_template(args.template)
-        self.max_model_len = args.max_model_len
+        """Raises UserError for a template that is not the model's, and for whatever vLLM refuses."""
+        # What can be refused without the weights is, before they are loaded.
+        self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
+        self.max_model_len = window_of(model, args.max_model_len)
         on_cpu = prepare_vllm(args.tensor_parallel_size)
         from vllm import LLM
 
         # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
         # prompts in blocks of 128 tokens: each of several samples would read what is left over of its prompt again.
-        on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": args.max_model_len, "block_size": 32} if on_cpu else {}
+        on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": self.max_model_len, "block_size": 32} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
-        self._llm = LLM(
-            model=model,
-            tensor_parallel_size=args.tensor_parallel_size,
-            max_model_len=args.max_model_len,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
-            enable_prefix_caching=True,
-            enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
-            generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
-            **on_a_cpu,
-        )
-        self._prompts = PromptTokenizer(self._llm.get_tokenizer(), chat_template)
-        if tokens := forgeable(chat_template, self._prompts.tokenizer):
+        try:
+            self._llm = LLM(
+                model=model,
+                tensor_parallel_size=args.tensor_parallel_size,
+                max_model_len=self.max_model_len,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
+                enable_prefix_caching=True,
+                enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
+                generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
+                **on_a_cpu,
+            )
+        except Exception as error:  # for what does not suit it, it raises whatever its libraries do
+            raise UserError(f"{model}: vLLM cannot load it: {_refusal(error)}; see --max-model-len, --dtype, --gpu-memory-utilization "
+                            "and --tensor-parallel-size, or give another --llm-model") from error
+        tokenizer = self._prompts.tokenizer
+        if tokens := forgeable(self._prompts.chat_template, tokenizer):
             log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/prompts.py "
-                        "before you train", args.template, ", ".join(tokens))
+                        "before you train", self._prompts.name, ", ".join(tokens))
+        if self._prompts.opens_reasoning:
+            log.warning("%s opens the model's reasoning; a selection that is constrained (--constrain-ids on) is written without any, "
+                        "and the limits of tokens count the reasoning", self._prompts.name)
+        # Tags that are special tokens would be taken out of the text, and leave the reasoning in it.
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
+        self._tags_are_special = len(self._special) < len(special)
 
     def place(self) -> dict[str, str]:
         """The name of the device, and the type in which it computes: what `--dtype auto` came to."""
@@ -186,81 +201,46 @@ class VllmEngine:
         return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
 
     def complete(self, requests: list[Request]) -> list[Completion]:
-        """Run all requests as one batch, in order. Raises UserError for a prompt longer than the window."""
+        """Run all requests as one batch, in order. A prompt longer than the window is a completion without a text, and the reason."""
         if not requests:
             return []
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        prompts, params = [], []
+        prompts, params, asked = [], [], []
+        completions: list[Completion | None] = [None] * len(requests)
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
-        for request, ids in zip(requests, ids_of_requests, strict=True):
+        for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
             if len(ids) + request.max_tokens > self.max_model_len:
-                raise UserError(
-                    f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} for the answer within "
-                    f"--max-model-len {self.max_model_len}; its question begins {request.messages[-1]['content'][:80]!r}"
-                )
+                completions[number] = refused(request, f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} ({request.limit}) "
+                                                       f"within --max-model-len {self.max_model_len}")
+                continue
+            asked.append(number)
             prompts.append({"prompt_token_ids": ids})
             params.append(SamplingParams(
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
-                max_tokens=request.max_tokens, seed=request.seed,
+                max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
                 structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
             ))
-        outputs = self._llm.generate(prompts, params, use_tqdm=True)
-        return [
-            Completion(
-                texts=[sample.text.strip() for sample in output.outputs],
+        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if asked else []
+        for number, output in zip(asked, outputs, strict=True):
+            completions[number] = completion_of(
+                [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
                 prompt_tokens=len(output.prompt_token_ids),
                 generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
+                opened=self._prompts.opens_reasoning,
             )
-            for output in outputs
-        ]
+        return completions
+
+    def _readable(self, text: str) -> str:
+        """A text without special tokens, but for the tags of reasoning."""
+        for token in self._special if self._tags_are_special else ():
+            text = text.replace(token, "")
+        return text
 
 
-class ApiEngine:
-    """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY alone."""
-
-    def __init__(self, base_url: str, model: str):
-        """Raises UserError for a base URL with more than host and path, and for a key no header can hold."""
-        self._base_url = check_url("--api-base", base_url, "OPENAI_API_KEY")
-        self._key = read_key("OPENAI_API_KEY")
-        self._model = model
-
-    def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """The server's window is not known here: whatever it refuses ends the run with its own message."""
-        return True
-
-    def complete(self, requests: list[Request]) -> list[Completion]:
-        """Run all requests, at most API_CONCURRENCY at a time, in order. Raises UserError where the server refuses."""
-        return asyncio.run(self._complete_all(requests))
-
-    async def _complete_all(self, requests: list[Request]) -> list[Completion]:
-        import openai
-        from tqdm.asyncio import tqdm
-
-        slots = asyncio.Semaphore(API_CONCURRENCY)
-        async with openai.AsyncOpenAI(base_url=self._base_url, api_key=self._key or "none", max_retries=API_RETRIES) as client:
-
-            async def complete(request: Request) -> Completion:
-                try:
-                    async with slots:
-                        reply = await client.chat.completions.create(
-                            model=self._model, messages=request.messages, n=request.n, seed=request.seed,
-                            max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
-                            extra_body={"structured_outputs": {"regex": request.pattern}} if request.pattern else None,
-                        )
-                    texts = [(choice.message.content or "").strip() for choice in reply.choices]
-                    texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair, which JSON allows, is no text
-                    used = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
-                    if not all(type(count) is int for count in used):
-                        raise TypeError(f"usage is {used}")
-                except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:  # what parsing JSON and reading it raise
-                    raise UserError(without_key(f"{self._base_url}: its reply is no chat completion ({error})", self._key)) from error
-                if len(texts) < request.n:
-                    raise UserError(f"{self._base_url}: returned {len(texts)} of n={request.n} samples; it does not support n")
-                return Completion(texts, *used)
-
-            try:
-                return await tqdm.gather(*map(complete, requests), unit="request")
-            except openai.OpenAIError as error:
-                raise UserError(without_key(f"{self._base_url}: {error}", self._key)) from error
+def _refusal(error: Exception) -> str:
+    """What vLLM refuses, in one line: a pydantic error has a heading and an ending that say nothing."""
+    if hasattr(error, "errors") and (errors := error.errors()):
+        return str(errors[0].get("msg", error)).removeprefix("Value error, ")
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,30 +8,37 @@ OPENAI_API_KEY) alone and is written nowhere; where a server repeats it, it is t
 import asyncio
 import hashlib
 import re
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import orjson
 
-from dynamicrag.endpoint import check_url, read_key, without_key
+from dynamicrag import endpoint
+from dynamicrag.completion import Sample, read_sample
+from dynamicrag.endpoint import (
+    UnreadableReply,
+    check_url,
+    count,
+    open_client,
+    passes,
+    read_key,
+    reason_of,
+    usable,
+    wait,
+)
 from dynamicrag.judge_cache import GradeCache
 from dynamicrag.prompts import Messages
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, log
 
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 POINTS = 20
-ATTEMPTS = 8
 TIMEOUT_SECONDS = 60  # for the whole of a call, however its bytes trickle
-MAX_WAIT_SECONDS = 30
-MAX_RETRY_AFTER_SECONDS = 120
 MAX_TOKENS = 1024  # the grades are about 50; a model that reasons first needs more
+MAX_REASONING_TOKENS = 16384  # what it may get in the end
+_LIMITS = {"max_tokens", "max_completion_tokens"}  # the names servers have for it
 # What cannot be read (spaces up to MAX_TOKENS, say, which any JSON schema allows) comes back the same at temperature 0.
 RETRY_TEMPERATURE = 0.7
-PASSING_STATUSES = (408, 409, 429)  # and all from 500
 # Points are enumerated: a range (minimum, maximum) is refused by OpenAI for fine-tuned models and by other vendors'
 # strict modes always, while an endpoint that takes a schema takes an enumeration.
 SCHEMA = {
@@ -45,8 +52,16 @@ REPLY_FORMATS = {
 }
 
 
-class UnreadableGrade(ValueError):
+class UnreadableGrade(UnreadableReply):
     """The judge's reply is not five numbers in range."""
+
+
+class _CutOffReasoning(UnreadableGrade):
+    """The judge's reply ended at `limit` tokens while it was reasoning."""
+
+    def __init__(self, reason: str, limit: int):
+        super().__init__(reason)
+        self.limit = limit
 
 
 class _LimitReached(Exception):
@@ -137,12 +152,12 @@ class Judge:
         import openai
         from tqdm import tqdm
 
-        async def count(response) -> None:  # before the body is read: one that is cut off may be paid for too
+        async def count_call(response) -> None:  # before the body is read: one that is cut off may be paid for too
             self.usage.calls += response.status_code == 200
 
-        client = openai.AsyncOpenAI(
-            base_url=self._base_url, api_key=self._secret or "none", max_retries=0, timeout=TIMEOUT_SECONDS,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [count]}),
+        client = open_client(
+            self._base_url, self._secret, TIMEOUT_SECONDS,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [count_call]}),
         )
         waiting = enumerate(missing.items())
         failures: dict[int, UserError] = {}
@@ -173,13 +188,23 @@ class Judge:
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
         changed = {}
-        async for attempt in AsyncRetrying(retry=retry_if_exception(_passes), stop=stop_after_attempt(ATTEMPTS), wait=_wait, reraise=True):
+        async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=stop_after_attempt(endpoint.ATTEMPTS), wait=wait, reraise=True):
             with attempt:
                 try:
                     return await self._call(client, messages, changed)
+                except _CutOffReasoning as error:
+                    self._allow_more_tokens(error.limit)
+                    raise
                 except UnreadableGrade:
                     changed = {"temperature": RETRY_TEMPERATURE}
                     raise
+
+    def _allow_more_tokens(self, limit: int) -> None:
+        """Raise the limit for the rest of the run, unless another call has done so: what this judge reasons does not fit."""
+        [name] = _LIMITS & self._options.keys()
+        if self._options[name] == limit < MAX_REASONING_TOKENS:
+            self._options[name] = min(limit * 4, MAX_REASONING_TOKENS)
+            log.warning("the judge %s reasons for more than %d tokens; it may now write %d", self._model, limit, self._options[name])
 
     async def _call(self, client, messages: Messages, changed: dict[str, float]) -> float:
         import openai
@@ -193,9 +218,12 @@ class Judge:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 reply = await client.chat.completions.create(model=self._model, messages=messages, **options)
-            self.usage.prompt_tokens += _tokens(reply.usage, "prompt_tokens")
-            self.usage.generated_tokens += _tokens(reply.usage, "completion_tokens")
-            text = reply.choices[0].message.content
+            self.usage.prompt_tokens += count(reply.usage, "prompt_tokens")
+            self.usage.generated_tokens += count(reply.usage, "completion_tokens")
+            [choice, *_] = reply.choices
+            message = choice.message
+            reasoned = bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
+            sample = Sample(usable(message.content), choice.finish_reason, reasoned)
         except openai.BadRequestError as error:
             # OpenAI's newer models refuse a temperature and have another name for max_tokens: neither is sent again.
             if error.param not in ("temperature", "max_tokens") or error.param not in options or "unsupported" not in str(error.code):
@@ -206,46 +234,23 @@ class Judge:
             return await self._call(client, messages, changed)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
             raise UnreadableGrade(f"not a chat completion: {error!r}") from error
-        return parse_grade(text if isinstance(text, str) else "")
+        [limit] = _LIMITS & options.keys()
+        text, reason = read_sample(sample, options[limit])
+        if reason and sample.finish_reason == "length" and (sample.reasoned or sample.text):
+            raise _CutOffReasoning(reason, options[limit])
+        if reason:
+            raise UnreadableGrade(reason)
+        return parse_grade(text)
 
     def _explained(self, row: str, error: Exception) -> UserError:
         import openai
 
         advice = "The grades so far are cached: run again to continue"
-        if isinstance(error, openai.APIStatusError):
-            reason = f"HTTP {error.status_code}: {error.body!r}"
-            if error.status_code in (400, 422) and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
-                others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
-                advice = f"If the endpoint cannot do response_format {self._format_name}, try --judge-format {others}"
-        elif isinstance(error, TimeoutError | openai.APITimeoutError):
-            reason = f"no whole reply within {TIMEOUT_SECONDS} s"
-        else:
-            reason = str(error.__cause__ or error) if isinstance(error, openai.APIConnectionError) else str(error)
-        reason = without_key(reason, self._secret)  # before it is cut, lest half of the key be left
-        how = f"failed {ATTEMPTS} times" if _passes(error) else "refused"
-        return UserError(f"row {row}: the judge {self._model} {how}: {reason[:500]}. {advice}")
+        reason = reason_of(error, self._secret, TIMEOUT_SECONDS)
+        malformed = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
+        if malformed and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
+            others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
+            advice = f"If the endpoint cannot do response_format {self._format_name}, try --judge-format {others}"
+        how = f"failed {endpoint.ATTEMPTS} times" if passes(error) else "refused"
+        return UserError(f"row {row}: the judge {self._model} {how}: {reason}. {advice}")
 
-
-def _passes(error: BaseException) -> bool:
-    """Whether another try may help."""
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code in PASSING_STATUSES or error.status_code >= 500
-    return isinstance(error, openai.APIConnectionError | UnreadableGrade | OSError)
-
-
-def _wait(state) -> float:
-    """Seconds to the next try: what the server asks for, and a random time under a bound that doubles."""
-    from tenacity import wait_random_exponential
-
-    asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
-    seconds = 0.0
-    with suppress(ValueError, OverflowError):
-        seconds = float(asked) if re.fullmatch(r"[\d.]+", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
-    return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS) + wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS)(state)
-
-
-def _tokens(usage, name: str) -> int:
-    value = getattr(usage, name, 0)
-    return value if isinstance(value, int) else 0

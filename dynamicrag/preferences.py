@@ -6,7 +6,7 @@ import statistics
 from typing import NamedTuple
 
 from dynamicrag.records import Row
-from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.tasks import target_answer, task_of_row
 
 PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")
 
@@ -64,7 +64,7 @@ def worth_learning_from(row: Row, keep_mean: tuple[float, float]) -> bool:
 
     Where the data set scores by ROUGE no answer is right or wrong, and every row is kept.
     """
-    if not row["score_terms"] or task_of(row.get("dataset")).metric == "rouge":
+    if not row["score_terms"] or task_of_row(row).metric == "rouge":
         return bool(row["score_terms"])
     low, high = keep_mean
     return low <= statistics.fmean(terms["em"] for terms in row["score_terms"]) <= high

@@ -1,21 +1,27 @@
 """Every prompt of the project, once. Training rows, sampling and inference all call these functions, so that what a
 model is trained on and what it is asked later are the same bytes.
 
-A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`).
+A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`). Besides words
+it may change the separator between documents, and the numbers in the answering prompt (`numbers: original`, those of all the
+documents retrieved); ask without a system prompt (`system: null`); and give data sets other instructions:
+
+    generator: {system: null, separator: "\\n", numbers: original}
+    instructions: {nq: Answer in one word.}
 """
 
 import re
 import string
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynamicrag.records import Doc
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import dataset_named, task_of_row
 
 Messages = list[dict[str, str]]
 
-DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
+DEFAULT_PROMPTS: dict[str, dict[str, str | None]] = {
     "reranker": {
         "system": "You choose the documents that are needed to answer a question.",
         "user": (
@@ -25,6 +31,7 @@ DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
         ),
         # The identifier stands on both sides of the text: a small model copies it more reliably from the near side.
         "document": "[{n}] {title}\n{text} [{n}]",
+        "separator": "\n\n",
     },
     "pointwise": {
         "system": "You judge whether a document is needed to answer a question.",
@@ -36,6 +43,8 @@ DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
         "user": "{documents}\n\nQuestion: {question}\n{instruction}",
         "user_without_documents": "Question: {question}\n{instruction}",
         "document": "[{n}] {title}\n{text}",
+        "separator": "\n\n",
+        "numbers": "new",
     },
     "judge": {
         "system": "You grade answers strictly and fairly.",
@@ -49,8 +58,9 @@ DEFAULT_PROMPTS: dict[str, dict[str, str]] = {
 }
 # What chat templates mark turns with. A tokenizer reads these in a document as it reads them from the template, so that a
 # document could end its turn and begin another; with a space after the first character they are nothing but text.
-TURN_MARKERS = re.compile(r"<(?=\||/?s>|<?/?SYS>>)|\[(?=/?INST\])")
+TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
 MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
+NUMBERS = ("new", "original")
 PLACEHOLDERS = {
     ("reranker", "user"): {"question", "documents"},
     ("reranker", "document"): {"n", "title", "text"},
@@ -60,6 +70,12 @@ PLACEHOLDERS = {
     ("generator", "user_without_documents"): {"question", "instruction"},
     ("generator", "document"): {"n", "title", "text"},
     ("judge", "user"): {"question", "answers", "response"},
+}
+# Without these a prompt asks for something else.
+REQUIRED = {
+    ("reranker", "user"): {"question", "documents"}, ("pointwise", "user"): {"question", "documents"},
+    ("generator", "user"): {"question", "documents"}, ("generator", "user_without_documents"): {"question"},
+    **{(name, "document"): {"text"} for name in ("reranker", "pointwise", "generator")}, ("judge", "user"): {"response"},
 }
 
 
@@ -76,8 +92,9 @@ class Prompts:
     """The prompts in use: the project's own, or those of a YAML file over them."""
 
     def __init__(self, path: str | None = None):
-        """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder the prompt does not have, or a turn marker."""
+        """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder too many or too few, or a turn marker."""
         self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
+        self._instructions: dict[str, str] = {}
         if path is not None:
             self._override(Path(path))
 
@@ -85,54 +102,82 @@ class Prompts:
         given = read_yaml(path, "prompts")
         if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
             raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
+        for dataset, text in given.pop("instructions", {}).items():
+            self._instructions[dataset_named(str(dataset)) or str(dataset)] = self._checked(f"{path}: instructions.{dataset}", text, set(), set()).format()
         for name, parts in given.items():
             for part, text in parts.items():
                 where = f"{path}: {name}.{part}"
                 if part not in self._texts.get(name, {}):
                     raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
-                if not isinstance(text, str) or not text.strip():
-                    # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
-                    raise UserError(f"{where}: expected a text that is not empty")
-                if marker := TURN_MARKERS.search(text):
-                    found = text[marker.start() : marker.start() + 20]
-                    raise UserError(f"{where}: {found!r} begins with what a chat template marks turns with; a prompt is the text between")
-                try:
-                    fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-                except ValueError as error:
-                    raise UserError(f"{where}: {error}; a literal brace is written twice") from error
-                known = PLACEHOLDERS.get((name, part), set())
-                for _, field, form, conversion in fields:
-                    if field not in known or form or conversion:
-                        known_names = ", ".join(f"{{{placeholder}}}" for placeholder in sorted(known)) or "none"
-                        raise UserError(f"{where}: unknown placeholder {{{field}}}; there are {known_names}, without format")
-                self._texts[name][part] = text
+                if part == "system" and text is None:
+                    self._texts[name][part] = None
+                    continue
+                if part == "numbers" and text not in NUMBERS:
+                    raise UserError(f"{where}: expected {' or '.join(NUMBERS)}, got {text!r}")
+                known, required = PLACEHOLDERS.get((name, part), set()), REQUIRED.get((name, part), set())
+                self._texts[name][part] = self._checked(where, text, known, required, blank=part == "separator")
+
+    @staticmethod
+    def _checked(where: str, text: object, known: set[str], required: set[str], blank: bool = False) -> str:
+        """A text with some of the `known` placeholders, all of the `required`; `blank`: it may be nothing but spaces."""
+        if not isinstance(text, str) or not (text if blank else text.strip()):
+            # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
+            raise UserError(f"{where}: expected a text that is not empty")
+        if marker := TURN_MARKERS.search(text):
+            found = text[marker.start() : marker.start() + 20]
+            raise UserError(f"{where}: {found!r} begins with what a chat template marks turns with; a prompt is the text between")
+        try:
+            fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; a literal brace is written twice") from error
+        for _, field, form, conversion in fields:
+            if field not in known or form or conversion:
+                known_names = ", ".join(f"{{{placeholder}}}" for placeholder in sorted(known)) or "none"
+                raise UserError(f"{where}: unknown placeholder {{{field}}}; there are {known_names}, without format")
+        if missing := sorted(required - {field for _, field, _, _ in fields}):
+            raise UserError(f"{where}: has no {{{missing[0]}}}; a prompt without it does not ask the question")
+        return text
+
+    def instruction(self, row: Mapping) -> str:
+        """What the generator is told about the form of a row's answer: by the file, else as the row's task has it."""
+        return self._instructions.get(row.get("dataset") or "") or task_of_row(row).instruction
 
     def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
-        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1."""
+        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
+
+        The form that the prompt names and that models are trained to write is `[2], [1]`, or `None`. Which other forms count
+        in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        """
         return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
 
     def pointwise(self, question: str, doc: Doc) -> Messages:
-        """Asks whether one document is needed."""
+        """Asks whether one document is needed. The answer has to begin with Yes or No."""
         return self._messages("pointwise", "user", question=question, documents=self._documents("pointwise", [doc]))
 
-    def generator(self, question: str, docs: Sequence[Doc], instruction: str) -> Messages:
-        """Asks for the answer from `docs`, numbered from 1 in the order given, or from no document."""
+    def generator(self, question: str, docs: Sequence[Doc], instruction: str, numbers: Sequence[int] | None = None) -> Messages:
+        """Asks for the answer from `docs`, or from no document.
+
+        They are numbered from 1 in the order given, or, if the file asks for original numbers, by `numbers`: their 1-based
+        positions in the documents they were chosen from.
+        """
         if not docs:
             return self._messages("generator", "user_without_documents", question=question, instruction=instruction)
-        documents = self._documents("generator", docs)
+        documents = self._documents("generator", docs, numbers if self._texts["generator"]["numbers"] == "original" else None)
         return self._messages("generator", "user", question=question, documents=documents, instruction=instruction)
 
     def judge(self, question: str, answers: Sequence[str], response: str) -> Messages:
         """Asks for five grades of 0 to 20 points."""
         return self._messages("judge", "user", question=question, answers="; ".join(answers), response=response)
 
-    def _documents(self, name: str, docs: Sequence[Doc]) -> str:
-        block = self._texts[name]["document"]
-        return "\n\n".join(block.format(n=n, title=doc["title"], text=doc["text"]) for n, doc in enumerate(docs, start=1))
+    def _documents(self, name: str, docs: Sequence[Doc], numbers: Sequence[int] | None = None) -> str:
+        parts = self._texts[name]
+        numbered = zip(numbers or range(1, len(docs) + 1), docs, strict=True)
+        return parts.get("separator", "\n\n").format().join(parts["document"].format(n=n, title=doc["title"], text=doc["text"]) for n, doc in numbered)
 
     def _messages(self, name: str, user: str, **fields: str) -> Messages:
+        system = self._texts[name]["system"]
         return [
-            {"role": "system", "content": self._texts[name]["system"].format()},
+            *([{"role": "system", "content": system.format()}] if system else []),
             {"role": "user", "content": as_text(self._texts[name][user].format(**fields))},
         ]
 
@@ -159,14 +204,16 @@ def read_yaml(path: Path, of: str) -> object:
 
 
 def _names() -> list[str]:
-    return [f"{name}.{part}" for name, parts in DEFAULT_PROMPTS.items() for part in parts]
+    return [*(f"{name}.{part}" for name, parts in DEFAULT_PROMPTS.items() for part in parts), "instructions.DATASET"]
 
 
 def training_row(messages: Messages, **targets: str) -> dict[str, str]:
     """A LLaMA-Factory row: the user turn is the instruction, the system prompt has its own column, input is empty.
 
-    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO.
+    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a system turn.
     """
+    if len(messages) != 2:  # LLaMA-Factory would put a system prompt of its own in its place
+        raise UserError("--prompts: system: null is for asking a checkpoint that was trained so; give a text to train with")
     system, user = messages
     answers = {name: as_text(target) for name, target in targets.items()}
     return {"instruction": user["content"], "input": "", **answers, "system": system["content"]}

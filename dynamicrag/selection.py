@@ -1,28 +1,48 @@
 """Identifiers: how a selection of documents is written, and how what a model wrote is read.
 
 A selection is an ordered list of 1-based positions into the documents shown: `[3], [1]`, or `None` for no document.
+Models are trained to write it so; what others write is read by parse_ids, which says which forms count.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dynamicrag.records import Doc, Row
 
 NO_DOCUMENT = "None"
 EXPERT_LENGTH = 14  # longest expert sequence, as published
-_IDENTIFIER = re.compile(r"\[\s*(\d+)\s*\]", re.ASCII)
-_NONE = re.compile(r"\bnone\b", re.IGNORECASE)
+# The words of a list besides its numbers. Anything else makes a text prose.
+_TOKEN = re.compile(
+    r"\s*(?:(?P<n>\d+)|(?P<o>\[)|(?P<c>\])|(?P<s>[,;>&]|and\b)|(?P<r>[-\u2013\u2014]|to\b)|(?P<x>none\b)"
+    r"|(?P<w>(?:documents?|docs?|passages?|identifiers?|ids?|no\.|\#)(?![a-z])))",
+    re.IGNORECASE | re.ASCII,
+)
+# A list by the kinds of its tokens, brackets aside: numbers and ranges, each perhaps after a word, with separators between.
+_LIST = re.compile(r"w?n(?:rw?n)?(?:s+w?n(?:rw?n)?)*s*")
+_LEAD_IN = re.compile(
+    r"\s*(?:(?:so|the|my|final|best|most|important|relevant|needed|required|necessary|useful|selected|chosen|selection|answer|output|"
+    r"result|list|ranking|documents?|docs?|passages?|identifiers?|ids?|numbers?|is|are|i|choose|select|need)[\s_]+){0,8}"
+    r"(?:answer|selection|output|result|list|ranking|documents?|docs?|passages?|identifiers?|ids?|numbers?|is|are|needed|required|"
+    r"relevant|necessary|selected|chosen|choose|select|need)\s*:", re.IGNORECASE | re.ASCII,
+)
+_OTHER_FORMS = str.maketrans({
+    "\uff3b": "[", "\uff3d": "]", "\u3010": "[", "\u3011": "]", "\u3014": "[", "\u3015": "]", "\uff0c": ",", "\u3001": ",", "\uff1b": ";",
+    "\uff1a": ":", "\uff1e": ">", "\u3002": ".", "*": None, "`": None, '"': None,
+})
+_BULLET = re.compile(r"^[ \t]*[-\u2022][ \t]+", re.MULTILINE)
+_MOST_SAID = 200
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was read from a model's output. `valid` is False where it named no document shown and did not say None."""
+    """What was read from a model's output. If it is not `valid`, `reason` says why: no list, or a list of no document shown."""
 
     ids: list[int]
     valid: bool
     out_of_range: int = 0
     repeated: int = 0
+    reason: str = field(default="", compare=False)
 
 
 def format_ids(ids: Sequence[int]) -> str:
@@ -30,26 +50,90 @@ def format_ids(ids: Sequence[int]) -> str:
     return ", ".join(f"[{position}]" for position in ids) or NO_DOCUMENT
 
 
-def parse_ids(text: str, n_docs: int) -> Selection:
-    """Read a selection among `n_docs` documents from any text; the inverse of format_ids on what that writes.
+def parse_ids(text: str, n_docs: int, cut_off: bool = False) -> Selection:
+    """Read a selection among `n_docs` documents from a model's output; the inverse of format_ids on what that writes.
 
-    Identifiers `[n]` are taken in order; repeats and anything outside 1..n_docs are dropped and counted. Without any
-    identifier the word None is the empty selection. Everything else is invalid, which is not the same as None.
+    The output is a list, or ends with one: it is the list, or its last paragraph is, or its last line is one after a lead-in
+    with a colon ("Answer:", "The needed documents are:"), which the other two may have as well. A list is `None`, or numbers
+    as `[3], [1]`, `[3, 1]`, `[3][1]`, `3, 1`, `Doc 3` or `[3] > [1]`, one a line if need be, with full-width brackets and
+    commas, Markdown's marks and bullets, and ascending ranges (`[1]-[3]`, `1-3`). In prose nothing is read: "Document 3 is needed,
+    none of the others" is no list, and so is a list with prose after it.
+
+    Identifiers are taken in order; repeats and anything outside 1..n_docs are dropped and counted. `None` alone is the empty
+    selection. Everything else is invalid, which is not the same as None. With `cut_off` the output ends where a limit was
+    reached: a last number without its bracket or comma may be half of one, and is not read.
     """
-    ids: list[int] = []
+    ids: dict[int, None] = {}
     out_of_range = repeated = 0
-    for match in _IDENTIFIER.finditer(text):
-        digits = match[1].lstrip("0")
-        # More digits than n_docs has cannot be in range, and int() refuses thousands of them.
-        position = int(digits) if digits and len(digits) <= len(str(n_docs)) else 0
-        if not 1 <= position <= n_docs:
-            out_of_range += 1
-        elif position in ids:
-            repeated += 1
-        else:
-            ids.append(position)
-    says_none = not out_of_range and _NONE.search(text) is not None
-    return Selection(ids, bool(ids) or says_none, out_of_range, repeated)
+    numbers = _final_list(text, cut_off)
+    for first, last in numbers or ():
+        inside = range(max(first, 1), min(last, n_docs) + 1)
+        out_of_range += last - first + 1 - len(inside)
+        repeated += sum(position in ids for position in inside)
+        ids.update(dict.fromkeys(inside))
+    valid = bool(ids) or numbers == []
+    said = f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {format_ids([1, 2])} or {NO_DOCUMENT}, among {n_docs} documents"
+    return Selection(list(ids), valid, out_of_range, repeated, "" if valid else said)
+
+
+def _final_list(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
+    """The ranges of the list that a text is or ends with, [] for None, or None if there is no list."""
+    text = _BULLET.sub("", text.translate(_OTHER_FORMS).strip())
+    whole = _ranges(_without_lead_in(text), cut_off)
+    if whole is not None:
+        return whole
+    before, _, last = text.rpartition("\n")
+    lead_in = _LEAD_IN.match(last)
+    if lead_in and last[lead_in.end() :].strip():
+        return _ranges(last[lead_in.end() :], cut_off)
+    before, gap, paragraph = text.rpartition("\n\n")
+    heading = before.rstrip().rpartition("\n")[2].rstrip()
+    if not gap or (heading.endswith(":") and not _LEAD_IN.fullmatch(heading)):  # "Not needed:", and its list
+        return None
+    return _ranges(_without_lead_in(paragraph), cut_off)
+
+
+def _without_lead_in(text: str) -> str:
+    lead_in = _LEAD_IN.match(text)
+    return text[lead_in.end() :] if lead_in else text
+
+
+def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
+    """A text that is a list as (first, last) of each of its items, [] for None; None for a text that is no list."""
+    if cut_off:
+        text = text.rstrip("0123456789")
+    kinds, numbers, depth, at = [], [], 0, 0
+    text = text.strip().removesuffix(".")
+    while token := _TOKEN.match(text, at):
+        kind = token.lastgroup
+        if kinds and "\n" in text[at : token.start(kind)] and kind not in "cs":
+            kinds.append("s")
+        elif kind == "o" and text[at - 1 : at] == "]":
+            kinds.append("s")  # [3][1], [3] [1]
+        at = token.end()
+        if kind in "oc":
+            depth += 1 if kind == "o" else -1
+            if depth < 0:
+                return None
+            continue
+        kinds.append(kind)
+        if kind == "n":
+            digits = token[kind].lstrip("0")
+            # int() refuses thousands of digits
+            numbers.append(int(digits or 0) if len(digits) < 10 else 10**9)
+    shape = "".join(kinds)
+    if text[at:].strip() or (depth and not cut_off):
+        return None
+    if shape == "x":
+        return []
+    if not _LIST.fullmatch(shape):
+        return None
+    ranges, taken = [], iter(numbers)
+    for item in shape.replace("w", "").replace("nrn", "r").replace("s", ""):
+        first = next(taken)
+        ranges.append((first, next(taken) if item == "r" else first))
+    # [3]-[1] may mean the two as well as the three.
+    return ranges if all(first <= last for first, last in ranges) else None
 
 
 def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | None:

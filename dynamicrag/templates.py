@@ -7,6 +7,7 @@ rendered once in a process of its own, which is ended where it takes more.
 
 import hashlib
 import os
+import re
 import resource
 import threading
 from array import array
@@ -17,8 +18,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+from dynamicrag.completion import OPENS
 from dynamicrag.prompts import Messages, as_text
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, log
+
+AUTO = "auto"
+FOLDER = Path(__file__).resolve().parents[1] / "template"
+# What marks turns, where it is a token of its own: <|im_start|>, Gemma's <start_of_turn>, DeepSeek's with wide bars.
+MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_\w{1,20}>|<\uff5c[^<>\uff5c]{1,40}\uff5c>")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -41,8 +48,8 @@ def read_template(path: str) -> str:
     return text
 
 
-def try_template(text: str, path: str, messages: Messages) -> None:
-    """Render a chat template once in a process of its own. Raises UserError where it is not Jinja, or does not write the last message."""
+def try_template(text: str, name: str, messages: Messages) -> None:
+    """Render a chat template within bounds. Raises UserError, with `name`, if it is not Jinja or does not write the last message."""
     import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it anew
 
     context = get_context("fork")
@@ -59,7 +66,7 @@ def try_template(text: str, path: str, messages: Messages) -> None:
         process.join()
         receiver.close()
     if said:
-        raise UserError(f"{path}{said.decode(errors='replace')}")
+        raise UserError(f"{name}{said.decode(errors='replace')}")
 
 
 def _try(text: str, messages: Messages, sender: Connection) -> None:
@@ -72,7 +79,7 @@ def _try(text: str, messages: Messages, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     wrong = ""
     try:
-        [rendered], _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=True, **TOKENS)
+        [rendered], _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=True, **TOKENS, **_fixed(text))
         if messages[-1]["content"] not in rendered:
             wrong = f": the chat template does not write the {messages[-1]['role']}'s turn"
     except jinja2.TemplateSyntaxError as error:
@@ -89,25 +96,48 @@ def forgeable(template: str, tokenizer) -> list[str]:
     return sorted(token for token in written if as_text(token) == token)
 
 
+def _fixed(template: str, thinking: bool = False) -> dict[str, object]:
+    """What a template may ask for: the switch of reasoning, and the date that Llama 3.1's writes where it has no clock."""
+    return {
+        **({"enable_thinking": thinking} if "enable_thinking" in template else {}),
+        **({"date_string": "26 Jul 2024"} if "date_string" in template else {}),
+    }
+
+
 class PromptTokenizer:
     """Messages as the token ids of a prompt, by one chat template and one tokenizer. May be called from several threads.
 
     A prompt is measured when its documents are chosen and needed again when it is sent: the ids of the latest prompts
-    are kept, since a prompt of 5,000 tokens takes 10 ms.
+    are kept, since a prompt of 5,000 tokens takes 10 ms. `name` is what errors call the template; with `fold_system` the
+    system prompt begins the user turn, for a template that has no place for it.
     """
 
-    def __init__(self, tokenizer, chat_template: str):
+    def __init__(self, tokenizer, chat_template: str, name: str = "", thinking: bool = False, fold_system: bool = False):
         from cachetools import LRUCache
 
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
+        self._options, self._fold_system = _fixed(chat_template, thinking), fold_system
         self._kept: LRUCache = LRUCache(KEPT_TOKENS, getsizeof=len)
         self._lock = threading.Lock()
 
+    @property
+    def opens_reasoning(self) -> bool:
+        """Whether every prompt ends with the tag that opens a model's reasoning."""
+        *_, end = self.render(SAMPLE).rpartition(SAMPLE[1]["content"])
+        return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
+
+    def render(self, messages: Messages) -> str:
+        """A prompt as text, up to where the answer begins."""
+        if self._fold_system and messages[0]["role"] == "system":
+            system, user, *rest = messages
+            messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False, **self._options
+        )
+
     def ids(self, messages: Messages) -> list[int]:
         """The token ids of a prompt, up to where the answer begins."""
-        rendered = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
-        )
+        rendered = self.render(messages)
         key = hashlib.blake2b(rendered.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:
             kept = self._kept.get(key)
@@ -123,3 +153,109 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
     """work() of every item, in order, on all cores: a tokenizer works outside Python's global lock."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(work, items))
+
+
+# ---------------------------------------------------------------- which template
+
+
+def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTokenizer:
+    """The prompts of a model by `template`: a file, or "auto", which finds the model's own. Says which one auto has taken.
+
+    Raises UserError if the tokenizer cannot be loaded, and for a file whose markers are no tokens of the model: it would be
+    asked in a format it has never seen.
+    """
+    from transformers import AutoTokenizer
+
+    from dynamicrag.checkpoints import NO_CODE, loading
+
+    text = read_template(template) if template != AUTO else ""
+    with loading(model, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
+    if template != AUTO:
+        prompts = PromptTokenizer(tokenizer, text, template, thinking)
+        if strange := strange_markers(prompts):
+            fitting = fitting_templates(model, tokenizer)
+            advice = f"--template {fitting[0]}, or auto" if fitting else "--template auto, or a template of this model's"
+            raise UserError(f"{template}: it marks turns with {', '.join(strange)}, which are no tokens of {model}; give {advice}")
+        return prompts
+    prompts = own_template(model, tokenizer, thinking)
+    recipe = recipe_template(model)
+    if prompts and recipe:
+        # LLaMA-Factory keeps the template of a base model that has one, whichever the recipe trains with.
+        trained = PromptTokenizer(tokenizer, read_template(str(recipe)), _shown(recipe), thinking)
+        if not strange_markers(trained) and trained.ids(SAMPLE) != prompts.ids(SAMPLE):
+            log.warning("--template auto: %s, which the recipe of %s trains with; the checkpoint's own template asks otherwise", trained.name, model)
+            return trained
+    if prompts:
+        log.info("--template auto: the chat template of %s", model)
+        return prompts
+    fitting = fitting_templates(model, tokenizer)
+    if not fitting:
+        raise UserError(f"{model}: has no chat template, and none of template/*.jinja fits its tokens; give --template the one it was trained with")
+    log.info("--template auto: %s, as %s has no chat template of its own", fitting[0], model)
+    return PromptTokenizer(tokenizer, read_template(str(FOLDER / Path(fitting[0]).name)), fitting[0], thinking)
+
+
+def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokenizer | None:
+    """The prompts by the chat template that a checkpoint brings, None if it brings none. Raises UserError for one that cannot be used."""
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        text = text.get("default") or next(iter(text.values()), None)
+    if not text:
+        return None
+    name, fold_system = f"the chat template of {model}", False
+    try:
+        try_template(text, name, SAMPLE)
+    except UserError:
+        try_template(text, name, SAMPLE[1:])
+        log.info("%s has no place for a system prompt: it begins the user's turn", name)
+        fold_system = True
+    prompts = PromptTokenizer(tokenizer, text, name, thinking, fold_system)
+    if strange := strange_markers(prompts):
+        log.warning("%s marks turns with %s, which are no tokens of its tokenizer", name, ", ".join(strange))
+    return prompts
+
+
+def strange_markers(prompts: PromptTokenizer) -> list[str]:
+    """The markers in a prompt that are not single tokens."""
+    markers = dict.fromkeys(MARKER.findall(prompts.render(SAMPLE)))
+    return [marker for marker in markers if not is_token(prompts.tokenizer, marker)]
+
+
+def is_token(tokenizer, text: str) -> bool:
+    """Whether a tokenizer reads a text as one token, and as that one."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids) == [text]
+
+
+def fitting_templates(model: str, tokenizer) -> list[str]:
+    """Those of template/*.jinja whose markers are tokens of a model, the likeliest first: by its markers, else by its name."""
+    name = re.sub(r"[^a-z0-9]", "", "".join(Path(model).parts[-2:]).lower())
+    ranked = []
+    for path in sorted(FOLDER.glob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        if strange_markers(PromptTokenizer(tokenizer, text)):
+            continue
+        has_markers = bool(MARKER.search(text))
+        # Those without markers of that kind fit every tokenizer: they count only for models of the kind.
+        of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
+        if not (has_markers or of_its_kind or path.stem in name):
+            continue
+        ranked.append((not has_markers, path.stem not in name, path.stem != "mistral", _shown(path)))
+    return [shown for *_, shown in sorted(ranked)]
+
+
+def recipe_template(model: str) -> Path | None:
+    """The template file that a recipe here trains a model with, if `model` is the output folder of one (`DynamicRAG_llama3_8b/sft`)."""
+    recipes = FOLDER.parent / "recipes"
+    for part in Path(model).parts[-2:]:
+        recipe = recipes / part.removeprefix("DynamicRAG_") / "sft.yaml"
+        if part.startswith("DynamicRAG_") and recipe.is_file():
+            named = re.search(r"^template: (\w+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+            path = FOLDER / f"{named[1] if named else ''}.jinja"
+            return path if path.is_file() else None
+    return None
+
+
+def _shown(path: Path) -> str:
+    return f"template/{path.name}"

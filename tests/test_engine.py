@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from dynamicrag.engine import ApiEngine, Request, read_template, resolve_model
+from dynamicrag.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, in_threads
+from dynamicrag.templates import PromptTokenizer, in_threads, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +66,7 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             received.append(body)
-            n = 1 if Handler.ignore_n else body["n"]
+            n = 1 if Handler.ignore_n else body.get("n", 1)
             choices = [
                 {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {body['seed']} "}}
                 for i in range(n)
@@ -102,15 +104,16 @@ def test_a_server_gets_every_setting_and_answers_come_back_in_order(server):
     assert received[0]["max_tokens"] == 5 and received[0]["structured_outputs"] == {"regex": "None"}
 
 
-def test_a_server_that_ignores_n_ends_the_run(server):
-    url, _, handler = server
+def test_a_server_that_ignores_n_is_asked_once_a_sample(server):
+    url, received, handler = server
     handler.ignore_n = True
-    with pytest.raises(UserError, match="does not support n"):
-        ApiEngine(url, "some-model").complete([ask(1, n=8)])
+    [completion] = ApiEngine(url, "some-model").complete([ask(1, n=4)])
+    assert completion.texts == ["1", "2", "3", "4"] and completion.prompt_tokens == 4 * 7
+    assert len(received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
-    monkeypatch.setattr("dynamicrag.engine.API_RETRIES", 0)
+    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         ApiEngine("http://127.0.0.1:9/v1", "some-model").complete([ask(1)])
 
@@ -142,11 +145,13 @@ START = """
 import sys
 from dynamicrag import engine
 if __name__ == "__main__":
-    engine.read_template, engine.forgeable = lambda path: "", lambda *of: []
+    tokenizer = engine.Namespace(added_tokens_decoder={})
+    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
+    engine.model_window, engine.forgeable = lambda model: None, lambda *of: []
     if "cuda" in sys.argv:
         import torch
         torch.cuda.is_available()
-    flags = engine.Namespace(template="", max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
+    flags = engine.Namespace(template="", enable_thinking=None, max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
     engine.VllmEngine("model", flags)
 """
 
@@ -212,3 +217,115 @@ def test_only_the_latest_prompts_are_kept(monkeypatch):
     for text in ("a b", "c d", "e f", "e f", "a b", "longer than all that is kept"):
         assert prompts.ids([{"content": text}]) == [len(word) for word in text.split()]
     assert tokenizer.encoded == ["a b", "c d", "e f", "a b", "longer than all that is kept"]
+
+
+# ---------------------------------------------------------------- the window, and what vLLM refuses
+
+
+@pytest.mark.parametrize(("config", "asked", "window"), [
+    ({"max_position_embeddings": 2048}, None, 2048), ({"max_position_embeddings": 131072}, None, 8192), ({}, None, 8192), ({"n_positions": 1024}, None, 1024),
+    ({"text_config": {"max_position_embeddings": 4096}}, None, 4096), ({"max_position_embeddings": 4096}, 512, 512), ({"max_position_embeddings": 131072}, 32768, 32768),
+    ({"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, None, 4096),
+    ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, None, 4096),
+])
+def test_the_window_is_the_models_own_if_that_is_smaller(tmp_path, caplog, config, asked, window):
+    caplog.set_level("INFO")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert window_of(str(tmp_path), asked) == window
+    assert bool(caplog.messages) == (not asked and window < 8192), "a smaller one is said"
+
+
+def test_a_window_larger_than_the_models_own_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    with pytest.raises(UserError, match=r"--max-model-len 4096: .* 2048 tokens"):
+        window_of(str(tmp_path), 4096)
+
+
+def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch):
+    broken = STAND_INS["vllm/__init__.py"].split("class LLM:")[0] + (
+        "import pydantic\nclass Config(pydantic.BaseModel):\n    n: int\n    @pydantic.field_validator('n')\n"
+        "    def small(cls, n):\n        raise ValueError('n is too large')\n"
+        "def LLM(**options):\n    Config(n=1)\n"
+    )
+    monkeypatch.setitem(STAND_INS, "vllm/__init__.py", broken)
+    refused = start_engine(tmp_path)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("dynamicrag.stage.UserError: model: vLLM cannot load it: n is too large;")
+
+
+# ---------------------------------------------------------------- what the model in this process writes
+
+
+class Output:
+    """One request's, as vLLM has it."""
+
+    def __init__(self, *samples: tuple[str, str]):
+        self.prompt_token_ids = [1, 2, 3]
+        self.outputs = [Namespace(text=text, finish_reason=finish, token_ids=[1, 2]) for text, finish in samples]
+
+
+class Words:
+    """Stands for a PromptTokenizer: a word is a token."""
+
+    def __init__(self, opens_reasoning: bool = False):
+        self.opens_reasoning = opens_reasoning
+
+    def ids(self, messages):
+        return [len(word) for word in messages[-1]["content"].split()]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """An engine whose vLLM gives `outputs`; what it was asked is in `engine.sent`."""
+    vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    vllm.SamplingParams, sampling_params.StructuredOutputsParams = Namespace, Namespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
+
+    def make(*outputs: Output, opens_reasoning: bool = False, special: tuple[str, ...] = (), tags: bool = False) -> VllmEngine:
+        engine = VllmEngine.__new__(VllmEngine)
+        engine.sent = []
+
+        def generate(prompts, params, use_tqdm):
+            engine.sent.append((prompts, params, use_tqdm))
+            return list(outputs)
+
+        engine._llm, engine._prompts, engine.max_model_len = Namespace(generate=generate), Words(opens_reasoning), 12
+        engine._special, engine._tags_are_special = list(special), tags
+        return engine
+
+    return make
+
+
+def test_reasoning_and_limits_are_read_in_this_process_as_from_a_server(in_process):
+    engine = in_process(Output(("<think>[1]</think> [3]", "stop"), ("<think>[1]", "length")), Output(("[2]", "length")))
+    first, second = engine.complete([ask(1, n=2), ask(2)])
+    assert first.texts == ["[3]", ""] and "cut off after 5 tokens" in first.reason("answer", 1) and first.cut_off == {1}
+    assert second.texts == ["[2]"] and second.cut_off == {0} and (first.prompt_tokens, first.generated_tokens) == (3, 4)
+
+
+def test_a_template_that_opens_the_reasoning_is_known(in_process):
+    engine = in_process(Output(("[1] is", "length")), Output(("[1]</think>[3]", "stop")), Output(("[2]", "stop")), opens_reasoning=True)
+    cut_off, closed, constrained = engine.complete([ask(1), ask(2), ask(3, pattern=r"\[2\]")])
+    assert cut_off.reason("answer") and closed.texts == ["[3]"] and constrained.texts == ["[2]"]
+
+
+def test_a_prompt_longer_than_the_window_costs_itself(in_process):
+    engine = in_process(Output(("a", "stop")))
+    long = Request([{"role": "user", "content": "word " * 8}], seed=1, max_tokens=5, n=2)
+    refused, answered = engine.complete([long, ask(2)])
+    assert not refused.answered and len(refused.texts) == 2 and "--max-model-len 12" in refused.reason("answer", 1)
+    assert answered.texts == ["a"] and len(engine.sent[0][0]) == 1
+    assert in_process().complete([long])[0].answered is False
+
+
+def test_tags_that_are_special_tokens_are_seen(in_process):
+    engine = in_process(Output(("[THINK]a[/THINK]b</s>", "stop")), special=("</s>",), tags=True)
+    assert engine.complete([ask(1)])[0].texts == ["b"] and engine.sent[0][1][0].skip_special_tokens is False
+
+
+@pytest.mark.parametrize(("value", "bar"), [("1", False), (None, True)])
+def test_vllms_bar_is_off_if_bars_are(value, bar):
+    """In a process of its own: tqdm reads the environment when it is imported."""
+    script = f"from dynamicrag.engine import bars_are_off\nassert bars_are_off() is {not bar}"
+    environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from dynamicrag import endpoint
 from dynamicrag import judge as judge_module
 from dynamicrag.judge import (
     CRITERIA,
@@ -97,6 +98,8 @@ class Server(ThreadingHTTPServer):
         self.times: dict[str, list[float]] = defaultdict(list)
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
+        self.azure_keys: set[str] = set()
+        self.paths: list[str] = []
         self.now = self.most = self.sent_200 = 0
         self.outlasted = False
         self.lock = threading.Lock()
@@ -127,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             server.times[response].append(time.monotonic())
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
+            server.azure_keys.add(self.headers["api-key"])
+            server.paths.append(self.path)
             server.now += 1
             server.most = max(server.most, server.now)
         script = server.scripts.get(response, server.script)
@@ -180,8 +185,8 @@ def server(monkeypatch):
         if name.lower().endswith("_proxy") or name in ("OPENAI_API_KEY", "JUDGE_API_KEY"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
-    monkeypatch.setattr(judge_module, "ATTEMPTS", 3)
-    monkeypatch.setattr(judge_module, "MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(endpoint, "ATTEMPTS", 3)
+    monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -214,7 +219,7 @@ HANG = ("slow", 1.6)
     [
         (429, {"error": "slow down"}), (500, None), (503, b"<html>"), (200, "no grade"), (200, grades(21)), (200, None), ("cut",), ("half", b'{"choices": ['),
         HANG, ("half", completion(grades(0))), (200, {"choices": []}), (200, b"not json"), (200, b"[]"), (200, b"null"), (200, b""), (408, None), (409, None),
-        (200, completion([{"type": "text", "text": grades(0)}])), (200, b"[" * 100_000), (200, grades(0)[:-1]), (200, {"error": {"message": "overloaded"}}),
+        (200, completion([grades(0)])), (200, b"[" * 100_000), (200, grades(0)[:-1]), (200, {"error": {"message": "overloaded"}}),
         (200, completion(grades(0)), [("Content-Encoding", "gzip")]),
     ],
     ids=lambda trouble: str(trouble)[:60],
@@ -295,7 +300,7 @@ def storm(response: str) -> tuple[list, float]:
 
 
 def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
-    monkeypatch.setattr(judge_module, "ATTEMPTS", 12)
+    monkeypatch.setattr(endpoint, "ATTEMPTS", 12)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1.5)
     responses = [f"answer {number}" for number in range(240)]
     expected = [storm(response)[1] for response in responses]
@@ -320,7 +325,7 @@ def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
 )
 @pytest.mark.parametrize("status", [429, 503])
 def test_the_server_says_when_to_try_again_within_bounds(server, make, monkeypatch, status, header, least, most):
-    monkeypatch.setattr(judge_module, "MAX_RETRY_AFTER_SECONDS", 0.6)
+    monkeypatch.setattr(endpoint, "MAX_RETRY_AFTER_SECONDS", 0.6)
     if header == "in 20 seconds":
         header = formatdate(time.time() + 20, usegmt=True)
     server.script = [(status, None, [("Retry-After", header)]), (200, grades(10))]
@@ -330,7 +335,7 @@ def test_the_server_says_when_to_try_again_within_bounds(server, make, monkeypat
 
 
 def test_the_wait_doubles_and_differs_from_row_to_row(server, make, monkeypatch):
-    monkeypatch.setattr(judge_module, "MAX_WAIT_SECONDS", 1)
+    monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 1)
     server.script = [(500, None), (500, None), (200, grades(10))]
     make().grade(prompts(*map(str, range(16))))
     waits = [[times[turn + 1] - times[turn] for times in server.times.values()] for turn in (0, 1)]
@@ -376,6 +381,39 @@ def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status
     assert (f"try --judge-format {others}" in str(error.value)) == bool(others)
     assert ("run again" in str(error.value)) == (not others)
     assert server.requests == 1
+
+
+def truncated(text, **message) -> bytes:
+    choices = [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": text, **message}}]
+    return completion("", choices=choices)
+
+
+@pytest.mark.parametrize("reply", [
+    f"<think>{grades(0)} or rather</think>{grades(10)}", f"not {grades(0)} but</think>\n{grades(10)}", f"<reasoning>{{}}</reasoning>```{grades(10)}```",
+    completion([{"type": "thinking", "thinking": [{"type": "text", "text": grades(0)}]}, {"type": "text", "text": grades(10)}]),
+], ids=str)
+def test_a_grade_is_read_after_the_reasoning(server, make, reply):
+    server.script = [(200, reply)]
+    assert make().grade(prompts("a")) == [0.5]
+    assert server.requests == 1
+
+
+@pytest.mark.parametrize("reply", [truncated(f"<think>{grades(0)} or"), truncated(None, reasoning_content=grades(0)), truncated("", reasoning=grades(0))])
+def test_a_judge_that_reasons_past_its_limit_may_write_more(server, make, reply):
+    server.script = [(200, reply), (200, reply), (200, grades(10))]
+    assert make().grade(prompts("a")) == [0.5]
+    assert [(body["max_tokens"], body["temperature"]) for body in server.bodies] == [(MAX_TOKENS, 0), (4 * MAX_TOKENS, 0), (16 * MAX_TOKENS, 0)]
+
+
+def test_a_judge_that_never_ends_its_reasoning_is_an_error_that_says_so(server, make):
+    server.script = [(200, truncated(f"<think>{grades(0)}"))]
+    with pytest.raises(UserError, match=rf"row row-a: the judge m failed 3 times: cut off after {16 * MAX_TOKENS} tokens"):
+        make().grade(prompts("a"))
+
+
+def test_the_version_that_azure_wants_is_a_query_and_the_key_a_header(server, make):
+    assert make(url=f"{server.url}?api-version=2024-10-21").grade(prompts("a")) == [0.5]
+    assert server.paths == ["/v1/chat/completions?api-version=2024-10-21"] and server.azure_keys == {SECRET}
 
 
 def test_an_option_the_endpoint_does_not_have_is_left_out(server, make):

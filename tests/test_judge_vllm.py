@@ -1,6 +1,7 @@
-"""dynamicrag/judge.py against a real vLLM server, with a tiny model of random weights: the grades are noise, but grades."""
+"""dynamicrag/judge.py and dynamicrag/server.py against a real vLLM server, with a tiny model of random weights: grades of noise, but grades."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from test_chain import make_tiny_llama
 
+from dynamicrag.engine import ApiEngine, Request
 from dynamicrag.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
 from dynamicrag.prompts import Prompts
+from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError
 
 REPO = Path(__file__).parents[1]
@@ -100,3 +103,26 @@ def test_what_a_real_server_refuses_is_named(url, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="row q1: the judge tiny refused: HTTP 401") as error:
         Judge(url, "tiny", tmp_path / "cache.sqlite").grade(answers)
     assert "sk-wrong" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_real_server_as_the_engine(url, monkeypatch, caplog):
+    """It takes every option, holds selections to their identifiers, and refuses a long prompt alone."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
+    docs = [{"id": str(n), "title": f"Title {n}", "text": "river"} for n in range(1, 6)]
+    prompt = Prompts().reranker("which river is the longest ?", docs)
+    asked = [Request(prompt, seed, 60, n=3, temperature=1.0, top_p=0.9, pattern=ids_pattern(5)) for seed in range(4)]
+    long = Request(Prompts().generator("word " * 3000, [], "Be brief."), 1, 32)
+    engine = ApiEngine(url, "tiny", "on")
+    first, second = (engine.complete([*asked, long, Request(prompt, 7, 3)]) for _ in range(2))
+    for completion in first[:4]:
+        assert len(completion.texts) == 3 and completion.prompt_tokens > 50 and completion.generated_tokens >= 3
+        assert all(re.fullmatch(ids_pattern(5), text) for number, text in enumerate(completion.texts) if number not in completion.cut_off)
+    assert not first[4].answered and "maximum context length" in first[4].reason("answer")
+    assert first[5].cut_off == {0} and first[5].generated_tokens == 3
+    assert [completion.texts for completion in first] == [completion.texts for completion in second], "seeds reach the server"
+    assert not caplog.messages, "nothing had to be learnt"
+    for model, key, status in (("other", "sk-local", 404), ("tiny", "sk-wrong", 401)):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match=f"HTTP {status}"):
+            ApiEngine(url, model).complete(asked[:1])

@@ -13,6 +13,7 @@ import reranker_sequence
 from dynamicrag.calls import Caller
 from dynamicrag.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import task_of
 
 DOCS = [
     {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},
@@ -82,7 +83,12 @@ def test_every_placeholder_is_known_and_used():
         ("reranker: {user: '{documents}|{question}'}", lambda p: user(p.reranker("q", [])) == "|q"),
         ("reranker: {document: '<{n}>{text}'}", lambda p: user(p.reranker("q", DOCS)).count("<2>braces") == 1),
         ("generator: {user_without_documents: 'closed {question}'}", lambda p: user(p.generator("q", [], "i")) == "closed q"),
-        ("judge: {user: 'no placeholder'}", lambda p: user(p.judge("q", ["a"], "r")) == "no placeholder"),
+        ("judge: {user: 'only {response}'}", lambda p: user(p.judge("q", ["a"], "r")) == "only r"),
+        ('reranker: {separator: "\\n"}', lambda p: "A river. [1]\n[2] {question}" in user(p.reranker("q", DOCS))),
+        ('generator: {separator: " {{--}} "}', lambda p: "A river. {--} [2] {question}" in user(p.generator("q", DOCS, "i"))),
+        ("generator: {numbers: original}", lambda p: "[3] Nile" in user(p.generator("q", DOCS[:2], "i", [3, 1])) and "[1] {question}" in user(p.generator("q", DOCS[:2], "i", [3, 1]))),
+        ("reranker: {system: null}", lambda p: [message["role"] for message in p.reranker("q", DOCS)] == ["user"]),
+        ("instructions: {nq: 'One word.'}", lambda p: (p.instruction("nq"), p.instruction("fever")) == ("One word.", task_of("fever").instruction)),
     ],
 )
 def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, check):
@@ -107,6 +113,11 @@ def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, c
         (b"reranker: {user: '{question!x}'}", r"reranker\.user"), (b"reranker: {user: '{question:5d}'}", r"reranker\.user"),
         (b"reranker: {user: '{question:{documents}}'}", r"reranker\.user"),
         (b"reranker: {user: 'a { b'}", r"reranker\.user: .*a literal brace is written twice"), (b"reranker: {system: '{question}'}", "unknown placeholder"),
+        (b"reranker: {user: 'none'}", r"reranker\.user: has no \{documents\}"), (b"reranker: {user: '{documents}'}", r"reranker\.user: has no \{question\}"),
+        (b"generator: {user: '{question}'}", r"generator\.user: has no \{documents\}"), (b"generator: {user_without_documents: x}", r"has no \{question\}"),
+        (b"pointwise: {document: '{title}'}", r"pointwise\.document: has no \{text\}"), (b"judge: {user: x}", r"judge\.user: has no \{response\}"),
+        (b"reranker: {separator: ''}", r"reranker\.separator: expected a text"), (b"generator: {numbers: old}", r"generator\.numbers: expected new or original"),
+        (b"instructions: {nq: 5}", r"instructions\.nq: expected a text"), (b"instructions: [nq]", "expected a mapping"), (b"generator: {user: null}", r"generator\.user: expected a text"),
         (b"1: {user: x}", "no such prompt"), (b"reranker: {system: ''}", r"reranker\.system: expected a text that is not empty"),
     ],
 )
@@ -128,7 +139,8 @@ def prompts_file(request, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(
         "reranker: {system: 'RS', user: '{documents}/{question}', document: '({n}) {title}: {text}'}\n"
-        "generator: {system: 'GS', user: '{question}/{documents}/{instruction}'}\n"
+        "generator: {system: 'GS', user: '{question}/{documents}/{instruction}', separator: ' | ', numbers: original}\n"
+        "instructions: {nq: 'One word.'}\n"
     )
     return str(path)
 
@@ -174,6 +186,19 @@ def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
     nothing = caller(prompts_file).answer(ROW, []).messages
     assert turns(construct_generator_sft.sft_row({**labelled, "true_id": []}, prompts, 14)) == nothing
     assert turns(first_pair(construct_dpo.generator_rows, {**ROW, "id_lists": [[], [2]]}, prompts)) == nothing
+
+
+def test_nothing_is_trained_without_a_system_prompt_as_the_trainer_would_put_one_there(tmp_path):
+    (tmp_path / "p.yaml").write_text("reranker: {system: null}")
+    with pytest.raises(UserError, match="system: null"):
+        training_row(Prompts(str(tmp_path / "p.yaml")).reranker("q", DOCS), output="None")
+
+
+@pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
+def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
+    asked = Caller(Window(), inference.parse_args(flags))
+    assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
+    assert asked.answer(ROW, DOCS).temperature == 0.0
 
 
 @pytest.mark.parametrize("targets", [{"output": "None"}, {"chosen": "[1]", "rejected": "[2]"}])

@@ -42,21 +42,53 @@ def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n): 
 @pytest.mark.parametrize(
     ("text", "n", "expected"),
     [
+        # identifiers: in order, none twice, none from outside
         ("[0], [3], [41], [3], [1]", 40, Selection([3, 1], True, 2, 1)),
         ("[41]", 40, Selection([], False, 1, 0)), ("[0]", 40, Selection([], False, 1, 0)),
         ("[40]", 40, Selection([40], True)), ("[ 4 ]", 40, Selection([4], True)), ("[04]", 40, Selection([4], True)),
-        ("the documents [2] and [5] help.", 40, Selection([2, 5], True)),
-        ("None", 40, Selection([], True)), ("none.", 40, Selection([], True)), ("Answer: NONE", 40, Selection([], True)),
-        ("[None]", 40, Selection([], True)), ("None, [3]", 40, Selection([3], True)),
-        ("", 40, Selection([], False)), ("no document", 40, Selection([], False)), ("nonetheless", 40, Selection([], False)),
-        ("3, 1", 40, Selection([], False)), ("[3, 1]", 40, Selection([], False)), ("[-1]", 40, Selection([], False)),
-        ("[1.5]", 40, Selection([], False)), ("[²]", 40, Selection([], False)), ("[٣]", 40, Selection([], False)),
-        ("None", 0, Selection([], True)), ("[1]", 0, Selection([], False, 1)), ("None [99]", 40, Selection([], False, 1)),
-        ("[" + "9" * 100_000 + "], [2]", 40, Selection([2], True, 1)), ("[[7]]", 40, Selection([7], True)),
+        ("[" + "9" * 100_000 + "], [2]", 40, Selection([2], True, 1)), ("[1]", 0, Selection([], False, 1)),
+        # None, and what is not None
+        ("None", 40, Selection([], True)), ("none.", 40, Selection([], True)), ("[None]", 40, Selection([], True)), ("None", 0, Selection([], True)),
+        ("Document 3 is needed, none of the others", 40, Selection([], False)), ("None, [3]", 40, Selection([], False)),
+        ("None [99]", 40, Selection([], False)), ("None of them.", 40, Selection([], False)), ("no document", 40, Selection([], False)),
+        ("nonetheless", 40, Selection([], False)), ("", 40, Selection([], False)), ("none\0", 40, Selection([], False)),
+        # other forms of a list
+        ("[1, 3]", 40, Selection([1, 3], True)), ("3, 1", 40, Selection([3, 1], True)), ("3", 40, Selection([3], True)),
+        ("Doc 3", 40, Selection([3], True)), ("Documents 3 and 1", 40, Selection([3, 1], True)), ("[Doc 3], [doc1]", 40, Selection([3, 1], True)),
+        ("[1] > [2]", 40, Selection([1, 2], True)), ("[3][1]", 40, Selection([3, 1], True)), ("[3] [1].", 40, Selection([3, 1], True)),
+        ("[3]\n[1]", 40, Selection([3, 1], True)), ("- [3]\n- [1]", 40, Selection([3, 1], True)), ("**[3], [1]**", 40, Selection([3, 1], True)),
+        ("[[7]]", 40, Selection([7], True)), ("[3], [1],", 40, Selection([3, 1], True)), ('["3", "1"]', 40, Selection([3, 1], True)),
+        ("\uff3b3\uff3d\u3001\uff3b1\uff3d", 40, Selection([3, 1], True)), ("\u30103\u3011", 40, Selection([3], True)),
+        ("[1]-[3]", 40, Selection([1, 2, 3], True)), ("[2\u20134], 1", 40, Selection([2, 3, 4, 1], True)), ("[3]-[7]", 5, Selection([3, 4, 5], True, 2)),
+        ("[2]-[3], [1]-[3]", 5, Selection([2, 3, 1], True, 0, 2)), ("[1]-[999999999]", 2, Selection([1, 2], True, 999999997)),
+        # a list at the end, and lead-ins
+        ("Answer: NONE", 40, Selection([], True)), ("Answer: [3]", 40, Selection([3], True)), ("The needed documents are:\n[3], [1]", 40, Selection([3, 1], True)),
+        ("[1] is about bread.\n\n[3], [2]", 40, Selection([3, 2], True)), ("[1] is about bread.\n**Final answer:** [3]", 40, Selection([3], True)),
+        # no list at the end
+        ("the documents [2] and [5] help.", 40, Selection([], False)), ("[3]\n\nIt names him.", 40, Selection([], False)),
+        ("[1] is about bread.\n[3]", 40, Selection([], False)), ("Not needed: [1]", 40, Selection([], False)),
+        ("Needed: [3]\nNot needed: [1]", 40, Selection([], False)), ("Not needed:\n\n[1]", 40, Selection([], False)),
+        ("[3] it is\nAnswer:", 40, Selection([], False)), ("1. [3]\n2. [1]", 40, Selection([], False)), ("3 1", 40, Selection([], False)),
+        ("[3]-[1]", 40, Selection([], False)), ("[3], [1", 40, Selection([], False)), ("[1]]", 40, Selection([], False)),
+        ("[-1]", 40, Selection([], False)), ("[1.5]", 40, Selection([], False)), ("[\u00b2]", 40, Selection([], False)), ("[\u0663]", 40, Selection([], False)),
     ],
 )
 def test_none_is_not_the_same_as_invalid(text, n, expected):  # behaviour 15
     assert parse_ids(text, n) == expected
+
+
+@pytest.mark.parametrize(("text", "ids"), [
+    ("[3], [12", [3]), ("[3], [12]", [3, 12]), ("3, 12", [3]), ("3, 12,", [3, 12]), ("[3, 1, 2", [3, 1]), ("[3], [", [3]), ("[3], [1]", [3, 1]),
+])
+def test_half_of_a_number_is_not_read(text, ids):
+    assert parse_ids(text, 40, cut_off=True) == Selection(ids, True)
+    assert not parse_ids("It is [1", 40, cut_off=True).valid and not parse_ids("3", 40, cut_off=True).valid
+
+
+@given(text=prose, n=st.integers(0, 45))
+def test_what_cannot_be_read_has_a_reason_and_what_can_be_has_none(text, n):
+    selection = parse_ids(text, n)
+    assert selection.valid == (selection.reason == "")
 
 
 def test_reading_takes_time_in_proportion_to_the_text():

@@ -14,7 +14,7 @@ import pytest
 
 from dynamicrag.prompts import Prompts, training_row
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, read_template
+from dynamicrag.templates import PromptTokenizer, load_prompts, read_template
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
@@ -219,6 +219,15 @@ def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
         assert dpo["rejected_labels"][number] == unseen + rejected
 
 
+def test_auto_asks_in_the_tokens_the_model_was_trained_on(case, parity, request):
+    """Of what LLaMA-Factory saves beside the weights, without being told the template."""
+    prompts, _ = case
+    auto = load_prompts(str(parity[1][request.node.callspec.params["case"]]), "auto")
+    for messages in conversations():
+        assert auto.ids(messages) == prompts.ids(messages)
+    assert auto.name.startswith("the chat template of "), "LLaMA-Factory saves one, and it is taken"
+
+
 def test_no_document_and_no_question_becomes_a_turn(case):
     """Neither in the prompts of inference nor, by the test above, in those LLaMA-Factory trains on."""
     prompts, _ = case
@@ -293,3 +302,104 @@ def test_an_unusable_template_is_named(tmp_path, content, says):
         path.write_bytes(content)
     with pytest.raises(UserError, match=says):
         read_template(str(path))
+
+
+# ---------------------------------------------------------------- which template is taken
+
+
+OWN = "{% for turn in messages %}<|im_start|>{{ turn['role'] }}: {{ turn['content'] }}<|im_end|>{% endfor %}<|im_start|>assistant: "
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + OWN
+THINKING = OWN + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+DATED = OWN + "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a folder `name` with the tokenizer of a kind, and a chat template of its own if one is given."""
+
+    def make(kind: str, own: str | None = None, name: str = "model") -> str:
+        folder = tmp_path / name
+        save_tokenizer(kind, folder)
+        if own is not None:
+            (folder / "chat_template.jinja").write_text(own)
+        return str(folder)
+
+    return make
+
+
+def end_of(prompts: PromptTokenizer) -> str:
+    return prompts.render(conversations()[0])[-40:]
+
+
+@pytest.mark.parametrize(("kind", "name", "taken"), [
+    ("llama3", "model", "llama3"), ("smollm2", "model", "smollm2"), ("mistral", "model", "mistral"), ("llama2", "model", "llama2"),
+    ("mistral_v1", "Mistral-7B-v0.1", "mistral"), ("llama2", "Llama-2-7b-hf", "llama2"), ("llama3", "llama2_or_not", "llama3"),
+])
+def test_auto_without_a_template_of_its_own_takes_the_one_that_fits(checkpoint, caplog, kind, name, taken):
+    caplog.set_level("INFO")
+    prompts = load_prompts(checkpoint(kind, name=name), "auto")
+    assert prompts.chat_template == read_template(str(ROOT / f"template/{taken}.jinja"))
+    assert len(caplog.messages) == 1 and f"template/{taken}.jinja" in caplog.text
+
+
+def test_auto_takes_the_checkpoints_own_and_says_so(checkpoint, caplog):
+    caplog.set_level("INFO")
+    model = checkpoint("smollm2", OWN)
+    prompts = load_prompts(model, "auto")
+    assert end_of(prompts).endswith("<|im_start|>assistant: ") and caplog.messages == [f"--template auto: the chat template of {model}"]
+
+
+def test_auto_is_refused_if_nothing_fits(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(["<eos>"]), bos_token="<eos>", eos_token="<eos>").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model: has no chat template"):
+        load_prompts(str(tmp_path / "model"), "auto")
+
+
+@pytest.mark.parametrize(("kind", "asked", "fits"), [("smollm2", "llama3", "smollm2"), ("llama3", "smollm2", "llama3"), ("llama2", "llama3", "llama2"), ("mistral", "smollm2", "mistral")])
+def test_a_template_whose_markers_are_no_tokens_is_refused_with_the_one_that_fits(checkpoint, kind, asked, fits):
+    with pytest.raises(UserError, match=rf"{asked}\.jinja: .* give --template template/{fits}\.jinja"):
+        load_prompts(checkpoint(kind), str(ROOT / f"template/{asked}.jinja"))
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "mistral", "mistral_v1", "smollm2"])
+def test_a_template_that_fits_is_taken_as_it_is(checkpoint, kind):
+    path = str(ROOT / f"template/{CASES[kind]}.jinja")
+    assert load_prompts(checkpoint(kind, OWN if kind == "smollm2" else None), path).chat_template == read_template(path)
+
+
+def test_a_recipe_that_trains_in_another_format_than_the_checkpoints_own_is_believed(checkpoint, caplog):
+    """LLaMA-Factory leaves a base model's template beside the weights, and trains with the recipe's."""
+    prompts = load_prompts(checkpoint("smollm2", OWN, "DynamicRAG_smollm2_135m/sft"), "auto")
+    assert prompts.name == "template/smollm2.jinja" and "asks otherwise" in caplog.text
+    same = read_template(str(ROOT / "template/smollm2.jinja"))
+    assert load_prompts(checkpoint("smollm2", same, "DynamicRAG_smollm2_135m/dpo"), "auto").name.startswith("the chat template of")
+
+
+def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_turn(checkpoint):
+    prompts = load_prompts(checkpoint("smollm2", NO_SYSTEM), "auto")
+    system, user = conversations()[0]
+    assert prompts.render([system, user]) == f"<|im_start|>user: {system['content']}\n\n{user['content']}<|im_end|><|im_start|>assistant: "
+
+
+@pytest.mark.parametrize(("thinking", "end", "opens"), [(False, "</think>\n\n", False), (True, "assistant: <think>\n", True)])
+def test_reasoning_is_off_unless_asked_for(checkpoint, thinking, end, opens):
+    prompts = load_prompts(checkpoint("smollm2", THINKING), "auto", thinking)
+    assert end_of(prompts).endswith(end) and prompts.opens_reasoning is opens
+
+
+def test_a_prompt_does_not_depend_on_the_day(checkpoint):
+    assert end_of(load_prompts(checkpoint("smollm2", DATED), "auto")).endswith("26 Jul 2024")
+
+
+@pytest.mark.parametrize("own", ["{% for %}", "{{ 'x' }}", "{% for i in range(10**9) %}{{ 'x' * 10**6 }}{% endfor %}"])
+def test_a_checkpoints_own_template_is_tried_within_bounds(checkpoint, own, monkeypatch):
+    monkeypatch.setattr("dynamicrag.templates.SECONDS", 2)
+    with pytest.raises(UserError, match=r"the chat template of .*model"):
+        load_prompts(checkpoint("smollm2", own), "auto")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be loaded as a tokenizer"):
+        load_prompts(str(tmp_path), "auto")

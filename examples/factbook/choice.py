@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows, prompts = rows[:args.questions], Prompts(args.prompts)
-    engine = VllmEngine(args.model, Namespace(template=args.template, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
+    engine = VllmEngine(args.model, Namespace(template=args.template, enable_thinking=None, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
     found = {}
     for order in ORDERS:
         shown = documents_shown(rows, passages, args.n_docs, order, args.seed)

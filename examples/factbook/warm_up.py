@@ -26,7 +26,7 @@ from dynamicrag.jsonio import read_json, write_json
 from dynamicrag.prompts import Prompts, add_prompts_flag, as_text, training_row
 from dynamicrag.selection import format_ids
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
-from dynamicrag.tasks import target_answer, task_of
+from dynamicrag.tasks import target_answer
 from dynamicrag.trainer import add_length_flags, check_columns, load_window
 
 # How often each kind is tried for a further question. Those of several documents succeed rarely among so few; those that
@@ -115,7 +115,7 @@ def further_questions(first: dict, pool: Pool, claims: Pool, shown: set[str], co
 def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts) -> dict[str, str]:
     """A question's training row in one of the two roles, as if it were asked alone; a further one does not show the documents again."""
     if role == "generator":
-        messages = prompts.generator(row["question"], [] if further else docs, task_of(row.get("dataset")).instruction)
+        messages = prompts.generator(row["question"], [] if further else docs, prompts.instruction(row))
         return training_row(messages, output=target_answer(row))
     messages = prompts.reranker(row["question"], docs)
     if further:

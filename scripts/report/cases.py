@@ -7,7 +7,7 @@ from systems import System, by_evaluation_set
 
 from dynamicrag.gold import needed_documents
 from dynamicrag.records import Row
-from dynamicrag.tasks import task_of
+from dynamicrag.tasks import task_of_row
 
 BINARY = ("em", "match", "accuracy")  # right or wrong; the others are shown as numbers
 RIGHT = 0.5  # from this score a graded answer counts as right in the filters
@@ -69,7 +69,7 @@ def _case(row: Row, gold: set[str] | None, runs: list[list], metric: str | None,
     texts = [(position, (docs[position - 1]["title"], docs[position - 1]["text"])) for position in sorted(shown) if position <= len(docs)]
     return {
         "id": row["id"], "question": row["question"], "kind": str(row.get("kind") or row.get("dataset") or ""),
-        "answers": row.get("answers", []), "graded": (metric or task_of(row.get("dataset")).metric) not in BINARY,
+        "answers": row.get("answers", []), "graded": (metric or task_of_row(row).metric) not in BINARY,
         "needed": None if gold is None else len(gold), "gold": gold_at, "lacking": sorted({*(gold or ())} - {doc["id"] for doc in docs}),
         "docs": [[position, numbers.setdefault(text, len(numbers))] for position, text in texts], "more": len(docs) - len(texts), "runs": runs,
     }

@@ -1,7 +1,13 @@
 """Servers that answer with anything, addresses with a password in them, and keys: an error in one line, and the key nowhere."""
 
+import gc
 import json
+import re
+import subprocess
+import sys
 import threading
+import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,8 +17,10 @@ from running import flags_of, make_good, row, run
 
 from dynamicrag.endpoint import check_url, read_key
 from dynamicrag.engine import ApiEngine, Request
+from dynamicrag.jsonio import read_json
 from dynamicrag.stage import UserError
 
+REPO = Path(__file__).parents[2]
 SECRET = "sk-canary-0123456789"
 GOOD = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
 REPLIES: dict[str, tuple[int, bytes, str]] = {
@@ -26,12 +34,11 @@ REPLIES: dict[str, tuple[int, bytes, str]] = {
     "choices that are texts": (200, json.dumps({**GOOD, "choices": ["a"]}).encode(), "no chat completion"),
     "a choice without a message": (200, json.dumps({**GOOD, "choices": [{"index": 0}]}).encode(), "no chat completion"),
     "content that is a list": (200, json.dumps({**GOOD, "choices": [{"index": 0, "message": {"content": ["a"]}}]}).encode(), "no chat completion"),
-    "usage that is a text": (200, json.dumps({**GOOD, "usage": {"prompt_tokens": "many", "completion_tokens": 1}}).encode(), "no chat completion"),
-    "usage that is null": (200, json.dumps({**GOOD, "usage": {"prompt_tokens": None, "completion_tokens": None}}).encode(), "no chat completion"),
+    "an error with status 200": (200, json.dumps({"error": {"message": "overloaded"}}).encode(), "overloaded"),
     "100,000 brackets": (200, b"[" * 100_000, "no chat completion"),
     "invalid UTF-8": (200, b'{"id": "\xff"}', "no chat completion"),
     "an error that repeats the key": (401, json.dumps({"error": {"message": f"bad key {SECRET}"}}).encode(), r"bad key \[key\]"),
-    "an error in HTML": (500, b"<html>\n<body>\x1b[2Jbroken</body></html>", "Error code: 500"),
+    "an error in HTML": (500, b"<html>\n<body>\x1b[2Jbroken</body></html>", "HTTP 500"),
 }
 
 
@@ -60,7 +67,8 @@ def listening():
 
 @pytest.fixture
 def server(listening, monkeypatch):
-    monkeypatch.setattr("dynamicrag.engine.API_RETRIES", 0)
+    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 1)
+    monkeypatch.setattr("dynamicrag.server.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     return listening
 
@@ -81,8 +89,16 @@ def test_half_a_surrogate_pair_is_no_reason_to_end_a_run(server):
     assert completion.texts == ["a?b"]
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": "many", "completion_tokens": True}, {"prompt_tokens": -1}])
+def test_a_reply_without_its_cost_is_an_answer_that_cost_nothing_known(server, usage):
+    url, reply = server
+    reply[:] = 200, json.dumps({**GOOD, **({"usage": usage} if usage is not None else {})}).encode()
+    [completion] = ApiEngine(url, "m").complete([Request([{"role": "user", "content": "q"}], seed=1, max_tokens=5)])
+    assert (completion.texts, completion.prompt_tokens, completion.generated_tokens) == (["a"], 0, 0)
+
+
 @pytest.mark.parametrize("url", [
-    "http://user:password@host/v1", "http://host/v1?api_key=secret", "http://host/v1#secret", "ftp://host/v1", "host/v1", "", "http://", "http://ho st/v1", "http://host:port/v1",
+    "http://user:password@host/v1", "http://host/v1?api-version=2024&api_key=secret", "http://host/v1?api-key=secret", "http://host/v1?api_key=secret", "http://host/v1#secret", "ftp://host/v1", "host/v1", "", "http://", "http://ho st/v1", "http://host:port/v1",
 ])
 def test_an_address_that_may_hold_a_key_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match=r"--api-base: expected http.*OPENAI_API_KEY") as error:
@@ -90,7 +106,7 @@ def test_an_address_that_may_hold_a_key_is_refused_and_not_repeated(url):
     assert not url or url not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8000/v1/", "https://api.openai.com/v1", "http://[::1]:8000/v1", "http://10.0.0.1"])
+@pytest.mark.parametrize("url", ["http://localhost:8000/v1/", "https://x.openai.azure.com/openai/deployments/d?api-version=2024-10-21", "https://api.openai.com/v1", "http://[::1]:8000/v1", "http://10.0.0.1"])
 def test_an_address_is_taken_as_it_is(url):
     assert check_url("--api-base", url, "KEY") == url.rstrip("/")
 
@@ -121,3 +137,436 @@ def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, enc
     written = [path for path in tmp_path.rglob("*") if path.is_file() and "good" not in str(path)]
     assert len(written) > 3 and not any(SECRET.encode() in path.read_bytes() for path in written)
     assert SECRET not in caplog.text and Path(f"{out}/0/answered.json.manifest.json") in written
+
+
+# ---------------------------------------------------------------- servers that differ, refuse and fail
+
+
+class Fake(ThreadingHTTPServer):
+    """A chat endpoint. `behave(body)` gives a status with an error, or changes to the completion; None answers as a good server does.
+
+    A good server selects [1], and answers with the question's last word. `paid` holds the question of every call it answered.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, behave=lambda body: None):
+        self.behave, self.bodies, self.paid, self.paths, self.headers_seen = behave, [], [], [], []
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def handle_error(self, *_):
+        pass
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        fake: Fake = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with fake.lock:
+            fake.bodies.append(body)
+            fake.paths.append(self.path)
+            fake.headers_seen.append(dict(self.headers))
+        changes = fake.behave(body)
+        if changes == "cut":
+            self.connection.close()
+            return
+        if isinstance(changes, tuple):
+            status, reply = changes
+        else:
+            status, reply = 200, completion_for(body, **(changes or {}))
+            with fake.lock:
+                fake.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
+        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def kind_of(body: dict) -> str:
+    return "choose" if "choose" in body["messages"][0]["content"] else "judge" if "judge" in body["messages"][0]["content"] else "answer"
+
+
+def word_of(body: dict) -> str:
+    """The number of the question, "" for what the engine asks on its own."""
+    return "".join(re.findall(r"Question: .*number (\d+)\?", body["messages"][-1]["content"])[:1])
+
+
+def completion_for(body: dict, content=..., finish="stop", n=None, usage=None, **message) -> dict:
+    if content is ...:
+        content = {"choose": "[1]", "judge": "Yes"}.get(kind_of(body), f"answer {word_of(body)}")
+    choices = [
+        {"index": i, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}} for i in range(n or body.get("n") or 1)
+    ]
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices, "usage": usage or {"prompt_tokens": 10, "completion_tokens": 5}}
+
+
+def refusal(status: int, message: str, param=None, code=None) -> tuple[int, dict]:
+    return status, {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 4)
+    monkeypatch.setattr("dynamicrag.endpoint.MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("dynamicrag.server.RETRY_SECONDS", 0)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server = Fake()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class Stage:
+    """A stage on twelve questions and a server; what it wrote, what it said, and the exit status."""
+
+    def __init__(self, tmp_path, encoder_dir, monkeypatch, url, caplog):
+        (tmp_path / "good").mkdir()
+        self.good, self.out, self.url, self.monkeypatch, self.caplog = make_good(tmp_path / "good", encoder_dir), tmp_path / "out", url, monkeypatch, caplog
+        self.rows = write_jsonl(tmp_path / "rows_0.jsonl", [row(n) for n in range(12)])
+
+    def __call__(self, more: str = "", stage: str = "inference", constrain: str = "on") -> tuple[int, str]:
+        self.caplog.clear()
+        gc.collect()  # a run that failed in this process holds its lock until then
+        engine = ApiEngine(self.url, "m", "on" if "--enable-thinking" in more else None)
+        flags = flags_of(stage, self.good, self.out, self.rows, f"--api-base {self.url} --llm-model m --constrain-ids {constrain} {more}")
+        status, said = run(stage, flags, self.monkeypatch, engine)
+        return status, self.caplog.text + "\n".join(said)
+
+    def read(self, name: str = "answered.json") -> dict[str, dict]:
+        path = self.out / name
+        return {made["id"]: made for _, made in read_json(path)} if path.exists() else {}
+
+
+@pytest.fixture
+def asked(tmp_path, encoder_dir, monkeypatch, fake, caplog):
+    return Stage(tmp_path, encoder_dir, monkeypatch, fake.url, caplog)
+
+
+def all_right(stage: Stage, without: tuple[int, ...] = ()) -> None:
+    rows = stage.read()
+    assert {row_id: made["response"] for row_id, made in rows.items()} == {f"q{n}": f"answer {n}" for n in range(12) if n not in without}
+    assert all(made["id_list"] == [1] for made in rows.values())
+
+
+OWN_FAULTS = {
+    "a content filter": refusal(400, "The response was filtered due to the prompt triggering the content management policy.", "prompt", "content_filter"),
+    "a long prompt (OpenAI)": refusal(400, "This model's maximum context length is 700 tokens. However, your messages resulted in 900 tokens.", "messages", "context_length_exceeded"),
+    "a long prompt (vLLM)": refusal(400, "'max_tokens' or 'max_completion_tokens' is too large: 32. This model's maximum context length is 700 tokens "
+                                    "and your request has 690 input tokens (32 > 700 - 690). (parameter=max_tokens, value=32)", "max_tokens"),
+    "a body that is too large": (413, b"<html>Request Entity Too Large</html>"),
+    "something in 422": (422, {"detail": [{"type": "value_error", "loc": ["body", "messages"], "msg": "not a message"}]}),
+}
+
+
+@pytest.mark.parametrize(("case", "kind"), zip(OWN_FAULTS, ("choose", "answer", "choose", "answer", "choose"), strict=True))
+def test_a_refused_request_costs_its_own_question(fake, asked, case, kind):
+    fake.behave = lambda body: OWN_FAULTS[case] if word_of(body) == "7" and kind_of(body) == kind else None
+    status, _ = asked()
+    assert status == 0
+    all_right(asked, without=(7,))
+    remain = asked.read("answered_remain.json")
+    assert list(remain) == ["q7"] and remain["q7"]["error"].startswith(f"refused by the server: HTTP {OWN_FAULTS[case][0]}")
+    assert remain["q7"]["usage"]["calls"] == (kind == "answer")
+    assert len(fake.bodies) == 24 - (kind == "choose"), "nothing is asked twice"
+    assert len({tuple(sorted(body)) for body in fake.bodies if kind_of(body) == "answer"}) == 1, "nothing was learnt from it"
+    assert not list(asked.out.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("stage", ["top_inference", "sampling_dpo_trajectories"])
+def test_a_refused_request_costs_its_own_question_in_every_stage(fake, asked, stage):
+    fake.behave = lambda body: OWN_FAULTS["a content filter"] if word_of(body) == "7" else None
+    status, said = asked(stage=stage)
+    assert status == 0
+    if stage == "top_inference":
+        assert len(asked.read("windows.jsonl")) == 11 and "HTTP 400" in asked.read("windows_remain.jsonl")["q7"]["error"]
+    else:
+        sampled = asked.read("sampled.json")
+        assert [len(made["id_lists"]) for made in sampled.values()] == [2] * 7 + [0] + [2] * 4 and "row q7: refused by the server" in said
+
+
+def test_a_refused_verdict_costs_its_own_question(fake, asked):
+    fake.behave = lambda body: OWN_FAULTS["a content filter"] if word_of(body) == "7" and "river number 3" in body["messages"][-1]["content"] else None
+    assert asked("--selector pointwise")[0] == 0
+    assert len(asked.read()) == 11 and "HTTP 400" in (error := asked.read("answered_remain.json")["q7"]["error"]) and "p3" in error
+
+
+@pytest.mark.parametrize("text", ["Perhaps.", "", "The document says Yes."])
+def test_a_verdict_that_is_neither_yes_nor_no_is_not_no(fake, asked, text):
+    fake.behave = lambda body: {"content": text} if word_of(body) == "7" and kind_of(body) == "judge" else None
+    asked("--selector pointwise")
+    assert list(asked.read("answered_remain.json")) == ["q7"]
+
+
+def test_a_refused_answer_costs_its_trajectories_alone(fake, asked):
+    def behave(body):
+        if kind_of(body) == "choose":
+            return {"content": "[2]" if word_of(body) == "7" and body["seed"] % 2 else "[1]"}
+        return OWN_FAULTS["a content filter"] if "number 2" in body["messages"][-1]["content"] and word_of(body) != "2" else None
+
+    fake.behave = behave
+    status, said = asked("--num-samples 6 --permute", stage="sampling_dpo_trajectories")
+    assert status == 0
+    sampled = asked.read("sampled.json")
+    assert 0 < len(sampled["q7"]["id_lists"]) < 6 and "row q7" in said and "of its trajectories are left out: refused by the server" in said
+    for made in sampled.values():
+        assert {len(made[key]) for key in ("id_lists", "responses", "response_tokens", "from_expert", "selections")} == {len(made["id_lists"])}
+
+
+OPTIONS = {  # what a server refuses, and what is then sent
+    "max_tokens": (refusal(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter"),
+                   {"max_completion_tokens"}),
+    "temperature": (refusal(400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value"), set()),
+    "seed": (refusal(422, "Extra inputs are not permitted: body.seed"), set()),
+    "structured_outputs": (refusal(400, "Unrecognized request argument supplied: structured_outputs"), {"guided_regex"}),
+    "chat_template_kwargs": (refusal(400, "Unknown parameter: 'chat_template_kwargs'.", "chat_template_kwargs", "unknown_parameter"), set()),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_a_server_does_not_take_is_learnt_once_and_said_once(fake, asked, option):
+    refused, instead = OPTIONS[option]
+    fake.behave = lambda body: refused if option in body else None
+    status, said = asked("--enable-thinking")
+    assert status == 0
+    all_right(asked)
+    with_it = [number for number, body in enumerate(fake.bodies) if option in body]
+    assert len(with_it) == 1, "the first request goes ahead alone"
+    assert all(instead <= body.keys() for body in fake.bodies[with_it[0] + 1 :] if option != "structured_outputs" or kind_of(body) == "choose")
+    assert len([line for line in said.splitlines() if f"{fake.url}: m " in line]) == 1
+
+
+def test_all_of_them_together(fake, asked):
+    fake.behave = lambda body: next((refused for option, (refused, _) in OPTIONS.items() if option in body), None)
+    assert asked("--enable-thinking")[0] == 0
+    all_right(asked)
+    assert len(fake.bodies) == 24 + len(OPTIONS)
+
+
+def test_a_server_that_cannot_constrain_is_an_error_that_names_the_flag(fake, asked):
+    fake.behave = lambda body: next((refusal(400, f"Unknown parameter: '{name}'.", name) for name in ("structured_outputs", "guided_regex") if name in body), None)
+    status, said = asked()
+    assert status == 2 and "--constrain-ids off" in said and not fake.paid
+    assert asked(constrain="off", more="--overwrite")[0] == 0
+    all_right(asked)
+
+
+def test_a_server_that_ignores_the_constraint_is_tried_with_the_older_field_and_named(fake, asked):
+    fake.behave = lambda body: {"content": "They are [2]."} if kind_of(body) == "choose" and "guided_regex" not in body else None
+    status, _ = asked()
+    assert status == 0
+    all_right(asked, without=(0,))
+    assert [kind for kind, _ in fake.paid].count("choose") == 12, "what was paid for is not asked again"
+    fake.behave = lambda body: {"content": "They are [2]."} if kind_of(body) == "choose" else None
+    status, said = asked("--overwrite")
+    assert status == 0 and not asked.read() and said.count("does not hold its selections") == 1
+
+
+@pytest.mark.parametrize(("how", "seeds"), [("ignored", True), ("refused", True), ("must be 1", False)])
+def test_samples_are_asked_for_one_by_one_if_the_server_has_no_n(fake, asked, how, seeds):
+    def behave(body):
+        if not seeds and "seed" in body:
+            return refusal(400, "Unknown parameter: 'seed'.", "seed")
+        if how != "ignored" and body.get("n", 1) > 1:
+            return refusal(400, "Unsupported parameter: 'n'." if how == "refused" else "n must be 1 for this model")
+        return {"n": 1, **({"content": "[1], [2]" if body.get("seed", 0) % 2 else "[1]"} if kind_of(body) == "choose" else {})}
+
+    fake.behave = behave
+    assert asked("--num-samples 4", stage="sampling_dpo_trajectories")[0] == 0
+    sampled = asked.read("sampled.json")
+    assert all(len(made["id_lists"]) == 4 for made in sampled.values())
+    assert not seeds or all(len({tuple(ids) for ids in made["id_lists"]}) == 2 for made in sampled.values()), "each sample has a seed of its own"
+    assert [kind for kind, _ in fake.paid].count("choose") == 12 * 4, "the sample that came without n is not asked for again"
+    assert all(made["usage"]["prompt_tokens"] >= 40 for made in sampled.values())
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 402])
+def test_what_is_wrong_with_every_request_ends_the_run_at_once_in_one_line(fake, asked, status):
+    fake.behave = lambda body: refusal(status, f"no: {SECRET}")
+    exit_status, said = asked()
+    assert exit_status == 2 and len(fake.bodies) == 1
+    assert f"HTTP {status}" in said.splitlines()[-1] and SECRET not in said
+    assert not any(SECRET.encode() in path.read_bytes() for path in asked.out.rglob("*") if path.is_file())
+
+
+def test_a_server_that_refuses_everything_ends_the_run(fake, asked):
+    write_jsonl(asked.rows, [row(n) for n in range(300)])
+    fake.behave = lambda body: refusal(400, "bad request")
+    status, said = asked()
+    assert status == 2 and "were all refused" in said and len(fake.bodies) < 100
+
+
+TROUBLES = {
+    "429": refusal(429, "slow down"), "500": (500, b"<html>"), "503": (503, b""), "cut": "cut", "not JSON": (200, b"<html>"), "no choices": (200, {"choices": []}),
+    "an error with 200": (200, {"error": {"message": "overloaded"}}),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
+    seen = Counter()
+
+    def behave(body):
+        key = kind_of(body), word_of(body)
+        with fake.lock:
+            seen[key] += 1
+        return TROUBLES[trouble] if seen[key] <= 2 and int(word_of(body)) % 3 == 0 else None
+
+    fake.behave = behave
+    assert asked()[0] == 0
+    all_right(asked)
+    assert len(fake.paid) == len(set(fake.paid)) == 24
+
+
+@pytest.mark.parametrize(("trouble", "chunk"), [("429", ""), ("500", "--chunk-size 5"), ("cut", ""), ("not JSON", "")])
+def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, asked, trouble, chunk):
+    """The server fails for good in the middle of a run; the same command continues when it is back."""
+    fake.behave = lambda body: TROUBLES[trouble] if len(fake.paid) >= 17 else None
+    status, said = asked(chunk)
+    assert status == 2 and "run the same command again" in said
+    paid = list(fake.paid)
+    assert 17 <= len(paid) < 24
+    fake.behave = lambda body: None
+    status, said = asked(chunk)
+    assert status == 0, said
+    all_right(asked)
+    assert len(fake.paid) == len(set(fake.paid)) == 24, "every call was paid for once"
+    assert not list(asked.out.glob("*.partial*"))
+
+
+def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_path, asked):
+    """The stage as a process of its own, killed while the server lets it wait."""
+    hold = threading.Event()
+    fake.behave = lambda body: (hold.wait(30), (503, b""))[1] if len(fake.paid) >= 17 and not hold.is_set() else None
+    flags = ["--template", f"{asked.good}/chat.jinja", "--llm-model", "m", "--api-base", fake.url, "--input-json", str(asked.rows), "--output-json", f"{asked.out}/answered.json"]
+    command = [sys.executable, str(REPO / "inference.py"), *flags]
+    # The first calls come one by one and the others all at once: those answered at the moment of the kill are on their way.
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
+        kept = asked.out / "answered.json.partial.completions.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (kept.exists() and sum(map(bool, kept.read_bytes().splitlines())) == len(fake.paid) >= 17):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    hold.set()
+    paid = list(fake.paid)
+    assert 17 <= len(paid) < 24, (tmp_path / "log").read_text()
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    all_right(asked)
+    assert len(fake.paid) == len(set(fake.paid)) == 24 and not kept.exists()
+
+
+@pytest.mark.parametrize("questions", [12, 1])
+def test_a_request_that_always_fails_while_others_are_answered_costs_its_own_question(fake, asked, questions):
+    """Even if it is the only one left: the same command would fail for ever."""
+    fake.behave = lambda body: (500, b"broken") if word_of(body) == "7" and kind_of(body) == "answer" else None
+    if questions == 1:
+        write_jsonl(asked.rows, [row(7)])
+        assert asked()[0] == 0 and list(asked.read("answered_remain.json")) == ["q7"]
+        return
+    assert asked()[0] == 0
+    all_right(asked, without=(7,))
+    assert "HTTP 500" in asked.read("answered_remain.json")["q7"]["error"]
+
+
+def test_overwrite_asks_again(fake, asked):
+    fake.behave = lambda body: (503, b"") if len(fake.paid) >= 17 else None
+    assert asked()[0] == 2
+    fake.behave = lambda body: {"content": "other"} if kind_of(body) == "answer" else None
+    assert asked("--overwrite")[0] == 0
+    assert {made["response"] for made in asked.read().values()} == {"other"}
+
+
+REASONING = {
+    "tags": lambda text: {"content": f"<think>[2]? No.</think>\n\n{text}"}, "no opening tag": lambda text: {"content": f"[2]? No.</think>\n\n{text}"},
+    "other tags": lambda text: {"content": f"<reasoning>[2]?</reasoning>{text}"}, "a field": lambda text: {"content": text, "reasoning_content": "[2]? No."},
+    "vLLM's field": lambda text: {"content": text, "reasoning": "[2]? No."},
+    "parts": lambda text: {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "[2]?"}]}, {"type": "text", "text": text}]},
+}
+
+
+@pytest.mark.parametrize(("form", "stage"), [
+    *((form, "inference") for form in REASONING), ("tags", "top_inference"), ("a field", "top_inference"), ("tags", "sampling_dpo_trajectories"),
+    ("no opening tag", "sampling_dpo_trajectories"),
+])
+def test_reasoning_is_in_no_selection_and_in_no_answer(fake, asked, form, stage):
+    fake.behave = lambda body: REASONING[form]("[1]" if kind_of(body) == "choose" else f"answer {word_of(body)}")
+    assert asked(stage=stage)[0] == 0
+    if stage == "inference":
+        all_right(asked)
+    elif stage == "top_inference":
+        assert [(made["id_list"], made["response"]) for made in asked.read("windows.jsonl").values()] == [([1], f"answer {n}") for n in range(12)]
+    else:
+        assert [(made["id_lists"], made["responses"]) for made in asked.read("sampled.json").values()] == [([[1], [1]], [f"answer {n}"] * 2) for n in range(12)]
+
+
+def test_a_verdict_is_read_after_the_reasoning(fake, asked):
+    fake.behave = lambda body: REASONING["tags"]("No") if kind_of(body) == "judge" and "river number 2" in body["messages"][-1]["content"] else None
+    assert asked("--selector pointwise")[0] == 0
+    assert asked.read()["q5"]["id_list"] == [1, 3, 4]
+
+
+CUT_OFF = {
+    "an open block": {"content": "<think>The Nile is"}, "a field": {"content": None, "reasoning_content": "The Nile is"}, "nothing": {"content": ""},
+    "vLLM's field": {"content": None, "reasoning": "The Nile is"},
+}
+
+
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_an_answer_that_is_all_reasoning_goes_to_the_remaining_rows_with_the_reason(fake, asked, case):
+    fake.behave = lambda body: {**CUT_OFF[case], "finish": "length"} if word_of(body) in "37" and kind_of(body) == "answer" else None
+    status, said = asked("--answer-max-tokens 32")
+    assert status == 0
+    all_right(asked, without=(3, 7))
+    assert all("cut off after 32 tokens" in made["error"] for made in asked.read("answered_remain.json").values())
+    assert "2 of 12 answers were cut off at 32 tokens; raise --answer-max-tokens" in said
+
+
+def test_reasoning_whose_tag_the_servers_template_opens_is_no_answer_when_it_is_cut_off(fake, asked):
+    """Only the other replies show that the template opens it."""
+    fake.behave = lambda body: None if kind_of(body) == "choose" else (
+        {"content": "The Nile is", "finish": "length"} if word_of(body) in "07" else REASONING["no opening tag"](f"answer {word_of(body)}")
+    )
+    assert asked()[0] == 0
+    all_right(asked, without=(0, 7))
+
+
+@pytest.mark.parametrize(("limits", "warnings"), [({"answer"}, 1), ({"choose"}, 1), ({"answer", "choose"}, 2), (set(), 0)])
+def test_what_was_cut_off_is_said_once_a_run(fake, asked, limits, warnings):
+    fake.behave = lambda body: {"finish": "length"} if kind_of(body) in limits and int(word_of(body)) % 2 else None
+    status, said = asked("--chunk-size 3")
+    assert status == 0
+    assert said.count("were cut off at") == warnings == len([line for line in said.splitlines() if line.startswith("WARNING") and "6 of 12" in line])
+    all_right(asked)  # a text that is cut off is a text: it is the score's to say what it is worth
+
+
+@pytest.mark.parametrize("content", [{"content": "Geor", "finish": "content_filter"}, {"content": None}, {"content": None, "refusal": "I cannot"}])
+def test_a_withheld_answer_is_not_an_answer(fake, asked, content):
+    fake.behave = lambda body: content if word_of(body) == "7" and kind_of(body) == "answer" else None
+    assert asked()[0] == 0
+    all_right(asked, without=(7,))
+    assert list(asked.read("answered_remain.json")) == ["q7"]
+
+
+def test_azures_address_and_key(fake, asked):
+    asked.url = fake.url.replace("/v1", "/openai/deployments/d?api-version=2024-10-21")
+    assert asked()[0] == 0
+    all_right(asked)
+    assert set(fake.paths) == {"/openai/deployments/d/chat/completions?api-version=2024-10-21"}
+    assert {headers["api-key"] for headers in fake.headers_seen} == {SECRET}
+
+
+@pytest.mark.parametrize(("flags", "sent"), [("", None), ("--enable-thinking", {"enable_thinking": True})])
+def test_a_servers_reasoning_is_left_as_it_is_unless_asked_for(fake, asked, flags, sent):
+    asked(flags)
+    assert {json.dumps(body.get("chat_template_kwargs")) for body in fake.bodies} == {json.dumps(sent)}

@@ -1,0 +1,98 @@
+"""dynamicrag/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
+
+import pytest
+
+from dynamicrag.calls import read_selection
+from dynamicrag.completion import Request, Sample, after_reasoning, completion_of, opens_itself, read_sample, refused
+from dynamicrag.completion_cache import CompletionCache, key_of
+
+ASKED = Request([{"role": "user", "content": "q"}], seed=1, max_tokens=100, n=2)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("Georges Bizet", "Georges Bizet"), ("  [3] \n", "[3]"), ("", ""), ("  ", ""), ("a < b, think > c", "a < b, think > c"),
+    ("<think>[1]? No.</think>\n\n[3]", "[3]"), ("<thinking>[1]</thinking>[3]", "[3]"), ("<reasoning>[1]</reasoning> [3]", "[3]"), ("<THINK>a</Think>b", "b"),
+    ("< think >[1]</ think >[3]", "[3]"), ("[THINK]a[/THINK]b", "b"), ("<think></think>\n\nb", "b"), ("<think>\n\n</think>\n\n", None),
+    ("<think>a</think>x<think>b</think>y", "y"), ("<think>a <think> b</think>y", "y"), ("x <think>a</think> y", "y"), ("<think>a</thinking>y", "y"),
+    ("So [1] is no help.</think>\n[3]", "[3]"), ("So [1] is no help.</think>", None), ("a</think>b</think>c", "c"),
+    ("<think>[1] is about", None), ("[1]\n<think>or rather", None), ("<think>a</think><think>b", None), ("<think>", None), ("x<think>a</think>", None),
+])
+def test_what_follows_the_reasoning_counts_and_nothing_else(text, says):
+    assert after_reasoning(text) == says
+
+
+@pytest.mark.parametrize(("text", "says"), [("[1] is about", None), ("[1]?</think>[3]", "[3]"), ("<think>a</think>b", "b"), ("", None), ("a</think>", None)])
+def test_a_template_that_opens_the_reasoning_makes_all_of_an_unclosed_text_reasoning(text, says):
+    assert after_reasoning(text, opened=True) == says
+
+
+@pytest.mark.parametrize(("text", "itself"), [("a</think>b", True), ("<think>a</think>b", False), ("b", False), ("<think>a", False), ("a</think><think>b</think>", True)])
+def test_a_missing_opening_tag_is_the_templates(text, itself):
+    assert opens_itself(text) is itself
+
+
+@pytest.mark.parametrize(("sample", "text", "reason"), [
+    (Sample("[3]"), "[3]", ""), (Sample("[3]", "length"), "[3]", ""), (Sample(""), "", ""), (Sample("[3]", None), "[3]", ""),
+    (Sample("[3]", reasoned=True), "[3]", ""), (Sample("<think>a</think>[3]", "length"), "[3]", ""),
+    (Sample("<think>a", "length"), "", "cut off after 100 tokens, all of them reasoning"), (Sample("<think>a</think>"), "", "nothing follows its reasoning"),
+    (Sample(None, "length", reasoned=True), "", "cut off after 100 tokens, all of them reasoning"), (Sample("", reasoned=True), "", "nothing follows its reasoning"),
+    (Sample("", "length"), "", "cut off after 100 tokens, before any text"), (Sample(None), "", "the reply has no text"), (Sample(None, "tool_calls"), "", "the reply has no text"),
+    (Sample("Georges", "content_filter"), "", "withheld by a content filter"), (Sample("Georges", "abort"), "", "aborted by the engine"),
+    (Sample(None, refusal="the model declined: no"), "", "the model declined: no"),
+])
+def test_a_sample_is_a_text_or_a_reason(sample, text, reason):
+    assert read_sample(sample, 100) == (text, reason)
+
+
+def test_each_sample_of_a_completion_is_read_by_itself():
+    completion = completion_of([Sample("<think>a</think>[3], [1", "length"), Sample("<think>a", "length")], ASKED, 7, 9)
+    assert completion.texts == ["[3], [1", ""] and completion.cut_off == {0, 1}
+    assert [read_selection(completion, sample, 5).ids for sample in (0, 1)] == [[3], []]
+    assert read_selection(completion, 0, 5).valid and read_selection(completion, 1, 5).reason.startswith("no selection in the model's output: cut off after 100")
+    assert completion.reason("answer", 0) == "" and completion.reason("answer", 1).startswith("no answer in the model's output: cut off after 100")
+
+
+def test_a_constrained_text_holds_no_reasoning_even_if_the_template_opens_some():
+    free, held = (Request(ASKED.messages, 1, 100, pattern=pattern) for pattern in (None, r"None|\[1\]"))
+    assert completion_of([Sample("[1]")], free, opened=True).reason("selection") and completion_of([Sample("[1]")], held, opened=True).texts == ["[1]"]
+
+
+def test_a_refused_request_has_a_reason_for_every_sample_and_no_text():
+    completion = refused(ASKED, "refused by the server: HTTP 400: x")
+    assert completion.texts == ["", ""] and not completion.answered
+    assert [completion.reason("selection", sample) for sample in (0, 1)] == ["refused by the server: HTTP 400: x"] * 2
+
+
+# ---------------------------------------------------------------- replies on disk
+
+
+def test_replies_survive_a_kill_and_a_torn_line(tmp_path):
+    replies = {f"k{n}": ([Sample(f"text \n {n}", "length", True, None), Sample(None)], n, 2 * n) for n in range(5)}
+    cache = CompletionCache(tmp_path / "out.json")
+    for key, reply in replies.items():
+        assert cache.get(key) is None
+        cache.put(key, reply)
+    assert cache.path.name == "out.json.partial.completions.jsonl"
+    cache.path.write_bytes(cache.path.read_bytes()[:-20])  # the last line is torn; `cache` was never closed
+    again = CompletionCache(tmp_path / "out.json")
+    assert {key: again.get(key) for key in replies} == {**replies, "k4": None}
+    again.put("k4", replies["k4"])
+    assert CompletionCache(tmp_path / "out.json").get("k4") == replies["k4"]
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b'["k", [["a", "stop", false, null, 1]], 1, 1]', b'["k", [[5]], 1, 1]', b'["k", [["a"]], "1", 1]', b"7", b'["k", 1, 1, 1]'])
+def test_what_is_no_reply_is_left_out(tmp_path, line):
+    cache = CompletionCache(tmp_path / "out.json")
+    cache.path.write_bytes(line + b"\n" + b'["good", [["a"]], 1, 2]\n')
+    assert cache.get("k") is None and cache.get("good") == ([Sample("a")], 1, 2)
+
+
+def test_a_key_is_all_that_decides_a_reply():
+    keys = {key_of("m", ASKED), key_of("n", ASKED), key_of("m", ASKED, "on")} | {
+        key_of("m", Request(**{**vars(ASKED), name: value})) for name, value in {
+            "messages": [{"role": "user", "content": "r"}], "seed": 2, "max_tokens": 9, "n": 3, "temperature": 0.5, "top_p": 0.5, "pattern": "None",
+        }.items()
+    }
+    assert len(keys) == 10 and key_of("m", Request(**{**vars(ASKED), "limit": "--other"})) == key_of("m", ASKED)
