@@ -118,7 +118,7 @@ def _load_tail(path: str, listed: object, truncate_dim: int | None) -> SentenceM
         activation = (read_json(path, f"{folder}/config.json") or {}).get("activation_function", "torch.") if place else "torch."
         if not str(activation).startswith("torch."):
             raise UserError(f"{path}/{folder}/config.json: refused: its activation function is {activation!r}, which is not one of torch's")
-    tail = [import_module_class(kind).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
+    tail = [import_module_class(kind, path, **NO_CODE).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
     return SentenceModules(kinds[0][1], tail, truncate_dim)
 
 

@@ -233,12 +233,14 @@ TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_tra
 @pytest.mark.parametrize("listed", [
     modules("custom.Transformer", POOLING, path="1_Pooling"), modules(TRANSFORMER, "custom.Pooling", path="1_Pooling"),
     modules(TRANSFORMER, "os.Pooling"), modules("sentence_transformers.models.Router"), modules(TRANSFORMER, "sentence_transformers.util.Router"),
-    modules(TRANSFORMER, POOLING, path="../elsewhere"), modules(TRANSFORMER, POOLING, path="/etc"), modules(TRANSFORMER), [], {}, [1], modules(),
+    modules(TRANSFORMER, POOLING, path="../elsewhere"), modules(TRANSFORMER, POOLING, path="1_Pooling/../../elsewhere"), modules(TRANSFORMER), [], {}, [1], modules(),
     modules(TRANSFORMER, "sentence_transformers.models.Normalize", POOLING, path="1_Pooling"), [{"type": None}], modules(TRANSFORMER, POOLING, path="nowhere"),
 ])
-def test_other_modules_are_refused(copy, listed, tmp_path):
-    """In one line, and without running code that came with the model."""
+def test_other_modules_are_refused(copy, listed, tmp_path, monkeypatch):
+    """In one line, and without running code that came with the model, even where it could be imported."""
     folder = copy("bge", modules_json=listed)
+    shutil.copytree(folder / "1_Pooling", tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(folder)
     (folder / "custom.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Transformer: pass\nclass Pooling: pass\n")
     with pytest.raises(UserError, match="copy_bge") as error:
         Encoder(str(folder), "cpu", "float32")
