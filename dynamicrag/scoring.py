@@ -15,7 +15,10 @@ from dynamicrag.tasks import task_of_row
 
 MISSING = "missing from the results"
 # Why a question has no answer, by how the `error` of its row begins.
-REASONS = {"no_selection": "no selection in", "question_too_long": "the question alone is longer", "missing": MISSING}
+REASONS = {
+    "no_selection": ("no selection in",), "no_answer": ("no answer in",),
+    "question_too_long": ("the question alone is longer", "a prompt of"), "refused": ("refused by the server", "the server failed"), "missing": (MISSING,),
+}
 
 
 class Outcome(NamedTuple):
@@ -57,7 +60,7 @@ def _documents_of(row: Row) -> int | None:
 def unanswered_reason(row: Row) -> str:
     """One of REASONS, or other: an error that no stage writes, or a response that is no text."""
     error = str(row.get("error", ""))
-    return next((reason for reason, beginning in REASONS.items() if error.startswith(beginning)), "other")
+    return next((reason for reason, beginnings in REASONS.items() if error.startswith(beginnings)), "other")
 
 
 def summarise(

@@ -11,4 +11,6 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && ((EUID == 
 fi
 .venv/bin/ruff check .
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# All of them: one process per core, a file at a time, since the tests of a file share the models they make.
+(($#)) || set -- --numprocesses "$(nproc)" --dist loadfile
 .venv/bin/python -m pytest "$@"

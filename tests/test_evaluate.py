@@ -233,13 +233,16 @@ def test_unanswered_questions_are_counted_by_reason(capsys):
     ], [
         make_row(9, None, error="no selection in the model's output for the last window"), make_row(10, None, error="disk full"),
         make_row(11, None, error="the question alone is longer than --max-model-len 100: 'what'"),
+        make_row(12, None, error="a prompt of 90 tokens does not leave 32 (--answer-max-tokens) within --max-model-len 100"),
+        make_row(13, None, error="no answer in the model's output: cut off after 32 tokens"),
+        make_row(14, None, error="refused by the server: content filter"),
     ])
-    found = run("r.jsonl", eval_file=ask(14))["r"]
-    assert found["unanswered_by_reason"] == {"no_selection": 2, "question_too_long": 1, "missing": 3, "other": 2}
-    assert (found["n"], found["unanswered"]) == (14, 8)
+    found = run("r.jsonl", eval_file=ask(17))["r"]
+    assert found["unanswered_by_reason"] == {"no_selection": 2, "no_answer": 1, "question_too_long": 2, "refused": 1, "missing": 3, "other": 2}
+    assert (found["n"], found["unanswered"]) == (17, 11)
     assert capsys.readouterr().out.count("unanswered") == 1, "one column of the table"
     write("all.jsonl", RIGHT)
-    assert run("all.jsonl")["all"]["unanswered_by_reason"] == dict.fromkeys(("no_selection", "question_too_long", "missing", "other"), 0)
+    assert run("all.jsonl")["all"]["unanswered_by_reason"] == dict.fromkeys(("no_selection", "no_answer", "question_too_long", "refused", "missing", "other"), 0)
 
 
 def test_rows_that_a_run_could_not_answer_have_a_reason_that_is_known():
