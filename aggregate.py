@@ -165,11 +165,12 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
             "stage": manifest.get("stage"),
             "arguments": {**manifest["arguments"], "input_json": questions},
             "inputs": {questions: whole, **{name: content for name, content in manifest["inputs"].items() if name != part}},
-            "resolved": manifest.get("resolved", {}),
+            **({"resolved": manifest["resolved"]} if "resolved" in manifest else {}),
         }
         first = first or made
         for what in ("arguments", "inputs", "resolved"):
-            changed = sorted(key for key in made[what].keys() | first[what].keys() if made[what].get(key) != first[what].get(key))
+            here, there = made.get(what, {}), first.get(what, {})
+            changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
             if changed:
                 raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its {made['stage']}.py again with the same")
     return first
@@ -191,6 +192,9 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     if changed:
         raise UserError(f"{changed[0]}: has changed since {shards[0]} was made from it; run its {made['stage']}.py again with --overwrite")
     output.identity["stage"] = made["stage"]
+    if "resolved" in made:
+        devices = dict.fromkeys(manifest["device"] for manifest in manifests if "device" in manifest)
+        output.record(", ".join(devices) or None, **made["resolved"])
     output.started -= sum(manifest["seconds"] for manifest in manifests)  # of all workers, as if one had answered everything
     remains = [path.with_name(Path(manifest["outputs"][1]).name) for path, manifest in zip(shards, manifests, strict=True)]
     counts = {

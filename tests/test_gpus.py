@@ -198,7 +198,8 @@ def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(
     program(tmp_path / "python", f'echo "$CUDA_VISIBLE_DEVICES $*" >>{tmp_path}/calls; [[ "$*" != *"--shard_id ${{FAILS:-none}} "* ]]')
     passages, embeddings = tmp_path / "passages.tsv", tmp_path / "embeddings"
     passages.touch()
-    python = {"BASH_FUNC_python%%": f'() {{ {tmp_path}/python "$@"\n}}', "PASSAGES": str(passages), "EMBEDDINGS": str(embeddings), "HOME": str(tmp_path)}
+    questions = {name: str(passages) for name in ("PASSAGES", "TRAIN_QUESTIONS", "EVAL_QUESTIONS")}
+    python = {"BASH_FUNC_python%%": f'() {{ {tmp_path}/python "$@"\n}}', **questions, "EMBEDDINGS": str(embeddings), "HOME": str(tmp_path)}
 
     def embed(gpus: int | None, **environment) -> tuple[subprocess.CompletedProcess, list[tuple[str, str, str]]]:
         (tmp_path / "calls").unlink(missing_ok=True)

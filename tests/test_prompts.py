@@ -88,7 +88,7 @@ def test_every_placeholder_is_known_and_used():
         ('generator: {separator: " {{--}} "}', lambda p: "A river. {--} [2] {question}" in user(p.generator("q", DOCS, "i"))),
         ("generator: {numbers: original}", lambda p: "[3] Nile" in user(p.generator("q", DOCS[:2], "i", [3, 1])) and "[1] {question}" in user(p.generator("q", DOCS[:2], "i", [3, 1]))),
         ("reranker: {system: null}", lambda p: [message["role"] for message in p.reranker("q", DOCS)] == ["user"]),
-        ("instructions: {nq: 'One word.'}", lambda p: (p.instruction("nq"), p.instruction("fever")) == ("One word.", task_of("fever").instruction)),
+        ("instructions: {nq: 'One word.'}", lambda p: (p.instruction({"dataset": "nq"}), p.instruction({"dataset": "fever"})) == ("One word.", task_of("fever").instruction)),
     ],
 )
 def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, check):

@@ -27,10 +27,11 @@ DOCS = [
 
 
 def row(number: int = 1, **changes) -> dict:
-    """A row with everything any stage asks for; a change of None takes the key away."""
+    """A row with everything any stage asks for; a change of None takes the key away. The labels are of as many documents as there are."""
+    count = len(changes["docs"]) if isinstance(changes.get("docs"), list) else len(DOCS)
     whole = {
         "id": f"q{number}", "question": f"which river is number {number}?", "answers": ["oil"], "docs": [dict(doc) for doc in DOCS],
-        "true_id": [1, 2], "false_id": [3, 4], "true_count": 2, "sequence": [2, 1], "sequence_length": 2, "docs_shown": 4,
+        "true_id": [1, 2][:count], "false_id": list(range(3, count + 1)), "true_count": min(count, 2), "sequence": [2, 1], "sequence_length": 2, "docs_shown": 4,
         "id_lists": [[1], [2, 3]], "responses": ["oil", "gas"], "response_tokens": [1, 1], "from_expert": [False, False],
         "response_scores": [0.9, 0.1], "score_terms": [{"em": 1.0, "rouge": 1.0, "length": 0.5}, {"em": 0.0, "rouge": 0.0, "length": 0.3}],
         "id_list": [1], "final_docs": ["p1"], "response": "oil", "usage": {"calls": 2, "prompt_tokens": 10, "generated_tokens": 2},

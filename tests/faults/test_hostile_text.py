@@ -50,7 +50,8 @@ def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypa
         write_jsonl(path, rows)
     if name == "aggregate":
         retriever_manifest(path)
-    assert run(name, [*flags_of(name, good, out, path, more), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)[0] == 0
+    status, said = run(name, [*flags_of(name, good, out, path, more), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)
+    assert status == 0, said
     files = sorted(file for file in out.rglob("*") if file.is_file() and not file.name.endswith((".manifest.json", ".lock")))
     return {str(file.relative_to(out)): file.read_bytes().replace(str(path).encode(), b"") for file in files}
 
