@@ -1,0 +1,106 @@
+"""How fast questions and documents become the tokens of prompts, beside a tokenizer that is asked each time, one prompt after the other.
+
+A prompt is measured when its documents are chosen and tokenised again when it is sent. The stages keep the tokens of the latest
+prompts, and tokenise several prompts at a time. Nothing but the tokenizer and the chat template runs; documents are passages of
+100 words of the CIA World Factbook.
+
+    python benchmarks/prompts.py                 after python examples/factbook/models.py --output_dir models
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+
+from dynamicrag.calls import Caller
+from dynamicrag.passages import read_passages
+from dynamicrag.prompts import Messages
+from dynamicrag.records import Row
+from dynamicrag.templates import PromptTokenizer, in_threads, load_prompts
+from sampling_dpo_trajectories import parse_args as stage_flags
+
+sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
+WINDOW = 8192
+
+
+class Tokenizing:
+    """An engine that does no more than tokenise."""
+
+    def __init__(self, prompts: PromptTokenizer):
+        self.prompts = prompts
+
+    def ids(self, messages: Messages) -> list[int]:
+        return self.prompts.ids(messages)
+
+    def fits(self, messages: Messages, max_tokens: int) -> bool:
+        return len(self.ids(messages)) + max_tokens <= WINDOW
+
+
+class EachTimeAgain(Tokenizing):
+    """The same, and nothing is kept."""
+
+    def ids(self, messages: Messages) -> list[int]:
+        return self.prompts.tokenizer.encode(self.prompts.render(messages), add_special_tokens=False)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2-135m", help="folder of a tokenizer")
+    parser.add_argument("--template", default="template/smollm2.jinja")
+    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--topn", type=int, default=40, help="documents per question")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    return parser.parse_args()
+
+
+def made_rows(questions: int, topn: int) -> list[Row]:
+    import corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus.main(["--output_file", f"{folder}/passages.jsonl", "--max_words", "100"])
+        passages = list(read_passages(Path(folder) / "passages.jsonl"))
+    rng = random.Random(0)
+    return [
+        {"id": f"q{number}", "question": "which country has the longest border?", "dataset": "nq",
+         "docs": [{"id": doc_id, "title": title, "text": text} for doc_id, title, text in rng.sample(passages, topn)]}
+        for number in range(questions)
+    ]
+
+
+def main() -> None:
+    args = parse_args()
+    rows = made_rows(args.questions, args.topn)
+    prompts = load_prompts(args.model, args.template)
+    flags = stage_flags(["--topn", str(args.topn)])
+
+    def request(caller: Caller, row: Row) -> Messages:
+        return caller.select(row, caller.shown(row["question"], row["docs"])).messages
+
+    def again() -> float:
+        caller = Caller(EachTimeAgain(prompts), flags)
+        for messages in [request(caller, row) for row in rows]:
+            caller.engine.ids(messages)
+        return len(rows)
+
+    def kept() -> float:
+        caller = Caller(Tokenizing(PromptTokenizer(prompts.tokenizer, prompts.chat_template)), flags)
+        messages = in_threads(lambda row: request(caller, row), rows)
+        in_threads(caller.engine.ids, messages)
+        return len(rows)
+
+    systems = {"each time, one after the other": again, "kept, on all cores": kept}
+    seconds = measure.in_turns(systems, args.rounds)
+    slow = seconds["each time, one after the other"]
+    tokens = sum(len(prompts.ids(request(Caller(Tokenizing(prompts), flags), row))) for row in rows) // len(rows)
+    lines = [[name, f"{1 / s:.1f}", f"{slow / s:.2f}"] for name, s in seconds.items()]
+    title = f"Prompts of {tokens} tokens, {len(rows)} questions, {len(os.sched_getaffinity(0))} cores"
+    measure.report(title, ["", "prompts/s", "to each time"], lines, {name: 1 / s for name, s in seconds.items()}, args.output_file)
+
+
+if __name__ == "__main__":
+    main()
