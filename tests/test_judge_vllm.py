@@ -1,17 +1,25 @@
 """dynamicrag/judge.py and dynamicrag/server.py against a real vLLM server, with a tiny model of random weights: grades of noise, but grades."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from test_chain import make_tiny_llama
 
+from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import ApiEngine, Request
 from dynamicrag.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
 from dynamicrag.prompts import Prompts
@@ -35,7 +43,7 @@ def url(tmp_path_factory) -> str:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager",
-        "--chat-template", str(REPO / "template/llama3.jinja"),
+        "--chat-template", str(REPO / "template/llama3.jinja"), "--trust-request-chat-template",
         # JSON may have any number of spaces between its tokens, and a model that has lost its way writes nothing else.
         "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
     ]
@@ -126,3 +134,141 @@ def test_a_real_server_as_the_engine(url, monkeypatch, caplog):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match=f"HTTP {status}"):
             ApiEngine(url, model).complete(asked[:1])
+
+
+# ---------------------------------------------------------------- a proxy before it that fails
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+Answer = tuple[int, dict | None]  # status and body; None: the connection is closed without a reply
+
+
+@contextmanager
+def proxy(url: str, fail: Callable[[dict, int], Answer | None], after: Callable[[dict], None] = lambda reply: None) -> Iterator[tuple[str, Counter]]:
+    """The address of a proxy, and how often each prompt was answered with status 200 through it.
+
+    `fail` gets a request and how often its prompt came before; what it returns is answered in the server's place. `after` may
+    change the server's reply.
+    """
+    came, paid, lock = Counter(), Counter(), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = json.dumps(body["messages"])
+            with lock:
+                before, came[prompt] = came[prompt], came[prompt] + 1
+            status, reply = fail(body, before) or self.forwarded(body)
+            if reply is None:
+                self.close_connection = True
+                return
+            if status == 200:
+                after(reply)
+                with lock:
+                    paid[prompt] += 1
+            content = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def forwarded(self, body: dict) -> Answer:
+            headers = {"Content-Type": "application/json", "Authorization": self.headers["Authorization"]}
+            try:
+                with DIRECT.open(urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers), timeout=120) as reply:
+                    return reply.status, json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                return error.code, json.loads(error.read())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", paid
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def refusing(status: int, said: str, **more) -> Answer:
+    return status, {"error": {"message": said, "type": "BadRequestError", "code": status, **more}}
+
+
+def not_taking(option: str, said: str) -> Callable[[dict, int], Answer | None]:
+    return lambda body, before: refusing(400, said, param=option) if body.get(option) not in (None, 1) else None
+
+
+def without(*keys: str) -> Callable[[dict], None]:
+    return lambda reply: [reply.pop(key, None) for key in keys] and None
+
+
+FAILURES = {
+    "too many requests": (lambda body, before: refusing(429, "slow down") if before == 0 else None, without()),
+    "a failing server": (lambda body, before: refusing(503, "overloaded") if before == 0 else None, without()),
+    "a lost connection": (lambda body, before: (0, None) if before == 0 else None, without()),
+    "no usage": (lambda body, before: None, without("usage")),
+    "usage that is null": (lambda body, before: None, lambda reply: reply.update(usage=None)),
+    "no seed": (not_taking("seed", "Unsupported parameter: 'seed' is not supported with this model."), without()),
+    "no n": (not_taking("n", "n must be 1"), without()),
+    "no max_tokens": (not_taking("max_tokens", "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."), without()),
+    "no structured_outputs": (not_taking("structured_outputs", "Unrecognized request argument supplied: structured_outputs"), without()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", FAILURES)
+def test_no_answer_is_lost_wrong_or_paid_for_twice_behind_a_proxy_that_fails(url, monkeypatch, tmp_path, failure):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
+    docs = [{"id": str(n), "title": f"Title {n}", "text": "river"} for n in range(1, 6)]
+    answers = [Request(Prompts().generator(f"which river is number {n} ?", docs[:2], "Be brief."), n, 5) for n in range(5)]
+    selections = [Request(Prompts().reranker(f"which river is number {n} ?", docs), n, 60, n=2, temperature=1.0, pattern=ids_pattern(5)) for n in range(5)]
+    right = ApiEngine(url, "tiny").complete([*answers, *selections])
+    fail, after = FAILURES[failure]
+    with proxy(url, fail, after) as (address, paid):
+        engine = ApiEngine(address, "tiny")
+        engine.keep_in(CompletionCache(tmp_path / "out.json"))  # as every stage does
+        replies = engine.complete([*answers, *selections])
+    for request, reply, expected in zip([*answers, *selections], replies, right, strict=True):
+        assert len(reply.texts) == request.n
+        if request.pattern and failure in ("no structured_outputs", "no seed"):  # without them the server writes something else
+            continue
+        assert reply.texts == expected.texts, "the answer is the one that the server gives directly"
+    times = 2 if failure == "no n" else 1
+    assert [paid[json.dumps(request.messages)] for request in answers] == [1] * 5
+    assert [paid[json.dumps(request.messages)] for request in selections] == [times] * 5
+
+
+@pytest.mark.slow
+def test_a_refused_question_costs_itself_behind_a_proxy(url, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
+    asked = [Request(Prompts().generator(f"which river is number {n} ?", [], "Be brief."), n, 5) for n in range(6)]
+    right = ApiEngine(url, "tiny").complete(asked)
+    with proxy(url, lambda body, before: refusing(400, "filtered", code="content_filter") if "number 3" in body["messages"][-1]["content"] else None) as (address, paid):
+        replies = ApiEngine(address, "tiny").complete(asked)
+    assert [reply.answered for reply in replies] == [True, True, True, False, True, True] and "filtered" in replies[3].reason("answer")
+    assert [reply.texts for number, reply in enumerate(replies) if number != 3] == [reply.texts for number, reply in enumerate(right) if number != 3]
+    assert sum(paid.values()) == 5
+
+
+# A template that opens the reasoning itself, as Qwen's do; the server has no parser for it.
+OPENING = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: <think>\n"
+
+
+@pytest.mark.slow
+def test_only_what_follows_the_reasoning_is_an_answer_if_the_template_opens_it(url, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
+
+    def reason_first(body: dict, before: int) -> None:
+        body["chat_template"] = OPENING
+        body["structured_outputs"] = {"regex": r"gas is [a-z]{2}\n</think>\n\n(oil|farming)"}
+
+    asked = [Request(Prompts().generator(f"which export is number {n} ?", [], "Be brief."), n, 60) for n in range(6)]
+    with proxy(url, reason_first) as (address, paid):
+        replies = ApiEngine(address, "tiny").complete(asked)
+    assert {text for reply in replies for text in reply.texts} <= {"oil", "farming"} and sum(paid.values()) == 6
+    assert all(reply.answered and not reply.unreadable for reply in replies)
+    with proxy(url, reason_first) as (address, _):
+        cut = ApiEngine(address, "tiny").complete([asked[0], Request(asked[1].messages, 1, 3)])
+    assert cut[0].texts[0] in ("oil", "farming") and cut[1].cut_off == {0} and cut[1].reason("answer"), "cut off within the reasoning"
