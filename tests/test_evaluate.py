@@ -505,3 +505,31 @@ def test_only_the_same_questions_are_compared():
     assert compared("a.json", "b.json", eval_file="asked.json")["b"]["difference"] == pytest.approx(100 / 3), "missing ones are wrong"
     with pytest.raises(UserError, match="--compare needs two"):
         compared("a.json")
+
+
+# ---------------------------------------------------------------- the published evaluation files, by their names
+
+DOCUMENT = {"title": "Georges Bizet", "text": "Bizet wrote the opera Carmen.", "hasanswer": True}
+PUBLISHED = {  # file: what its rows have beside a question and documents, and the metric of the data set
+    "triviaqa.json": ({"id": "qw_1934", "answers": ["Bizet"]}, "Bizet", "em"),
+    "nq.json": ({"id": "0", "answers": ["Bizet"]}, "bizet", "em"),
+    "hotpotqa.json": ({"id": "5a8b57f25542995d1e6f1371", "answers": ["yes"]}, "Yes", "em"),
+    "2wikimqa.json": ({"id": "8813f87c0bdd11eba7f7acde48001122", "answers": ["Georges Bizet"]}, "Georges Bizet", "em"),
+    "fever.json": ({"id": "75397", "answers": ["NOT ENOUGH INFO"]}, "NOT ENOUGH INFO", "accuracy"),
+    "eli5.json": ({"id": "32wvn8", "answers": ["Because he was paid for it."]}, "Because he was paid for it.", "rouge"),
+    "asqa_eval_gtr_top100.json": (
+        {"sample_id": "-1", "qa_pairs": [{"question": "who?", "short_answers": ["Bizet", "Georges Bizet"]}], "answer": "It was Bizet."}, "It was Bizet.", "str_em",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("bare", [True, False])
+def test_each_published_evaluation_file_has_its_own_metric_without_a_flag(name, bare):
+    row, response, metric = PUBLISHED[name]
+    documents = {"docs" if "sample_id" in row else "ctxs": [DOCUMENT]}
+    write(name, [{**row, "question": "who wrote the opera carmen", **documents}])
+    answered = {"id": row.get("id", row.get("sample_id")), "response": response}
+    write(f"llama3_8b_{name}", [answered if bare else {**row, "question": "who wrote the opera carmen", **documents, **answered}])
+    found = run(f"llama3_8b_{name}", eval_file=name)[f"llama3_8b_{Path(name).stem}"]
+    assert (found["metric"], found["score"], found["n"]) == (metric, pytest.approx(100.0), 1)
