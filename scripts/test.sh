@@ -12,5 +12,5 @@ fi
 .venv/bin/ruff check .
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # All of them: one process per core, a file at a time, since the tests of a file share the models they make.
-(($#)) || set -- --numprocesses "$(nproc)" --dist loadfile
+(($#)) || set -- --numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder
 .venv/bin/python -m pytest "$@"

@@ -15,6 +15,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+def pytest_collection_modifyitems(items):
+    """Files whose tests start an engine or a trainer come first: the processes of a parallel run then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 # Stages that only score: every row counts, and measures are written anew, so they have neither --on_error nor --overwrite.
 SCORERS = ("evaluate", "evaluate_retrieval")
 WORDS = (

@@ -370,7 +370,7 @@ def test_the_script_prints_the_path_and_asks_for_a_folder(results):
 # ---------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     try:
         screenshots.find_chromium()
