@@ -25,6 +25,7 @@ import orjson
 from dynamicrag import stage
 from dynamicrag.answering import fail_unanswered
 from dynamicrag.atomic import atomic_writer
+from dynamicrag.completion import CLOSES, OPENS, after_reasoning
 from dynamicrag.gold import needed_documents
 from dynamicrag.grounding import with_entity_support
 from dynamicrag.manifest import read_manifest
@@ -77,8 +78,9 @@ def result_rows(
     """Answered rows, then those of the remain file, then what else was asked, each question once: its first row counts.
 
     `asked` is what read_asked() gives of eval_file, if it was read already. Rows of a question that came before are counted
-    in `repeated`, by results_file. Raises UserError for a row that is not among those asked: results of another file would
-    look like missing answers.
+    in `repeated`, by results_file. Of a response with reasoning, what follows the reasoning is scored. Raises UserError for a row
+    that is not among those asked, by id or by question: results of another file would look like missing or wrong answers;
+    and for a file none of whose rows has a response.
     """
     if asked is None and eval_file:
         asked = read_asked(eval_file, "dataset", dataset)
@@ -91,18 +93,35 @@ def result_rows(
                     "not counted", results_file)
     repeated = Counter() if repeated is None else repeated
     seen, first_repeat = set(), None
+    reasoned, without_response = 0, None
     for path in filter(None, [results_file, remain_file]):
         if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
             continue
         for row in read_rows(path, dataset=dataset, unique=False, asked=asked):
             if asked is not None and row["id"] not in asked:
                 raise UserError(f"{path}: row {row['id']} is not in {eval_file}; these are not the answers to its questions")
+            if asked is not None and _plain(row["question"]) != _plain(asked[row["id"]]["question"]):
+                raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several data sets call their "
+                                "rows so: give the evaluation file of this one")
+            if "response" not in row and "error" not in row:
+                without_response = without_response or row
+            elif isinstance(row.get("response"), str) and (OPENS.search(row["response"]) or CLOSES.search(row["response"])):
+                reasoned += 1
+                row = _without_reasoning(row)
             if row["id"] in seen:
                 repeated[results_file] += 1
                 first_repeat = first_repeat or f"{row['id']} in {path}"
             else:
                 seen.add(row["id"])
                 yield row
+    if without_response:
+        told = f"of row {without_response['id']}: {', '.join(sorted(without_response))}"
+        if all("response" not in row for row in read_rows(results_file, dataset=dataset, unique=False, asked=asked)):
+            raise UserError(f"{results_file}: no row has a 'response' (the keys {told}); call the key of the answer so, and score "
+                            "retrieved documents with evaluate_retrieval.py")
+        log.warning("%s: some rows have neither 'response' nor 'error', and count as wrong (the keys %s)", results_file, told)
+    if reasoned:
+        log.warning("%s: %d responses hold a model's reasoning; what follows it is scored", results_file, reasoned)
     if first_repeat:
         log.warning("%s: answered again and not counted: %d rows, %s the first; the first row of a question counts",
                     results_file, repeated[results_file], first_repeat)
@@ -111,6 +130,16 @@ def result_rows(
         for row in read_rows(eval_file, dataset=dataset):
             if row["id"] not in seen:
                 yield fail_unanswered(row, MISSING)
+
+
+def _plain(question: str) -> str:
+    return " ".join(question.split()).casefold()
+
+
+def _without_reasoning(row: Row) -> Row:
+    """The row with what its response says after the reasoning; unanswered if that is nothing."""
+    answer = after_reasoning(row["response"])
+    return {**row, "response": answer} if answer else fail_unanswered(row, "no answer in the response: it ends within its reasoning")
 
 
 def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:

@@ -80,10 +80,11 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
     usages = [Usage() for _ in rows]
     choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
-        completions = caller.ask([caller.select(row, docs) for row, docs in zip(rows, shown, strict=True)])
-        for number, (docs, completion) in enumerate(zip(shown, completions, strict=True)):
+        numbers = [number for number, docs in enumerate(shown) if docs]  # among no documents there is no choice
+        completions = caller.ask([caller.select(rows[number], shown[number]) for number in numbers])
+        for number, completion in zip(numbers, completions, strict=True):
             usages[number].add(completion)
-            selection = read_selection(completion, 0, len(docs))
+            selection = read_selection(completion, 0, len(shown[number]))
             choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
     asked = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]

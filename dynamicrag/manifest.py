@@ -22,7 +22,7 @@ from dynamicrag.tasks import derive_dataset
 # Flags that change how fast a stage runs and how much it may cost, not what it writes (but for the last digits of what is
 # computed: see Output). A run may be continued with others.
 SPEED_FLAGS = {
-    "overwrite", "device", "batch_tokens", "questions_a_pass", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
+    "overwrite", "device", "batch_tokens", "questions_a_pass", "chunk_size", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
 }
 # Where a server listens does not decide what it writes; whether there is one does.
 ADDRESS_FLAGS = {"api_base", "judge_base_url"}

@@ -56,6 +56,8 @@ class Output:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent}: the output folder cannot be made: {error.strerror}") from error
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; give the output the path of a file")
             if not os.access(path.parent, os.W_OK):
                 raise UserError(f"{path.parent}: the output folder is not writable")
         for name in inputs:

@@ -6,7 +6,7 @@ given_inputs
 total=$(embedding_shards)
 embed() { # SHARD
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS is a list of flags
-    python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS \
+    python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" ${RETRIEVER_FLAGS:-} \
         --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$1" --num_shards "$total"
 }
 if ((total == 1)); then

@@ -2,9 +2,9 @@
 # Questions -> questions with documents: the training questions and every evaluation set.
 source "$(dirname "$0")/common.sh"
 given_inputs
-[[ " $SEARCH_FLAGS " == *" --index bm25 "* ]] || needs "$EMBEDDINGS" scripts/01_embed.sh
+[[ " ${SEARCH_FLAGS:-} " == *" --index bm25 "* ]] || needs "$EMBEDDINGS" scripts/01_embed.sh
 
 retrieve "$TRAIN_QUESTIONS" "$WORK/output/retrieval_data.jsonl"
-for questions in $EVAL_QUESTIONS; do
+for questions in ${EVAL_QUESTIONS:-}; do
     retrieve "$questions" "$WORK/output/retrieval_$(stem "$questions").jsonl"
 done

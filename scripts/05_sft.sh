@@ -6,4 +6,4 @@ data=("$WORK/training_data/reranker_bc_training.json" "$WORK/training_data/gener
 for file in "${data[@]}"; do needs "$file" scripts/04_training_data.sh; done
 
 # shellcheck disable=SC2046,SC2086  # SFT_DATA is a list, and SFT_FLAGS one of key=value settings over the recipe's
-train sft "$SFT_RECIPE" "${data[@]}" ${SFT_DATA:-} $(version_of "$BASE_MODEL") -- model_name_or_path="$BASE_MODEL" $SFT_FLAGS
+train sft "$SFT_RECIPE" "${data[@]}" ${SFT_DATA:-} $(version_of "$BASE_MODEL") -- model_name_or_path="$BASE_MODEL" ${SFT_FLAGS:-}

@@ -5,11 +5,11 @@ source "$(dirname "$0")/common.sh"
 needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 
 # shellcheck disable=SC2086  # the *_FLAGS are lists of flags
-fit_to "$DPO_RECIPE" "$POLICY" $DPO_FLAGS
+fit_to "$DPO_RECIPE" "$POLICY" ${DPO_FLAGS:-}
 # shellcheck disable=SC2086
 python construct_dpo.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
-    --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" $PAIR_FLAGS
+    --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" ${PAIR_FLAGS:-}
 # shellcheck disable=SC2046,SC2086
 train dpo "$DPO_RECIPE" "$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json" \
-    $(version_of "$POLICY") -- model_name_or_path="$POLICY" $DPO_FLAGS
+    $(version_of "$POLICY") -- model_name_or_path="$POLICY" ${DPO_FLAGS:-}

@@ -175,8 +175,8 @@ in_pool() {
     echo "$# parts, $((WORKERS < $# ? WORKERS : $#)) at a time; their logs are $logs*.log" >&2
     for ((worker = 0; worker < WORKERS; worker++)); do idle+=("$worker"); done
     exec {ended}<> <(:)  # the parts that have ended; bash 5.2 forgets some of those that `wait -n` should find
-    trap 'kill "${pid_of[@]}"; exit 130' INT  # a shell's background work does not hear of Ctrl-C
-    trap 'kill "${pid_of[@]}"; exit 143' TERM HUP
+    trap 'end_pool 130' INT  # a shell's background work does not hear of Ctrl-C
+    trap 'end_pool 143' TERM HUP
     while (($# || ${#pid_of[@]})); do
         if (($# && ${#idle[@]})); then
             CUDA_VISIBLE_DEVICES=$(gpus_of "${idle[0]}") as_group "$1" >"$logs$1.log" 2>&1 </dev/null &
@@ -195,15 +195,25 @@ in_pool() {
     trap - INT TERM HUP
     ((failed == 0)) || exit 1
 }
-# as_group PART: $command in a process group of its own, which ends as a whole if this process is told to; then $ended has PART.
+# end_pool STATUS: end all workers, wait until they have ended, and end here.
+end_pool() {
+    trap '' INT TERM HUP
+    kill "${pid_of[@]}" 2>/dev/null || true
+    wait || true
+    echo "interrupted; finished parts are kept, run the same command again to continue" >&2
+    exit "$1"
+}
+# as_group PART: $command in a process group of its own, which ends as a whole if this process ends, however; then $ended has PART.
 as_group() {
     # shellcheck disable=SC2064  # the part and the number of now
     trap "echo $1 >&$ended" EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
     set -m
     "$command" "$1" &
     set +m
     # shellcheck disable=SC2064
-    trap "kill -- -$!; exit 143" TERM
+    trap "kill -- -$! 2>/dev/null; wait $! 2>/dev/null; echo $1 >&$ended" EXIT
     wait "$!"
 }
 # next_ended: set $part to one that has ended, or that was killed before it could say so.
@@ -248,8 +258,8 @@ run_part() {
 # retrieve QUESTIONS OUTPUT: the questions with the documents of the settings' retriever.
 retrieve() {
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags
-    sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
-        --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" $SEARCH_FLAGS
+    sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" ${RETRIEVER_FLAGS:-} --passages "$PASSAGES" \
+        --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" ${SEARCH_FLAGS:-}
 }
 
 # answer SCRIPT MODEL OUTPUT CHOICE VALUES FLAG... -- FILE...: SCRIPT (inference.py or top_inference.py) with MODEL on evaluation

@@ -533,3 +533,37 @@ def test_each_published_evaluation_file_has_its_own_metric_without_a_flag(name, 
     write(f"llama3_8b_{name}", [answered if bare else {**row, "question": "who wrote the opera carmen", **documents, **answered}])
     found = run(f"llama3_8b_{name}", eval_file=name)[f"llama3_8b_{Path(name).stem}"]
     assert (found["metric"], found["score"], found["n"]) == (metric, pytest.approx(100.0), 1)
+
+
+# ---------------------------------------------------------------- results that are not what they seem
+
+
+def test_answers_to_the_questions_of_another_set_are_refused():
+    """FlashRAG calls the first row of every set test_0."""
+    write("nq.jsonl", [{"id": "test_0", "question": "who wrote carmen", "answers": ["Bizet"]}])
+    write("popqa.jsonl", [{"id": "test_0", "question": "What is the capital of France?", "answers": ["Paris"], "response": "Paris"}])
+    with pytest.raises(UserError, match=r"popqa\.jsonl: row test_0.*nq\.jsonl"):
+        run("popqa.jsonl", eval_file="nq.jsonl")
+    write("own.jsonl", [{"id": "test_0", "question": " Who wrote  Carmen", "answers": ["Bizet"], "response": "Bizet"}])
+    assert run("own.jsonl", eval_file="nq.jsonl")["own"]["score"] == 100.0
+
+
+@pytest.mark.parametrize("answer", [{}, {"prediction": "gold"}])
+def test_a_file_without_responses_is_refused_with_its_keys(answer):
+    rows = [{key: value for key, value in make_row(n).items() if key != "response"} | answer for n in (1, 2)]
+    with pytest.raises(UserError, match=r"r\.jsonl.*'response'" + ".*prediction" * bool(answer)):
+        run(write("r.jsonl", rows))
+
+
+def test_some_rows_without_a_response_count_as_wrong_and_are_warned_of(caplog):
+    bare = {key: value for key, value in make_row(2).items() if key != "response"}
+    found = run(write("r.jsonl", [make_row(1), bare]))["r"]
+    assert (found["n"], found["score"], found["unanswered"]) == (2, 50.0, 1)
+    assert [record.levelname for record in caplog.records if "response" in record.getMessage()] == ["WARNING"]
+
+
+def test_the_reasoning_in_foreign_responses_is_not_scored(caplog):
+    responses = ["<think>bad</think>gold", "<think>gold</think>bad", "gold</think> bad", "<think>gold"]
+    found = run(write("r.jsonl", [make_row(n, response) for n, response in enumerate(responses, start=1)]), metric="match")["r"]
+    assert (found["n"], found["score"]) == (4, 25.0) and found["unanswered_by_reason"]["no_answer"] == 1
+    assert [record.args[-1] for record in caplog.records if "reasoning" in record.getMessage()] == [4]

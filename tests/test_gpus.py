@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +105,7 @@ work() { # PART OUTPUT
 """
 STAND_IN = """
 import sys
+import time
 from dynamicrag import stage
 from dynamicrag.output import Output
 from dynamicrag.records import read_rows
@@ -179,21 +181,6 @@ def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
     assert done.returncode == 0 and [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_ended_leaves_no_worker(machine, tmp_path, sent):
-    command = f"source scripts/common.sh; work() {{ sleep 87.5 & echo $! >{tmp_path}/pid.$1; wait; }}; in_pool work {tmp_path}/logs/ 0 1; echo on"
-    script = subprocess.Popen(["bash", "-c", command], cwd=REPO, env=machine(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while len(pids := [path for path in tmp_path.glob("pid.*") if path.read_text()]) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    script.send_signal(sent)
-    out, _ = script.communicate(timeout=20)
-    assert script.returncode == 128 + sent and not out
-    time.sleep(0.2)
-    states = [Path(f"/proc/{pid.read_text().strip()}/stat") for pid in pids]
-    assert len(states) == 2 and not [state for state in states if state.exists() and state.read_text().split()[2] != "Z"]
-
-
 def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(machine, tmp_path):
     program(tmp_path / "python", f'echo "$CUDA_VISIBLE_DEVICES $*" >>{tmp_path}/calls; [[ "$*" != *"--shard_id ${{FAILS:-none}} "* ]]')
     passages, embeddings = tmp_path / "passages.tsv", tmp_path / "embeddings"
@@ -220,6 +207,7 @@ def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(
 # Answers of a model that names the first document for most questions, and writes no selection for some.
 STUB_INFERENCE = """
 import sys
+import time
 from pathlib import Path
 from test_inference import StubEngine
 from dynamicrag import calls, stage
@@ -565,3 +553,23 @@ def test_an_environment_whose_torch_has_no_gpu_is_not_called_ready(setup, tmp_pa
     assert done.returncode == 2 and torch.__version__ in done.stderr and "580.65.06" in done.stderr and len(done.stderr.splitlines()) == 1
     program(tmp_path / "bin/python", "exit 0")
     assert setup(f"prove {tmp_path}; echo on").stdout == "on\n"
+
+
+@pytest.mark.parametrize(("sent", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGINT, False, 130), (signal.SIGTERM, False, 143)])
+def test_an_interrupted_script_leaves_no_worker_behind(machine, tmp_path, sent, to_all, status):
+    """Ctrl-C in a terminal goes to every process of the foreground group, a signal of a cluster's to the script alone."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    work = f'work() {{ {sys.executable} -c "import os, time; open(\'{pids}/\' + str(os.getpid()), \'w\'); time.sleep(60)"; }}'
+    script = subprocess.Popen(["bash", "-c", f"source scripts/common.sh; {work}; in_pool work {tmp_path}/log. 0 1 2 3"], cwd=REPO, env=machine(2),
+                              start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    began = time.monotonic()
+    (os.killpg if to_all else os.kill)(script.pid, sent)
+    _, said = script.communicate(timeout=30)
+    assert script.returncode == status and time.monotonic() - began < 10
+    assert len(said.splitlines()) == 2, "how many parts there are, and that it was interrupted"
+    states = [Path(f"/proc/{path.name}/stat") for path in pids.iterdir()]
+    assert len(states) == 2 and not [state for state in states if state.exists() and state.read_text().split()[2] != "Z"]

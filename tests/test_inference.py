@@ -142,9 +142,10 @@ def test_documents_that_do_not_fit_are_not_shown_and_cannot_be_chosen():
 
 
 def test_no_documents_is_a_question_answered_without_any():
-    rows, engine = answered([question(docs=0)], reply=choosing("None"))
-    assert rows[0]["id_list"] == []
-    assert engine.batches[0][0].pattern == "None"
+    rows, engine = answered([question(docs=0), question(2)], reply=choosing("[1]"))
+    assert [row["id_list"] for row in rows] == [[], [1]] and all("response" in row for row in rows)
+    assert [len(batch) for batch in engine.batches] == [1, 2], "nothing is chosen where there is nothing to choose from"
+    assert rows[0]["usage"]["calls"] == 1
 
 
 @pytest.mark.parametrize(("constrain", "constrained"), [("on", True), ("off", False)])

@@ -386,3 +386,14 @@ def test_an_llm_stage_notes_where_its_models_run():
     assert place_of((one, one)) == {"device": "NVIDIA H100", "dtype": "bfloat16"}
     assert place_of((one, other)) == {"device": "NVIDIA H100", "dtype": "bfloat16, float16"}
     assert place_of((caller(), caller())) == {}, "a server does not say"
+
+
+def test_an_output_that_is_a_folder_is_refused_even_to_be_overwritten(tmp_path):
+    import split_for_sft_dpo
+
+    (tmp_path / "rows.jsonl").write_text('{"id": "q", "question": "what?", "true_id": [], "docs": []}\n')
+    (tmp_path / "sft.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"sft\.jsonl: "):
+        split_for_sft_dpo.main(["--input_file", str(tmp_path / "rows.jsonl"), "--sft_file", str(tmp_path / "sft.jsonl"), "--dpo_file",
+                                str(tmp_path / "dpo.jsonl"), "--overwrite"])
+    assert (tmp_path / "sft.jsonl").is_dir()
