@@ -63,12 +63,14 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
         return list(range(1, min(int(selector.removeprefix("top:")), len(docs)) + 1))
     key = "rerank_score" if all("rerank_score" in doc for doc in docs) else "score"
     scored = any(doc.get("rerank_score") is not None for doc in docs)  # published data has labels alone: their order stands for scores
-    needed = ("rerank_score", "rerank_label") if selector == "monot5" else (key,)
-    unscored = next((doc["id"] for doc in docs if any(doc.get(score) is None for score in (needed if scored else needed[-1:]))), None)
-    if unscored is not None:
-        raise UserError(f"--selector {selector}: document {unscored} has no {' and '.join(needed)}; run reranker.py first")
     if selector == "monot5":
-        return expert_sequence(docs, [n for n, doc in enumerate(docs, start=1) if doc["rerank_label"] == "true"], len(docs))
+        key = "rerank_score" if scored else "rerank_label"
+    unscored = next((doc["id"] for doc in docs if doc.get(key) is None), None)
+    if unscored is not None:
+        raise UserError(f"--selector {selector}: document {unscored} has no {key}; run reranker.py first")
+    if selector == "monot5":
+        relevant = [n for n, doc in enumerate(docs, start=1) if (doc.get("rerank_label") or str(doc[key] > 0.5).lower()) == "true"]
+        return expert_sequence(docs, relevant, len(docs))
     best_first = sorted(range(1, len(docs) + 1), key=lambda position: -docs[position - 1][key])
     scores = [docs[position - 1][key] for position in best_first]
     gaps = [higher - lower for higher, lower in itertools.pairwise(scores)]

@@ -79,6 +79,9 @@ def engine_inputs(args: Namespace) -> list[str]:
 def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     """The engine the flags of add_engine_flags ask for."""
     if args.api_base:
+        if args.max_model_len:
+            log.warning("--max-model-len has no effect with --api-base: the server's own window decides, and what it refuses as too long "
+                        "costs its own question")
         return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
 

@@ -266,7 +266,8 @@ class Output:
         answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
         unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
         if unanswered:
-            log.warning("%d questions could not be answered: %s", unanswered, self.paths[1])
+            first = next(row for row in self.written() if "error" in row)
+            log.warning("%d questions could not be answered: %s; the first, %s: %s", unanswered, self.paths[1], first["id"], first["error"])
         self.finish(answered=answered, unanswered=unanswered)
 
 

@@ -97,6 +97,8 @@ def summarise(
         by_group[outcome.group].append(outcome)
         for key, value in outcome.usage.items():
             usage[key].append(value)
+    if by_group.keys() == {""} and group_by != "dataset":
+        log.warning("%s: no row has the key %r of --group_by: there are no groups", path, group_by)
     every = list(outcomes.values())
     reasons = Counter(outcome.reason for outcome in every if outcome.reason)
     documents = [outcome.documents for outcome in every if outcome.documents is not None]

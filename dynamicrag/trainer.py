@@ -19,7 +19,7 @@ from dynamicrag.checkpoints import NO_CODE, loading
 from dynamicrag.prompts import Messages, as_text, read_yaml
 from dynamicrag.records import Doc
 from dynamicrag.stage import UserError, log
-from dynamicrag.templates import SAMPLE, PromptTokenizer, in_threads, read_template
+from dynamicrag.templates import SAMPLE, PromptTokenizer, in_threads, read_template, strange_markers
 
 Item = TypeVar("Item")
 HERE = Path(__file__).resolve().parents[1]
@@ -154,8 +154,8 @@ class TrainingWindow:
         """How many rows were shortened, by `what`, and left out, for the manifest; a warning if any was."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d%s: %d rows lost %d %s from the end, and %d rows are left out (the target names one that does not fit, or "
-                "nothing fits)", self.cutoff_len, "" if self._prompts else " (estimated)", self.shortened, self.removed, what, self.left_out,
+                "cutoff_len %d%s: %s removed from the end of prompts: %d, in %d rows; rows left out, since the target names one that does "
+                "not fit or nothing fits: %d", self.cutoff_len, "" if self._prompts else " (estimated)", what, self.removed, self.shortened, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 
@@ -227,8 +227,12 @@ def load_window(args: Namespace) -> TrainingWindow:
             "the model that will be trained, and --template, to count them", CHARACTERS_A_TOKEN, cutoff_len, why,
         )
         return TrainingWindow(cutoff_len)
+    prompts = PromptTokenizer(tokenizer, read_template(template))
+    if strange := strange_markers(prompts):
+        raise UserError(f"{template}: it marks turns with {', '.join(strange)}, which are no tokens of {model}; give --template or "
+                        "--train_recipe the one that this model is trained with")
     log.info("cutoff_len %d, counted by the tokenizer of %s and %s", cutoff_len, model, template)
-    return TrainingWindow(cutoff_len, PromptTokenizer(tokenizer, read_template(template)))
+    return TrainingWindow(cutoff_len, prompts)
 
 
 def load_tokenizer(model: str) -> tuple[object | None, str]:

@@ -39,6 +39,8 @@ visible_gpus() {
 }
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # nvidia-smi's order; CUDA's own is the fastest GPU first
 mapfile -t GPUS < <(visible_gpus)
+[[ ${#GPUS[@]} -gt 0 || ${CUDA_VISIBLE_DEVICES:-} == @(|-*|NoDevFiles|void|none) ]] || \
+    echo "warning: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU: the CPU is used" >&2
 
 # engine_size: the tensor parallel size in ENGINE_FLAGS, if they name it. A worker has that many GPUs unless GPUS_PER_SHARD says otherwise.
 engine_size() { sed -nE 's/.*--tensor[-_]parallel[-_]size[ =]+([0-9]+).*/\1/p' <<<"${ENGINE_FLAGS:-}"; }
@@ -47,7 +49,7 @@ GPUS_PER_SHARD=${GPUS_PER_SHARD:-${ASKED_SIZE:-1}}
 [[ $GPUS_PER_SHARD =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: expected a number of GPUs, 1 or more"
 [[ ${NUM_SHARDS:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_SHARDS=$NUM_SHARDS: expected a number of parts, 1 or more"
 if ((${#GPUS[@]})); then
-    ((GPUS_PER_SHARD <= ${#GPUS[@]})) || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: there are only ${#GPUS[@]} GPUs to use; lower it or use more"
+    ((GPUS_PER_SHARD <= ${#GPUS[@]})) || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: more than the GPUs to use (${#GPUS[@]}); lower it or use more"
     WORKERS=$((${#GPUS[@]} / GPUS_PER_SHARD))
     [[ -n $ASKED_SIZE ]] || ENGINE_FLAGS="${ENGINE_FLAGS:-} --tensor-parallel-size $GPUS_PER_SHARD"
 else
@@ -203,6 +205,17 @@ end_pool() {
     echo "interrupted; finished parts are kept, run the same command again to continue" >&2
     exit "$1"
 }
+# end_group GROUP: end a process group, and wait up to ten seconds until no process of it lives: they may have a row to finish.
+end_group() {
+    local tries
+    trap '' INT TERM HUP
+    kill -- "-$1" 2>/dev/null || return 0
+    for ((tries = 0; tries < 100; tries++)); do
+        { cat /proc/[0-9]*/stat 2>/dev/null || true; } |
+            awk -v group="$1" '{ sub(/.*\) /, "") } $1 != "Z" && $3 == group { lives = 1 } END { exit !lives }' || return 0
+        sleep 0.1
+    done
+}
 # as_group PART: $command in a process group of its own, which ends as a whole if this process ends, however; then $ended has PART.
 as_group() {
     # shellcheck disable=SC2064  # the part and the number of now
@@ -213,7 +226,7 @@ as_group() {
     "$command" "$1" &
     set +m
     # shellcheck disable=SC2064
-    trap "kill -- -$! 2>/dev/null; wait $! 2>/dev/null; echo $1 >&$ended" EXIT
+    trap "end_group $!; echo $1 >&$ended" EXIT
     wait "$!"
 }
 # next_ended: set $part to one that has ended, or that was killed before it could say so.
@@ -372,9 +385,9 @@ layout() {
     DEEPSPEED=$(setting deepspeed "$@")
     wanted=${TRAIN_GPUS:-$([[ -n $DEEPSPEED ]] && echo all || echo 1)}
     [[ $wanted == all || $wanted =~ ^[1-9][0-9]*$ ]] || refuse "TRAIN_GPUS=$wanted: expected a number of GPUs, or all"
-    [[ $wanted == all || $wanted -le ${#GPUS[@]} || -z ${TRAIN_GPUS:-} ]] || refuse "TRAIN_GPUS=$wanted: there are ${#GPUS[@]} GPUs to use; lower it or use more"
+    [[ $wanted == all || $wanted -le ${#GPUS[@]} || -z ${TRAIN_GPUS:-} ]] || refuse "TRAIN_GPUS=$wanted: more than the GPUs to use (${#GPUS[@]}); lower it or use more"
     [[ -z $DEEPSPEED || ${#GPUS[@]} -gt 0 ]] || refuse "$recipe: DeepSpeed needs a GPU, and there is none to use; take a machine with GPUs," \
-        "or a recipe without deepspeed:"
+        "or a recipe that has no deepspeed key"
     TRAIN_ON=("${GPUS[@]}")
     [[ $wanted == all ]] || TRAIN_ON=("${GPUS[@]:0:wanted}")
     PROCESSES=${NPROC_PER_NODE:-$((${#TRAIN_ON[@]} ? ${#TRAIN_ON[@]} : 1))}

@@ -225,12 +225,18 @@ def test_each_selector_chooses_by_its_own_rule(selector, docs, ids):
 @pytest.mark.parametrize(
     ("selector", "docs"),
     [
-        ("monot5", PLAIN), ("monot5", [{**doc, "rerank_score": 0.5} for doc in PLAIN]), ("adaptive", [{"id": "x", "title": "", "text": "t"}]), ("monot5", [{"id": "x", "title": "", "text": "t"}]),
+        ("monot5", PLAIN), ("adaptive", [{"id": "x", "title": "", "text": "t"}]), ("monot5", [{"id": "x", "title": "", "text": "t"}]),
     ],
 )
 def test_a_rule_without_its_scores_is_an_error_that_names_the_document(selector, docs):
-    with pytest.raises(UserError, match=f"--selector {selector}: document {docs[0]['id']} has no (rerank_)?score"):
+    with pytest.raises(UserError, match=f"--selector {selector}: document {docs[0]['id']} has no "):
         answered([question(docs=docs)], selector)
+
+
+def test_scores_without_labels_are_labels_above_a_half():
+    scores = (0.9, 0.5, 0.51)
+    rows, _ = answered([question(docs=[{**doc, "rerank_score": score} for doc, score in zip(documents(3), scores, strict=True)])], "monot5")
+    assert rows[0]["final_docs"] == ["d1", "d3"]
 
 
 def test_gold_documents_are_those_needed_that_are_shown():
