@@ -253,7 +253,7 @@ def test_an_error_is_one_line_whatever_it_quotes(good, out, monkeypatch):
     ("process_training_data", with_doc(rerank_score=None), "row q3: document p2 has no rerank_label and rerank_score"),
     ("construct_generator_sft", with_doc(rerank_score=None), r"row q3: docs\[1\] has no rerank_score; run reranker\.py"),
     ("sampling_dpo_trajectories --include-expert", with_doc(rerank_score=None), r"row q3: docs\[1\] has no rerank_score"),
-    ("inference --selector monot5", with_doc(rerank_label=None), "document p2 has no rerank_score and rerank_label"),
+    ("inference --selector monot5", with_doc(rerank_score=None), "document p2 has no rerank_score"),
     ("inference --selector adaptive", with_doc(score=None, rerank_score=None), "document p2 has no score"),
     ("evaluate_retrieval --stage reranking", with_doc(rerank_score=None), "row q3: a document has no rerank_score"),
     ("evaluate_retrieval --run_file {out}/x.run --stage retrieval", with_doc(score=None), "document 'p2': has no score"),
