@@ -93,7 +93,7 @@ def result_rows(
                     "not counted", results_file)
     repeated = Counter() if repeated is None else repeated
     seen, first_repeat = set(), None
-    reasoned, without_response = 0, None
+    reasoned, responded, without_response = 0, False, None
     for path in filter(None, [results_file, remain_file]):
         if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
             continue
@@ -103,6 +103,7 @@ def result_rows(
             if asked is not None and _plain(row["question"]) != _plain(asked[row["id"]]["question"]):
                 raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several data sets call their "
                                 "rows so: give the evaluation file of this one")
+            responded = responded or (path == results_file and "response" in row)
             if "response" not in row and "error" not in row:
                 without_response = without_response or row
             elif isinstance(row.get("response"), str) and (OPENS.search(row["response"]) or CLOSES.search(row["response"])):
@@ -116,7 +117,7 @@ def result_rows(
                 yield row
     if without_response:
         told = f"of row {without_response['id']}: {', '.join(sorted(without_response))}"
-        if all("response" not in row for row in read_rows(results_file, dataset=dataset, unique=False, asked=asked)):
+        if not responded:
             raise UserError(f"{results_file}: no row has a 'response' (the keys {told}); call the key of the answer so, and score "
                             "retrieved documents with evaluate_retrieval.py")
         log.warning("%s: some rows have neither 'response' nor 'error', and count as wrong (the keys %s)", results_file, told)
