@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
 from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
-from dynamicrag.calls import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.calls import Caller, add_call_flags, load_callers, positions_of, read_selection
 from dynamicrag.completion import Usage
 from dynamicrag.engine import add_engine_flags
 from dynamicrag.records import Doc, Row
@@ -111,9 +111,8 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         if error := answers[number].reason("answer") if number in answers else f"{final[number].reason} (last window)":
             result["error"] = error
         else:
-            positions = {doc["id"]: position for position, doc in reversed(list(enumerate(row["docs"], start=1)))}
             result |= {
-                "id_list": [positions[doc["id"]] for doc in chosen[number]],
+                "id_list": positions_of(row["docs"], chosen[number]),
                 "final_docs": [doc["id"] for doc in chosen[number]],
                 "response": answers[number].texts[0],
             }
