@@ -90,13 +90,18 @@ def reason_of(error: BaseException, key: str, seconds: float) -> str:
         reason = f"no connection ({error.__cause__ or error})"
     else:
         reason = str(error)
-    return without_key(reason, key)[:MOST_SAID]  # cut last, lest half of the key be left
+    return without_key(reason, key)[:MOST_SAID]  # cut last, so that no half of the key is left
 
 
 def count(usage: object, name: str) -> int:
     """A number of tokens that a reply gives, 0 if it gives none."""
     value = getattr(usage, name, 0)
     return value if type(value) is int and value > 0 else 0
+
+
+def gave_reasoning(message: object) -> bool:
+    """Whether a server has split a model's reasoning off, into a field of its own; the field has two names."""
+    return bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
 
 
 def usable(text: object) -> str | None:

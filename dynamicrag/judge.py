@@ -20,6 +20,7 @@ from dynamicrag.endpoint import (
     UnreadableReply,
     check_url,
     count,
+    gave_reasoning,
     open_client,
     passes,
     read_key,
@@ -221,9 +222,7 @@ class Judge:
             self.usage.prompt_tokens += count(reply.usage, "prompt_tokens")
             self.usage.generated_tokens += count(reply.usage, "completion_tokens")
             [choice, *_] = reply.choices
-            message = choice.message
-            reasoned = bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
-            sample = Sample(usable(message.content), choice.finish_reason, reasoned)
+            sample = Sample(usable(choice.message.content), choice.finish_reason, gave_reasoning(choice.message))
         except openai.BadRequestError as error:
             # OpenAI's newer models refuse a temperature and have another name for max_tokens: neither is sent again.
             if error.param not in ("temperature", "max_tokens") or error.param not in options or "unsupported" not in str(error.code):

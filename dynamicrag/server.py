@@ -25,6 +25,7 @@ from dynamicrag.endpoint import (
     UnreadableReply,
     check_url,
     count,
+    gave_reasoning,
     open_client,
     passes,
     read_key,
@@ -338,10 +339,9 @@ def _read_reply(reply, request: Request) -> Reply:
     samples = []
     for choice in reply.choices[: request.n]:
         message = choice.message
-        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         refusal = getattr(message, "refusal", None)
         finish = choice.finish_reason if isinstance(choice.finish_reason, str) else None
-        samples.append(Sample(usable(message.content), finish, bool(reasoning), f"the model declined: {refusal}" if refusal else None))
+        samples.append(Sample(usable(message.content), finish, gave_reasoning(message), f"the model declined: {refusal}" if refusal else None))
     if not samples:
         raise UnreadableReply("it has no choices")
     return samples, count(reply.usage, "prompt_tokens"), count(reply.usage, "completion_tokens")
