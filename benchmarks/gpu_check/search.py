@@ -274,12 +274,10 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
 
 
 def _rescored(index, questions: np.ndarray, size: int, expected) -> dict:
-    """RESCORED may be one number, or one for each kind of device."""
+    """Seconds of a pass that compares `size` candidates exactly at a time; the results are the same."""
     from dynamicrag import rescoring
 
-    value = rescoring.RESCORED
-    changed = dict.fromkeys(value, size) if isinstance(value, dict) else size
-    with patch.object(rescoring, "RESCORED", changed):
+    with patch.object(rescoring, "RESCORED", dict.fromkeys(rescoring.RESCORED, size)):
         result, seconds = _seconds(lambda: index.search(questions, 500))
     if expected is not None:
         assert (result[1] == expected[1]).all() and (result[0] == expected[0]).all(), "the results depend on RESCORED"

@@ -39,12 +39,12 @@ class Training:
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
 
-    def start(self, model: str, stage: str, recipe: str, files: list[Path], settings: dict, **more: str) -> tuple[subprocess.Popen, Path]:
+    def start(self, model: str, stage: str, recipe: str, files: list[Path], settings: dict) -> tuple[subprocess.Popen, Path]:
         config = self.work / f"{model}.env"
         config.write_text(f'WORK=${{WORK:-{self.work}}}\nMODEL={model}\n')
         command = ["bash", "-c", TRAIN, "train", str(config), stage, recipe, *map(str, files), "--", *(f"{key}={value}" for key, value in settings.items())]
         environment = {**os.environ, "LLAMAFACTORY": str(self.bin / "llamafactory-cli"), "PATH": f"{self.bin}:{os.environ['PATH']}",
-                       "GPU_CHECK_PEAK": str(self.peak_file), **({"CUDA_VISIBLE_DEVICES": ""} if self.run.dry else {}), **more}
+                       "GPU_CHECK_PEAK": str(self.peak_file), **({"CUDA_VISIBLE_DEVICES": ""} if self.run.dry else {})}
         environment.pop("PYTHONPATH", None)
         log = self.run.folder / f"train_{len(list(self.run.folder.glob('train_*')))}.log"
         with log.open("w") as file:
@@ -139,9 +139,7 @@ def training(run: Run) -> None:
             raise Skipped("ZeRO-3 of bfloat16 needs a GPU")
         if not place.deepspeed:
             raise Skipped("deepspeed not installed")
-        by_train = "FORCE_TORCHRUN" in (ROOT / "scripts/common.sh").read_text()
-        found = _killed_and_resumed(place, "llama3_8b", [bc, answers], settings, steps, **({} if by_train else {"FORCE_TORCHRUN": "1"}))
-        return {**found, "train() sets FORCE_TORCHRUN": by_train}
+        return _killed_and_resumed(place, "llama3_8b", [bc, answers], settings, steps)
 
     def refused() -> dict:
         if device == "cpu" or not place.deepspeed:
@@ -159,12 +157,12 @@ def training(run: Run) -> None:
     run.case("SFT, killed and resumed", sft)
 
 
-def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, steps: int, **more: str) -> dict:
+def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, steps: int) -> dict:
     """SFT that is ended after its first checkpoint and started again. Both starts get the same settings."""
     folder = place.work / f"DynamicRAG_{model}/sft"
     settings = {**settings, "max_steps": steps, "save_steps": 2}
     began, limit = time.monotonic(), place.limit()
-    process, log = place.start(model, "sft", "sft", files, settings, **more)
+    process, log = place.start(model, "sft", "sft", files, settings)
     while process.poll() is None and time.monotonic() - began < limit and not list(folder.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.02)
     killed = process.poll() is None
@@ -176,7 +174,7 @@ def _killed_and_resumed(place: Training, model: str, files: list[Path], settings
         raise AssertionError(f"no checkpoint before its end or {first:.0f} s: {_reason(said)}")
     assert not (folder / "trained_on.sha256").exists(), "it was over before it was killed"
     began = time.monotonic()
-    said = place.finish(*place.start(model, "sft", "sft", files, settings, **more))
+    said = place.finish(*place.start(model, "sft", "sft", files, settings))
     assert "resum" in said.lower(), "the second run did not resume"
     return {**_trained(folder, Path(settings["model_name_or_path"]), steps), "first_s": round(first, 1), "second_s": round(time.monotonic() - began, 1)}
 
