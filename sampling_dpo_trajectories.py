@@ -2,7 +2,7 @@
 
 All selections of a chunk of questions are sampled in one engine call, the samples of a question sharing one prefill of
 their prompt; then every distinct selection is answered once, greedily, in a second call. --include-expert adds the
-reranker's own selection as one more trajectory; --permute shows the documents in another order to each sample, so that
+expert's selection (of true_id: the reranker's, or the gold one) as one more trajectory; --permute shows the documents in another order to each sample, so that
 a position earns nothing by itself.
 
 Reads    training_data/training_data_dpo.jsonl           rows with docs (and true_id, for --include-expert)
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     sampling.add_argument("--temperature", type=float, default=1.0, help="of the selections; answers are greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus the selections are sampled from")
     sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
-    sampling.add_argument("--include-expert", action="store_true", help="add the reranker's selection as a trajectory")
+    sampling.add_argument("--include-expert", action="store_true", help="add the expert's selection (of true_id) as a trajectory")
     sampling.add_argument(
         "--permute", action="store_true",
         help="shuffle the documents for each sample; costs a prefill a sample, and selections are as the model wrote them, "
@@ -96,7 +96,7 @@ def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[t
 
 
 def expert_selection(row: Row, shown: int) -> list[int]:
-    """The reranker's selection among the documents shown."""
+    """The expert's selection (of true_id) among the documents shown."""
     return expert_sequence(row["docs"], [position for position in row["true_id"] if position <= shown])
 
 

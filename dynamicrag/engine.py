@@ -1,7 +1,8 @@
 """The LLM: vLLM in this process, on GPUs and on the CPU alike, or any OpenAI-compatible server.
 
-Requests go in as one large batch. Each carries its own seed (see stage.derive_seed), so that what comes back depends
-on the request and not on what it was batched with.
+Requests go in as one large batch. Each carries its own seed (see stage.derive_seed), so that a sample does not depend on its
+place in the batch. On a GPU the last digits of a sum do depend on the batch, and with them an answer now and then, unless
+VLLM_BATCH_INVARIANT=1.
 """
 
 import io

@@ -50,7 +50,7 @@ def read_template(path: str) -> str:
 
 def try_template(text: str, name: str, messages: Messages) -> None:
     """Render a chat template within bounds. Raises UserError, with `name`, if it is not Jinja or does not write the last message."""
-    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it anew
+    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it again
 
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
