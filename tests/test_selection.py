@@ -169,6 +169,11 @@ def test_of_a_selection_that_is_cut_off_the_whole_identifiers_are_read(case, not
     assert len(read) >= sum(len(format_ids(ids[:k], notation)) < len(cut) for k in range(1, len(ids) + 1)) - 1 if ids else not read
 
 
+@pytest.mark.parametrize(("text", "ids"), [("3,1", [3]), ("3,12,", [3, 12]), ("3", []), ("12,3,", [12, 3])])
+def test_a_number_that_may_go_on_is_not_read_in_a_notation_of_numbers_alone(text, ids):
+    assert parse_ids(text, 40, cut_off=True, notation=Notation("{n}", ",", "none")).ids == ids
+
+
 @pytest.mark.parametrize("text", ["[3], [1]", "3, 1", "Answer: [3] > [1]"])
 def test_usual_forms_count_beside_a_notation(text):
     assert parse_ids(text, 5, notation=Notation("D{n}", " > ", "-")) == Selection([3, 1], True)

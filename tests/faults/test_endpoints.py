@@ -558,6 +558,14 @@ def test_reasoning_whose_tag_the_servers_template_opens_is_no_answer_when_it_is_
     all_right(asked, without=(0, 7))
 
 
+@pytest.mark.parametrize(("prefix", "answered"), [("<think>\\n", False), ("<think>\\n</think>\\n", True), ("It is", True)])
+def test_reasoning_that_a_prefix_opens_is_no_answer_when_it_is_cut_off(fake, asked, tmp_path, prefix, answered):
+    (tmp_path / "p.yaml").write_text(f'generator: {{prefix: "{prefix}"}}')
+    fake.behave = lambda body: {"finish": "length"} if kind_of(body) == "answer" else None
+    status, _ = asked(f"--prompts {tmp_path}/p.yaml")
+    assert status == 0 and len(asked.read()) == 12 * answered and len(asked.read("answered_remain.json")) == 12 * (not answered)
+
+
 @pytest.mark.parametrize(("limits", "warnings"), [({"answer"}, 1), ({"choose"}, 1), ({"answer", "choose"}, 2), (set(), 0)])
 def test_what_was_cut_off_is_said_once_a_run(fake, asked, limits, warnings):
     fake.behave = lambda body: {"finish": "length"} if kind_of(body) in limits and int(word_of(body)) % 2 else None
