@@ -74,6 +74,7 @@ def test_an_engine_uses_all_gpus_of_its_worker(machine, flags, per_shard, size, 
 
 @pytest.mark.parametrize("wrong", [
     {"GPUS_PER_SHARD": "16"}, {"GPUS_PER_SHARD": "0"}, {"NUM_SHARDS": "0"}, {"SHARDS": "1"}, {"SHARDS": "4", "NUM_SHARDS": "4"}, {"SHARDS": "x", "NUM_SHARDS": "4"},
+    {"CUDA_VISIBLE_DEVICES": "0,0"}, {"CUDA_VISIBLE_DEVICES": "1,GPU-ab, GPU-ab"},
 ])
 def test_numbers_that_do_not_fit_the_machine_are_refused(machine, wrong):
     done = bash("echo on", machine(8, **wrong))
