@@ -18,7 +18,12 @@ class UserError(Exception):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a stage's docstring and shows every default."""
+    """Keeps the line breaks of a stage's docstring and shows every default, unless the help says it in words or there is none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):

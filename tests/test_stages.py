@@ -82,6 +82,15 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
+    with pytest.raises(SystemExit):
+        load(name).parse_args(["--help"])
+    flags = [" ".join(flag.split()) for flag in capsys.readouterr().out.split("\n  -")]
+    assert len(flags) > 3
+    assert not [flag for flag in flags if flag.count("(default") > 1 or "default: None" in flag]
+
+
 def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     program = (
         "import importlib, json, sys\n"
