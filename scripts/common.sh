@@ -281,7 +281,7 @@ retrieve() {
 # files, once for each of the VALUES of its flag CHOICE; OUTPUT names the results with {input} and {CHOICE}. The questions of
 # every file are divided: a worker gets a part of all files, so it loads the model once, and the answers are put together.
 answer() {
-    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts flags=() whole=() divided=() numbers=() file part total
+    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts logs flags=() whole=() divided=() numbers=() file part total
     shift 5
     while [[ $1 != -- ]]; do flags+=("$1"); shift; done
     shift
@@ -303,7 +303,9 @@ answer() {
     [[ ${#whole[@]} == 0 || -n $SHARDS ]] || ask "$output" "${output%.json}_remain.json" "${whole[@]}"
     ((${#divided[@]})) || return 0
     mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
-    in_pool ask_part "$parts/$(basename "$output" .json)." "${numbers[@]}"
+    # The log of a part is of all files and values: it is called by what the names of their results share.
+    logs=$(basename "$output" .json | sed -E 's/\{[a-z]+\}//g; s/_+/_/g; s/^_|_$//g')
+    in_pool ask_part "$parts/${logs:-answers}." "${numbers[@]}"
     later "$output" || join_answers
 }
 ask() { # OUTPUT REMAIN FILE...
