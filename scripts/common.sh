@@ -84,12 +84,14 @@ DPO_RECIPE=${DPO_RECIPE:-dpo}
 # The evaluation sets, as SET=FILE: EVAL_QUESTIONS get their documents here, the rows of EVAL_FILES have some already. A set is called
 # by the name of its file, and so are its results.
 stem() { basename "${1%.*}"; }
+with_folder() { echo "$(dirname "$1")/$(basename "$(realpath -sm "$(dirname "$1")")")_$(basename "$1")"; }
 SETS=()
 # shellcheck disable=SC2153  # both are settings
 for file in ${EVAL_QUESTIONS:-} ${EVAL_FILES:-}; do
     name=$(stem "$file")
     for other in "${SETS[@]}"; do
-        [[ ${other%%=*} != "$name" ]] || refuse "${other#*=} and $file: two evaluation sets are called $name, and would write the same files; rename one (EVAL_QUESTIONS, EVAL_FILES)"
+        [[ ${other%%=*} != "$name" ]] || refuse "${other#*=} and $file: two evaluation sets are called $name, and would write the same files;" \
+            "rename one so that its name keeps the data set (EVAL_QUESTIONS, EVAL_FILES): $(with_folder "$file")"
     done
     SETS+=("$name=$file")
 done

@@ -382,6 +382,13 @@ def test_data_set_of_a_path_with_research(tmp_path):
     assert normalise_row({"id": "nq_1", "question": "q", "dataset": "popqa"})["dataset"] == "popqa"
 
 
+@pytest.mark.parametrize(("name", "dataset"), [
+    ("nq_test", "nq"), ("asqa-dev", "asqa"), ("ARC-Challenge_Validation", "arc"), ("nq_train_archive", None), ("latest", None), ("my_test", None),
+])
+def test_a_split_after_the_name_of_a_file_does_not_count(tmp_path, name, dataset):
+    assert next(read_rows(write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "test_0", "question": "q"}]))).get("dataset") == dataset
+
+
 # ---------------------------------------------------------------- stage
 
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import make_text, read_jsonl, write_jsonl
 
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import derive_dataset, name_of_file
 
 REPO = Path(__file__).parents[1]
 
@@ -276,6 +277,14 @@ def test_two_evaluation_sets_of_one_name_are_refused_before_any_work(settings, q
     done = sourced("echo started", settings, EVAL_QUESTIONS=questions, EVAL_FILES=files)
     assert done.returncode == 2 and "started" not in done.stdout and len(done.stderr.splitlines()) == 1
     assert all(path in done.stderr for path in (questions + " " + files).split())
+
+
+def test_the_name_advised_for_a_set_called_as_another_keeps_its_data_set(settings):
+    """FlashRAG's nq/test.jsonl says by its folder alone what it is."""
+    settings.write_text(settings.read_text().replace("EVAL_QUESTIONS=/", "UNUSED=/"))
+    done = sourced("echo started", settings, EVAL_QUESTIONS="flash/nq/test.jsonl flash/triviaqa/test.jsonl")
+    [advised] = re.findall(r"\S+_test\.jsonl", done.stderr)
+    assert Path(advised).parent == Path("flash/triviaqa") and derive_dataset("test_0", name_of_file(advised)) == "triviaqa"
 
 
 def test_evaluation_sets_with_and_without_documents_are_one_list(settings):
