@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from argparse import ArgumentTypeError
 from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 DEVICES = "auto, cpu, cuda, cuda:1, ..."
 DTYPES = ("auto", "float32", "bfloat16")
 _GPU = re.compile(r"\d+|(GPU|MIG)-.+")
+
+
+def device_flag(value: str) -> str:
+    """The value of a flag --device, as it is."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ArgumentTypeError(f"{value}: expected auto, cpu, cuda or cuda:N")
+    return value
 
 
 def pick_device(name: str) -> str:

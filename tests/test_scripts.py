@@ -99,6 +99,17 @@ def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tm
     assert maker in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_wrong_setting_is_named_before_work_is_asked_for_that_it_may_not_need(settings, tmp_path):
+    done = bash("02_retrieve.sh", settings, SEARCH_FLAGS="--index bm52")
+    assert done.returncode == 2 and "--index bm52" in done.stderr and "01_embed" not in done.stderr
+    model = tmp_path / "run/DynamicRAG_smollm2_135m"
+    for stage in ("sft", "ablated"):
+        (model / stage).mkdir(parents=True)
+        (model / stage / "config.json").write_text("{}")
+    done = bash("09_infer.sh", settings, STAGES="ablated stf")
+    assert done.returncode == 2 and f"{model}/stf" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
     """reranker.py with the scores of runs, one a part: that of part 3 is missing at first."""
     docs = [{"id": "d1", "title": "", "text": "x"}, {"id": "d2", "title": "", "text": "y"}]
