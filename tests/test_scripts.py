@@ -110,6 +110,21 @@ def test_a_wrong_setting_is_named_before_work_is_asked_for_that_it_may_not_need(
     assert done.returncode == 2 and f"{model}/stf" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_answers_of_any_model_are_evaluated_and_none_of_another_set(settings, tmp_path):
+    docs = [{"id": "d1", "title": "", "text": "x", "score": 1.0}]
+    row = {"id": "q", "dataset": "nq", "question": "what?", "answers": ["x"], "docs": docs, "gold_docs": ["d1"]}
+    for folder in ("eval_data", "results"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    for name in ("test", "test_oracle"):
+        write_jsonl(tmp_path / f"run/eval_data/{name}.jsonl", [row])
+    for name in ("test_other_model_dynamic", "test_dpo_dynamic", "test_other_model_top1", "test_oracle_sft_dynamic", "test_sft_dynamic_of_9"):
+        (tmp_path / f"run/results/{name}.json").write_text(json.dumps([{**row, "response": "x", "id_list": [1]}]))
+    done = bash("10_evaluate.sh", settings, SELECTORS="dynamic top:1")
+    assert done.returncode == 0, done.stderr
+    scored = json.loads((tmp_path / "run/results/test.metrics.json").read_text())["results"]
+    assert list(scored) == ["test_dpo_dynamic", "test_other_model_dynamic", "test_other_model_top1"]
+
+
 def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
     """reranker.py with the scores of runs, one a part: that of part 3 is missing at first."""
     docs = [{"id": "d1", "title": "", "text": "x"}, {"id": "d2", "title": "", "text": "y"}]
