@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP, prepared_ahead
-from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.device import DEVICES, DTYPES, device_flag
 from dynamicrag.encoders import POOLINGS, record
 from dynamicrag.manifest import place
 from dynamicrag.output import Output
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--max_length", type=int, default=None, help="tokens of a passage that are read (what the folder says, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
-    group.add_argument("--device", default="auto", help=DEVICES)
+    group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.shard_id < args.num_shards:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES
+from dynamicrag.device import DEVICES, DTYPES, device_flag
 from dynamicrag.manifest import place
 from dynamicrag.monot5 import Tokens, document_text
 from dynamicrag.output import Output
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--system_prompt", default=None, help="of a causal reranker: its authors' words, as on the model card (a neutral one)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
-    group.add_argument("--device", default="auto", help=DEVICES)
+    group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.logits and not args.run:

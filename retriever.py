@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, pick_device
+from dynamicrag.device import DEVICES, DTYPES, device_flag, pick_device
 from dynamicrag.encoders import POOLINGS, QUERY, refuse_other_settings
-from dynamicrag.index import CANDIDATES, NPROBE
+from dynamicrag.index import CANDIDATES, NPROBE, faiss_can_read
 from dynamicrag.locks import in_turn
 from dynamicrag.manifest import place
 from dynamicrag.output import Output
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--max_length", type=int, default=None, help="tokens of a question that are read (what the folder says, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
-    group.add_argument("--device", default="auto", help=DEVICES)
+    group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     args.index = (["flat"] if not args.run else []) if args.index is None else args.index
@@ -91,6 +91,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.corpus_shard != "0/1" and (args.run or "bm25" in args.index):
         parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
     compressed = [index for index in args.index if index not in ("bm25", "flat")]
+    if unknown := next((index for index in compressed if not faiss_can_read(index)), None):
+        parser.error(f"--index {unknown}: expected flat, bm25, or a factory string of faiss, such as IVF1024,SQ8 or HNSW32")
     if (args.corpus_shard != "0/1" and len(args.index) > 1) or (args.index_path and len(compressed) > 1):
         parser.error("--corpus_shard takes one index: ranks within a part cannot be fused; --index_path holds one as well")
     if not args.index and not args.run:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.bertscore import BertScore
+from dynamicrag.device import DEVICES, device_flag
 from dynamicrag.judge import REPLY_FORMATS, Judge
 from dynamicrag.manifest import place
 from dynamicrag.metrics import rouge_l
@@ -53,7 +54,7 @@ def parse_args(argv=None):
         "--bert_baseline", default="auto",
         help="model whose bert-score baseline becomes 0: auto is the encoder's own where there is one; or none",
     )
-    terms.add_argument("--device", default="auto", help="where the encoder runs: auto, cuda, cpu")
+    terms.add_argument("--device", type=device_flag, default="auto", help=f"where the encoder runs: {DEVICES}")
     terms.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url", metavar="URL", help="OpenAI-compatible endpoint; the key is JUDGE_API_KEY's")

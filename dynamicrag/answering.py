@@ -17,6 +17,7 @@ from dynamicrag.engine import engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Row, count_rows, read_rows
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import name_with_folder
 
 # What inference.py and top_inference.py add to a row.
 RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
@@ -62,6 +63,12 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
     for flag in ("output_json", "remain_output_json"):
         paths = [getattr(run, flag) for run in runs]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
+            inputs = dict.fromkeys(run.input_json for run in runs if getattr(run, flag) == twice)
+            if len(inputs) > 1 and len({Path(path).stem for path in inputs}) == 1 and "{input}" in (getattr(args, flag) or args.output_json):
+                raise UserError(
+                    f"{' and '.join(inputs)}: are called the same, so {{input}} gives both the output {twice}; rename one so that its name "
+                    f"keeps the data set: {name_with_folder(list(inputs)[-1])}"
+                )
             raise UserError(
                 f"{twice}: would be written by {paths.count(twice)} runs; put {{input}} in --{flag.replace('_', '-')} for several "
                 f"input files, of different names, and {{{choice}}} for several values of --{choice}"

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+from argparse import ArgumentTypeError
 from functools import cache
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from dynamicrag.stage import log
+from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import torch
 
 DEVICES = "auto, cpu, cuda, cuda:1, ..."
 DTYPES = ("auto", "float32", "bfloat16")
+_GPU = re.compile(r"\d+|(GPU|MIG)-.+")
+
+
+def device_flag(value: str) -> str:
+    """The value of a flag --device, as it is."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ArgumentTypeError(f"{value}: expected auto, cpu, cuda or cuda:N")
+    return value
 
 
 def pick_device(name: str) -> str:
@@ -47,10 +58,22 @@ def _say(device: str) -> None:
 
 @cache
 def warn_of_unused_gpus(who: str) -> None:
-    """Warn if the machine lists GPUs that `who` cannot use: what runs on the CPU instead takes days, not minutes."""
+    """Warn if the machine lists GPUs that `who` cannot use: what runs on the CPU instead takes days, not minutes.
+
+    Raises UserError if CUDA_VISIBLE_DEVICES names a GPU twice, for which CUDA hides all of them.
+    """
+    refuse_gpus_named_twice()
     if unused := listed_gpus():
         log.warning("%s sees none of the %d GPUs that nvidia-smi lists, and runs on the CPU: the driver is too old for its CUDA, or it "
                     "is a CPU build; run bash scripts/setup.sh gpu, which says what is missing", who, unused)
+
+
+def refuse_gpus_named_twice() -> None:
+    """Raises UserError if CUDA_VISIBLE_DEVICES, up to its first entry that is no GPU, names one twice."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = list(takewhile(_GPU.fullmatch, (entry.strip() for entry in visible.split(","))))
+    if twice := next((entry for entry in named if named.count(entry) > 1), None):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: names GPU {twice} twice, and CUDA then uses none; name each GPU once")
 
 
 def listed_gpus() -> int:

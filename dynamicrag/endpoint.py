@@ -5,6 +5,7 @@ import re
 import time
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
 
 from dynamicrag.stage import UserError
 
@@ -16,6 +17,7 @@ MAX_WAIT_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 120
 PASSING_STATUSES = (408, 409, 425, 429)  # and all from 500
 MOST_SAID = 500
+MOST_SHOWN = 100  # characters of a reply
 
 
 class UnreadableReply(ValueError):
@@ -75,6 +77,25 @@ def wait(state) -> float:
     with suppress(ValueError, OverflowError):
         seconds = float(asked) if re.fullmatch(r"[\d.]+", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
     return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS) + wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS)(state)
+
+
+def refuse_foreign(flag: str, url: str, error: BaseException, reply: object, key: str) -> None:
+    """Raises UserError for a reply with status 200 that no chat endpoint sends, a page or other JSON: the address is wrong.
+
+    `reply` is what the client made of it; None if it could make nothing of it, for `error`. For the first reply of a server alone:
+    one that has answered before may well be behind a gateway that shows a page while it restarts.
+    """
+    import openai
+
+    if reply is None and not isinstance(error, JSONDecodeError | UnicodeDecodeError | RecursionError | openai.APIResponseValidationError):
+        return
+    if getattr(reply, "choices", None) is not None or getattr(reply, "error", None):
+        return
+    came = getattr(error, "doc", "") if reply is None else getattr(reply, "to_dict", lambda: reply)()
+    raise UserError(
+        f"{flag} {url}: what it serves is no chat completion, but {without_key(str(came), key)[:MOST_SHOWN]!r}; give the address of an "
+        "OpenAI-compatible server, which mostly ends in /v1"
+    ) from error
 
 
 def reason_of(error: BaseException, key: str, seconds: float) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ADDED_AT_ONCE = 65536
+ANY_WIDTH = 768
 # Training a faiss index: this many vectors a cluster, and at least so many in all.
 TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
 # What faiss has for GPUs, and how many documents or clusters it looks for there at most.
@@ -82,6 +83,17 @@ def open_index(
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
                         "to build it anew, or give another --index_path")
     return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
+
+
+def faiss_can_read(factory: str) -> bool:
+    """Whether faiss can read a factory string. What it needs of the width of the vectors, their embeddings show later."""
+    import faiss
+
+    try:
+        faiss.index_factory(ANY_WIDTH, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        return "could not parse" not in str(error)
+    return True
 
 
 def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:

@@ -25,6 +25,7 @@ from dynamicrag.endpoint import (
     passes,
     read_key,
     reason_of,
+    refuse_foreign,
     usable,
     wait,
 )
@@ -108,6 +109,7 @@ class Judge:
         self._format_name, self._format = reply_format, REPLY_FORMATS[reply_format]
         self._options = {"temperature": 0, "max_tokens": MAX_TOKENS}
         self._limit, self._sent, self.usage = limit, 0, JudgeUsage()
+        self._answered = False
         self._cache = GradeCache(cache)
 
     def grade(self, answers: Sequence[tuple[str, Messages]]) -> list[float]:
@@ -216,6 +218,7 @@ class Judge:
         options = {name: changed.get(name, value) for name, value in self._options.items()}
         if self._format:
             options["response_format"] = self._format
+        reply = None
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 reply = await client.chat.completions.create(model=self._model, messages=messages, **options)
@@ -223,6 +226,7 @@ class Judge:
             self.usage.generated_tokens += count(reply.usage, "completion_tokens")
             [choice, *_] = reply.choices
             sample = Sample(usable(choice.message.content), choice.finish_reason, gave_reasoning(choice.message))
+            self._answered = True
         except openai.BadRequestError as error:
             # OpenAI's newer models refuse a temperature and have another name for max_tokens: neither is sent again.
             if error.param not in ("temperature", "max_tokens") or error.param not in options or "unsupported" not in str(error.code):
@@ -232,6 +236,8 @@ class Judge:
                 self._options["max_completion_tokens"] = MAX_TOKENS
             return await self._call(client, messages, changed)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
+            if not self._answered:
+                refuse_foreign("--judge-base-url", self._base_url, error, reply, self._secret)
             raise UnreadableGrade(f"not a chat completion: {error!r}") from error
         [limit] = _LIMITS & options.keys()
         text, reason = read_sample(sample, options[limit])

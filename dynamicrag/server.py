@@ -31,6 +31,7 @@ from dynamicrag.endpoint import (
     passes,
     read_key,
     reason_of,
+    refuse_foreign,
     usable,
     wait,
 )
@@ -253,9 +254,16 @@ class ApiEngine:
 
         try:
             await self._call(client, Request([{"role": "user", "content": "Write yes."}], seed=0, max_tokens=16))
-        except (openai.OpenAIError, UnreadableReply, OSError):
+        except (openai.OpenAIError, UnreadableReply, OSError, UserError):
             return False
         return True
+
+    def _unreadable(self, error: BaseException, reply: object = None) -> UnreadableReply:
+        """The error of a reply with status 200 that cannot be read. Raises UserError if the first one is no answer of a server at all."""
+        if not self._answered:
+            refuse_foreign("--api-base", self._url, error, reply, self._key)
+        said = getattr(reply, "error", None)  # some servers send their errors with status 200
+        return UnreadableReply(f"its reply is no chat completion ({error}){f': {said}' if said else ''}")
 
     async def _call(self, client, request: Request) -> Reply | str:
         """The reply to one call, without the options that the server does not take; a reason if it refuses the request."""
@@ -277,11 +285,11 @@ class ApiEngine:
                 self._learn(option, self._reason(error))
                 continue
             except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
-                raise UnreadableReply(f"its reply is no chat completion ({error})") from error
+                raise self._unreadable(error) from error
             try:
                 read = _read_reply(reply, request)
             except (ValueError, TypeError, AttributeError, LookupError) as error:
-                raise UnreadableReply(f"its reply is no chat completion ({error}){_said_instead(reply)}") from error
+                raise self._unreadable(error, reply) from error
             if "stop" in self._not_taken:
                 read = [_cut(sample, request.stop) for sample in read[0]], *read[1:]
             if not any(read[1:]):
@@ -373,12 +381,6 @@ def _cut(sample: Sample, stop: tuple[str, ...]) -> Sample:
     """A sample up to the first of the texts that end it."""
     ends = [at for text in stop if (at := (sample.text or "").find(text)) >= 0]
     return replace(sample, text=sample.text[: min(ends)], finish_reason="stop") if ends else sample
-
-
-def _said_instead(reply: object) -> str:
-    """The error that some servers send with status 200."""
-    error = getattr(reply, "error", None)
-    return f": {error}" if error else ""
 
 
 def _status_error() -> type[Exception]:

@@ -18,7 +18,12 @@ class UserError(Exception):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a stage's docstring and shows every default."""
+    """Keeps the line breaks of a stage's docstring and shows every default, unless the help says it in words or there is none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -67,11 +72,13 @@ MOST_SAID = 1000  # characters of an error
 
 
 def run(main) -> None:
-    """Call a stage's main(), with logs to stderr.
+    """Call a stage's main(), with logs to stderr, each line above a progress bar and never on it.
 
     A UserError and a disk that is full or may not be written are one line and exit status 2; an interrupt is status 130,
     SIGTERM 143.
     """
+
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     def terminated(*_: object) -> None:
         raise _Terminated
@@ -80,7 +87,8 @@ def run(main) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
-        main()
+        with logging_redirect_tqdm():
+            main()
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt as interrupt:
@@ -97,10 +105,13 @@ def run(main) -> None:
 
 def _fail(message: str, status: int) -> int:
     """Say it on one line of bounded length: what it quotes may be long, and hold what a terminal would obey."""
+    from tqdm import tqdm
+
     line = " ".join(message.split())
     if len(line) > MOST_SAID:
         line = f"{line[: MOST_SAID * 3 // 4]} ... {line[-MOST_SAID // 4 :]}"
-    print("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
+    # A bar that the error has left open would share the line of a plain print.
+    tqdm.write("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
     return status
 
 

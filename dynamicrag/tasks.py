@@ -63,6 +63,7 @@ TASKS: dict[str, Task] = {
 DEFAULT_TASK = Task(SHORT, "em", 64)
 READINGS_TASK = "asqa"  # how a question with qa_pairs is asked and scored, whatever its data set is called
 SPLITS = ("train", "dev", "test", "validation")  # names of files that say nothing of the data set
+_SPLIT_AFTER = re.compile(rf"[\s_.-]+({'|'.join(SPLITS)})$", re.IGNORECASE)
 
 
 def _plain(name: str) -> str:
@@ -118,10 +119,16 @@ def derive_dataset(row_id: str, file_name: str = "") -> str | None:
 def name_of_file(path: str | Path) -> str:
     """What the name of a file says about its data set: the name without suffix, or the folder's if that names a split alone.
 
-    FlashRAG publishes asqa/dev.jsonl.
+    FlashRAG publishes asqa/dev.jsonl. A split after the name does not count: asqa_dev.jsonl says the same.
     """
     path = Path(path).absolute()
-    return path.parent.name if path.stem.casefold() in SPLITS else path.stem
+    return path.parent.name if path.stem.casefold() in SPLITS else _SPLIT_AFTER.sub("", path.stem)
+
+
+def name_with_folder(path: str | Path) -> str:
+    """A name for a file called as others are, which tells it from those and keeps its data set: nq_test.jsonl of nq/test.jsonl."""
+    path = Path(path).absolute()
+    return f"{path.parent.name}_{path.name}"
 
 
 def target_answer(row: Mapping) -> str:

@@ -41,6 +41,8 @@ export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # nvidia-smi's order;
 mapfile -t GPUS < <(visible_gpus)
 [[ ${#GPUS[@]} -gt 0 || ${CUDA_VISIBLE_DEVICES:-} == @(|-*|NoDevFiles|void|none) ]] || \
     echo "warning: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU: the CPU is used" >&2
+TWICE=$(printf '%s\n' "${GPUS[@]}" | sort | uniq -d | head -n 1)
+[[ -z $TWICE ]] || refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: names GPU $TWICE twice, and CUDA then uses none; name each GPU once"
 
 # engine_size: the tensor parallel size in ENGINE_FLAGS, if they name it. A worker has that many GPUs unless GPUS_PER_SHARD says otherwise.
 engine_size() { sed -nE 's/.*--tensor[-_]parallel[-_]size[ =]+([0-9]+).*/\1/p' <<<"${ENGINE_FLAGS:-}"; }
@@ -82,12 +84,14 @@ DPO_RECIPE=${DPO_RECIPE:-dpo}
 # The evaluation sets, as SET=FILE: EVAL_QUESTIONS get their documents here, the rows of EVAL_FILES have some already. A set is called
 # by the name of its file, and so are its results.
 stem() { basename "${1%.*}"; }
+with_folder() { echo "$(dirname "$1")/$(basename "$(realpath -sm "$(dirname "$1")")")_$(basename "$1")"; }
 SETS=()
 # shellcheck disable=SC2153  # both are settings
 for file in ${EVAL_QUESTIONS:-} ${EVAL_FILES:-}; do
     name=$(stem "$file")
     for other in "${SETS[@]}"; do
-        [[ ${other%%=*} != "$name" ]] || refuse "${other#*=} and $file: two evaluation sets are called $name, and would write the same files; rename one (EVAL_QUESTIONS, EVAL_FILES)"
+        [[ ${other%%=*} != "$name" ]] || refuse "${other#*=} and $file: two evaluation sets are called $name, and would write the same files;" \
+            "rename one so that its name keeps the data set (EVAL_QUESTIONS, EVAL_FILES): $(with_folder "$file")"
     done
     SETS+=("$name=$file")
 done
@@ -279,7 +283,7 @@ retrieve() {
 # files, once for each of the VALUES of its flag CHOICE; OUTPUT names the results with {input} and {CHOICE}. The questions of
 # every file are divided: a worker gets a part of all files, so it loads the model once, and the answers are put together.
 answer() {
-    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts flags=() whole=() divided=() numbers=() file part total
+    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts logs flags=() whole=() divided=() numbers=() file part total
     shift 5
     while [[ $1 != -- ]]; do flags+=("$1"); shift; done
     shift
@@ -301,7 +305,9 @@ answer() {
     [[ ${#whole[@]} == 0 || -n $SHARDS ]] || ask "$output" "${output%.json}_remain.json" "${whole[@]}"
     ((${#divided[@]})) || return 0
     mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
-    in_pool ask_part "$parts/$(basename "$output" .json)." "${numbers[@]}"
+    # The log of a part is of all files and values: it is called by what the names of their results share.
+    logs=$(basename "$output" .json | sed -E 's/\{[a-z]+\}//g; s/_+/_/g; s/^_|_$//g')
+    in_pool ask_part "$parts/${logs:-answers}." "${numbers[@]}"
     later "$output" || join_answers
 }
 ask() { # OUTPUT REMAIN FILE...

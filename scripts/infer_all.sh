@@ -3,7 +3,7 @@
 # questions of every set are divided among them):
 #     bash scripts/infer_all.sh configs/llama3_8b.env [MODEL]
 # MODEL is a checkpoint folder; without it the newest stage of the settings' model. Results are named by the set, MODEL's last
-# part and the selector.
+# part and the selector; scripts/10_evaluate.sh tabulates them too.
 source "$(dirname "$0")/common.sh"
 model=${2:-$(newest_model)}
 needs "$model/config.json" scripts/05_sft.sh

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dynamicrag import device
+from dynamicrag.stage import UserError
 
 LISTS_TWO = 'echo "GPU 0: NVIDIA A100 (UUID: GPU-1)"; echo "GPU 1: NVIDIA A100 (UUID: GPU-2)"'
 FAILS = 'echo "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."; exit 9'
@@ -46,3 +47,15 @@ def test_a_cpu_beside_gpus_is_a_warning_and_the_device_is_logged_once(nvidia_smi
         assert [device.pick_device(name), device.pick_device("cpu")] == ["cpu", "cpu"]
     assert [record.levelno for record in caplog.records].count(logging.WARNING) == warnings
     assert [record.args for record in caplog.records if record.levelno == logging.INFO] == [("cpu",)]
+
+
+@pytest.mark.parametrize(("visible", "twice"), [("0,0", "0"), ("1, 0 ,0", "0"), ("GPU-ab,GPU-ab", "GPU-ab"), ("0,1", None), ("0,-1,0", None)])
+def test_a_gpu_named_twice_is_refused_by_name_if_cuda_shows_none(nvidia_smi, monkeypatch, visible, twice):
+    nvidia_smi(LISTS_TWO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if twice is None:
+        assert device.pick_device("auto") == "cpu"
+        return
+    with pytest.raises(UserError) as error:
+        device.pick_device("auto")
+    assert str(error.value).startswith(f"CUDA_VISIBLE_DEVICES={visible}:") and f" {twice} " in str(error.value)

@@ -1,5 +1,6 @@
 """The scripts on machines with no GPU, one, four and eight: who works on what, and how training starts. Stand-ins for every program."""
 
+import glob
 import json
 import os
 import re
@@ -74,6 +75,7 @@ def test_an_engine_uses_all_gpus_of_its_worker(machine, flags, per_shard, size, 
 
 @pytest.mark.parametrize("wrong", [
     {"GPUS_PER_SHARD": "16"}, {"GPUS_PER_SHARD": "0"}, {"NUM_SHARDS": "0"}, {"SHARDS": "1"}, {"SHARDS": "4", "NUM_SHARDS": "4"}, {"SHARDS": "x", "NUM_SHARDS": "4"},
+    {"CUDA_VISIBLE_DEVICES": "0,0"}, {"CUDA_VISIBLE_DEVICES": "1,GPU-ab, GPU-ab"},
 ])
 def test_numbers_that_do_not_fit_the_machine_are_refused(machine, wrong):
     done = bash("echo on", machine(8, **wrong))
@@ -246,6 +248,7 @@ def results(machine, tmp_path):
         environment = machine(gpus, PYTHONPATH=f"{REPO}:{REPO}/tests", **{"BASH_FUNC_python%%": python})
         done = bash(f'run=$WORK/results model={tmp_path}/model; cd {REPO}; set -- "$WORK"/eval_data/{{nq,few}}.jsonl; {command}', environment)
         assert done.returncode == 0, done.stderr
+        (tmp_path / "said").write_text(done.stderr)
         return {path.name: path.read_text() for path in sorted((tmp_path / "run/results").glob("*.json"))}
 
     return run
@@ -270,6 +273,13 @@ def test_questions_are_divided_among_workers_that_load_the_model_once_and_result
         one, other = json.loads(whole[name]), json.loads(divided[name])
         assert other["counts"].pop("shards") == 2 and one.pop("seconds") is not None and other.pop("seconds") is not None
         assert other == one, "the report, and a later run of one worker, tell results by their manifests"
+
+
+def test_the_logs_that_are_named_are_there_under_names_without_placeholders(results, tmp_path):
+    results(2, f"{INFER}; {WINDOWS}")
+    named = re.findall(r"\S+\*\.log", (tmp_path / "said").read_text())
+    assert len(set(named)) == 2 and not [path for path in named if "{" in path]
+    assert all(len(glob.glob(path)) == 2 for path in named)
 
 
 def test_results_begun_by_one_worker_are_finished_by_one(results, tmp_path):

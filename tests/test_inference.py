@@ -21,6 +21,7 @@ from dynamicrag.completion import Completion, Usage
 from dynamicrag.jsonio import read_json
 from dynamicrag.selection import Selection, format_ids, summarise_selections
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import derive_dataset, name_of_file
 
 SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
 
@@ -394,6 +395,16 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(here, flags, say
     with pytest.raises(UserError, match=re.escape(says)):
         run(inference, *flags)
     assert here == []
+
+
+def test_the_name_advised_for_a_file_called_as_another_keeps_its_data_set(here):
+    for name in ("nq", "triviaqa"):
+        Path(name).mkdir()
+        Path(name, "test.jsonl").write_bytes(Path("q.jsonl").read_bytes())
+    with pytest.raises(UserError) as error:
+        run(inference, "--input-json", "nq/test.jsonl", "triviaqa/test.jsonl", "--output-json", "out/{input}_{selector}.json")
+    [advised] = re.findall(r"\S+_test\.jsonl", str(error.value))
+    assert derive_dataset("test_0", name_of_file(advised)) == "triviaqa" and here == []
 
 
 def test_a_chunk_at_a_time_writes_the_same_bytes(here):

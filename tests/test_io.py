@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -381,6 +382,13 @@ def test_data_set_of_a_path_with_research(tmp_path):
     assert normalise_row({"id": "nq_1", "question": "q", "dataset": "popqa"})["dataset"] == "popqa"
 
 
+@pytest.mark.parametrize(("name", "dataset"), [
+    ("nq_test", "nq"), ("asqa-dev", "asqa"), ("ARC-Challenge_Validation", "arc"), ("nq_train_archive", None), ("latest", None), ("my_test", None),
+])
+def test_a_split_after_the_name_of_a_file_does_not_count(tmp_path, name, dataset):
+    assert next(read_rows(write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "test_0", "question": "q"}]))).get("dataset") == dataset
+
+
 # ---------------------------------------------------------------- stage
 
 
@@ -544,6 +552,23 @@ SCRIPT = "from dynamicrag import stage\ndef main():\n    {}\nstage.run(main)"
 def test_errors_are_one_line_and_a_status(body, status, said):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
     assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
+    """As a terminal shows it: after a carriage return, what is written covers what stood there, character by character."""
+    body = ("from tqdm import tqdm; import sys\n    bar = tqdm(total=9, desc='working', mininterval=0, file=sys.stderr)\n"
+            "    for n in range(3):\n        bar.update()\n        stage.log.warning('noted %d', n)\n    raise stage.UserError('broken')")
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
+    shown = []
+    for line in done.stderr.split("\n"):
+        cells = ""
+        for written in line.split("\r"):
+            cells = written + cells[len(written):]
+        shown.append(cells.rstrip())
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in shown if re.search("noted|broken", line)] == [
+        "noted 0", "noted 1", "noted 2", "error: broken",
+    ]
+    assert "working" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["split_data", "generate_passage_embeddings", "retriever", "aggregate", "reranker"])

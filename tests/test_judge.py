@@ -225,12 +225,22 @@ HANG = ("slow", 1.6)
     ids=lambda trouble: str(trouble)[:60],
 )
 def test_trouble_that_passes_is_tried_again(server, make, trouble):
-    server.script = [trouble, (200, grades(10))]
-    assert make().grade(prompts("a")) == [0.5]
-    assert server.requests == 2
+    server.scripts = {"a": [trouble, (200, grades(10))]}
+    judge = make()
+    judge.grade(prompts("before"))
+    assert judge.grade(prompts("a")) == [0.5]
+    assert server.requests == 3
 
 
-@pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut",), HANG, (200, b"not json")], ids=str)
+@pytest.mark.parametrize("page", [b"<html>", b"", b"[]", b'{"status": "ok"}'])
+def test_a_first_reply_of_something_else_means_another_address_and_is_said_at_once(server, make, page):
+    server.script = [(200, page)]
+    with pytest.raises(UserError) as error:
+        make().grade(prompts("a"))
+    assert str(error.value).startswith(f"--judge-base-url {server.url}: ") and server.requests == 1
+
+
+@pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut",), HANG, (200, {"error": {"message": "overloaded"}})], ids=str)
 def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):  # behaviour 18
     server.script = [trouble]
     with pytest.raises(UserError, match=r"row row-a: the judge m failed 3 times: .*run again to continue"):

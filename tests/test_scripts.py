@@ -13,6 +13,7 @@ import pytest
 from conftest import make_text, read_jsonl, write_jsonl
 
 from dynamicrag.stage import UserError
+from dynamicrag.tasks import derive_dataset, name_of_file
 
 REPO = Path(__file__).parents[1]
 
@@ -96,6 +97,32 @@ def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tm
     done = bash(script, settings, WORK=str(tmp_path / "run"))
     assert done.returncode == 2
     assert maker in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_setting_is_named_before_work_is_asked_for_that_it_may_not_need(settings, tmp_path):
+    done = bash("02_retrieve.sh", settings, SEARCH_FLAGS="--index bm52")
+    assert done.returncode == 2 and "--index bm52" in done.stderr and "01_embed" not in done.stderr
+    model = tmp_path / "run/DynamicRAG_smollm2_135m"
+    for stage in ("sft", "ablated"):
+        (model / stage).mkdir(parents=True)
+        (model / stage / "config.json").write_text("{}")
+    done = bash("09_infer.sh", settings, STAGES="ablated stf")
+    assert done.returncode == 2 and f"{model}/stf" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_answers_of_any_model_are_evaluated_and_none_of_another_set(settings, tmp_path):
+    docs = [{"id": "d1", "title": "", "text": "x", "score": 1.0}]
+    row = {"id": "q", "dataset": "nq", "question": "what?", "answers": ["x"], "docs": docs, "gold_docs": ["d1"]}
+    for folder in ("eval_data", "results"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    for name in ("test", "test_oracle"):
+        write_jsonl(tmp_path / f"run/eval_data/{name}.jsonl", [row])
+    for name in ("test_other_model_dynamic", "test_dpo_dynamic", "test_other_model_top1", "test_oracle_sft_dynamic", "test_sft_dynamic_of_9"):
+        (tmp_path / f"run/results/{name}.json").write_text(json.dumps([{**row, "response": "x", "id_list": [1]}]))
+    done = bash("10_evaluate.sh", settings, SELECTORS="dynamic top:1")
+    assert done.returncode == 0, done.stderr
+    scored = json.loads((tmp_path / "run/results/test.metrics.json").read_text())["results"]
+    assert list(scored) == ["test_dpo_dynamic", "test_other_model_dynamic", "test_other_model_top1"]
 
 
 def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
@@ -276,6 +303,14 @@ def test_two_evaluation_sets_of_one_name_are_refused_before_any_work(settings, q
     done = sourced("echo started", settings, EVAL_QUESTIONS=questions, EVAL_FILES=files)
     assert done.returncode == 2 and "started" not in done.stdout and len(done.stderr.splitlines()) == 1
     assert all(path in done.stderr for path in (questions + " " + files).split())
+
+
+def test_the_name_advised_for_a_set_called_as_another_keeps_its_data_set(settings):
+    """FlashRAG's nq/test.jsonl says by its folder alone what it is."""
+    settings.write_text(settings.read_text().replace("EVAL_QUESTIONS=/", "UNUSED=/"))
+    done = sourced("echo started", settings, EVAL_QUESTIONS="flash/nq/test.jsonl flash/triviaqa/test.jsonl")
+    [advised] = re.findall(r"\S+_test\.jsonl", done.stderr)
+    assert Path(advised).parent == Path("flash/triviaqa") and derive_dataset("test_0", name_of_file(advised)) == "triviaqa"
 
 
 def test_evaluation_sets_with_and_without_documents_are_one_list(settings):

@@ -82,6 +82,15 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
+    with pytest.raises(SystemExit):
+        load(name).parse_args(["--help"])
+    flags = [" ".join(flag.split()) for flag in capsys.readouterr().out.split("\n  -")]
+    assert len(flags) > 3
+    assert not [flag for flag in flags if flag.count("(default") > 1 or "default: None" in flag]
+
+
 def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     program = (
         "import importlib, json, sys\n"
@@ -118,6 +127,23 @@ def test_abbreviated_flags_are_refused_and_both_spellings_mean_the_same(name, ca
     if name in INPUTS:
         flag = INPUTS[name][0]
         assert module.parse_args([flag, "a_b-c"]) == module.parse_args([flag.replace("_", "-"), "a_b-c"])
+
+
+@pytest.mark.parametrize(("name", "flag", "wrong", "right"), [
+    ("retriever", "--index", ["bm52", "BM25", "flat bm52", "IVF16,SQ9", "IVF"], ["flat", "bm25", "flat bm25", "IVF16,SQ8", "RR768,IVF16384,RaBitQfs", "PQ7"]),
+    *((name, "--device", ["cudda", "gpu", "cuda:x", "CPU"], ["auto", "cpu", "cuda", "cuda:1"])
+      for name in ("retriever", "generate_passage_embeddings", "reranker", "reward_trajectories")),
+    ("construct_dpo", "--pairs", ["worst-best", "top-bottom"], ["all", "top-bottom:2"]),
+])
+def test_a_value_outside_a_closed_set_is_refused_with_the_flag_and_the_choices(name, flag, wrong, right, capsys):
+    for value in wrong:
+        with pytest.raises(SystemExit) as stopped:
+            load(name).parse_args([flag, *value.split()])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2
+        assert flag in said and value.split()[-1] in said and right[0] in said
+    for value in right:
+        assert load(name).parse_args([flag, *value.split()])
 
 
 @pytest.mark.parametrize("name", ["inference", "top_inference", "sampling_dpo_trajectories"])

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--learning_rate", type=float, default=1e-4, help="peak of the linear schedule")
     group.add_argument("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="arithmetic of the forward pass")
-    group.add_argument("--device", default="cpu", help="cpu or cuda")
+    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it is trained")
     group.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)

@@ -94,6 +94,7 @@ def retriever_manifest(rows: Path, **changes) -> None:
 def run(name: str, flags: list[str], monkeypatch, engine: StubEngine | None = None) -> tuple[int, list[str]]:
     """Exit status and lines on stderr of a stage in this process, with a stub for the LLM and without progress bars."""
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))
+    monkeypatch.setattr("tqdm.contrib.logging.logging_redirect_tqdm", contextlib.nullcontext)  # what is logged, pytest has
     monkeypatch.setattr(calls, "load_engine", lambda args: (read_template(args.template), engine or ShortWindow(answer))[1])
     monkeypatch.setattr("sys.argv", [f"{name}.py", *flags])
     module = importlib.import_module(name)

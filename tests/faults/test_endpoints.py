@@ -79,7 +79,7 @@ def test_a_server_that_answers_with_something_else(server, case):
     reply[:2] = REPLIES[case][:2]
     with pytest.raises(UserError, match=REPLIES[case][2]) as error:
         ApiEngine(url, "m").complete([Request([{"role": "user", "content": "q"}], seed=1, max_tokens=5)])
-    assert str(error.value).startswith(url) and SECRET not in str(error.value)
+    assert str(error.value).removeprefix("--api-base ").startswith(url) and SECRET not in str(error.value)
 
 
 def test_half_a_surrogate_pair_is_no_reason_to_end_a_run(server):
@@ -173,15 +173,16 @@ class FakeHandler(BaseHTTPRequestHandler):
         if changes == "cut":
             self.connection.close()
             return
+        kind = "application/json"
         if isinstance(changes, tuple):
-            status, reply = changes
+            status, reply, kind = (*changes, kind)[:3]
         else:
             status, reply = 200, completion_for(body, **(changes or {}))
             with fake.lock:
                 fake.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -435,12 +436,34 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
         key = kind_of(body), word_of(body)
         with fake.lock:
             seen[key] += 1
-        return TROUBLES[trouble] if seen[key] <= 2 and int(word_of(body)) % 3 == 0 else None
+        return TROUBLES[trouble] if seen[key] <= 2 and int(word_of(body)) % 3 == first else None
 
+    first = 1 if trouble == "not JSON" else 0  # as its first reply it would mean another address
     fake.behave = behave
     assert asked()[0] == 0
     all_right(asked)
     assert len(fake.paid) == len(set(fake.paid)) == 24
+
+
+PAGES = {
+    "a page": (b"<html><body>Welcome</body></html>", "text/html"), "a page that is called JSON": (b"<html>", "application/json"),
+    "nothing": (b"", "application/json"), "other JSON": (b'{"status": "ok"}', "application/json"), "a list": (b"[]", "application/json"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_first_reply_of_something_else_means_another_address_and_is_said_at_once(fake, asked, page):
+    fake.behave = lambda body: (200, *PAGES[page])
+    status, said = asked()
+    assert status == 2 and len(fake.bodies) == 1
+    assert said.splitlines()[-1].startswith(f"error: --api-base {fake.url}: ") and SECRET not in said
+
+
+def test_a_page_in_place_of_a_later_reply_is_asked_again(fake, asked):
+    shown = []
+    fake.behave = lambda body: (shown.append(body), (200, *PAGES["a page"]))[1] if len(fake.paid) >= 15 and len(shown) < 2 else None
+    assert asked()[0] == 0 and len(shown) == 2
+    all_right(asked)
 
 
 @pytest.mark.parametrize(("trouble", "chunk"), [("429", ""), ("500", "--chunk-size 5"), ("cut", ""), ("not JSON", "")])
