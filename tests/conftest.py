@@ -80,9 +80,13 @@ def at(place: str | Path, *values: object) -> str:
     return rf"{naming(*values)}(?:error: )?(?:\S*/)?{re.escape(str(place))}: "
 
 
+def names(text: str, *values: object) -> bool:
+    return re.search(naming(*values), text) is not None
+
+
 def logged(caplog, *values: object, level: str = "WARNING") -> int:
     """How many records of the level name each value."""
-    return sum(record.levelname == level and re.search(naming(*values), record.getMessage()) is not None for record in caplog.records)
+    return sum(record.levelname == level and names(record.getMessage(), *values) for record in caplog.records)
 
 
 @pytest.fixture(scope="session", autouse=True)

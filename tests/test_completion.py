@@ -1,9 +1,7 @@
 """dynamicrag/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
 
-import re
-
 import pytest
-from conftest import naming
+from conftest import names
 
 from dynamicrag.calls import read_selection
 from dynamicrag.completion import Request, Sample, after_reasoning, completion_of, opens_itself, read_sample, refused
@@ -48,7 +46,7 @@ SAMPLES = [  # a sample, its text, and what is the cause if it has none
 def test_a_sample_is_a_text_or_a_reason(sample, text, cause):
     found, reason = read_sample(sample, 100)
     assert found == text and bool(reason) == bool(cause)
-    assert bool(re.search(naming(100), reason)) == cause.startswith("cut") and ("declined: 7" in reason) == (cause == "refusal")
+    assert names(reason, 100) == cause.startswith("cut") and ("declined: 7" in reason) == (cause == "refusal")
 
 
 def test_each_cause_has_a_reason_of_its_own():
@@ -60,8 +58,8 @@ def test_each_sample_of_a_completion_is_read_by_itself():
     completion = completion_of([Sample("<think>a</think>[3], [1", "length"), Sample("<think>a", "length")], ASKED, 7, 9)
     assert completion.texts == ["[3], [1", ""] and completion.cut_off == {0, 1}
     assert [read_selection(completion, sample, 5).ids for sample in (0, 1)] == [[3], []]
-    assert read_selection(completion, 0, 5).valid and re.search(naming("selection", 100), read_selection(completion, 1, 5).reason)
-    assert completion.reason("answer", 0) == "" and re.search(naming("answer", 100), completion.reason("answer", 1))
+    assert read_selection(completion, 0, 5).valid and names(read_selection(completion, 1, 5).reason, "selection", 100)
+    assert completion.reason("answer", 0) == "" and names(completion.reason("answer", 1), "answer", 100)
 
 
 def test_a_constrained_text_holds_no_reasoning_even_if_the_template_opens_some():

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import at, logged, naming, write_jsonl
+from conftest import at, logged, names, write_jsonl
 from running import flags_of, make_good, row, run
 
 from dynamicrag.endpoint import check_url, read_key
@@ -525,7 +525,7 @@ def test_an_answer_that_is_all_reasoning_goes_to_the_remaining_rows_with_the_rea
     fake.behave = lambda body: {**CUT_OFF[case], "finish": "length"} if word_of(body) in "37" and kind_of(body) == "answer" else None
     assert asked("--answer-max-tokens 32")[0] == 0
     all_right(asked, without=(3, 7))
-    assert all(re.search(naming(32), made["error"]) for made in asked.read("answered_remain.json").values())
+    assert all(names(made["error"], 32) for made in asked.read("answered_remain.json").values())
     assert logged(asked.caplog, 2, 12, 32, "--answer-max-tokens") == 1
 
 
