@@ -72,7 +72,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def naming(*values: object) -> str:
     """A pattern for a message that names each value (key, number, file, flag) as a word of its own, whatever it says of them."""
-    return "(?s)^" + "".join(rf"(?=.*(?<!\w)(?<!\d\.){re.escape(str(value))}(?!\w|\.\d))" for value in values)
+    return "(?s)^" + "".join(rf"(?=.*(?<!\w)(?<!\d[.,]){re.escape(str(value))}(?!\w|[.,]\d))" for value in values)
 
 
 def at(place: str | Path, *values: object) -> str:
