@@ -18,6 +18,7 @@ from running import flags_of, make_good, row, run
 from dynamicrag.endpoint import check_url, read_key
 from dynamicrag.engine import ApiEngine, Request
 from dynamicrag.jsonio import read_json
+from dynamicrag.scoring import unanswered_reason
 from dynamicrag.stage import UserError
 
 REPO = Path(__file__).parents[2]
@@ -274,7 +275,7 @@ def test_a_refused_request_costs_its_own_question(fake, asked, case, kind):
     assert status == 0
     all_right(asked, without=(7,))
     remain = asked.read("answered_remain.json")
-    assert list(remain) == ["q7"] and f"HTTP {OWN_FAULTS[case][0]}" in remain["q7"]["error"]
+    assert list(remain) == ["q7"] and f"HTTP {OWN_FAULTS[case][0]}" in remain["q7"]["error"] and unanswered_reason(remain["q7"]) == "refused"
     assert remain["q7"]["usage"]["calls"] == (kind == "answer")
     assert len(fake.bodies) == 24 - (kind == "choose"), "nothing is asked twice"
     assert len({tuple(sorted(body)) for body in fake.bodies if kind_of(body) == "answer"}) == 1, "nothing was learnt from it"
@@ -525,7 +526,7 @@ def test_an_answer_that_is_all_reasoning_goes_to_the_remaining_rows_with_the_rea
     fake.behave = lambda body: {**CUT_OFF[case], "finish": "length"} if word_of(body) in "37" and kind_of(body) == "answer" else None
     assert asked("--answer-max-tokens 32")[0] == 0
     all_right(asked, without=(3, 7))
-    assert all(names(made["error"], 32) for made in asked.read("answered_remain.json").values())
+    assert all(names(made["error"], 32) and unanswered_reason(made) == "no_answer" for made in asked.read("answered_remain.json").values())
     assert logged(asked.caplog, 2, 12, 32, "--answer-max-tokens") == 1
 
 
