@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def naming(*values: object) -> str:
+    """A pattern for a message that names each value (key, number, file, flag) as a word of its own, whatever it says of them."""
+    return "(?s)^" + "".join(rf"(?=.*(?<!\w)(?<!\d[.,]){re.escape(str(value))}(?!\w|[.,]\d))" for value in values)
+
+
+def at(place: str | Path, *values: object) -> str:
+    """The same for a message that begins with its place (a file in any folder, and the line, row or key in it; a flag)."""
+    return rf"{naming(*values)}(?:error: )?(?:\S*/)?{re.escape(str(place))}: "
+
+
+def names(text: str, *values: object) -> bool:
+    return re.search(naming(*values), text) is not None
+
+
+def logged(caplog, *values: object, level: str = "WARNING") -> int:
+    """How many records of the level name each value."""
+    return sum(record.levelname == level and names(record.getMessage(), *values) for record in caplog.records)
 
 
 @pytest.fixture(scope="session", autouse=True)
