@@ -204,7 +204,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
 
     for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question, args.pair_by):
         chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
-        targets, named = (format_ids(chosen), format_ids(rejected)), max([*chosen, *rejected], default=0)
+        targets, named = (format_ids(chosen, prompts.notation), format_ids(rejected, prompts.notation)), max([*chosen, *rejected], default=0)
         pairs.append(fit_pair(build, docs, named, targets, window, figures(row, pair, args.input_file)))
     return pairs
 

@@ -86,7 +86,7 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
         completions = caller.ask([caller.select(rows[number], shown[number]) for number in numbers])
         for number, completion in zip(numbers, completions, strict=True):
             usages[number].add(completion)
-            selection = read_selection(completion, 0, len(shown[number]))
+            selection = read_selection(completion, 0, len(shown[number]), caller.prompts.notation)
             choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
     asked = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]

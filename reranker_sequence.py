@@ -47,7 +47,7 @@ def sft_row(row: Row, prompts: Prompts) -> dict[str, str]:
 def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
     """One SFT example of the documents labelled that fit the window; none if the target names another."""
     labelled = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
-    target = format_ids(row["sequence"])
+    target = format_ids(row["sequence"], prompts.notation)
 
     def build(docs: list[Doc]) -> Messages:
         return prompts.reranker(row["question"], docs)

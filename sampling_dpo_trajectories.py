@@ -25,7 +25,13 @@ from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import add_engine_flags, engine_inputs
 from dynamicrag.output import Output
 from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import expert_sequence, format_ids, summarise_selections, unjudged_position
+from dynamicrag.selection import (
+    Notation,
+    expert_sequence,
+    format_ids,
+    summarise_selections,
+    unjudged_position,
+)
 from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.templates import in_threads
@@ -81,12 +87,12 @@ def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list
     return requests
 
 
-def read_selections(samples: list[tuple[Completion, list[int]]]) -> tuple[list[tuple[str, list[int]]], list[str], str]:
+def read_selections(samples: list[tuple[Completion, list[int]]], notation: Notation) -> tuple[list[tuple[str, list[int]]], list[str], str]:
     """The samples that name documents or None, as (text, positions in docs); the texts of the others; and why, if no text is one."""
     valid, invalid, reason = [], [], ""
     for completion, order in samples:
         for number, text in enumerate(completion.texts):
-            selection = read_selection(completion, number, len(order))
+            selection = read_selection(completion, number, len(order), notation)
             if selection.valid:
                 valid.append((text, [order[position - 1] for position in selection.ids]))
             else:
@@ -114,6 +120,7 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
     """Each row with its trajectories; an unreadable selection or answer costs that trajectory, not the question."""
     chooser, generator = callers
+    notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     asked = [
         (number, request, order)
@@ -126,13 +133,13 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
 
     results, distinct = [], {}  # distinct: (row's id, selection) -> (row, documents to answer from)
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
-        trajectories, invalid, reason = read_selections(sampled)
+        trajectories, invalid, reason = read_selections(sampled, notation)
         if reason:
             log.warning("row %s: %s", row["id"], reason)
         from_expert = [False] * len(trajectories)
         if args.include_expert:
             expert = expert_selection(row, len(docs))
-            trajectories.append((format_ids(expert), expert))
+            trajectories.append((format_ids(expert, notation), expert))
             from_expert.append(True)
         usage = Usage()
         for completion, _ in sampled:
@@ -192,7 +199,7 @@ def main(argv=None):
     work = partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory)
     with asking(callers, args.output_json, args.overwrite):
         out.process(rows, args.chunk_size, work, total, "sampling")
-        seen = summarise_selections(out.written())
+        seen = summarise_selections(out.written(), callers[0].prompts.notation)
         log.info(
             "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
             "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "

@@ -90,7 +90,8 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         ])
         for (number, _), completion in zip(shown, completions, strict=True):
             usages[number].add(completion)
-        return [read_selection(completion, 0, len(docs)) for (_, docs), completion in zip(shown, completions, strict=True)]
+        notation = chooser.prompts.notation
+        return [read_selection(completion, 0, len(docs), notation) for (_, docs), completion in zip(shown, completions, strict=True)]
 
     candidates = reduce_to_window([row["docs"][: run.topn] for row in rows], run.max_context_window, choose)
     open_questions = [number for number, docs in enumerate(candidates) if docs]

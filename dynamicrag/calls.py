@@ -13,7 +13,7 @@ from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import ApiEngine, VllmEngine, load_engine
 from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
 from dynamicrag.records import Doc, Row
-from dynamicrag.selection import Selection, ids_pattern, parse_ids
+from dynamicrag.selection import Notation, Selection, ids_pattern, parse_ids
 from dynamicrag.stage import UserError, derive_seed, log
 from dynamicrag.tasks import task_of_row
 from dynamicrag.templates import in_threads
@@ -56,7 +56,8 @@ def documents_that_fit(
         else:
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
-        raise UserError(f"a question alone is longer than --max-model-len: {build([])[-1]['content'][:80]!r}...")
+        [question] = [message["content"] for message in build([]) if message["role"] == "user"]
+        raise UserError(f"a question alone is longer than --max-model-len: {question[:80]!r}...")
     return list(docs[:fitting])
 
 
@@ -110,11 +111,11 @@ def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> 
     cache.remove()
 
 
-def read_selection(completion: Completion, sample: int, n_docs: int) -> Selection:
+def read_selection(completion: Completion, sample: int, n_docs: int, notation: Notation) -> Selection:
     """The selection that a sample of a completion is."""
     if reason := completion.reason("selection", sample):
         return Selection([], False, reason=reason)
-    return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off)
+    return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off, notation)
 
 
 class Caller:
@@ -184,8 +185,8 @@ class Caller:
             seed=derive_seed(self._args.seed, row["id"], purpose),
             max_tokens=self._args.selection_max_tokens,
             n=n, temperature=self._args.selection_temperature if temperature is None else temperature, top_p=top_p,
-            pattern=ids_pattern(len(docs)) if self._args.constrain_ids == "on" else None,
-            limit="--selection-max-tokens",
+            pattern=ids_pattern(len(docs), self.prompts.notation) if self._args.constrain_ids == "on" else None,
+            stop=self.prompts.stop("reranker"), limit="--selection-max-tokens",
         )
 
     def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
@@ -201,7 +202,7 @@ class Caller:
         return Request(
             messages=build(self._fit(build, docs, max_tokens)),
             seed=derive_seed(self._args.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, stop=self.prompts.stop("generator"),
         )
 
     def judge_document(self, row: Row, doc: Doc) -> Request:
@@ -211,5 +212,5 @@ class Caller:
             seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),
             max_tokens=self._args.selection_max_tokens,
             pattern="(Yes|No)" if self._args.constrain_ids == "on" else None,
-            limit="--selection-max-tokens",
+            stop=self.prompts.stop("pointwise"), limit="--selection-max-tokens",
         )

@@ -17,7 +17,11 @@ _BROKEN_OFF = {"content_filter": "withheld by a content filter", "abort": "abort
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `pattern` is a regular expression the output must match; None leaves it free. `limit` is the flag of max_tokens."""
+    """One prompt; the output begins after an assistant's message at its end, if there is one.
+
+    `pattern` is a regular expression the output must match; None leaves it free. The texts of `stop` end the output, and are no
+    part of it. `limit` is the flag of max_tokens.
+    """
 
     messages: Messages
     seed: int
@@ -26,6 +30,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     pattern: str | None = None
+    stop: tuple[str, ...] = ()
     limit: str = "--answer-max-tokens"
 
 
@@ -81,13 +86,16 @@ def after_reasoning(text: str, opened: bool = False) -> str | None:
     up to the closing tag is reasoning, and with `opened` all of a text that has none. A block that is not closed has
     nothing after it.
     """
-    end = 0
-    for closing in CLOSES.finditer(text):
-        end = closing.end()
-    rest = text[end:].strip()
-    if OPENS.search(rest) or (opened and not end):
+    if leaves_open(text, opened):
         return None
-    return rest if rest or not end else None
+    *_, rest = CLOSES.split(text)
+    return rest.strip() or (None if CLOSES.search(text) else "")
+
+
+def leaves_open(text: str, opened: bool = False) -> bool:
+    """Whether reasoning is open at the end of a text; `opened`: it was at its beginning."""
+    *before, rest = CLOSES.split(text)
+    return bool(OPENS.search(rest)) or (opened and not before)
 
 
 def opens_itself(text: str) -> bool:

@@ -66,5 +66,5 @@ class CompletionCache:
 
 def key_of(model: str, request: Request, *more: object) -> str:
     """What decides a reply: the model and all that is asked of it. Where the server listens does not."""
-    asked = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, *more]
+    asked = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, request.stop, *more]
     return hashlib.blake2b(orjson.dumps(asked), digest_size=16).hexdigest()

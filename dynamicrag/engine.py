@@ -12,12 +12,26 @@ from pathlib import Path
 
 import orjson
 
-from dynamicrag.completion import OPENS, Completion, Request, Sample, completion_of, refused
+from dynamicrag.completion import (
+    OPENS,
+    Completion,
+    Request,
+    Sample,
+    completion_of,
+    leaves_open,
+    refused,
+)
 from dynamicrag.device import warn_of_unused_gpus
-from dynamicrag.prompts import Messages
+from dynamicrag.prompts import Messages, prefix_of
 from dynamicrag.server import ApiEngine
 from dynamicrag.stage import UserError, log
-from dynamicrag.templates import AUTO, PromptTokenizer, forgeable, in_threads, load_prompts
+from dynamicrag.templates import (
+    AUTO,
+    PromptTokenizer,
+    forgeable,
+    in_threads,
+    load_prompts,
+)
 
 # vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
 # parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
@@ -225,6 +239,7 @@ class VllmEngine:
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
                 max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
                 structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+                stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
             ))
         outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if asked else []
         for number, output in zip(asked, outputs, strict=True):
@@ -232,9 +247,13 @@ class VllmEngine:
                 [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
                 prompt_tokens=len(output.prompt_token_ids),
                 generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
-                opened=self._prompts.opens_reasoning,
+                opened=leaves_open(prefix_of(requests[number].messages), self._prompts.opens_reasoning),
             )
         return completions
+
+    def _stop_tokens(self, stop: tuple[str, ...]) -> list[int]:
+        """The ids of the special tokens among `stop`: as texts they are never seen, since the output is without them."""
+        return [self._prompts.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self._special]
 
     def _readable(self, text: str) -> str:
         """A text without special tokens, but for the tags of reasoning."""

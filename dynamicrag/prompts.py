@@ -3,10 +3,15 @@ model is trained on and what it is asked later are the same bytes.
 
 A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`). Besides words
 it may change the separator between documents, and the numbers in the answering prompt (`numbers: original`, those of all the
-documents retrieved); ask without a system prompt (`system: null`); and give data sets other instructions:
+documents retrieved); ask without a system prompt (`system: null`); begin the model's answer (`prefix`) and end it (`stop`, a text
+or several); give data sets other instructions; and name another form of selections (`identifier`, `identifier_separator`, `none`):
 
-    generator: {system: null, separator: "\\n", numbers: original}
+    reranker: {user: "...", identifier: "D{n}", identifier_separator: " > ", none: "-", prefix: "Needed: ", stop: "\\n"}
+    generator: {system: null, separator: "\\n", numbers: original, stop: ["\\n\\n", "Question:"]}
     instructions: {nq: Answer in one word.}
+
+A prefix is no part of what is read. It and `system: null` are for asking a checkpoint that was trained so: LLaMA-Factory's
+rows can express neither.
 """
 
 import re
@@ -16,12 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynamicrag.records import Doc
+from dynamicrag.selection import DEFAULT_NOTATION, Notation
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import dataset_named, task_of_row
 
 Messages = list[dict[str, str]]
 
-DEFAULT_PROMPTS: dict[str, dict[str, str | None]] = {
+DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
     "reranker": {
         "system": "You choose the documents that are needed to answer a question.",
         "user": (
@@ -32,11 +38,18 @@ DEFAULT_PROMPTS: dict[str, dict[str, str | None]] = {
         # The identifier stands on both sides of the text: a small model copies it more reliably from the near side.
         "document": "[{n}] {title}\n{text} [{n}]",
         "separator": "\n\n",
+        "identifier": DEFAULT_NOTATION.identifier,
+        "identifier_separator": DEFAULT_NOTATION.separator,
+        "none": DEFAULT_NOTATION.none,
+        "prefix": None,
+        "stop": (),
     },
     "pointwise": {
         "system": "You judge whether a document is needed to answer a question.",
         "user": "Question: {question}\n\n{documents}\n\nIs this document needed to answer the question? Write Yes or No.",
         "document": "{title}\n{text}",
+        "prefix": None,
+        "stop": (),
     },
     "generator": {
         "system": "You answer questions, using the documents where they help.",
@@ -45,6 +58,8 @@ DEFAULT_PROMPTS: dict[str, dict[str, str | None]] = {
         "document": "[{n}] {title}\n{text}",
         "separator": "\n\n",
         "numbers": "new",
+        "prefix": None,
+        "stop": (),
     },
     "judge": {
         "system": "You grade answers strictly and fairly.",
@@ -64,6 +79,7 @@ NUMBERS = ("new", "original")
 PLACEHOLDERS = {
     ("reranker", "user"): {"question", "documents"},
     ("reranker", "document"): {"n", "title", "text"},
+    ("reranker", "identifier"): {"n"},
     ("pointwise", "user"): {"question", "documents"},
     ("pointwise", "document"): {"n", "title", "text"},
     ("generator", "user"): {"question", "documents", "instruction"},
@@ -75,6 +91,7 @@ PLACEHOLDERS = {
 REQUIRED = {
     ("reranker", "user"): {"question", "documents"}, ("pointwise", "user"): {"question", "documents"},
     ("generator", "user"): {"question", "documents"}, ("generator", "user_without_documents"): {"question"},
+    ("reranker", "identifier"): {"n"},
     **{(name, "document"): {"text"} for name in ("reranker", "pointwise", "generator")}, ("judge", "user"): {"response"},
 }
 
@@ -95,6 +112,7 @@ class Prompts:
         """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder too many or too few, or a turn marker."""
         self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
         self._instructions: dict[str, str] = {}
+        self._notation = DEFAULT_NOTATION
         if path is not None:
             self._override(Path(path))
 
@@ -109,13 +127,29 @@ class Prompts:
                 where = f"{path}: {name}.{part}"
                 if part not in self._texts.get(name, {}):
                     raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
-                if part == "system" and text is None:
+                if part in ("system", "prefix") and text is None:
                     self._texts[name][part] = None
+                    continue
+                if part == "stop":
+                    self._texts[name][part] = _stop_strings(where, text)
                     continue
                 if part == "numbers" and text not in NUMBERS:
                     raise UserError(f"{where}: expected {' or '.join(NUMBERS)}, got {text!r}")
                 known, required = PLACEHOLDERS.get((name, part), set()), REQUIRED.get((name, part), set())
-                self._texts[name][part] = self._checked(where, text, known, required, blank=part == "separator")
+                self._texts[name][part] = self._checked(where, text, known, required, blank=part.endswith("separator"))
+        self._notation = self._notation_of(path, given.get("reranker", {}))
+
+    def _notation_of(self, path: Path, given: Mapping[str, object]) -> Notation:
+        """The form of selections. Raises UserError for one that cannot be read, or that the prompt does not ask for."""
+        texts = self._texts["reranker"]
+        try:
+            notation = Notation(texts["identifier"], texts["identifier_separator"].format(), texts["none"].format())
+        except ValueError as error:
+            raise UserError(f"{path}: reranker.identifier: {error}; give another identifier, identifier_separator or none") from error
+        if notation != DEFAULT_NOTATION and "user" not in given:
+            raise UserError(f"{path}: reranker.user: names another form of selections than reranker.identifier; give a text that asks "
+                            f"for {notation.write([2, 1])!r} or {notation.none!r}")
+        return notation
 
     @staticmethod
     def _checked(where: str, text: object, known: set[str], required: set[str], blank: bool = False) -> str:
@@ -138,6 +172,15 @@ class Prompts:
             raise UserError(f"{where}: has no {{{missing[0]}}}; a prompt without it does not ask the question")
         return text
 
+    @property
+    def notation(self) -> Notation:
+        """How a selection is written."""
+        return self._notation
+
+    def stop(self, name: str) -> tuple[str, ...]:
+        """The texts that end an answer to the prompt `name`; they are no part of it."""
+        return self._texts[name]["stop"]
+
     def instruction(self, row: Mapping) -> str:
         """What the generator is told about the form of a row's answer: by the file, else as the row's task has it."""
         return self._instructions.get(row.get("dataset") or "") or task_of_row(row).instruction
@@ -145,8 +188,8 @@ class Prompts:
     def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
         """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
 
-        The form that the prompt names and that models are trained to write is `[2], [1]`, or `None`. Which other forms count
-        in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        The form that the prompt names and that models are trained to write is `notation`'s: `[2], [1]`, or `None`. Which other
+        forms count in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
         """
         return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
 
@@ -175,11 +218,24 @@ class Prompts:
         return parts.get("separator", "\n\n").format().join(parts["document"].format(n=n, title=doc["title"], text=doc["text"]) for n, doc in numbered)
 
     def _messages(self, name: str, user: str, **fields: str) -> Messages:
-        system = self._texts[name]["system"]
+        system, prefix = self._texts[name]["system"], self._texts[name].get("prefix")
         return [
             *([{"role": "system", "content": system.format()}] if system else []),
             {"role": "user", "content": as_text(self._texts[name][user].format(**fields))},
+            *([{"role": "assistant", "content": prefix.format()}] if prefix else []),
         ]
+
+
+def prefix_of(messages: Messages) -> str:
+    """The text with which the model's answer begins, "" if it begins itself."""
+    return messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+
+
+def _stop_strings(where: str, given: object) -> tuple[str, ...]:
+    texts = tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{where}: expected a text that is not empty, or a list of such texts")
+    return texts
 
 
 def read_yaml(path: Path, of: str) -> object:
@@ -210,10 +266,13 @@ def _names() -> list[str]:
 def training_row(messages: Messages, **targets: str) -> dict[str, str]:
     """A LLaMA-Factory row: the user turn is the instruction, the system prompt has its own column, input is empty.
 
-    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a system turn.
+    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a system turn,
+    and for one with a prefix.
     """
-    if len(messages) != 2:  # LLaMA-Factory would put a system prompt of its own in its place
+    if messages[0]["role"] != "system":  # LLaMA-Factory would put a system prompt of its own in its place
         raise UserError("--prompts: system: null is for asking a checkpoint that was trained so; give a text to train with")
+    if prefix_of(messages):
+        raise UserError("--prompts: prefix: is for asking a checkpoint that was trained so; leave it out to train")
     system, user = messages
     answers = {name: as_text(target) for name, target in targets.items()}
     return {"instruction": user["content"], "input": "", **answers, "system": system["content"]}

@@ -1,16 +1,19 @@
 """Identifiers: how a selection of documents is written, and how what a model wrote is read.
 
 A selection is an ordered list of 1-based positions into the documents shown: `[3], [1]`, or `None` for no document.
-Models are trained to write it so; what others write is read by parse_ids, which says which forms count.
+Models are trained to write it so, and a prompts file may ask for another Notation; what is written in other forms is read
+by parse_ids, which says which forms count.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import regex
 
 from dynamicrag.records import Doc, Row
 
-NO_DOCUMENT = "None"
 EXPERT_LENGTH = 14  # longest expert sequence, as published
 # The words of a list besides its numbers. Anything else makes a text prose.
 _TOKEN = re.compile(
@@ -32,6 +35,8 @@ _OTHER_FORMS = str.maketrans({
 })
 _BULLET = re.compile(r"^[ \t]*[-\u2022][ \t]+", re.MULTILINE)
 _MOST_SAID = 200
+# The engines' regular expressions do not know an escaped space, which re.escape writes.
+_SPECIAL = re.compile(r"[\\.^$*+?{}\[\]|()]")
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,71 @@ class Selection:
     reason: str = field(default="", compare=False)
 
 
-def format_ids(ids: Sequence[int]) -> str:
+@dataclass(frozen=True)
+class Notation:
+    """How a model writes a selection: each document, with {n} once in its place; what stands between two; and no document.
+
+    Raises ValueError for a notation that cannot be read back.
+    """
+
+    identifier: str = "[{n}]"
+    separator: str = ", "
+    none: str = "None"
+
+    def __post_init__(self):
+        if len(self.identifier.format(n="\0").split("\0")) != 2:
+            raise ValueError("expected {n} once in an identifier")
+        before, after = self.around
+        if not (after + self.separator + before).strip("0123456789"):
+            raise ValueError(f"two identifiers run together: {self.write([1, 2])!r}")
+        if self._exact.fullmatch(self.none):
+            raise ValueError(f"{self.none!r} is no document and an identifier at once")
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """The texts before and after the number of an identifier."""
+        before, after = self.identifier.format(n="\0").split("\0")
+        return before, after
+
+    @cached_property
+    def _exact(self) -> regex.Pattern:
+        identifier = "([1-9][0-9]*)".join(map(regex.escape, self.around))
+        return regex.compile(f"{identifier}(?:{regex.escape(self.separator)}{identifier})*")
+
+    def write(self, ids: Sequence[int]) -> str:
+        return self.separator.join(self.identifier.format(n=position) for position in ids) or self.none
+
+    def read(self, text: str, cut_off: bool = False) -> list[int] | None:
+        """The numbers of a text that write() could have written, [] for no document; None for any other text.
+
+        With `cut_off` the text may be the beginning of one, and a last number that may be half of one is left out.
+        """
+        text = text.strip()
+        if text == self.none:
+            return []
+        whole = self._exact.fullmatch(text, partial=cut_off)
+        complete = self._exact.match(text)
+        if not (whole and complete):
+            return None
+        numbers = complete.captures(1) + complete.captures(2)
+        if cut_off and not self.around[1] and complete.end() == len(text):
+            numbers = numbers[:-1]
+        # int() refuses thousands of digits
+        return [int(digits) if len(digits) < 10 else 10**9 for digits in numbers] or None
+
+
+DEFAULT_NOTATION = Notation()
+
+
+def format_ids(ids: Sequence[int], notation: Notation = DEFAULT_NOTATION) -> str:
     """Write a selection the way models are trained to write it."""
-    return ", ".join(f"[{position}]" for position in ids) or NO_DOCUMENT
+    return notation.write(ids)
 
 
-def parse_ids(text: str, n_docs: int, cut_off: bool = False) -> Selection:
+def parse_ids(text: str, n_docs: int, cut_off: bool = False, notation: Notation = DEFAULT_NOTATION) -> Selection:
     """Read a selection among `n_docs` documents from a model's output; the inverse of format_ids on what that writes.
 
-    The output is a list, or ends with one: it is the list, or its last paragraph is, or its last line is one after a lead-in
+    The output is as `notation` has it, or else a list in one of the usual forms. The output is a list, or ends with one: it is the list, or its last paragraph is, or its last line is one after a lead-in
     with a colon ("Answer:", "The needed documents are:"), which the other two may have as well. A list is `None`, or numbers
     as `[3], [1]`, `[3, 1]`, `[3][1]`, `3, 1`, `Doc 3` or `[3] > [1]`, one a line if need be, with full-width brackets and
     commas, Markdown's marks and bullets, and ascending ranges (`[1]-[3]`, `1-3`). In prose nothing is read: "Document 3 is needed,
@@ -65,14 +126,15 @@ def parse_ids(text: str, n_docs: int, cut_off: bool = False) -> Selection:
     """
     ids: dict[int, None] = {}
     out_of_range = repeated = 0
-    numbers = _final_list(text, cut_off)
+    exact = notation.read(text, cut_off)
+    numbers = _final_list(text, cut_off) if exact is None else [(position, position) for position in exact]
     for first, last in numbers or ():
         inside = range(max(first, 1), min(last, n_docs) + 1)
         out_of_range += last - first + 1 - len(inside)
         repeated += sum(position in ids for position in inside)
         ids.update(dict.fromkeys(inside))
     valid = bool(ids) or numbers == []
-    said = f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {format_ids([1, 2])} or {NO_DOCUMENT}, among {n_docs} documents"
+    said = f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {notation.write([1, 2])} or {notation.none}, among {n_docs} documents"
     return Selection(list(ids), valid, out_of_range, repeated, "" if valid else said)
 
 
@@ -159,25 +221,26 @@ def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int
     return best_first(docs, true_id)[:max_length]
 
 
-def ids_pattern(n_docs: int) -> str:
+def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:
     """A regular expression of every well-formed selection among `n_docs` documents, for constrained decoding.
 
     Repeats are not excluded (a regular expression that does is exponential in n_docs); parse_ids drops them.
     """
+    none, separator, before, after = (_SPECIAL.sub(r"\\\g<0>", text) for text in (notation.none, notation.separator, *notation.around))
     if n_docs == 0:
-        return NO_DOCUMENT
-    identifier = rf"\[({'|'.join(map(str, range(1, n_docs + 1)))})\]"
-    return rf"({NO_DOCUMENT}|{identifier}(, {identifier}){{0,{n_docs - 1}}})"
+        return none
+    identifier = f"{before}({'|'.join(map(str, range(1, n_docs + 1)))}){after}"
+    return f"({none}|{identifier}({separator}{identifier}){{0,{n_docs - 1}}})"
 
 
-def summarise_selections(rows: Iterable[Row]) -> dict[str, float]:
+def summarise_selections(rows: Iterable[Row], notation: Notation = DEFAULT_NOTATION) -> dict[str, float]:
     """What the model wrote, over all its samples: counts of malformed ones, and the mean and spread of k, shares, variety."""
     seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
     valid = none = k = k_squared = distinct = answers = 0
     for row in rows:
         sampled = [trajectory for trajectory, expert in enumerate(row["from_expert"]) if not expert]
         texts = [row["selections"][trajectory] for trajectory in sampled] + row["invalid_selections"]
-        parsed = [parse_ids(text, row["docs_shown"]) for text in texts]
+        parsed = [parse_ids(text, row["docs_shown"], notation=notation) for text in texts]
         seen["questions"] += 1
         seen["trajectories"] += len(texts)
         seen["malformed"] += len(row["invalid_selections"])

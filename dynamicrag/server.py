@@ -17,6 +17,7 @@ from dynamicrag.completion import (
     Sample,
     after_reasoning,
     completion_of,
+    leaves_open,
     opens_itself,
     refused,
 )
@@ -34,7 +35,7 @@ from dynamicrag.endpoint import (
     usable,
     wait,
 )
-from dynamicrag.prompts import Messages
+from dynamicrag.prompts import Messages, prefix_of
 from dynamicrag.stage import UserError, log
 
 CONCURRENCY = 64
@@ -52,12 +53,15 @@ NOT_TAKEN = re.compile(
 )
 # The fields in which servers take a regular expression, newest first.
 CONSTRAINTS = {"structured_outputs": lambda pattern: {"regex": pattern}, "guided_regex": lambda pattern: pattern}
+# An answer that the request begins, as vLLM's server has it.
+CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 LEARNT = {
     "seed": "takes no seed: another run may write something else",
     "n": "gives one sample a request: the samples of a question are asked for one by one, and its prompt is paid for each time",
     "temperature": "takes no temperature: its own is used, and neither selections nor answers are greedy",
     "top_p": "takes no top_p: its own is used",
     "max_tokens": "takes max_completion_tokens, not max_tokens",
+    "stop": "takes no stop strings: its texts are cut at them, and what follows them is paid for",
     "structured_outputs": "does not take structured_outputs: guided_regex is tried; if its selections cannot be read, give --constrain-ids off",
     "chat_template_kwargs": "takes no chat_template_kwargs: --enable-thinking has no effect",
 }
@@ -114,10 +118,13 @@ class ApiEngine:
         """
         replies: list[Reply | str | None] = [self._kept(request) for request in requests]
         if None in replies:
+            if any(prefix_of(request.messages) for request in requests):
+                self._say("prefix", "is asked to continue the beginning that --prompts gives its answers (continue_final_message): a server that "
+                                    "does not know this, as OpenAI's own, answers after it, and scores may suffer")
             asyncio.run(self._ask_all(requests, replies))
         completions = []
-        for reply in replies:
-            if not isinstance(reply, str):
+        for request, reply in zip(requests, replies, strict=True):
+            if not isinstance(reply, str) and not leaves_open(prefix_of(request.messages)):
                 self._opens_reasoning |= any(opens_itself(sample.text or "") for sample in reply[0])
         for request, reply in zip(requests, replies, strict=True):
             completions.append(refused(request, reply) if isinstance(reply, str) else self._read(request, *reply))
@@ -125,7 +132,8 @@ class ApiEngine:
 
     def _read(self, request: Request, samples: list[Sample], prompt_tokens: int, generated_tokens: int) -> Completion:
         # Where the template opens the reasoning, what is cut off before its end shows no tag at all.
-        if self._opens_reasoning and not request.pattern:
+        opened = leaves_open(prefix_of(request.messages), self._opens_reasoning)
+        if opened and not request.pattern:
             samples = [
                 replace(sample, text=None, reasoned=True) if sample.finish_reason == "length" and not CLOSES.search(sample.text or "") else sample
                 for sample in samples
@@ -282,6 +290,8 @@ class ApiEngine:
                 read = _read_reply(reply, request)
             except (ValueError, TypeError, AttributeError, LookupError) as error:
                 raise self._unreadable(error, reply) from error
+            if "stop" in self._not_taken:
+                read = [_cut(sample, request.stop) for sample in read[0]], *read[1:]
             if not any(read[1:]):
                 self._say("usage", "does not say how many tokens a reply costs: they count as 0")
             if request.pattern and not _constrained(read, request.pattern):
@@ -303,6 +313,10 @@ class ApiEngine:
         extra: dict[str, object] = {}
         if request.pattern:
             extra[self._constraints[0]] = CONSTRAINTS[self._constraints[0]](request.pattern)
+        if request.stop:
+            options["stop"] = list(request.stop)
+        if prefix_of(request.messages):
+            extra |= CONTINUE
         if self._thinking:
             extra["chat_template_kwargs"] = {"enable_thinking": self._thinking == "on"}
         return tuple({name: value for name, value in some.items() if name not in self._not_taken} for some in (options, extra))
@@ -311,6 +325,8 @@ class ApiEngine:
 
     def _learn(self, option: str, reason: str = "") -> None:
         """Leave an option out from now on. Raises UserError if there is nothing in its place."""
+        if option in CONTINUE:
+            raise UserError(f"{self._url}: {self._model}: cannot continue an answer that has begun ({reason}); leave prefix out of --prompts")
         if option == "max_tokens":
             self._limit_name = "max_completion_tokens"
         elif option in CONSTRAINTS:
@@ -359,6 +375,12 @@ def _constrained(reply: Reply, pattern: str) -> bool:
     """Whether every text that has ended is as the pattern asks."""
     texts = [after_reasoning(sample.text or "") for sample in reply[0] if sample.finish_reason == "stop"]
     return all(not text or re.fullmatch(pattern, text) for text in texts)
+
+
+def _cut(sample: Sample, stop: tuple[str, ...]) -> Sample:
+    """A sample up to the first of the texts that end it."""
+    ends = [at for text in stop if (at := (sample.text or "").find(text)) >= 0]
+    return replace(sample, text=sample.text[: min(ends)], finish_reason="stop") if ends else sample
 
 
 def _status_error() -> type[Exception]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynamicrag.completion import OPENS
-from dynamicrag.prompts import Messages, as_text
+from dynamicrag.prompts import Messages, as_text, prefix_of
 from dynamicrag.stage import UserError, log
 
 AUTO = "auto"
@@ -127,7 +127,9 @@ class PromptTokenizer:
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
 
     def render(self, messages: Messages) -> str:
-        """A prompt as text, up to where the answer begins."""
+        """A prompt as text, up to where the answer begins, or goes on after an assistant's message at the end."""
+        if prefix := prefix_of(messages):
+            return self.render(messages[:-1]) + prefix
         if self._fold_system and messages[0]["role"] == "system":
             system, user, *rest = messages
             messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
@@ -136,7 +138,7 @@ class PromptTokenizer:
         )
 
     def ids(self, messages: Messages) -> list[int]:
-        """The token ids of a prompt, up to where the answer begins."""
+        """The token ids of render()."""
         rendered = self.render(messages)
         key = hashlib.blake2b(rendered.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:

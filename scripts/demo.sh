@@ -1,30 +1,24 @@
 #!/usr/bin/env bash
 # From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
 # numbered scripts that run on a cluster.
-#     bash scripts/demo.sh                     about an hour after installation
-#     DEMO_SIZE=full bash scripts/demo.sh      more questions, longer training
+#     bash scripts/demo.sh                         a first look: under 20 minutes after installation
+#     DEMO_SIZE=standard bash scripts/demo.sh      about an hour: enough training for the choice to be learned
+#     DEMO_SIZE=full bash scripts/demo.sh          more questions, longer training
 # Run it again and it continues where it stopped; what is finished is not done twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 source scripts/common.sh configs/demo.env
 
-# Minutes a step takes on two cores, measured; they only feed the estimate.
-case $DEMO_SIZE in
-    default) MINUTES=(1 1 1 1 3 1 1 9 18 2 1 6 3 1 2 1) ;;
-    evidence) MINUTES=(1 1 1 1 3 2 1 14 22 $((3 * ROUNDS)) $((1 * ROUNDS)) $((6 * ROUNDS)) 12 1 0 1) ;;
-    full) MINUTES=(1 1 1 1 3 4 1 43 60 6 1 27 14 1 6 1) ;;
-esac
 STARTED=$SECONDS
-done_steps=0
+STEPS=$((ROUNDS == 1 ? 16 : 14))
+TIMES=()  # "minutes:seconds  title" of each step
 step() { # TITLE COMMAND...
-    local title=$1 left=0 minutes
+    local title=$1 began=$SECONDS
     shift
-    for minutes in "${MINUTES[@]:done_steps}"; do left=$((left + minutes)); done
-    done_steps=$((done_steps + 1))
-    printf '\n== %d/%d %s (%d min so far, about %d to go)\n' \
-        "$done_steps" "${#MINUTES[@]}" "$title" $(((SECONDS - STARTED) / 60)) "$left" >&2
+    printf '\n== %d/%d %s (%d min so far)\n' $((${#TIMES[@]} + 1)) "$STEPS" "$title" $(((SECONDS - STARTED) / 60)) >&2
     "$@"
+    TIMES+=("$(printf '%3d:%02d  %s' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$title")")
 }
 
 corpus() {
@@ -77,13 +71,14 @@ if ((ROUNDS == 1)); then
     step "preference optimisation (LLaMA-Factory DPO)" bash scripts/08_dpo.sh "$CONFIG"
 else
     step "$ROUNDS rounds of sampling, rewards and preference optimisation" rounds
-    done_steps=$((done_steps + 2))
 fi
 step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
 step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
 step "more documents than a window holds" bash scripts/11_top_n.sh "$CONFIG"
 step "the report" bash scripts/report.sh "$WORK/results"
 
+printf '\nMinutes of each step:\n' >&2
+printf '%s\n' "${TIMES[@]}" >&2
 printf '\nA system is SET_MODEL_SELECTOR: the model answers, and chooses where the selector is dynamic; monot5 is the reranker.\n' >&2
 printf 'Done in %d min. The table is in %s/results/test.md, the report in %s/results/report/index.html\n' \
     $(((SECONDS - STARTED) / 60)) "$WORK" "$WORK" >&2

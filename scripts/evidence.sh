@@ -2,7 +2,7 @@
 # The evidence for docs/evidence.md: the demo's chain from several seeds, with more questions, rounds of DPO and every selector
 # under the same generators, in one file of tables:
 #     bash scripts/evidence.sh                          three seeds, some 75 minutes each on two cores
-#     SEEDS="1" DEMO_SIZE=default bash scripts/evidence.sh
+#     SEEDS="1" DEMO_SIZE=standard bash scripts/evidence.sh
 # Everything is resumed: run it again after an interruption, or with more SEEDS. What a seed comes to is one small file,
 # EVIDENCE/seed_N.json, and a seed that has its file is not run again, whichever machine it ran on.
 set -euo pipefail

@@ -3,8 +3,18 @@
 import pytest
 
 from dynamicrag.calls import read_selection
-from dynamicrag.completion import Request, Sample, after_reasoning, completion_of, opens_itself, read_sample, refused
+from dynamicrag.completion import (
+    Request,
+    Sample,
+    after_reasoning,
+    completion_of,
+    leaves_open,
+    opens_itself,
+    read_sample,
+    refused,
+)
 from dynamicrag.completion_cache import CompletionCache, key_of
+from dynamicrag.selection import DEFAULT_NOTATION
 
 ASKED = Request([{"role": "user", "content": "q"}], seed=1, max_tokens=100, n=2)
 
@@ -24,6 +34,13 @@ def test_what_follows_the_reasoning_counts_and_nothing_else(text, says):
 @pytest.mark.parametrize(("text", "says"), [("[1] is about", None), ("[1]?</think>[3]", "[3]"), ("<think>a</think>b", "b"), ("", None), ("a</think>", None)])
 def test_a_template_that_opens_the_reasoning_makes_all_of_an_unclosed_text_reasoning(text, says):
     assert after_reasoning(text, opened=True) == says
+
+
+@pytest.mark.parametrize(("prefix", "opened", "left_open"), [
+    ("", False, False), ("", True, True), ("<think>\n", False, True), ("<think>\n</think>\n", False, False), ("</think>\nAnswer:", True, False), ("Answer:", True, True),
+])
+def test_a_prefix_opens_reasoning_or_ends_it(prefix, opened, left_open):
+    assert leaves_open(prefix, opened) is left_open
 
 
 @pytest.mark.parametrize(("text", "itself"), [("a</think>b", True), ("<think>a</think>b", False), ("b", False), ("<think>a", False), ("a</think><think>b</think>", True)])
@@ -47,8 +64,8 @@ def test_a_sample_is_a_text_or_a_reason(sample, text, reason):
 def test_each_sample_of_a_completion_is_read_by_itself():
     completion = completion_of([Sample("<think>a</think>[3], [1", "length"), Sample("<think>a", "length")], ASKED, 7, 9)
     assert completion.texts == ["[3], [1", ""] and completion.cut_off == {0, 1}
-    assert [read_selection(completion, sample, 5).ids for sample in (0, 1)] == [[3], []]
-    assert read_selection(completion, 0, 5).valid and read_selection(completion, 1, 5).reason.startswith("no selection in the model's output: cut off after 100")
+    assert [read_selection(completion, sample, 5, DEFAULT_NOTATION).ids for sample in (0, 1)] == [[3], []]
+    assert read_selection(completion, 0, 5, DEFAULT_NOTATION).valid and read_selection(completion, 1, 5, DEFAULT_NOTATION).reason.startswith("no selection in the model's output: cut off after 100")
     assert completion.reason("answer", 0) == "" and completion.reason("answer", 1).startswith("no answer in the model's output: cut off after 100")
 
 

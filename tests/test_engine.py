@@ -8,9 +8,10 @@ import threading
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from conftest import make_tiny_llama
 
 from dynamicrag.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.stage import UserError
@@ -206,7 +207,7 @@ def test_a_prompt_is_tokenised_once_however_often_it_is_measured_and_sent():
     prompts = PromptTokenizer(tokenizer, "")
     texts = [f"prompt {number}" for number in range(50)]
     for _ in range(3):
-        assert in_threads(lambda text: prompts.ids([{"content": text}]), texts) == [[6, len(text) - 7] for text in texts]
+        assert in_threads(lambda text: prompts.ids([{"role": "user", "content": text}]), texts) == [[6, len(text) - 7] for text in texts]
     assert sorted(tokenizer.encoded) == sorted(texts)
 
 
@@ -215,7 +216,7 @@ def test_only_the_latest_prompts_are_kept(monkeypatch):
     tokenizer = CountingTokenizer()
     prompts = PromptTokenizer(tokenizer, "")
     for text in ("a b", "c d", "e f", "e f", "a b", "longer than all that is kept"):
-        assert prompts.ids([{"content": text}]) == [len(word) for word in text.split()]
+        assert prompts.ids([{"role": "user", "content": text}]) == [len(word) for word in text.split()]
     assert tokenizer.encoded == ["a b", "c d", "e f", "a b", "longer than all that is kept"]
 
 
@@ -329,3 +330,32 @@ def test_vllms_bar_is_off_if_bars_are(value, bar):
     script = f"from dynamicrag.engine import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.slow
+def test_the_engine_continues_a_prefix_and_ends_at_a_stop_string(tmp_path):
+    """A special token never is in vLLM's text, so that its id ends the output; an open block of reasoning in the prefix counts."""
+    from transformers import AutoTokenizer
+    from vllm.outputs import CompletionOutput
+
+    make_tiny_llama(tmp_path)
+    sent = []
+
+    class Llm:
+        def generate(self, prompts, params, use_tqdm):
+            sent.extend(zip(prompts, params, strict=True))
+            outputs = [[CompletionOutput(0, text, [1], None, None, "stop")] for text in ("gas.", "hm", "hm</think>oil")]
+            return [SimpleNamespace(prompt_token_ids=prompt["prompt_token_ids"], outputs=output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    engine = object.__new__(VllmEngine)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    engine._prompts, engine._llm, engine.max_model_len = PromptTokenizer(tokenizer, read_template(str(ROOT / "template/llama3.jinja"))), Llm(), 500
+    engine._special, engine._tags_are_special = [str(token) for token in tokenizer.added_tokens_decoder.values()], False
+    asked = [{"role": "user", "content": "Which?"}]
+    begun = [{"role": "assistant", "content": text} for text in ("It is", "<think>\n", "<think>\n")]
+    requests = [Request([*asked, beginning], 1, 9, stop=("\n", "<|eot_id|>")) for beginning in begun]
+    completions = engine.complete(requests)
+    prompt, params = sent[0]
+    assert tokenizer.decode(prompt["prompt_token_ids"]) == engine._prompts.render(asked) + "It is"
+    assert (params.stop, params.stop_token_ids) == (["\n", "<|eot_id|>"], [tokenizer.convert_tokens_to_ids("<|eot_id|>")])
+    assert [(completion.texts[0], bool(completion.reason("answer"))) for completion in completions] == [("gas.", False), ("", True), ("oil", False)]

@@ -25,23 +25,30 @@ from dynamicrag.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
 from dynamicrag.prompts import Prompts
 from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError
+from dynamicrag.templates import PromptTokenizer, read_template
 
 REPO = Path(__file__).parents[1]
 START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory) -> str:
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("judge_vllm") / "model"
+    make_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(model) -> str:
     """The base URL of a server that lives as long as the module's tests."""
-    folder = tmp_path_factory.mktemp("judge_vllm")
-    make_tiny_llama(folder / "model")
+    folder = model.parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": "sk-local"}
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--served-model-name", "tiny",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager",
         "--chat-template", str(REPO / "template/llama3.jinja"), "--trust-request-chat-template",
         # JSON may have any number of spaces between its tokens, and a model that has lost its way writes nothing else.
@@ -134,6 +141,26 @@ def test_a_real_server_as_the_engine(url, monkeypatch, caplog):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match=f"HTTP {status}"):
             ApiEngine(url, model).complete(asked[:1])
+
+
+@pytest.mark.slow
+def test_a_real_server_continues_an_answer_and_ends_it_as_the_prompts_file_says(url, model, monkeypatch, tmp_path):
+    """The server reads the tokens that the engine in this process would, and leaves a stop string out."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
+    (tmp_path / "p.yaml").write_text("generator: {prefix: 'river the gas'}")
+    from transformers import AutoTokenizer
+
+    asked = Prompts(str(tmp_path / "p.yaml")).generator("which river is the longest ?", [], "Be brief.")
+    rendered = PromptTokenizer(AutoTokenizer.from_pretrained(model), read_template(str(REPO / "template/llama3.jinja"))).ids(asked)
+    body = {"model": "tiny", "prompt": rendered, "max_tokens": 12, "temperature": 0}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-local"}
+    with DIRECT.open(urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers), timeout=120) as reply:
+        right = json.loads(reply.read())
+    [whole] = ApiEngine(url, "tiny").complete([Request(asked, 1, 12)])
+    assert (whole.texts[0], whole.prompt_tokens) == (right["choices"][0]["text"].strip(), len(rendered))
+    *_, last = whole.texts[0].split()
+    [ended] = ApiEngine(url, "tiny").complete([Request(asked, 1, 12, stop=(last,))])
+    assert ended.texts[0] == whole.texts[0][: whole.texts[0].index(last)].strip()
 
 
 # ---------------------------------------------------------------- a proxy before it that fails

@@ -12,6 +12,7 @@ import process_training_data
 import reranker_sequence
 from dynamicrag.calls import Caller
 from dynamicrag.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
+from dynamicrag.selection import Notation, ids_pattern
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import task_of
 
@@ -87,6 +88,11 @@ def test_every_placeholder_is_known_and_used():
         ('reranker: {separator: "\\n"}', lambda p: "A river. [1]\n[2] {question}" in user(p.reranker("q", DOCS))),
         ('generator: {separator: " {{--}} "}', lambda p: "A river. {--} [2] {question}" in user(p.generator("q", DOCS, "i"))),
         ("generator: {numbers: original}", lambda p: "[3] Nile" in user(p.generator("q", DOCS[:2], "i", [3, 1])) and "[1] {question}" in user(p.generator("q", DOCS[:2], "i", [3, 1]))),
+        ("reranker: {prefix: 'Needed: {{'}", lambda p: p.reranker("q", DOCS)[2:] == [{"role": "assistant", "content": "Needed: {"}]),
+        ("generator: {prefix: '<think>\\n\\n</think>'}", lambda p: p.generator("q", [], "i")[-1]["role"] == "assistant" and p.reranker("q", DOCS)[-1]["role"] == "user"),
+        ("generator: {stop: '<|eot_id|>'}", lambda p: p.stop("generator") == ("<|eot_id|>",)),
+        (r'reranker: {stop: ["\n", " ]"]}', lambda p: p.stop("reranker") == ("\n", " ]")),
+        ("reranker: {user: '{question} {documents}', identifier: 'D{n}', identifier_separator: ' > ', none: '-'}", lambda p: p.notation == Notation("D{n}", " > ", "-")),
         ("reranker: {system: null}", lambda p: [message["role"] for message in p.reranker("q", DOCS)] == ["user"]),
         ("instructions: {nq: 'One word.'}", lambda p: (p.instruction({"dataset": "nq"}), p.instruction({"dataset": "fever"})) == ("One word.", task_of("fever").instruction)),
     ],
@@ -118,6 +124,11 @@ def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, c
         (b"pointwise: {document: '{title}'}", r"pointwise\.document: has no \{text\}"), (b"judge: {user: x}", r"judge\.user: has no \{response\}"),
         (b"reranker: {separator: ''}", r"reranker\.separator: expected a text"), (b"generator: {numbers: old}", r"generator\.numbers: expected new or original"),
         (b"instructions: {nq: 5}", r"instructions\.nq: expected a text"), (b"instructions: [nq]", "expected a mapping"), (b"generator: {user: null}", r"generator\.user: expected a text"),
+        (b"reranker: {identifier: 'D'}", r"reranker\.identifier"), (b"reranker: {identifier: '{n}{n}', user: '{question} {documents}'}", r"reranker\.identifier"),
+        (b"reranker: {identifier: 'D{n}'}", r"reranker\.user"), (b"reranker: {none: '-'}", r"reranker\.user"), (b"reranker: {identifier_separator: ''}", r"reranker\.identifier_separator"),
+        (b"reranker: {user: '{question} {documents}', none: '[1]'}", r"reranker\.identifier"), (b"reranker: {identifier: null}", r"reranker\.identifier"),
+        (b"reranker: {prefix: ''}", r"reranker\.prefix"), (b"generator: {prefix: '<|im_end|>'}", r"generator\.prefix"), (b"judge: {prefix: 'a'}", r"judge\.prefix"),
+        (b"generator: {stop: ''}", r"generator\.stop"), (b"generator: {stop: [a, 5]}", r"generator\.stop"), (b"generator: {stop: {a: b}}", r"generator\.stop"),
         (b"1: {user: x}", "no such prompt"), (b"reranker: {system: ''}", r"reranker\.system: expected a text that is not empty"),
     ],
 )
@@ -138,7 +149,7 @@ def prompts_file(request, tmp_path):
         return None
     path = tmp_path / "p.yaml"
     path.write_text(
-        "reranker: {system: 'RS', user: '{documents}/{question}', document: '({n}) {title}: {text}'}\n"
+        "reranker: {system: 'RS', user: '{documents}/{question}', document: '({n}) {title}: {text}', identifier: '({n})', none: '-'}\n"
         "generator: {system: 'GS', user: '{question}/{documents}/{instruction}', separator: ' | ', numbers: original}\n"
         "instructions: {nq: 'One word.'}\n"
     )
@@ -188,10 +199,29 @@ def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
     assert turns(first_pair(construct_dpo.generator_rows, {**ROW, "id_lists": [[], [2]]}, prompts)) == nothing
 
 
-def test_nothing_is_trained_without_a_system_prompt_as_the_trainer_would_put_one_there(tmp_path):
-    (tmp_path / "p.yaml").write_text("reranker: {system: null}")
-    with pytest.raises(UserError, match="system: null"):
+@pytest.mark.parametrize(("setting", "place"), [("system: null", "system: null"), ("prefix: 'Needed:'", "prefix")])
+def test_nothing_is_trained_that_the_trainers_rows_cannot_express(tmp_path, setting, place):
+    """LLaMA-Factory puts a system prompt of its own in the place of none."""
+    (tmp_path / "p.yaml").write_text(f"reranker: {{{setting}}}")
+    with pytest.raises(UserError, match=place):
         training_row(Prompts(str(tmp_path / "p.yaml")).reranker("q", DOCS), output="None")
+
+
+def test_targets_and_constraints_have_the_files_notation(prompts_file):
+    notation = Prompts(prompts_file).notation
+    asked = caller(prompts_file).select(ROW, DOCS)
+    assert asked.pattern == ids_pattern(3, notation)
+    labelled = process_training_data.label(ROW, 2)
+    assert reranker_sequence.sft_row({**labelled, "sequence": [1]}, Prompts(prompts_file))["output"] == notation.write([1])
+    pair = first_pair(construct_dpo.reranker_rows, ROW, Prompts(prompts_file))
+    assert (pair["chosen"], pair["rejected"]) == (notation.write([3, 1]), notation.write([2]))
+
+
+def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
+    (tmp_path / "p.yaml").write_text("reranker: {stop: a}\ngenerator: {stop: [b, c]}\npointwise: {stop: d}")
+    asked = caller(str(tmp_path / "p.yaml"))
+    assert (asked.select(ROW, DOCS).stop, asked.answer(ROW, DOCS).stop, asked.judge_document(ROW, DOCS[0]).stop) == (("a",), ("b", "c"), ("d",))
+    assert caller(None).select(ROW, DOCS).stop == ()
 
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dynamicrag.selection import Selection, format_ids, ids_pattern, parse_ids
+from dynamicrag.selection import DEFAULT_NOTATION, Notation, Selection, format_ids, ids_pattern, parse_ids
 
 selections = st.integers(0, 60).flatmap(
     lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), unique=True, max_size=n) if n else st.just([]))
@@ -133,3 +133,62 @@ def test_a_pattern_stays_small():
     assert len(ids_pattern(500)) < 10_000
     text = format_ids(random.Random(1).sample(range(1, 501), 500))
     assert re.fullmatch(ids_pattern(500), text)
+
+
+# ---------------------------------------------------------------- other notations
+
+NOTATIONS = [
+    DEFAULT_NOTATION, Notation("D{n}", " > ", "-"), Notation("{n}", ",", "none"), Notation("<{n}>", "", "[0]"), Notation("Passage #{n}.", "\n", "No passage."),
+    Notation("({n})", " ", "()"), Notation("doc_{n}$", "|", "^"), Notation("\u7b2c{n}\u6bb5", "\u3001", "\u65e0"), Notation("{{{n}}}", ", ", "{}"),
+]
+
+
+@given(case=selections, notation=st.sampled_from(NOTATIONS))
+def test_every_notation_is_read_as_it_is_written_and_is_what_the_pattern_admits(case, notation):
+    n, ids = case
+    text = format_ids(ids, notation)
+    assert parse_ids(text, n, notation=notation) == Selection(ids, True)
+    assert re.fullmatch(ids_pattern(n, notation), text)
+
+
+@given(n=st.integers(0, 12), notation=st.sampled_from(NOTATIONS), data=st.data())
+def test_everything_a_notations_pattern_admits_can_be_read(n, notation, data):
+    text = data.draw(st.from_regex(ids_pattern(n, notation), fullmatch=True))
+    selection = parse_ids(text, n, notation=notation)
+    assert selection.valid and selection.out_of_range == 0 and (selection.ids == []) == (text == notation.none)
+
+
+@given(case=selections, notation=st.sampled_from(NOTATIONS), data=st.data())
+def test_of_a_selection_that_is_cut_off_the_whole_identifiers_are_read(case, notation, data):
+    n, ids = case
+    text = format_ids(ids, notation)
+    cut = text[: data.draw(st.integers(0, len(text)))]
+    read = parse_ids(cut, n, cut_off=True, notation=notation).ids
+    assert read == ids[: len(read)]
+    # At most the identifier at the end is missing: the one that is cut, or that could go on.
+    assert len(read) >= sum(len(format_ids(ids[:k], notation)) < len(cut) for k in range(1, len(ids) + 1)) - 1 if ids else not read
+
+
+@pytest.mark.parametrize(("text", "ids"), [("3,1", [3]), ("3,12,", [3, 12]), ("3", []), ("12,3,", [12, 3])])
+def test_a_number_that_may_go_on_is_not_read_in_a_notation_of_numbers_alone(text, ids):
+    assert parse_ids(text, 40, cut_off=True, notation=Notation("{n}", ",", "none")).ids == ids
+
+
+@pytest.mark.parametrize("text", ["[3], [1]", "3, 1", "Answer: [3] > [1]"])
+def test_usual_forms_count_beside_a_notation(text):
+    assert parse_ids(text, 5, notation=Notation("D{n}", " > ", "-")) == Selection([3, 1], True)
+
+
+@pytest.mark.parametrize("text", ["D3 or D1", "d3", "D03", "D3 >  D1", "-, D3", "D3 > ", "", "D"])
+def test_nothing_but_the_notation_is_read_by_it(text):
+    assert Notation("D{n}", " > ", "-").read(text) is None
+
+
+def test_a_notation_counts_what_is_outside_and_what_stands_twice():
+    assert parse_ids("D7 > D2 > D2 > D" + "9" * 20, 5, notation=Notation("D{n}", " > ", "-")) == Selection([2], True, 2, 1)
+
+
+@pytest.mark.parametrize("parts", [("D", ", ", "-"), ("{n}{n}", ", ", "-"), ("{n}", "", "-"), ("1{n}", "", "-"), ("D{n}", ", ", "D1"), ("D{n}", ", ", "D1, D2")])
+def test_a_notation_that_cannot_be_read_back_is_refused(parts):
+    with pytest.raises(ValueError):
+        Notation(*parts)

@@ -43,12 +43,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def choices(engine: VllmEngine, rows: list[dict], shown: list[list[dict]], prompts: Prompts, seed: int) -> list[Chosen]:
     """The selection of each question from the documents `shown` to it, beside what it needs."""
     completions = engine.complete([
-        Request(prompts.reranker(row["question"], docs), derive_seed(seed, row["id"]), 64, pattern=ids_pattern(len(docs)))
+        Request(prompts.reranker(row["question"], docs), derive_seed(seed, row["id"]), 64, pattern=ids_pattern(len(docs), prompts.notation))
         for row, docs in zip(rows, shown, strict=True)
     ])
     chosen = []
     for row, docs, completion in zip(rows, shown, completions, strict=True):
-        ids = {docs[position - 1]["id"] for position in parse_ids(completion.texts[0], len(docs)).ids}
+        ids = {docs[position - 1]["id"] for position in parse_ids(completion.texts[0], len(docs), notation=prompts.notation).ids}
         needed = set(row["gold_docs"])
         chosen.append(Chosen(len(needed), len(ids), len(ids & needed), len(needed)))
     return chosen

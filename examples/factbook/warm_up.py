@@ -121,7 +121,7 @@ def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts
     if further:
         messages[-1]["content"] = as_text(FURTHER.format(question=row["question"]))
     position = {doc["id"]: at for at, doc in enumerate(docs, start=1)}
-    return training_row(messages, output=format_ids(sorted(position[doc_id] for doc_id in row["gold_docs"])))
+    return training_row(messages, output=format_ids(sorted(position[doc_id] for doc_id in row["gold_docs"]), prompts.notation))
 
 
 def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role: str = "reranker") -> dict:

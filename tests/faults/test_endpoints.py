@@ -197,7 +197,8 @@ def kind_of(body: dict) -> str:
 
 def word_of(body: dict) -> str:
     """The number of the question, "" for what the engine asks on its own."""
-    return "".join(re.findall(r"Question: .*number (\d+)\?", body["messages"][-1]["content"])[:1])
+    asked = [message["content"] for message in body["messages"] if message["role"] == "user"]
+    return "".join(re.findall(r"Question: .*number (\d+)\?", asked[-1])[:1])
 
 
 def completion_for(body: dict, content=..., finish="stop", n=None, usage=None, **message) -> dict:
@@ -327,16 +328,18 @@ OPTIONS = {  # what a server refuses, and what is then sent
                    {"max_completion_tokens"}),
     "temperature": (refusal(400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value"), set()),
     "seed": (refusal(422, "Extra inputs are not permitted: body.seed"), set()),
+    "stop": (refusal(400, "Unsupported parameter: 'stop' is not supported with this model.", "stop", "unsupported_parameter"), set()),
     "structured_outputs": (refusal(400, "Unrecognized request argument supplied: structured_outputs"), {"guided_regex"}),
     "chat_template_kwargs": (refusal(400, "Unknown parameter: 'chat_template_kwargs'.", "chat_template_kwargs", "unknown_parameter"), set()),
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_a_server_does_not_take_is_learnt_once_and_said_once(fake, asked, option):
+def test_an_option_that_a_server_does_not_take_is_learnt_once_and_said_once(fake, asked, tmp_path, option):
     refused, instead = OPTIONS[option]
-    fake.behave = lambda body: refused if option in body else None
-    status, said = asked("--enable-thinking")
+    fake.behave = lambda body: refused if option in body else {"content": "[1]!!" if kind_of(body) == "choose" else f"answer {word_of(body)}\n"} if option == "stop" else None
+    (tmp_path / "p.yaml").write_text(r'{reranker: {stop: ["?", "!"]}, generator: {stop: "\n"}}')
+    status, said = asked(f"--enable-thinking --prompts {tmp_path}/p.yaml")
     assert status == 0
     all_right(asked)
     with_it = [number for number, body in enumerate(fake.bodies) if option in body]
@@ -345,11 +348,25 @@ def test_an_option_that_a_server_does_not_take_is_learnt_once_and_said_once(fake
     assert len([line for line in said.splitlines() if f"{fake.url}: m " in line]) == 1
 
 
-def test_all_of_them_together(fake, asked):
+def test_all_of_them_together(fake, asked, tmp_path):
+    (tmp_path / "p.yaml").write_text("generator: {stop: '!'}")
     fake.behave = lambda body: next((refused for option, (refused, _) in OPTIONS.items() if option in body), None)
-    assert asked("--enable-thinking")[0] == 0
+    assert asked(f"--enable-thinking --prompts {tmp_path}/p.yaml")[0] == 0
     all_right(asked)
     assert len(fake.bodies) == 24 + len(OPTIONS)
+
+
+def test_a_server_that_cannot_continue_an_answer_is_named_and_one_that_can_is_asked_to(fake, asked, tmp_path):
+    (tmp_path / "p.yaml").write_text("generator: {prefix: 'It is'}")
+    assert asked(f"--prompts {tmp_path}/p.yaml")[0] == 0
+    all_right(asked)
+    for body in fake.bodies:
+        begun = kind_of(body) == "answer"
+        assert (body["messages"][-1] == {"role": "assistant", "content": "It is"}, body.get("continue_final_message"), body.get("add_generation_prompt")) == (
+            (True, True, False) if begun else (False, None, None))
+    fake.behave = lambda body: refusal(400, "Unrecognized request argument supplied: continue_final_message") if "continue_final_message" in body else None
+    status, said = asked(f"--prompts {tmp_path}/p.yaml --overwrite")
+    assert status == 2 and fake.url in said and "--prompts" in said
 
 
 def test_a_server_that_cannot_constrain_is_an_error_that_names_the_flag(fake, asked):
@@ -562,6 +579,14 @@ def test_reasoning_whose_tag_the_servers_template_opens_is_no_answer_when_it_is_
     )
     assert asked()[0] == 0
     all_right(asked, without=(0, 7))
+
+
+@pytest.mark.parametrize(("prefix", "answered"), [("<think>\\n", False), ("<think>\\n</think>\\n", True), ("It is", True)])
+def test_reasoning_that_a_prefix_opens_is_no_answer_when_it_is_cut_off(fake, asked, tmp_path, prefix, answered):
+    (tmp_path / "p.yaml").write_text(f'generator: {{prefix: "{prefix}"}}')
+    fake.behave = lambda body: {"finish": "length"} if kind_of(body) == "answer" else None
+    status, _ = asked(f"--prompts {tmp_path}/p.yaml")
+    assert status == 0 and len(asked.read()) == 12 * answered and len(asked.read("answered_remain.json")) == 12 * (not answered)
 
 
 @pytest.mark.parametrize(("limits", "warnings"), [({"answer"}, 1), ({"choose"}, 1), ({"answer", "choose"}, 2), (set(), 0)])
