@@ -17,7 +17,7 @@ from pathlib import Path
 from dynamicrag import stage
 from dynamicrag.bertscore import BertScore
 from dynamicrag.device import DEVICES, device_flag
-from dynamicrag.judge import REPLY_FORMATS, Judge
+from dynamicrag.judge import MOST_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.manifest import place
 from dynamicrag.metrics import rouge_l
 from dynamicrag.output import Output
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     terms.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url", metavar="URL", help="OpenAI-compatible endpoint; the key is JUDGE_API_KEY's")
-    judge.add_argument("--judge-model", help="model name at that endpoint")
+    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs {MOST_REPLIES} replies at most, if none can be read as grades")
     judge.add_argument("--judge-format", choices=REPLY_FORMATS, default="json_schema",
                        help="what the endpoint supports of structured output; grades are read strictly in any case")
     judge.add_argument("--judge-limit", type=int, help="most calls this run may make; grades so far are kept")

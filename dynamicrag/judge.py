@@ -1,7 +1,7 @@
 """The LLM judge: five grades of 0 to 20 points from any OpenAI-compatible endpoint, as one number in [0, 1].
 
-Calls are concurrent, retried with exponential backoff and cached on disk by what decides the grade. A judge that keeps
-failing is an error that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else
+Calls are concurrent, retried with exponential backoff and cached on disk by what decides the grade. An answer is not asked
+about again after three replies that cannot be read as grades: they are paid for. A judge that keeps failing is an error that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else
 OPENAI_API_KEY) alone and is written nowhere; where a server repeats it, it is taken out of the error.
 """
 
@@ -36,6 +36,7 @@ from dynamicrag.stage import UserError, log
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 POINTS = 20
 TIMEOUT_SECONDS = 60  # for the whole of a call, however its bytes trickle
+MOST_REPLIES = 3  # paid for one answer: a judge whose replies cannot be read is not asked as often as one that is busy
 MAX_TOKENS = 1024  # the grades are about 50; a model that reasons first needs more
 MAX_REASONING_TOKENS = 16384  # what it may get in the end
 _LIMITS = {"max_tokens", "max_completion_tokens"}  # the names servers have for it
@@ -171,13 +172,11 @@ class Judge:
                     return
                 try:
                     grade = self._cached(key)  # by another process, since grade() looked
-                    grades[key] = self._cache.put(key, await self._ask(client, messages)) if grade is None else grade
+                    grades[key] = self._cache.put(key, await self._ask(client, row, messages)) if grade is None else grade
                 except _LimitReached:
                     return
                 except UserError as error:
                     failures[position] = error
-                except (openai.OpenAIError, UnreadableGrade, OSError) as error:
-                    failures[position] = self._explained(row, error)
                 progress.update()
 
         async with client:
@@ -186,21 +185,31 @@ class Judge:
         if failures:
             raise failures[min(failures)]
 
-    async def _ask(self, client, messages: Messages) -> float:
-        """The grade, after up to ATTEMPTS calls. Raises what went wrong last, or _LimitReached."""
-        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+    async def _ask(self, client, row: str, messages: Messages) -> float:
+        """The grade, after up to ATTEMPTS calls, MOST_REPLIES of which may give a reply. Raises UserError, or _LimitReached."""
+        import openai
+        from tenacity import AsyncRetrying, retry_if_exception
 
-        changed = {}
-        async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=stop_after_attempt(endpoint.ATTEMPTS), wait=wait, reraise=True):
-            with attempt:
-                try:
-                    return await self._call(client, messages, changed)
-                except _CutOffReasoning as error:
-                    self._allow_more_tokens(error.limit)
-                    raise
-                except UnreadableGrade:
-                    changed = {"temperature": RETRY_TEMPERATURE}
-                    raise
+        changed, unreadable = {}, 0
+
+        def gives_up(state) -> bool:
+            return state.attempt_number >= endpoint.ATTEMPTS or unreadable >= MOST_REPLIES
+
+        try:
+            async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True):
+                with attempt:
+                    try:
+                        return await self._call(client, messages, changed)
+                    except UnreadableGrade as error:
+                        unreadable += 1
+                        if isinstance(error, _CutOffReasoning):
+                            self._allow_more_tokens(error.limit)
+                        else:
+                            changed = {"temperature": RETRY_TEMPERATURE}
+                        raise
+        except (openai.OpenAIError, UnreadableReply, OSError) as error:
+            failure = self._explained(row, error, attempt.retry_state.attempt_number)
+        raise failure  # here, so that the error, which may repeat the key, is no part of it
 
     def _allow_more_tokens(self, limit: int) -> None:
         """Raise the limit for the rest of the run, unless another call has done so: what this judge reasons does not fit."""
@@ -238,7 +247,9 @@ class Judge:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
             if not self._answered:
                 refuse_foreign("--judge-base-url", self._base_url, error, reply, self._secret)
-            raise UnreadableGrade(f"not a chat completion: {error!r}") from error
+            # What has choices is paid for; an error that a server sends with status 200, or a gateway's page, passes.
+            failure = UnreadableGrade if getattr(reply, "choices", None) else UnreadableReply
+            raise failure(f"not a chat completion: {error!r}") from error
         [limit] = _LIMITS & options.keys()
         text, reason = read_sample(sample, options[limit])
         if reason and sample.finish_reason == "length" and (sample.reasoned or sample.text):
@@ -247,7 +258,7 @@ class Judge:
             raise UnreadableGrade(reason)
         return parse_grade(text)
 
-    def _explained(self, row: str, error: Exception) -> UserError:
+    def _explained(self, row: str, error: Exception, calls: int) -> UserError:
         import openai
 
         advice = "The grades so far are cached: run again to continue"
@@ -256,6 +267,6 @@ class Judge:
         if malformed and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
             others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
             advice = f"If the endpoint cannot do response_format {self._format_name}, try --judge-format {others}"
-        how = f"failed {endpoint.ATTEMPTS} times" if passes(error) else "refused"
+        how = f"failed {calls} times" if passes(error) else "refused"
         return UserError(f"row {row}: the judge {self._model} {how}: {reason}. {advice}")
 

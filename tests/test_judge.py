@@ -27,6 +27,7 @@ from dynamicrag import judge as judge_module
 from dynamicrag.judge import (
     CRITERIA,
     MAX_TOKENS,
+    MOST_REPLIES,
     POINTS,
     REPLY_FORMATS,
     RETRY_TEMPERATURE,
@@ -251,6 +252,18 @@ def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble)
     assert make().grade(prompts("a")) == [0.0], "nothing was cached for it"
 
 
+@pytest.mark.parametrize(("script", "calls"), [
+    ([(200, "garbage")], 3), ([(200, grades(-1))], 3), ([(500, None), (429, None), (200, "garbage")], 5), ([(200, completion(None, choices=[{"index": 0}]))], 3),
+    ([(200, {"error": {"message": "overloaded"}})], 6), ([(500, None)], 6),
+], ids=str)
+def test_replies_that_cannot_be_read_are_paid_for_three_times_at_most(server, make, monkeypatch, script, calls):
+    monkeypatch.setattr(endpoint, "ATTEMPTS", 6)
+    server.script = script
+    with pytest.raises(UserError, match=f"row row-a: .* {calls} times"):
+        make().grade(prompts("a"))
+    assert server.requests == calls
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refusal_is_not_tried_again(server, make, status):
     server.script = [(status, {"error": {"message": "no such model"}})]
@@ -307,6 +320,9 @@ def storm(response: str) -> tuple[list, float]:
     rng = random.Random(response)
     points = [rng.randint(0, POINTS) for _ in CRITERIA]
     troubles = rng.choices(TROUBLES, k=rng.randint(0, 5))
+    replies = [trouble for trouble in troubles if trouble[0] == 200 and isinstance(trouble[1], str)]
+    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end it
+        troubles.remove(trouble)
     return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
 
 
@@ -318,7 +334,9 @@ def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
     server.scripts = {response: storm(response)[0] for response in responses}
     befell = Counter(str(trouble) for script in server.scripts.values() for trouble in script[:-1])
     assert len(befell) == len(TROUBLES), "every trouble happens"
-    assert make(concurrency=64).grade(prompts(*responses)) == pytest.approx(expected)
+    judge = make(concurrency=64)
+    judge.grade(prompts("before the storm"))
+    assert judge.grade(prompts(*responses)) == pytest.approx(expected)
     assert all(server.seen[response] >= len(server.scripts[response]) for response in responses)
     assert not server.outlasted
     asked = server.requests
