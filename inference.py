@@ -22,7 +22,8 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
 
 import itertools
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterable
 
 from dynamicrag import stage
 from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
@@ -38,14 +39,22 @@ from dynamicrag.templates import in_threads
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
+BY_KEYS_OF_ROWS = ("monot5", "adaptive", "gold")
 VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+
+
+def selector_flag(value: str) -> str:
+    """A value of --selector, as it is."""
+    if not SELECTOR.fullmatch(value):
+        raise ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
+    return value
 
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
-    choice.add_argument("--selector", nargs="+", default=["dynamic"], help="who chooses the documents")
+    choice.add_argument("--selector", nargs="+", type=selector_flag, default=["dynamic"], help="who chooses the documents")
     choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
     add_engine_flags(parser)
     add_call_flags(parser)
@@ -112,6 +121,20 @@ def select_gold(row: Row, docs: list[Doc], path: str) -> list[int]:
     return [position for position, doc in enumerate(docs, start=1) if doc["id"] in needed]
 
 
+def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: int) -> None:
+    """Raises UserError for a row that lacks what a selector goes by: before anything is asked, not after all of another selector."""
+    for row in rows:
+        docs = row["docs"][:topn]
+        for selector in selectors:
+            if selector == "gold":
+                select_gold(row, docs, path)
+                continue
+            try:
+                select_by_rule(selector, docs)
+            except UserError as error:
+                raise UserError(f"{path}: row {row['id']}: {error}") from error
+
+
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
     """The rows answered; one whose selection or answer cannot be read carries `error` instead of `response`."""
     chooser, generator = callers
@@ -148,13 +171,16 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
 
 def main(argv=None):
     args = parse_args(argv)
-    for selector in args.selector:
-        if not SELECTOR.fullmatch(selector):
-            raise UserError(f"--selector {selector}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
+
+    def rows_of(path: str) -> Iterable[Row]:
+        return read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None)
 
     def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
         for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):  # rows held out are labelled
-            check_shown(path, read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None), "--topn", args.topn)
+            check_shown(path, rows_of(path), "--topn", args.topn)
+        for path in dict.fromkeys(run.input_json for run in runs):
+            if by_rule := [run.selector for run in runs if run.input_json == path and run.selector in BY_KEYS_OF_ROWS]:
+                check_selectors(path, rows_of(path), by_rule, args.topn)
         return load_callers(args, both=any(run.selector in BY_LLM for run in runs))
 
     answer_runs(runs_of(args, "selector"), load, answer_rows, "selector")

@@ -4,6 +4,8 @@
 #     TOP_N="100 500" bash scripts/11_top_n.sh configs/llama3_8b.env      after retrieving as many (N_DOCS_RETRIEVED=500)
 source "$(dirname "$0")/common.sh"
 [[ -n $TOP_N ]] || { echo "TOP_N is empty: nothing beyond a window is asked for" >&2; exit 0; }
+# shellcheck disable=SC2086  # a wrong selector is said before the windows are asked
+python -c "import inference; inference.parse_args()" --selector $TOP_N_SELECTORS
 model=$(newest_model)
 needs "$model/config.json" scripts/05_sft.sh
 stage=$(basename "$model")

@@ -385,7 +385,6 @@ def test_a_reranker_model_chooses_where_given_and_is_loaded_only_where_it_is_ask
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--selector", "best"], at("--selector best")), (["--selector", "top:0"], at("--selector top:0")),
         (["--selector", "all", "none", "--output-json", "one.json"], at("one.json", 2, "{input}", "{selector}", "--output-json")),
         (["--selector", "all", "none", "--remain-output-json", "one.json"], at("one.json", "{input}", "--remain-output-json")),
         (["--input-json", "q.jsonl", "more.jsonl"], at("out/dynamic.json", 2)),
@@ -397,6 +396,20 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(here, flags, say
     with pytest.raises(UserError, match=says):
         run(inference, *flags)
     assert here == []
+
+
+@pytest.mark.parametrize("selector", ["monot5", "adaptive", "gold"])
+def test_a_selector_that_cannot_run_is_found_before_any_other_has_asked(here, selector):
+    good = [question(n, docs=RANKED, gold_docs=["d1"]) for n in (1, 2)]
+    lacking = question(2, docs=[{"id": "x", "title": "", "text": "t"}])
+    for name, rows in {"good.jsonl": good, "plain.jsonl": [good[0], lacking]}.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--output-json", "out/{input}_{selector}.json", "--remain-output-json", "out/{input}_{selector}_remain.json", "--selector", "none", selector]
+    with pytest.raises(UserError) as error:
+        run(inference, "--input-json", "good.jsonl", "plain.jsonl", *flags)
+    assert str(error.value).startswith("plain.jsonl: row q2: ") and f"--selector {selector}" in str(error.value)
+    assert here == [] and not list(Path("out").glob("*.json"))
+    run(inference, "--input-json", "good.jsonl", *flags)
 
 
 def test_the_name_advised_for_a_file_called_as_another_keeps_its_data_set(here):

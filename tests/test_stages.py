@@ -133,6 +133,7 @@ def test_abbreviated_flags_are_refused_and_both_spellings_mean_the_same(name, ca
     ("retriever", "--index", ["bm52", "BM25", "flat bm52", "IVF16,SQ9", "IVF"], ["flat", "bm25", "flat bm25", "IVF16,SQ8", "RR768,IVF16384,RaBitQfs", "PQ7"]),
     *((name, "--device", ["cudda", "gpu", "cuda:x", "CPU"], ["auto", "cpu", "cuda", "cuda:1"])
       for name in ("retriever", "generate_passage_embeddings", "reranker", "reward_trajectories")),
+    ("inference", "--selector", ["best", "top:0", "dynamic all monot"], ["dynamic", "top:3", "none monot5"]),
     ("construct_dpo", "--pairs", ["worst-best", "top-bottom"], ["all", "top-bottom:2"]),
 ])
 def test_a_value_outside_a_closed_set_is_refused_with_the_flag_and_the_choices(name, flag, wrong, right, capsys):
