@@ -23,7 +23,6 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.answering import fail_unanswered
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.completion import CLOSES, OPENS, after_reasoning
 from dynamicrag.gold import needed_documents
@@ -31,7 +30,7 @@ from dynamicrag.grounding import with_entity_support
 from dynamicrag.manifest import read_manifest
 from dynamicrag.metrics import METRIC_NAMES, paired_bootstrap
 from dynamicrag.output import refuse_overlap
-from dynamicrag.records import Row, read_rows
+from dynamicrag.records import Row, fail_unanswered, read_rows
 from dynamicrag.result_tables import comparison_table, selection_tables, summary_tables
 from dynamicrag.scoring import MISSING, summarise
 from dynamicrag.stage import UserError, log

@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.batches import BATCH_TOKENS_HELP, prepared_ahead
-from dynamicrag.device import DEVICES, DTYPES, device_flag
+from dynamicrag.batches import BATCH_TOKENS_HELP
+from dynamicrag.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.encoders import POOLINGS, record
-from dynamicrag.manifest import place
-from dynamicrag.output import Output
+from dynamicrag.output import Output, prepared_ahead
 
 # Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
 WINDOW = 2048

@@ -26,12 +26,12 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
 
 from dynamicrag import stage
-from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
+from dynamicrag.answering import add_files_flags, answer_runs, runs_of
 from dynamicrag.calls import Caller, add_call_flags, load_callers, read_selection
 from dynamicrag.completion import Usage
 from dynamicrag.engine import add_engine_flags
 from dynamicrag.gold import needed_documents
-from dynamicrag.records import Doc, Row, read_rows
+from dynamicrag.records import Doc, Row, read_rows, unanswered
 from dynamicrag.selection import expert_sequence
 from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, device_flag
-from dynamicrag.manifest import place
+from dynamicrag.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.monot5 import Tokens, document_text
 from dynamicrag.output import Output
 from dynamicrag.runs import Run

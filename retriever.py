@@ -31,11 +31,10 @@ from typing import TYPE_CHECKING
 
 from dynamicrag import stage
 from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, device_flag, pick_device
+from dynamicrag.device import DEVICES, DTYPES, device_flag, pick_device, place
 from dynamicrag.encoders import POOLINGS, QUERY, refuse_other_settings
 from dynamicrag.index import CANDIDATES, NPROBE, faiss_can_read
 from dynamicrag.locks import in_turn
-from dynamicrag.manifest import place
 from dynamicrag.output import Output
 from dynamicrag.runs import Run, fuse
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.bertscore import BertScore
-from dynamicrag.device import DEVICES, device_flag
+from dynamicrag.device import DEVICES, device_flag, place
 from dynamicrag.judge import MOST_REPLIES, REPLY_FORMATS, Judge
-from dynamicrag.manifest import place
 from dynamicrag.metrics import rouge_l
 from dynamicrag.output import Output
 from dynamicrag.prompts import Prompts, add_prompts_flag

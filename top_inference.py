@@ -18,11 +18,11 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.answering import add_files_flags, answer_runs, runs_of, unanswered
+from dynamicrag.answering import add_files_flags, answer_runs, runs_of
 from dynamicrag.calls import Caller, add_call_flags, load_callers, positions_of, read_selection
 from dynamicrag.completion import Usage
 from dynamicrag.engine import add_engine_flags
-from dynamicrag.records import Doc, Row
+from dynamicrag.records import Doc, Row, unanswered
 from dynamicrag.selection import Selection
 from dynamicrag.stage import UserError
 from dynamicrag.templates import in_threads

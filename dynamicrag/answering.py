@@ -15,12 +15,9 @@ from dynamicrag.calls import Caller, asking, work_on_fitting
 from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import engine_inputs
 from dynamicrag.output import Output
-from dynamicrag.records import Row, count_rows, read_rows
+from dynamicrag.records import Row, count_rows, fail_unanswered, read_rows
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import name_with_folder
-
-# What inference.py and top_inference.py add to a row.
-RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
 
 
 def add_files_flags(group, input_json: str, output_json: str) -> None:
@@ -28,16 +25,6 @@ def add_files_flags(group, input_json: str, output_json: str) -> None:
     group.add_argument("--input-json", "--input-jsonl", nargs="+", default=[input_json], help="questions, one file or several")
     group.add_argument("--output-json", "--output-jsonl", default=output_json, help="answered rows; {input} is the input's name")
     group.add_argument("--remain-output-json", help="rows without an answer (default: <output>_remain)")
-
-
-def unanswered(row: Row) -> Row:
-    """The row without what an earlier run answered: result and remain files are usable inputs."""
-    return {key: value for key, value in row.items() if key not in RESULT_KEYS}
-
-
-def fail_unanswered(row: Row, reason: str) -> Row:
-    """The row as the remain file has it."""
-    return {**unanswered(row), "error": reason}
 
 
 def remain_path(output: str) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 # For a tokenizer: masks and segments follow from the ids, and need not be returned.
 IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
@@ -52,15 +48,3 @@ def pad(sequences: list[list[int]], value: int, device: str, left: bool = False)
     if device.startswith("cuda"):  # from pinned memory: such a copy does not wait for the batches before it
         return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask))
     return ids.to(device), mask.to(device)
-
-
-def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
-    """prepare() of each item, in order; a thread prepares the next one while the caller works on this one."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming: deque[Future[Prepared]] = deque()
-        for item in items:
-            upcoming.append(thread.submit(prepare, item))
-            if len(upcoming) > 1:
-                yield upcoming.popleft().result()
-        for last in upcoming:
-            yield last.result()

@@ -110,3 +110,9 @@ def _multiplies_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def place(device: str, dtype: str | None = None) -> dict[str, str]:
+    """What Output.record() notes of flags --device and --dtype: the device's name and, if a dtype is given, that which `auto` stands for."""
+    picked = pick_device(device)
+    return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}

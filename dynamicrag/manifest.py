@@ -230,14 +230,6 @@ def _read_alike(one: str, other: str) -> bool:
     return Path(one).suffix == Path(other).suffix and derive_dataset("", Path(one).stem) == derive_dataset("", Path(other).stem)
 
 
-def place(device: str, dtype: str | None = None) -> dict[str, str]:
-    """What Output.record() notes of flags --device and --dtype: the device's name and, if a dtype is given, that which `auto` stands for."""
-    from dynamicrag.device import device_name, pick_device, pick_dtype
-
-    picked = pick_device(device)
-    return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}
-
-
 def versions() -> dict[str, str]:
     """Of Python, this package and the libraries results may depend on."""
     found = {"python": sys.version.split()[0]}

@@ -14,19 +14,22 @@ import fcntl
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import orjson
 
 from dynamicrag.atomic import atomic_writer, naming
-from dynamicrag.batches import prepared_ahead
 from dynamicrag.jsonio import dump_line, refuse_pipe, write_json
 from dynamicrag.locks import lock
 from dynamicrag.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.paths import written_at
 from dynamicrag.stage import UserError, log
+
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class Output:
@@ -282,3 +285,15 @@ def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None
         if real in written:
             raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
         written.add(real)
+
+
+def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+    """prepare() of each item, in order; a thread prepares the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming: deque[Future[Prepared]] = deque()
+        for item in items:
+            upcoming.append(thread.submit(prepare, item))
+            if len(upcoming) > 1:
+                yield upcoming.popleft().result()
+        for last in upcoming:
+            yield last.result()

@@ -36,6 +36,8 @@ POSITION_KEYS = ("true_id", "false_id", "sequence")
 TRAJECTORY_KEYS = {  # parallel lists: one of these a trajectory
     "id_lists": list, "responses": str, "response_tokens": int, "response_scores": float | int, "score_terms": dict,
 }
+# What inference.py and top_inference.py add to a row.
+RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
 
 
 class Doc(TypedDict, total=False):
@@ -411,3 +413,13 @@ def _kind(value: object) -> str:
         return "nothing"
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+
+
+def unanswered(row: Row) -> Row:
+    """The row without what an earlier run answered: result and remain files are usable inputs."""
+    return {key: value for key, value in row.items() if key not in RESULT_KEYS}
+
+
+def fail_unanswered(row: Row, reason: str) -> Row:
+    """The row as the remain file has it."""
+    return {**unanswered(row), "error": reason}

@@ -16,9 +16,9 @@ import evaluate_retrieval
 import inference
 import top_inference
 from dynamicrag import tasks
-from dynamicrag.answering import fail_unanswered
 from dynamicrag.calls import Caller, work_on_fitting
 from dynamicrag.engine import Completion
+from dynamicrag.records import fail_unanswered
 from dynamicrag.scoring import unanswered_reason
 from dynamicrag.stage import UserError
 

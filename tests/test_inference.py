@@ -16,10 +16,10 @@ import inference
 import sampling_dpo_trajectories
 import top_inference
 from dynamicrag import calls
-from dynamicrag.answering import fail_unanswered
 from dynamicrag.calls import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.completion import Completion, Usage
 from dynamicrag.jsonio import read_json
+from dynamicrag.records import fail_unanswered
 from dynamicrag.scoring import unanswered_reason
 from dynamicrag.selection import Selection, format_ids, summarise_selections
 from dynamicrag.stage import UserError
