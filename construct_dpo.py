@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from dynamicrag import stage
+from dynamicrag.chat_templates import Messages
 from dynamicrag.gold import gold_documents
 from dynamicrag.output import Output
 from dynamicrag.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
-from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, read_rows
 from dynamicrag.rewards import correctness
 from dynamicrag.selection import format_ids

@@ -12,8 +12,9 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
 from collections.abc import Iterator
 
 from dynamicrag import stage
+from dynamicrag.chat_templates import Messages
 from dynamicrag.output import Output
-from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import best_first, unjudged_position
 from dynamicrag.stage import UserError, log

@@ -10,8 +10,9 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
 """
 
 from dynamicrag import stage
+from dynamicrag.chat_templates import Messages
 from dynamicrag.output import Output
-from dynamicrag.prompts import Messages, Prompts, add_prompts_flag, training_row
+from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.records import Doc, Row, count_rows, read_rows
 from dynamicrag.selection import format_ids
 from dynamicrag.trainer import (

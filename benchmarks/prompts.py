@@ -17,8 +17,8 @@ from pathlib import Path
 import measure
 
 from dynamicrag.calls import Caller
+from dynamicrag.chat_templates import Messages
 from dynamicrag.passages import read_passages
-from dynamicrag.prompts import Messages
 from dynamicrag.records import Row
 from dynamicrag.templates import PromptTokenizer, in_threads, load_prompts
 from sampling_dpo_trajectories import parse_args as stage_flags

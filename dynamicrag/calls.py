@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from dynamicrag.chat_templates import Messages
 from dynamicrag.completion import Completion, Request
 from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import ApiEngine, VllmEngine, load_engine
-from dynamicrag.prompts import Messages, Prompts, add_prompts_flag
+from dynamicrag.prompts import Prompts, add_prompts_flag
 from dynamicrag.records import Doc, Row
 from dynamicrag.selection import Notation, Selection, ids_pattern, parse_ids
 from dynamicrag.stage import UserError, derive_seed, log

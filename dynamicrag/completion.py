@@ -6,7 +6,7 @@ Both engines end here, so that every stage reads a reasoning model, a limit of t
 import re
 from dataclasses import dataclass, field
 
-from dynamicrag.prompts import Messages
+from dynamicrag.chat_templates import Messages
 
 _REASONING = r"(?:think|thinking|reasoning)"
 OPENS = re.compile(rf"<\s*{_REASONING}\s*>|\[THINK\]", re.IGNORECASE)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import orjson
 
+from dynamicrag.chat_templates import Messages
 from dynamicrag.completion import (
     OPENS,
     Completion,
@@ -22,7 +23,7 @@ from dynamicrag.completion import (
     refused,
 )
 from dynamicrag.device import warn_of_unused_gpus
-from dynamicrag.prompts import Messages, prefix_of
+from dynamicrag.prompts import prefix_of
 from dynamicrag.server import ApiEngine
 from dynamicrag.stage import UserError, log
 from dynamicrag.templates import (

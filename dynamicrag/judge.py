@@ -15,6 +15,7 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import endpoint
+from dynamicrag.chat_templates import Messages
 from dynamicrag.completion import Sample, read_sample
 from dynamicrag.endpoint import (
     UnreadableReply,
@@ -30,7 +31,6 @@ from dynamicrag.endpoint import (
     wait,
 )
 from dynamicrag.judge_cache import GradeCache
-from dynamicrag.prompts import Messages
 from dynamicrag.stage import UserError, log
 
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")

@@ -20,12 +20,11 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dynamicrag.chat_templates import Messages
 from dynamicrag.records import Doc
 from dynamicrag.selection import DEFAULT_NOTATION, Notation
 from dynamicrag.stage import UserError
 from dynamicrag.tasks import dataset_named, task_of_row
-
-Messages = list[dict[str, str]]
 
 DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
     "reranker": {

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dynamicrag import endpoint
+from dynamicrag.chat_templates import Messages
 from dynamicrag.completion import (
     CLOSES,
     Completion,
@@ -35,7 +36,7 @@ from dynamicrag.endpoint import (
     usable,
     wait,
 )
-from dynamicrag.prompts import Messages, prefix_of
+from dynamicrag.prompts import prefix_of
 from dynamicrag.stage import UserError, log
 
 CONCURRENCY = 64

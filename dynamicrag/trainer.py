@@ -15,11 +15,12 @@ from typing import NamedTuple, TypeVar
 import orjson
 
 from dynamicrag.calls import documents_that_fit
+from dynamicrag.chat_templates import SAMPLE, Messages, read_template
 from dynamicrag.checkpoints import NO_CODE, loading
-from dynamicrag.prompts import Messages, as_text, read_yaml
+from dynamicrag.prompts import as_text, read_yaml
 from dynamicrag.records import Doc
 from dynamicrag.stage import UserError, log
-from dynamicrag.templates import SAMPLE, PromptTokenizer, in_threads, read_template, strange_markers
+from dynamicrag.templates import PromptTokenizer, in_threads, strange_markers
 
 Item = TypeVar("Item")
 HERE = Path(__file__).resolve().parents[1]

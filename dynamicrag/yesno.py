@@ -13,10 +13,10 @@ import re
 from typing import TYPE_CHECKING
 
 from dynamicrag.batches import IDS_ALONE
+from dynamicrag.chat_templates import try_template
 from dynamicrag.checkpoints import read_json
 from dynamicrag.monot5 import Pair, Pointwise, Tokens
 from dynamicrag.stage import UserError
-from dynamicrag.templates import try_template
 
 if TYPE_CHECKING:
     import torch

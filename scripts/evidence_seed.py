@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynamicrag import stage
 from dynamicrag.atomic import atomic_writer
+from dynamicrag.results import result_rows
 from dynamicrag.scoring import summarise
 from dynamicrag.stage import UserError, log
-from evaluate import result_rows
 
 MODELS = ("sft", "dpo")
 SHOWN = {"retrieved": "", "all needed": "_oracle"}  # the documents shown -> what file names have after the set's

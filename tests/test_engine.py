@@ -13,9 +13,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import at, make_tiny_llama, names
 
+from dynamicrag.chat_templates import read_template
 from dynamicrag.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, in_threads, read_template
+from dynamicrag.templates import PromptTokenizer, in_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,9 +13,9 @@ from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
 
 from dynamicrag.jsonio import read_json
 from dynamicrag.prompts import Prompts
-from dynamicrag.result_tables import comparison_table, selection_tables, summary_tables
 from dynamicrag.selection import parse_ids
 from dynamicrag.stage import UserError, derive_seed
+from dynamicrag.tables import comparison_table, selection_tables, summary_tables
 from dynamicrag.tasks import target_answer, task_of
 
 REPO = Path(__file__).resolve().parents[1]

@@ -20,13 +20,14 @@ import pytest
 from conftest import at, names
 from test_chain import make_tiny_llama
 
+from dynamicrag.chat_templates import read_template
 from dynamicrag.completion_cache import CompletionCache
 from dynamicrag.engine import ApiEngine, Request
 from dynamicrag.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
 from dynamicrag.prompts import Prompts
 from dynamicrag.selection import ids_pattern
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, read_template
+from dynamicrag.templates import PromptTokenizer
 
 REPO = Path(__file__).parents[1]
 START_SECONDS = 300

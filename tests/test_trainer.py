@@ -17,12 +17,13 @@ import construct_generator_sft
 import process_training_data
 import reranker_sequence
 from dynamicrag import trainer
+from dynamicrag.chat_templates import read_template
 from dynamicrag.jsonio import read_json
 from dynamicrag.manifest import read_manifest
 from dynamicrag.prompts import Prompts
 from dynamicrag.selection import parse_ids
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, read_template
+from dynamicrag.templates import PromptTokenizer
 from dynamicrag.trainer import TrainingWindow, check_columns, load_window
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,5 @@
 """The systems of a results folder. What a system is says the manifest of its results file, never its name."""
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,10 +9,8 @@ from systems import BY_LLM, System, by_evaluation_set
 from dynamicrag.gold import needed_documents
 from dynamicrag.manifest import read_manifest
 from dynamicrag.records import Row
+from dynamicrag.results import result_rows
 from dynamicrag.stage import UserError, log
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import evaluate  # a script of the root, not of the package
 
 STAGES = {"sft": 0, "dpo": 1, "best": 2}
 # What the case browser alone needs, and reads itself.
@@ -91,7 +88,7 @@ def answered_rows(path: Path, manifest: dict | None = None) -> Iterator[Row]:
     """evaluate.py's rows of a results file, with the remain file that lies beside it wherever the run was made."""
     outputs = (manifest or read_manifest(path))["outputs"]
     beside = [path.with_name(Path(output).name) for output in outputs[1:]]
-    yield from evaluate.result_rows(str(path), next((str(remain) for remain in beside if remain.exists()), None), None, None)
+    yield from result_rows(str(path), next((str(remain) for remain in beside if remain.exists()), None), None, None)
 
 
 def _models(arguments: dict) -> list[str]:
