@@ -21,9 +21,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.manifest import fingerprint, is_content, manifest_path, read_manifest
-from dynamicrag.output import Output
-from dynamicrag.paths import matching
+from dynamicrag.files.paths import matching
+from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest
+from dynamicrag.rows.output import Output
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
@@ -118,7 +118,7 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
     """The rows of files that hold the same questions, each with the n_docs best documents of all; ties keep the corpus's order."""
-    from dynamicrag.records import read_rows
+    from dynamicrag.rows.records import read_rows
 
     for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
         for path, row in zip(paths, rows, strict=True):
@@ -133,7 +133,7 @@ def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
 
 def read_shards(paths: list[Path]) -> Iterator[dict]:
     """The rows of all shards, one file after the other; an id in two of them is refused."""
-    from dynamicrag.records import read_rows
+    from dynamicrag.rows.records import read_rows
 
     seen: dict[str, int] = {}
     for shard, path in enumerate(paths):
@@ -178,8 +178,8 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
 
 def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     """Put answered shards and their remain files together; what one run would have written, its manifest included."""
-    from dynamicrag.answering import remain_path
-    from dynamicrag.jsonio import read_json
+    from dynamicrag.files.jsonio import read_json
+    from dynamicrag.llm.answering import remain_path
 
     made = same_run(shards, args.questions, args.splits_dir)
     manifests = [read_manifest(path) for path in shards]

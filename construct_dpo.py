@@ -23,18 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.chat_templates import Messages
-from dynamicrag.gold import gold_documents
-from dynamicrag.output import Output
-from dynamicrag.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Doc, Row, read_rows
-from dynamicrag.rewards import correctness
-from dynamicrag.selection import format_ids
-from dynamicrag.shown import labelled_documents
-from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table
-from dynamicrag.trainer import (
+from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
+from dynamicrag.llm.training_rows import (
     Fitted,
     TrainingWindow,
     add_length_flags,
@@ -42,6 +33,15 @@ from dynamicrag.trainer import (
     load_window,
     resolve_length_flags,
 )
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.reward.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
+from dynamicrag.reward.terms import correctness
+from dynamicrag.rows.gold import gold_documents
+from dynamicrag.rows.identifiers import format_ids
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.shown import labelled_documents
+from dynamicrag.stage import UserError, log
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000

@@ -12,14 +12,8 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
 from collections.abc import Iterator
 
 from dynamicrag import stage
-from dynamicrag.chat_templates import Messages
-from dynamicrag.output import Output
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import best_first, unjudged_position
-from dynamicrag.stage import UserError, log
-from dynamicrag.tasks import target_answer
-from dynamicrag.trainer import (
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
+from dynamicrag.llm.training_rows import (
     Fitted,
     TrainingWindow,
     add_length_flags,
@@ -27,6 +21,12 @@ from dynamicrag.trainer import (
     load_window,
     resolve_length_flags,
 )
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.rows.identifiers import best_first, unjudged_position
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.tasks import target_answer
+from dynamicrag.stage import UserError, log
 
 NEEDS = ("docs", "true_id")
 

@@ -1,6 +1,6 @@
 """Score result files against their gold answers, with 95 % bootstrap intervals, and what the answers cost.
 
-Without --metric every row is scored by its data set's own metric (dynamicrag/tasks.py). What a row of results does not say
+Without --metric every row is scored by its data set's own metric (dynamicrag/rows/tasks.py). What a row of results does not say
 (question, answers, data set, gold documents, group) is taken from the row of --eval_file with its id: results may be ids
 and responses alone. Rows that could not be answered (the remain file of the run) and rows of --eval_file that are missing
 from the results count as wrong; of rows that answer one question the first counts. Rows left out, of a question that came
@@ -23,16 +23,16 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.grounding import with_entity_support
-from dynamicrag.manifest import read_manifest
-from dynamicrag.metrics import METRIC_NAMES, paired_bootstrap
-from dynamicrag.output import refuse_overlap
-from dynamicrag.records import Row
-from dynamicrag.results import read_asked, result_rows
-from dynamicrag.scoring import summarise
+from dynamicrag.evaluation.answers import summarise
+from dynamicrag.evaluation.grounding import with_entity_support
+from dynamicrag.evaluation.metrics import METRIC_NAMES, paired_bootstrap
+from dynamicrag.evaluation.results import read_asked, result_rows
+from dynamicrag.evaluation.tables import comparison_table, selection_tables, summary_tables, system_names
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.output import refuse_overlap
+from dynamicrag.rows.records import Row
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import comparison_table, selection_tables, summary_tables, system_names
 
 
 def parse_args(argv=None):

@@ -22,15 +22,15 @@ from typing import NamedTuple
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.gold import Question, Ranked, ranked_questions, read_questions
-from dynamicrag.metrics import bootstrap_interval
-from dynamicrag.output import refuse_overlap
-from dynamicrag.ranking import SCORES, answer_rank, gold_measures, in_order
-from dynamicrag.records import Doc, read_rows
-from dynamicrag.runs import is_run, read_qrels, write_run
+from dynamicrag.evaluation.metrics import bootstrap_interval
+from dynamicrag.evaluation.retrieval import SCORES, answer_rank, gold_measures, in_order
+from dynamicrag.evaluation.tables import markdown_table, system_names
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questions
+from dynamicrag.rows.output import refuse_overlap
+from dynamicrag.rows.records import Doc, read_rows
+from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table, system_names
 
 ANSWER_CUTOFF = 20  # of the measure that has the interval where no gold document is known
 QUESTIONS_A_CHUNK = 256  # the documents of so many are in memory at a time

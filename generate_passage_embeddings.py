@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, device_flag, place
-from dynamicrag.encoders import POOLINGS, record
-from dynamicrag.output import Output, prepared_ahead
+from dynamicrag.models.batches import BATCH_TOKENS_HELP
+from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
+from dynamicrag.models.encoder_settings import POOLINGS, record
+from dynamicrag.rows.output import Output, prepared_ahead
 
 # Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
 WINDOW = 2048
@@ -80,7 +80,7 @@ def open_rows(file, count: int, width: int) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from dynamicrag.shards import ids_path, save_ids, shard_bounds
+    from dynamicrag.search.shards import ids_path, save_ids, shard_bounds
 
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
     inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from dynamicrag.dense import Encoder
-    from dynamicrag.passages import open_passages
+    from dynamicrag.models.encoder import Encoder
+    from dynamicrag.search.passages import open_passages
 
     store = open_passages(args.passages, args.passage_store)
     start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)

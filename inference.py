@@ -26,16 +26,16 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
 
 from dynamicrag import stage
-from dynamicrag.answering import add_files_flags, answer_runs, runs_of
-from dynamicrag.calls import Caller, add_call_flags, load_callers, read_selection
-from dynamicrag.completion import Usage
-from dynamicrag.engine import add_engine_flags
-from dynamicrag.gold import needed_documents
-from dynamicrag.records import Doc, Row, read_rows, unanswered
-from dynamicrag.selection import expert_sequence
-from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
+from dynamicrag.llm.answering import add_files_flags, answer_runs, runs_of
+from dynamicrag.llm.completion import Usage
+from dynamicrag.llm.engine import add_engine_flags
+from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.llm.templates import in_threads
+from dynamicrag.rows.gold import needed_documents
+from dynamicrag.rows.identifiers import expert_sequence
+from dynamicrag.rows.records import Doc, Row, read_rows, unanswered
+from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError
-from dynamicrag.templates import in_threads
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")

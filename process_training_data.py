@@ -17,11 +17,11 @@ import random
 from collections import Counter
 
 from dynamicrag import stage
-from dynamicrag.gold import needed_documents
-from dynamicrag.output import Output
-from dynamicrag.records import Row, read_rows
-from dynamicrag.selection import EXPERT_LENGTH, expert_sequence, unjudged_position
-from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
+from dynamicrag.rows.gold import needed_documents
+from dynamicrag.rows.identifiers import EXPERT_LENGTH, expert_sequence, unjudged_position
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Row, read_rows
+from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, device_flag, place
-from dynamicrag.monot5 import Tokens, document_text
-from dynamicrag.output import Output
-from dynamicrag.runs import Run
+from dynamicrag.models.batches import BATCH_TOKENS_HELP
+from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
+from dynamicrag.models.reranker import Tokens, document_text
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.trec import Run
 
 Judged = tuple[dict, dict]  # row, document
 
@@ -90,7 +90,7 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
     """The two halves of judging a chunk by the model: prepare(rows), the tokens, and work(prepared), the rows judged."""
     from tqdm import tqdm
 
-    from dynamicrag.monot5 import load_reranker
+    from dynamicrag.models.reranker import load_reranker
 
     model = load_reranker(args.model_name_or_path, args.device, args.dtype, args.max_length, args.instruction, args.system_prompt)
     stage.log.info("%s: %s", args.model_name_or_path, model.said())
@@ -108,7 +108,7 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from dynamicrag.records import count_rows, read_rows
+    from dynamicrag.rows.records import count_rows, read_rows
 
     judge = args.run or args.model_name_or_path
     output = Output(args, [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))

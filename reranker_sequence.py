@@ -10,12 +10,8 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
 """
 
 from dynamicrag import stage
-from dynamicrag.chat_templates import Messages
-from dynamicrag.output import Output
-from dynamicrag.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import format_ids
-from dynamicrag.trainer import (
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
+from dynamicrag.llm.training_rows import (
     Fitted,
     TrainingWindow,
     add_length_flags,
@@ -23,6 +19,10 @@ from dynamicrag.trainer import (
     load_window,
     resolve_length_flags,
 )
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.rows.identifiers import format_ids
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 

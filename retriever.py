@@ -30,19 +30,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamicrag import stage
-from dynamicrag.batches import BATCH_TOKENS_HELP
-from dynamicrag.device import DEVICES, DTYPES, device_flag, pick_device, place
-from dynamicrag.encoders import POOLINGS, QUERY, refuse_other_settings
-from dynamicrag.index import CANDIDATES, NPROBE, faiss_can_read
-from dynamicrag.locks import in_turn
-from dynamicrag.output import Output
-from dynamicrag.runs import Run, fuse
+from dynamicrag.files.locks import in_turn
+from dynamicrag.models.batches import BATCH_TOKENS_HELP
+from dynamicrag.models.device import DEVICES, DTYPES, device_flag, pick_device, place
+from dynamicrag.models.encoder_settings import POOLINGS, QUERY, refuse_other_settings
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.trec import Run, fuse
+from dynamicrag.search.index import CANDIDATES, NPROBE, faiss_can_read
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dynamicrag.encoders import Settings
-    from dynamicrag.passages import PassageStore
+    from dynamicrag.models.encoder_settings import Settings
+    from dynamicrag.search.passages import PassageStore
 
 # What a ranking is made by: rows -> scores float32 and positions in the corpus int64 (-1: no document), both [rows, k].
 Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
@@ -133,7 +133,7 @@ def process_of_its_own() -> Executor:
 
 def query_settings(args: Namespace) -> Settings:
     """How questions will be encoded. The model is not loaded for it."""
-    from dynamicrag.dense import encoder_settings
+    from dynamicrag.models.encoder import encoder_settings
 
     return encoder_settings(args.model_name_or_path, QUERY, args.normalize, args.pooling, args.query_prompt)[0]
 
@@ -143,8 +143,8 @@ def encode_questions(args: Namespace, path: str, count: int) -> str:
     import numpy as np
     from tqdm import tqdm
 
-    from dynamicrag.dense import Encoder
-    from dynamicrag.records import read_rows
+    from dynamicrag.models.encoder import Encoder
+    from dynamicrag.rows.records import read_rows
 
     encoder = Encoder(
         args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize, args.pooling, args.query_prompt, QUERY
@@ -170,9 +170,9 @@ def dense_searches(
     """
     import numpy as np
 
-    from dynamicrag.index import open_index
-    from dynamicrag.rescoring import NotFiniteError
-    from dynamicrag.shards import check_shards, name_of, open_shards, part_of, shard_bounds
+    from dynamicrag.search.index import open_index
+    from dynamicrag.search.inner_products import NotFiniteError
+    from dynamicrag.search.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
     shards = open_shards(shard_paths)
     with process_of_its_own() as encoding:
@@ -207,7 +207,7 @@ def dense_searches(
 
 
 def bm25_search(args: Namespace, store: PassageStore) -> Search:
-    from dynamicrag.bm25 import open_bm25
+    from dynamicrag.search.bm25 import open_bm25
 
     index = open_bm25(store)
     return lambda rows: index.search(list(map(search_text, rows)), args.n_docs)
@@ -236,8 +236,8 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     allocate_from_one_arena()
-    from dynamicrag.records import count_rows, read_rows
-    from dynamicrag.shards import find_shards
+    from dynamicrag.rows.records import count_rows, read_rows
+    from dynamicrag.search.shards import find_shards
 
     inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
     shard_paths = find_shards(args.passages_embeddings) if dense else []
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = (row["id"] for row in read_rows(args.query, dataset=args.dataset, reject=lambda _: None))
         run.check_questions(ids, args.query, "they get no document from it")
 
-    from dynamicrag.passages import open_passages
+    from dynamicrag.search.passages import open_passages
 
     store, queries = open_passages(args.passages, args.passage_store), f"{output.path}.queries.npy"
     device = pick_device(args.device) if dense else "cpu"

@@ -15,16 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.bertscore import BertScore
-from dynamicrag.device import DEVICES, device_flag, place
-from dynamicrag.judge import MOST_REPLIES, REPLY_FORMATS, Judge
-from dynamicrag.metrics import rouge_l
-from dynamicrag.output import Output
-from dynamicrag.prompts import Prompts, add_prompts_flag
-from dynamicrag.records import Row, count_rows, read_rows
-from dynamicrag.rewards import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
+from dynamicrag.evaluation.metrics import rouge_l
+from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag
+from dynamicrag.models.device import DEVICES, device_flag, place
+from dynamicrag.reward.bertscore import BertScore
+from dynamicrag.reward.judge import MOST_REPLIES, REPLY_FORMATS, Judge
+from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Row, count_rows, read_rows
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table
 
 RESPONSE_LENGTH = "response_tokens"
 
@@ -186,7 +186,7 @@ def main(argv=None):
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)
     if weights.get("bert") and not args.reweight:
-        from dynamicrag.device import pick_device
+        from dynamicrag.models.device import pick_device
 
         out.record(**place(args.device))
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)

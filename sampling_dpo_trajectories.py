@@ -18,23 +18,23 @@ from collections.abc import Iterable
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.answering import place_of
-from dynamicrag.calls import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
-from dynamicrag.completion import Completion, Request, Usage
-from dynamicrag.completion_cache import CompletionCache
-from dynamicrag.engine import add_engine_flags, engine_inputs
-from dynamicrag.output import Output
-from dynamicrag.records import Doc, Row, count_rows, read_rows
-from dynamicrag.selection import (
+from dynamicrag.llm.answering import place_of
+from dynamicrag.llm.completion import Completion, Request, Usage
+from dynamicrag.llm.completion_cache import CompletionCache
+from dynamicrag.llm.engine import add_engine_flags, engine_inputs
+from dynamicrag.llm.requests import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
+from dynamicrag.llm.templates import in_threads
+from dynamicrag.rows.identifiers import (
     Notation,
     expert_sequence,
     format_ids,
     summarise_selections,
     unjudged_position,
 )
-from dynamicrag.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
-from dynamicrag.templates import in_threads
 
 SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
 

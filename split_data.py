@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.manifest import manifest_path
-from dynamicrag.output import Output
+from dynamicrag.rows.manifest import manifest_path
+from dynamicrag.rows.output import Output
 
 SPLIT_NAME = re.compile(r"split_(\d+)\.json")
 
@@ -56,7 +56,7 @@ def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from dynamicrag.records import count_rows, read_rows
+    from dynamicrag.rows.records import count_rows, read_rows
 
     sizes = split_sizes(count_rows(args.input_file, skip_malformed=args.on_error == "skip"), args.num_splits)
     if len(sizes) < args.num_splits:

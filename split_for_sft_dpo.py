@@ -14,8 +14,8 @@ Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.
 import random
 
 from dynamicrag import stage
-from dynamicrag.output import Output
-from dynamicrag.records import count_rows, read_rows
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_SFT_ROWS = 70_000

@@ -18,14 +18,14 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.answering import add_files_flags, answer_runs, runs_of
-from dynamicrag.calls import Caller, add_call_flags, load_callers, positions_of, read_selection
-from dynamicrag.completion import Usage
-from dynamicrag.engine import add_engine_flags
-from dynamicrag.records import Doc, Row, unanswered
-from dynamicrag.selection import Selection
+from dynamicrag.llm.answering import add_files_flags, answer_runs, runs_of
+from dynamicrag.llm.completion import Usage
+from dynamicrag.llm.engine import add_engine_flags
+from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, positions_of, read_selection
+from dynamicrag.llm.templates import in_threads
+from dynamicrag.rows.identifiers import Selection
+from dynamicrag.rows.records import Doc, Row, unanswered
 from dynamicrag.stage import UserError
-from dynamicrag.templates import in_threads
 
 Window = tuple[int, list[Doc]]  # (number of the question, documents shown)
 

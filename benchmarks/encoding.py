@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 import generate_passage_embeddings
-from dynamicrag.batches import default_batch_tokens
-from dynamicrag.dense import Encoder
-from dynamicrag.manifest import read_manifest
-from dynamicrag.passages import open_passages
+from dynamicrag.models.batches import default_batch_tokens
+from dynamicrag.models.encoder import Encoder
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.search.passages import open_passages
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 LIMIT = "encoder, padding-free limit"

@@ -31,7 +31,7 @@ def encoder(folder: Path, width: int, layers: int) -> Path:
 
 
 def shards(folder: Path, count: int, width: int) -> str:
-    from dynamicrag.shards import save_array, save_ids
+    from dynamicrag.search.shards import save_array, save_ids
 
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from dynamicrag.tables import markdown_table  # noqa: E402
+from dynamicrag.evaluation.tables import markdown_table  # noqa: E402
 
 
 def vectors_like_passages(count: int, width: int, seed: int = 0) -> np.ndarray:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import measure
 
-from dynamicrag.calls import Caller
-from dynamicrag.chat_templates import Messages
-from dynamicrag.passages import read_passages
-from dynamicrag.records import Row
-from dynamicrag.templates import PromptTokenizer, in_threads, load_prompts
+from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.rows.records import Row
+from dynamicrag.search.passages import read_passages
 from sampling_dpo_trajectories import parse_args as stage_flags
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))

@@ -20,9 +20,9 @@ import measure
 import numpy as np
 import torch
 
-from dynamicrag.batches import default_batch_tokens, length_batches, pad
-from dynamicrag.monot5 import MonoT5, Pair, load_reranker
-from dynamicrag.passages import read_passages
+from dynamicrag.models.batches import default_batch_tokens, length_batches, pad
+from dynamicrag.models.reranker import MonoT5, Pair, load_reranker
+from dynamicrag.search.passages import read_passages
 
 LIMIT = "encoder, padding-free limit"
 

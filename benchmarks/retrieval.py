@@ -21,8 +21,8 @@ import made
 import measure
 import numpy as np
 
-from dynamicrag.flat import ExactIndex
-from dynamicrag.rescoring import best_first
+from dynamicrag.search.exact import ExactIndex
+from dynamicrag.search.inner_products import best_first
 
 COMPRESSED = ("IVF1024,SQ8", "RR768,IVF1024,RaBitQ4", "RR768,IVF1024,RaBitQfs")
 
@@ -52,10 +52,10 @@ def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     if not args.passages_embeddings:
         vectors = measure.vectors_like_passages(args.vectors, args.width)
         return vectors, measure.questions_about(vectors, args.questions)
-    from dynamicrag.dense import Encoder
-    from dynamicrag.encoders import QUERY
-    from dynamicrag.records import read_rows
-    from dynamicrag.shards import find_shards, open_shards
+    from dynamicrag.models.encoder import Encoder
+    from dynamicrag.models.encoder_settings import QUERY
+    from dynamicrag.rows.records import read_rows
+    from dynamicrag.search.shards import find_shards, open_shards
 
     vectors = np.concatenate([shard.vectors for shard in open_shards(find_shards(args.passages_embeddings))])
     texts = [row["question"] for row in read_rows(args.query)][: args.questions]
@@ -69,7 +69,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
     import faiss
     import torch
 
-    from dynamicrag.device import devices_of, pick_dtype
+    from dynamicrag.models.device import devices_of, pick_dtype
 
     ours = ExactIndex([vectors], devices_of(args.device))
     wide = vectors.astype(np.float32)
@@ -128,8 +128,8 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
 
 
 def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray, folder: Path) -> None:
-    from dynamicrag.index import open_index
-    from dynamicrag.shards import find_shards, open_shards, save_array, save_ids
+    from dynamicrag.search.index import open_index
+    from dynamicrag.search.shards import find_shards, open_shards, save_array, save_ids
 
     save_array(folder / "passages_00.npy", vectors)
     save_ids(folder / "passages_00.ids.npy", [str(number) for number in range(len(vectors))])
@@ -203,7 +203,7 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
         output = folder / f"{count}.jsonl"
         line(f"retriever, {count:,} questions", retriever(model, small, embeddings, made.questions_file(folder, count), output, "--n_docs", "20", "--overwrite"))
     rows.pop(0)
-    reading = ("import sys, random; from dynamicrag.passages import open_passages; store = open_passages(sys.argv[1]); "
+    reading = ("import sys, random; from dynamicrag.search.passages import open_passages; store = open_passages(sys.argv[1]); "
                "[store.docs(random.sample(range(len(store)), 50_000)) for _ in range(5)]; print(len(store))")
     for passages in (small, large):
         line(f"building the store, {passages.stem}", [sys.executable, "-c", reading, str(passages)])

@@ -17,10 +17,10 @@ import numpy as np
 from bert_score import BERTScorer
 
 import reward_trajectories
-from dynamicrag.batches import default_batch_tokens
-from dynamicrag.bertscore import BertScore
-from dynamicrag.prompts import Prompts
-from dynamicrag.records import read_rows
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.models.batches import default_batch_tokens
+from dynamicrag.reward.bertscore import BertScore
+from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
 
 LIMIT = "encoder, padding-free limit"

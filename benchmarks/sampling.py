@@ -19,10 +19,10 @@ from pathlib import Path
 import measure
 
 import sampling_dpo_trajectories
-from dynamicrag.calls import Caller, load_callers
-from dynamicrag.engine import Request
-from dynamicrag.records import Row, read_rows
-from dynamicrag.selection import parse_ids
+from dynamicrag.llm.engine import Request
+from dynamicrag.llm.requests import Caller, load_callers
+from dynamicrag.rows.identifiers import parse_ids
+from dynamicrag.rows.records import Row, read_rows
 from dynamicrag.stage import UserError
 
 DEMO = "runs/demo_default"

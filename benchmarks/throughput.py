@@ -16,11 +16,11 @@ import measure
 
 import inference
 import sampling_dpo_trajectories
-from dynamicrag.bertscore import BertScore
-from dynamicrag.calls import load_callers
-from dynamicrag.device import pick_device
-from dynamicrag.prompts import Prompts
-from dynamicrag.records import Row, read_rows
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.llm.requests import load_callers
+from dynamicrag.models.device import pick_device
+from dynamicrag.reward.bertscore import BertScore
+from dynamicrag.rows.records import Row, read_rows
 from dynamicrag.stage import UserError
 from reward_trajectories import terms_of_answers
 

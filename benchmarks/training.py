@@ -20,8 +20,8 @@ from pathlib import Path
 import yaml
 
 from dynamicrag import stage
+from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = re.search(r"glibc\.malloc\.[\w.=:]+", (ROOT / "scripts/common.sh").read_text())[0]

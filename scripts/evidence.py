@@ -20,10 +20,10 @@ import orjson
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynamicrag import stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.metrics import Comparison, paired_bootstrap
+from dynamicrag.evaluation.metrics import Comparison, paired_bootstrap
+from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError, log
-from dynamicrag.tables import markdown_table
 
 FIXED = ("none", "top1", "top2", "top3", "all")
 # (documents shown, selector) -> what the tables call what the generator reads.

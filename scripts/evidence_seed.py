@@ -24,9 +24,9 @@ from evidence import COMPARED, NAMES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynamicrag import stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.results import result_rows
-from dynamicrag.scoring import summarise
+from dynamicrag.evaluation.answers import summarise
+from dynamicrag.evaluation.results import result_rows
+from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError, log
 
 MODELS = ("sft", "dpo")

@@ -3,6 +3,6 @@
 #     bash scripts/report.sh runs/demo_default/results [--cases 500]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ ${1:-} ]] || { echo "usage: bash scripts/report.sh RESULTS_DIR [flags of scripts/report/report.py]" >&2; exit 2; }
+[[ ${1:-} ]] || { echo "usage: bash scripts/report.sh RESULTS_DIR [flags of python -m dynamicrag.report]" >&2; exit 2; }
 PATH="$PWD/.venv/bin:$PATH"
-python scripts/report/report.py "$@"
+python -m dynamicrag.report "$@"

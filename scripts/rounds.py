@@ -13,12 +13,12 @@ from pathlib import Path
 import orjson
 
 from dynamicrag import stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.manifest import read_manifest
-from dynamicrag.records import read_rows
-from dynamicrag.selection import summarise_selections
+from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.rows.identifiers import summarise_selections
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
-from dynamicrag.tables import markdown_table
 
 # Column, where it is found (the summary of a stage, then keys), and how it is shown.
 COLUMNS = (

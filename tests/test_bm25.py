@@ -8,8 +8,8 @@ import pytest
 from conftest import make_text, read_jsonl, write_jsonl
 
 import retriever
-from dynamicrag import bm25
-from dynamicrag.passages import open_passages
+from dynamicrag.search import bm25
+from dynamicrag.search.passages import open_passages
 
 CITIES = [{"id": "1", "title": "北京", "text": "北京是中华人民共和国的首都。"}, {"id": "2", "title": "東京", "text": "東京都は日本の首都です。"},
           {"id": "3", "title": "กรุงเทพ", "text": "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"}, {"id": "4", "title": "दिल्ली", "text": "दिल्ली भारत की राजधानी है।"},

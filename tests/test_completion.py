@@ -1,10 +1,9 @@
-"""dynamicrag/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
+"""dynamicrag/llm/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
 
 import pytest
 from conftest import names
 
-from dynamicrag.calls import read_selection
-from dynamicrag.completion import (
+from dynamicrag.llm.completion import (
     Request,
     Sample,
     after_reasoning,
@@ -14,8 +13,9 @@ from dynamicrag.completion import (
     read_sample,
     refused,
 )
-from dynamicrag.completion_cache import CompletionCache, key_of
-from dynamicrag.selection import DEFAULT_NOTATION
+from dynamicrag.llm.completion_cache import CompletionCache, key_of
+from dynamicrag.llm.requests import read_selection
+from dynamicrag.rows.identifiers import DEFAULT_NOTATION
 
 ASKED = Request([{"role": "user", "content": "q"}], seed=1, max_tokens=100, n=2)
 

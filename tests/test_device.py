@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from dynamicrag import device
+from dynamicrag.models import device
 from dynamicrag.stage import UserError
 
 LISTS_TWO = 'echo "GPU 0: NVIDIA A100 (UUID: GPU-1)"; echo "GPU 1: NVIDIA A100 (UUID: GPU-2)"'

@@ -12,8 +12,8 @@ from conftest import WORDS, _bert_config, _bert_tokenizer, at, logged, make_text
 
 import generate_passage_embeddings
 import retriever
-from dynamicrag.dense import Encoder, encoder_settings
-from dynamicrag.manifest import manifest_path, read_manifest
+from dynamicrag.models.encoder import Encoder, encoder_settings
+from dynamicrag.rows.manifest import manifest_path, read_manifest
 from dynamicrag.stage import UserError
 
 TEXTS = [make_text(random.Random(number), 1, 60) for number in range(24)] + ["", "river", "river " * 400]

@@ -13,10 +13,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import at, make_tiny_llama, names
 
-from dynamicrag.chat_templates import read_template
-from dynamicrag.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
+from dynamicrag.llm.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
+from dynamicrag.llm.templates import PromptTokenizer, in_threads
+from dynamicrag.models.chat_templates import read_template
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, in_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,7 +115,7 @@ def test_a_server_that_ignores_n_is_asked_once_a_sample(server):
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
-    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 1)
+    monkeypatch.setattr("dynamicrag.llm.endpoint.ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         ApiEngine("http://127.0.0.1:9/v1", "some-model").complete([ask(1)])
 
@@ -145,7 +145,7 @@ STAND_INS = {
 }
 START = """
 import sys
-from dynamicrag import engine
+from dynamicrag.llm import engine
 if __name__ == "__main__":
     tokenizer = engine.Namespace(added_tokens_decoder={})
     engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
@@ -213,7 +213,7 @@ def test_a_prompt_is_tokenised_once_however_often_it_is_measured_and_sent():
 
 
 def test_only_the_latest_prompts_are_kept(monkeypatch):
-    monkeypatch.setattr("dynamicrag.templates.KEPT_TOKENS", 4)
+    monkeypatch.setattr("dynamicrag.llm.templates.KEPT_TOKENS", 4)
     tokenizer = CountingTokenizer()
     prompts = PromptTokenizer(tokenizer, "")
     for text in ("a b", "c d", "e f", "e f", "a b", "longer than all that is kept"):
@@ -328,7 +328,7 @@ def test_tags_that_are_special_tokens_are_seen(in_process):
 @pytest.mark.parametrize(("value", "bar"), [("1", False), (None, True)])
 def test_vllms_bar_is_off_if_bars_are(value, bar):
     """In a process of its own: tqdm reads the environment when it is imported."""
-    script = f"from dynamicrag.engine import bars_are_off\nassert bars_are_off() is {not bar}"
+    script = f"from dynamicrag.llm.engine import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 

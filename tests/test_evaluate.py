@@ -15,11 +15,11 @@ import evaluate
 import evaluate_retrieval
 import inference
 import top_inference
-from dynamicrag import tasks
-from dynamicrag.calls import Caller, work_on_fitting
-from dynamicrag.engine import Completion
-from dynamicrag.records import fail_unanswered
-from dynamicrag.scoring import unanswered_reason
+from dynamicrag.evaluation.answers import unanswered_reason
+from dynamicrag.llm.engine import Completion
+from dynamicrag.llm.requests import Caller, work_on_fitting
+from dynamicrag.rows import tasks
+from dynamicrag.rows.records import fail_unanswered
 from dynamicrag.stage import UserError
 
 
@@ -432,7 +432,7 @@ def test_outputs_are_there_whole_or_as_they_were(stage, failing, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynamicrag.atomic.os.fsync", full)
+        patch.setattr("dynamicrag.files.atomic.os.fsync", full)
         with pytest.raises(OSError, match=rf"Errno {errno.ENOSPC}\b"):
             stage.main(flags)
     assert [path.read_bytes() == content for path, content in before.items()] == [failing == 1, True]

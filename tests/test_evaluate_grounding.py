@@ -7,8 +7,8 @@ import pytest
 import spacy
 
 import evaluate
-from dynamicrag import grounding
-from dynamicrag.grounding import BATCH, Support, entities_in, with_entity_support
+from dynamicrag.evaluation import grounding
+from dynamicrag.evaluation.grounding import BATCH, Support, entities_in, with_entity_support
 from dynamicrag.stage import UserError
 
 DOCS = {"carmen": "Carmen is an opera by Georges Bizet, first given in Paris in 1875.", "verdi": "Giuseppe Verdi was born in Roncole in 1813.", "tea": "Tea is a drink."}

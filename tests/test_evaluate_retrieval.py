@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate_retrieval
-from dynamicrag.metrics import bootstrap_interval
-from dynamicrag.ranking import answer_rank, gold_measures
-from dynamicrag.runs import Run, read_qrels, write_run
+from dynamicrag.evaluation.metrics import bootstrap_interval
+from dynamicrag.evaluation.retrieval import answer_rank, gold_measures
+from dynamicrag.rows.trec import Run, read_qrels, write_run
 from dynamicrag.stage import UserError
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
-from dynamicrag.selected import chosen_of, summarise_chosen
+from dynamicrag.evaluation.selections import chosen_of, summarise_chosen
 from dynamicrag.stage import UserError
 
 

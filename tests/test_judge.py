@@ -1,4 +1,4 @@
-"""dynamicrag/judge.py against a real server that misbehaves on demand."""
+"""dynamicrag/reward/judge.py against a real server that misbehaves on demand."""
 
 import hashlib
 import json
@@ -22,9 +22,10 @@ import orjson
 import pytest
 from conftest import at
 
-from dynamicrag import endpoint
 from dynamicrag import judge as judge_module
-from dynamicrag.judge import (
+from dynamicrag.llm import endpoint
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.reward.judge import (
     CRITERIA,
     MAX_TOKENS,
     MOST_REPLIES,
@@ -36,8 +37,7 @@ from dynamicrag.judge import (
     UnreadableGrade,
     parse_grade,
 )
-from dynamicrag.judge_cache import GradeCache
-from dynamicrag.prompts import Prompts
+from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError
 
 SECRET = "sk-very-secret-0123456789"
@@ -624,8 +624,8 @@ def test_the_first_of_the_rows_that_failed_is_named(server, make):
 
 SCRIPT = """
 import signal, sys
-from dynamicrag.judge import Judge
-from dynamicrag.prompts import Prompts
+from dynamicrag.reward.judge import Judge
+from dynamicrag.llm.prompts import Prompts
 prompts = [(response, Prompts().judge("what?", ["gold"], response)) for response in "abcdef"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 try:

@@ -1,4 +1,4 @@
-"""dynamicrag/judge.py and dynamicrag/server.py against a real vLLM server, with a tiny model of random weights: grades of noise, but grades."""
+"""dynamicrag/reward/judge.py and dynamicrag/llm/server.py against a real vLLM server, with a tiny model of random weights: grades of noise, but grades."""
 
 import json
 import os
@@ -20,14 +20,14 @@ import pytest
 from conftest import at, names
 from test_chain import make_tiny_llama
 
-from dynamicrag.chat_templates import read_template
-from dynamicrag.completion_cache import CompletionCache
-from dynamicrag.engine import ApiEngine, Request
-from dynamicrag.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
-from dynamicrag.prompts import Prompts
-from dynamicrag.selection import ids_pattern
+from dynamicrag.llm.completion_cache import CompletionCache
+from dynamicrag.llm.engine import ApiEngine, Request
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.llm.templates import PromptTokenizer
+from dynamicrag.models.chat_templates import read_template
+from dynamicrag.reward.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
+from dynamicrag.rows.identifiers import ids_pattern
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer
 
 REPO = Path(__file__).parents[1]
 START_SECONDS = 300

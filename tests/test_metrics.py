@@ -1,4 +1,4 @@
-"""dynamicrag/metrics.py and the task table: each metric against cases worked out by hand (test_metrics_reference.py: against references)."""
+"""dynamicrag/evaluation/metrics.py and the task table: each metric against cases worked out by hand (test_metrics_reference.py: against references)."""
 
 import random
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamicrag import metrics, tasks
-from dynamicrag.choices import Choice, choices_of, with_choices
-from dynamicrag.metrics import METRIC_NAMES, METRICS, bootstrap_interval, paired_bootstrap, score_row
-from dynamicrag.tasks import TASKS, target_answer, task_of, task_of_row
+from dynamicrag.evaluation.metrics import METRIC_NAMES, METRICS, bootstrap_interval, paired_bootstrap, score_row
+from dynamicrag.rows.choices import Choice, choices_of, with_choices
+from dynamicrag.rows.tasks import TASKS, target_answer, task_of, task_of_row
 
 CASES = [
     # metric, response, answers, score (behaviour 25)

@@ -1,4 +1,4 @@
-"""dynamicrag/metrics.py against public references: rouge-score as it comes, and the published formulae written down anew.
+"""dynamicrag/evaluation/metrics.py against public references: rouge-score as it comes, and the published formulae written down anew.
 
 Each metric is compared on some thousand pairs of a response and a gold answer, seeded: mutations of one another and
 unrelated ones, of texts chosen to be awkward. Where ours differs from the reference on purpose, the test says which pairs
@@ -14,8 +14,8 @@ import unicodedata
 import pytest
 from nltk.stem.porter import PorterStemmer
 
-from dynamicrag import metrics
-from dynamicrag.metrics import METRICS, score_row
+from dynamicrag.evaluation import metrics
+from dynamicrag.evaluation.metrics import METRICS, score_row
 
 NFD = unicodedata.normalize("NFD", "São Tomé, Malmö, Ångström, Việt Nam")
 AWKWARD = [

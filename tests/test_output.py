@@ -24,13 +24,13 @@ from test_io import (
     values,
 )
 
-from dynamicrag import manifest
-from dynamicrag.answering import place_of
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.locks import exclusive, in_turn
-from dynamicrag.manifest import read_manifest
-from dynamicrag.output import Output
-from dynamicrag.records import read_rows
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.files.locks import exclusive, in_turn
+from dynamicrag.llm.answering import place_of
+from dynamicrag.rows import manifest
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
 
 two_runs, taking_turns = test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together

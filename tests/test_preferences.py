@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import construct_dpo
-from dynamicrag.jsonio import read_json
-from dynamicrag.manifest import read_manifest
-from dynamicrag.preferences import generator_pair, reranker_pairs, worth_learning_from
-from dynamicrag.prompts import Prompts
-from dynamicrag.selection import format_ids
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.reward.preferences import generator_pair, reranker_pairs, worth_learning_from
+from dynamicrag.rows.identifiers import format_ids
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.tasks import task_of
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import task_of
 
 PROMPTS = Prompts()
 

@@ -1,4 +1,4 @@
-"""dynamicrag/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
+"""dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
 
 import re
 from argparse import Namespace
@@ -10,11 +10,11 @@ import construct_generator_sft
 import inference
 import process_training_data
 import reranker_sequence
-from dynamicrag.calls import Caller
-from dynamicrag.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
-from dynamicrag.selection import Notation, ids_pattern
+from dynamicrag.llm.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
+from dynamicrag.llm.requests import Caller
+from dynamicrag.rows.identifiers import Notation, ids_pattern
+from dynamicrag.rows.tasks import task_of
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import task_of
 
 DOCS = [
     {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},

@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from playwright.sync_api import expect
 
 import evaluate
-from dynamicrag.output import Output
+from dynamicrag.rows.output import Output
 from dynamicrag.stage import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/report"))
-import cases
-import reading
-import report
 import screenshots
+
+from dynamicrag.report import cases, reading
+from dynamicrag.report import page as report
 
 REPO = Path(__file__).parents[1]
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \u2028 & \"quoted\" $\\frac$"

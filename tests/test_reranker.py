@@ -12,9 +12,9 @@ from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read
 
 import reranker
 from dynamicrag import yesno
-from dynamicrag.monot5 import CrossEncoder, MonoT5, load_reranker
+from dynamicrag.models.reranker import CrossEncoder, MonoT5, load_reranker
+from dynamicrag.models.yes_no import YesNo
 from dynamicrag.stage import UserError
-from dynamicrag.yesno import YesNo
 
 PAIRS = [(make_text(random.Random(number), 2, 9) + "?", f"Title {number} " + make_text(random.Random(-number), 0, 45)) for number in range(40)]
 LONG = "river " * 170_000  # 1 MB

@@ -20,12 +20,12 @@ import aggregate
 import generate_passage_embeddings
 import retriever
 import split_data
-from dynamicrag.batches import length_batches
-from dynamicrag.dense import Encoder
-from dynamicrag.index import FaissIndex, open_index
-from dynamicrag.passages import open_passages, read_passages
-from dynamicrag.paths import matching
-from dynamicrag.shards import Shard, find_shards, open_shards, read_pickled
+from dynamicrag.files.paths import matching
+from dynamicrag.models.batches import length_batches
+from dynamicrag.models.encoder import Encoder
+from dynamicrag.search.index import FaissIndex, open_index
+from dynamicrag.search.passages import open_passages, read_passages
+from dynamicrag.search.shards import Shard, find_shards, open_shards, read_pickled
 from dynamicrag.stage import UserError
 
 QUESTIONS = [{"id": f"q{number}", "question": make_text(random.Random(number), 3, 9)} for number in range(11)]
@@ -290,7 +290,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, encoder_dir):
 
 @pytest.mark.parametrize("n_docs, block", [(7, 65536), (50, 13), (200, 13)])
 def test_exact_search_equals_brute_force(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir, questions, n_docs, block, monkeypatch):
-    monkeypatch.setattr("dynamicrag.flat.BLOCK_VECTORS", block)
+    monkeypatch.setattr("dynamicrag.search.exact.BLOCK_VECTORS", block)
     rows = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "new" / "out.jsonl", "--n_docs", n_docs)
     vectors = np.concatenate([np.load(shards_dir / f"passages_0{shard}.npy") for shard in (0, 1)]).astype(np.float32)
     for row, question in zip(rows, QUESTIONS, strict=True):
@@ -528,7 +528,7 @@ def test_an_array_of_protocol_5_has_its_values_in_any_layout(tmp_path, dump, mod
 def test_a_pickle_that_announces_more_bytes_than_it_has_reserves_none(tmp_path, request):
     """A bytearray of protocol 5 that says it has a gigabyte."""
     (tmp_path / "passages_00").write_bytes(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"x")
-    code = ("import re, sys; from pathlib import Path\nfrom dynamicrag.shards import read_pickled; from dynamicrag.stage import UserError\n"
+    code = ("import re, sys; from pathlib import Path\nfrom dynamicrag.search.shards import read_pickled; from dynamicrag.stage import UserError\n"
             "try: read_pickled(Path(sys.argv[1]))\n"
             "except UserError: print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "passages_00"], capture_output=True, text=True, cwd=request.config.rootpath)
@@ -590,8 +590,8 @@ def work(number):
     """What a retriever leaves behind, without the search."""
     from argparse import Namespace
 
-    from dynamicrag.output import Output
-    from dynamicrag.records import read_rows
+    from dynamicrag.rows.output import Output
+    from dynamicrag.rows.records import read_rows
 
     source = f"data/splits/split_{number}.json"
     args = Namespace(query=source, overwrite=True, seed=1, on_error="fail")

@@ -1,4 +1,4 @@
-"""dynamicrag/rewards.py and reward_trajectories.py: the five terms of a trajectory's reward."""
+"""dynamicrag/reward/terms.py and reward_trajectories.py: the five terms of a trajectory's reward."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reward_trajectories
-from dynamicrag.bertscore import BertScore
-from dynamicrag.jsonio import read_json
-from dynamicrag.judge import JudgeUsage
-from dynamicrag.manifest import read_manifest
-from dynamicrag.metrics import rouge_l
-from dynamicrag.prompts import Prompts
-from dynamicrag.rewards import TERMS, combine, correctness, length_term, parse_weights
+from dynamicrag.evaluation.metrics import rouge_l
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.reward.bertscore import BertScore
+from dynamicrag.reward.judge import JudgeUsage
+from dynamicrag.reward.terms import TERMS, combine, correctness, length_term, parse_weights
+from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError
 
 EQUAL = dict.fromkeys(TERMS, 0.2)
@@ -154,7 +154,7 @@ def test_bertscore_of_nothing(bert):
 
 def test_a_layer_without_a_baseline_is_named(encoder_dir, monkeypatch):
     Path("one-layer.tsv").write_text("LAYER,P,R,F\n0,0.3,0.3,0.3\n")
-    monkeypatch.setattr("dynamicrag.bertscore._baseline_path", lambda model: Path("one-layer.tsv"))
+    monkeypatch.setattr("dynamicrag.reward.bertscore._baseline_path", lambda model: Path("one-layer.tsv"))
     with pytest.raises(UserError, match=at("--bert_layer 2", "one-layer")):
         BertScore(str(encoder_dir), 2, "cpu", "one-layer")
 
@@ -179,7 +179,7 @@ def test_similarities_below_zero_do_not_depend_on_the_padding_beside_them(bert):
 
 def test_more_tokens_than_a_block_change_nothing(bert, monkeypatch):
     scores = bert.score(PAIRS)
-    monkeypatch.setattr("dynamicrag.bertscore.BLOCK_TOKENS", 5)
+    monkeypatch.setattr("dynamicrag.reward.bertscore.BLOCK_TOKENS", 5)
     assert bert.score(PAIRS) == pytest.approx(scores, abs=1e-5)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import make_text, read_jsonl, write_jsonl
 
+from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import derive_dataset, name_of_file
 
 REPO = Path(__file__).parents[1]
 

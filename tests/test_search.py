@@ -14,9 +14,9 @@ from test_retrieval import QUESTIONS, retrieve
 
 import aggregate
 import retriever
-from dynamicrag import bm25
-from dynamicrag.passages import open_passages
-from dynamicrag.runs import fuse
+from dynamicrag.rows.trec import fuse
+from dynamicrag.search import bm25
+from dynamicrag.search.passages import open_passages
 from dynamicrag.stage import UserError
 
 

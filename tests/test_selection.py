@@ -1,4 +1,4 @@
-"""dynamicrag/selection.py: identifiers, written and read."""
+"""dynamicrag/rows/identifiers.py: identifiers, written and read."""
 
 import random
 import re
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dynamicrag.selection import DEFAULT_NOTATION, Notation, Selection, format_ids, ids_pattern, parse_ids
+from dynamicrag.rows.identifiers import DEFAULT_NOTATION, Notation, Selection, format_ids, ids_pattern, parse_ids
 
 selections = st.integers(0, 60).flatmap(
     lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), unique=True, max_size=n) if n else st.just([]))

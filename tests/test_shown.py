@@ -7,7 +7,7 @@ from conftest import at, write_jsonl
 from test_inference import documents, here, question  # noqa: F401  (here is a fixture)
 
 import inference
-from dynamicrag.shown import labelled_documents
+from dynamicrag.rows.shown import labelled_documents
 from dynamicrag.stage import UserError
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import at, logged, names, naming
 
-from dynamicrag.chat_templates import read_template
-from dynamicrag.prompts import Prompts, training_row
+from dynamicrag.llm.prompts import Prompts, training_row
+from dynamicrag.llm.templates import PromptTokenizer, load_prompts
+from dynamicrag.models.chat_templates import read_template
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer, load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
@@ -398,7 +398,7 @@ def test_a_prompt_does_not_depend_on_the_day(checkpoint):
 
 @pytest.mark.parametrize("own", ["{% for %}", "{{ 'x' }}", "{% for i in range(10**9) %}{{ 'x' * 10**6 }}{% endfor %}"])
 def test_a_checkpoints_own_template_is_tried_within_bounds(checkpoint, own, monkeypatch):
-    monkeypatch.setattr("dynamicrag.chat_templates.SECONDS", 2)
+    monkeypatch.setattr("dynamicrag.models.chat_templates.SECONDS", 2)
     model = checkpoint("smollm2", own)
     with pytest.raises(UserError, match=naming(model)):
         load_prompts(model, "auto")

@@ -17,14 +17,14 @@ import construct_generator_sft
 import process_training_data
 import reranker_sequence
 from dynamicrag import trainer
-from dynamicrag.chat_templates import read_template
-from dynamicrag.jsonio import read_json
-from dynamicrag.manifest import read_manifest
-from dynamicrag.prompts import Prompts
-from dynamicrag.selection import parse_ids
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.llm.templates import PromptTokenizer
+from dynamicrag.llm.training_rows import TrainingWindow, check_columns, load_window
+from dynamicrag.models.chat_templates import read_template
+from dynamicrag.rows.identifiers import parse_ids
+from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError
-from dynamicrag.templates import PromptTokenizer
-from dynamicrag.trainer import TrainingWindow, check_columns, load_window
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT, DPO = ROOT / "recipes/llama3_8b/sft.yaml", ROOT / "recipes/llama3_8b/dpo.yaml"

@@ -13,11 +13,11 @@ import construct_generator_sft
 import process_training_data
 import reranker_sequence
 import split_for_sft_dpo
-from dynamicrag.jsonio import read_json
-from dynamicrag.prompts import Prompts
-from dynamicrag.selection import parse_ids
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.rows.identifiers import parse_ids
+from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
-from dynamicrag.tasks import derive_dataset
 
 
 def make_row(number: int, scores: list[float], **more) -> dict:

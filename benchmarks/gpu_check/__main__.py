@@ -135,7 +135,7 @@ def flattened(figures: dict, prefix: str = "") -> list[str]:
 
 
 def table(records: list[dict]) -> str:
-    from dynamicrag.tables import markdown_table
+    from dynamicrag.evaluation.tables import markdown_table
 
     rows = []
     for record in records:

@@ -34,7 +34,7 @@ def encoder(run: Run) -> None:
     import torch
     from transformers import BertModel
 
-    from dynamicrag.dense import Encoder
+    from dynamicrag.models.encoder import Encoder
 
     device = run.device
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def reranker(run: Run) -> None:
 
 
 def _batch(model, pairs, rows: slice):
-    from dynamicrag.batches import pad
+    from dynamicrag.models.batches import pad
 
     inputs = model.tokenize(pairs)[rows]
     ids, mask = pad([tokens for tokens, _ in inputs], model.pad_id, model.device)
@@ -114,7 +114,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from dynamicrag.monot5 import MonoT5, load_reranker
+    from dynamicrag.models.reranker import MonoT5, load_reranker
 
     torch.manual_seed(3)
     tokenizer = data.t5_tokenizer(500 if run.dry else 20_000)
@@ -164,7 +164,7 @@ def _cross_encoder(run: Run, pairs, labels: int, kept: dict, device: str) -> dic
     import torch
     from transformers import BertForSequenceClassification
 
-    from dynamicrag.monot5 import CrossEncoder, load_reranker
+    from dynamicrag.models.reranker import CrossEncoder, load_reranker
 
     torch.manual_seed(4)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
@@ -192,7 +192,7 @@ def _cross_encoder(run: Run, pairs, labels: int, kept: dict, device: str) -> dic
 
 
 def _throughput(folder, pairs, batch_tokens: int, device: str) -> dict:
-    from dynamicrag.monot5 import load_reranker
+    from dynamicrag.models.reranker import load_reranker
 
     model = load_reranker(str(folder), device)
     model.score(pairs[:512], batch_tokens)
@@ -213,7 +213,7 @@ def bertscore(run: Run) -> None:
     import torch
     from transformers import BertModel
 
-    from dynamicrag.bertscore import BertScore
+    from dynamicrag.reward.bertscore import BertScore
 
     device = run.device
     torch.manual_seed(5)

@@ -51,7 +51,7 @@ def main(model: Path) -> None:
     """In a process of its own: start the engine, and ask for the same batch twice."""
     import re
 
-    from dynamicrag.engine import Request, VllmEngine
+    from dynamicrag.llm.engine import Request, VllmEngine
 
     args = Namespace(template="template/smollm2.jinja", max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.3, dtype="auto")
     engine = VllmEngine(str(model), args)

@@ -105,7 +105,7 @@ def _clean(more: dict) -> dict:
 def _prepared() -> dict:
     """prepare_vllm() in a process of its own: whether it takes the CPU, and what it leaves in the environment."""
     needs("vllm")
-    code = ("import os, json; from dynamicrag.engine import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
+    code = ("import os, json; from dynamicrag.llm.engine import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
             "print(json.dumps([on_cpu, torch.cuda.is_available(), os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK'), "
             "os.environ.get('VLLM_WORKER_MULTIPROC_METHOD')]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_clean({}), capture_output=True, text=True, timeout=60)

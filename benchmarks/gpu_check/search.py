@@ -128,7 +128,7 @@ def _settings(module, values: dict):
 def _not_finite(made, asked: int, device: str, small: dict) -> dict:
     """NaN, infinity and a length beyond float32, each in the last block: the error names the position."""
     from dynamicrag import flat
-    from dynamicrag.rescoring import NotFiniteError
+    from dynamicrag.search.inner_products import NotFiniteError
 
     position, queries = len(made) - 11, questions_about(made, asked).cpu().numpy()
     for value in (float("nan"), float("inf")):
@@ -243,7 +243,7 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
     steps = {"rounding": (flat._Part, "_round"), "selection": (flat._Best, "consider"), "sifting": (flat._Best, "_sift"), "settling": (flat._Best, "settle")}
     absent = [name for owner, name in steps.values() if not hasattr(owner, name)]
     if absent:
-        raise Skipped(f"dynamicrag.flat has no {', '.join(absent)}")
+        raise Skipped(f"dynamicrag.search.exact has no {', '.join(absent)}")
     seconds, calls, running, last = {"product": 0.0}, {}, ["product"], [time.perf_counter()]
 
     def turn() -> None:

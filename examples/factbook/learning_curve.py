@@ -24,10 +24,10 @@ import yaml
 from oracle import ORDERS
 from warm_up import conversations, read_questions
 
-from dynamicrag.jsonio import read_json, write_json
-from dynamicrag.prompts import DEFAULT_PROMPTS, Prompts
+from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.files.jsonio import read_json, write_json
+from dynamicrag.llm.prompts import DEFAULT_PROMPTS, Prompts
 from dynamicrag.stage import ArgumentParser, UserError, log, run
-from dynamicrag.tables import markdown_table
 
 RECIPE = "recipes/smollm2_135m/warm_up.yaml"
 DOCUMENT = {

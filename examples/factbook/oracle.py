@@ -14,7 +14,7 @@ import random
 
 from warm_up import read_questions, show
 
-from dynamicrag.jsonio import write_json
+from dynamicrag.files.jsonio import write_json
 from dynamicrag.stage import ArgumentParser, derive_seed, log, run
 
 ORDERS = ("retrieval", "shuffled")

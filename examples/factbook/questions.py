@@ -17,7 +17,7 @@ from pathlib import Path
 from facts import NOT_COUNTRIES, Fact, is_clean, normalise, number, read_facts, segments
 from proof import JOINT, NUMBER_WORDS, check, enumerate_words
 
-from dynamicrag.jsonio import read_json, write_json
+from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
 WEIGHTS = {"one": 30, "two": 14, "bridge": 12, "many": 12, "none": 10, "verify": 10, "long": 6, "ambiguous": 6}

@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dynamicrag.jsonio import read_json
-from dynamicrag.monot5 import document_text
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.models.reranker import document_text
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
 # How much faster the new classification head learns than the encoder beneath it.

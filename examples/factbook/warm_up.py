@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from facts import Fact, read_facts
 from questions import MAKERS, Pool, find_paragraphs, find_unique
 
-from dynamicrag.jsonio import read_json, write_json
-from dynamicrag.prompts import Prompts, add_prompts_flag, as_text, training_row
-from dynamicrag.selection import format_ids
+from dynamicrag.files.jsonio import read_json, write_json
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag, as_text, training_row
+from dynamicrag.llm.training_rows import add_length_flags, check_columns, load_window
+from dynamicrag.rows.identifiers import format_ids
+from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
-from dynamicrag.tasks import target_answer
-from dynamicrag.trainer import add_length_flags, check_columns, load_window
 
 # How often each kind is tried for a further question. Those of several documents succeed rarely among so few; those that
 # need none always do.

@@ -14,7 +14,7 @@ from test_inference import StubEngine
 from tqdm import tqdm
 
 from dynamicrag import calls, stage
-from dynamicrag.chat_templates import read_template
+from dynamicrag.models.chat_templates import read_template
 
 SECONDS = 20  # no bad file keeps a stage busy for longer
 DOCS = [

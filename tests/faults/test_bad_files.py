@@ -19,8 +19,8 @@ import pytest
 from conftest import at, write_jsonl
 from running import assert_refused, flags_of, make_good, retriever_manifest, row, run
 
-from dynamicrag import templates
-from dynamicrag.judge_cache import GradeCache
+from dynamicrag.llm import templates
+from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_jsonl
 from running import DOCS, ROW_STAGES, assert_refused, flags_of, make_good, retriever_manifest, row, run
 
-from dynamicrag.runs import is_run
+from dynamicrag.rows.trec import is_run
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import pytest
 from conftest import at, logged, names, naming, write_jsonl
 from running import flags_of, make_good, row, run
 
-from dynamicrag.endpoint import check_url, read_key
-from dynamicrag.engine import ApiEngine, Request
-from dynamicrag.jsonio import read_json
-from dynamicrag.scoring import unanswered_reason
+from dynamicrag.evaluation.answers import unanswered_reason
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.endpoint import check_url, read_key
+from dynamicrag.llm.engine import ApiEngine, Request
 from dynamicrag.stage import UserError
 
 REPO = Path(__file__).parents[2]
@@ -68,8 +68,8 @@ def listening():
 
 @pytest.fixture
 def server(listening, monkeypatch):
-    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 1)
-    monkeypatch.setattr("dynamicrag.server.RETRY_SECONDS", 0)
+    monkeypatch.setattr("dynamicrag.llm.endpoint.ATTEMPTS", 1)
+    monkeypatch.setattr("dynamicrag.llm.server.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     return listening
 
@@ -217,9 +217,9 @@ def refusal(status: int, message: str, param=None, code=None) -> tuple[int, dict
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr("dynamicrag.endpoint.ATTEMPTS", 4)
-    monkeypatch.setattr("dynamicrag.endpoint.MAX_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("dynamicrag.server.RETRY_SECONDS", 0)
+    monkeypatch.setattr("dynamicrag.llm.endpoint.ATTEMPTS", 4)
+    monkeypatch.setattr("dynamicrag.llm.endpoint.MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("dynamicrag.llm.server.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server = Fake()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"

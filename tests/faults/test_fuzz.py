@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import row
 
-from dynamicrag import jsonio
-from dynamicrag.jsonio import read_json
-from dynamicrag.manifest import read_manifest
-from dynamicrag.passages import read_passages
-from dynamicrag.prompts import Prompts, as_text
-from dynamicrag.records import POSITION_KEYS, TRAJECTORY_KEYS, RowError, normalise_row, read_rows
-from dynamicrag.runs import Run, read_qrels
-from dynamicrag.selection import format_ids, ids_pattern, parse_ids
-from dynamicrag.shards import open_shards, read_pickled
+from dynamicrag.files import jsonio
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import Prompts, as_text
+from dynamicrag.rows.identifiers import format_ids, ids_pattern, parse_ids
+from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.records import POSITION_KEYS, TRAJECTORY_KEYS, RowError, normalise_row, read_rows
+from dynamicrag.rows.trec import Run, read_qrels
+from dynamicrag.search.passages import read_passages
+from dynamicrag.search.shards import open_shards, read_pickled
 from dynamicrag.stage import UserError
 
 TIMES = int(os.environ.get("FUZZ", "1"))

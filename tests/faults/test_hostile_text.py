@@ -15,11 +15,11 @@ import pytest
 from conftest import SCORERS, read_jsonl, write_jsonl
 from running import DOCS, ROW_STAGES, ShortWindow, answer, flags_of, make_good, retriever_manifest, row, run
 
-from dynamicrag.jsonio import read_json
-from dynamicrag.prompts import TURN_MARKERS, Prompts, as_text, training_row
-from dynamicrag.scoring import unanswered_reason
-from dynamicrag.selection import parse_ids
-from dynamicrag.templates import forgeable
+from dynamicrag.evaluation.answers import unanswered_reason
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.prompts import TURN_MARKERS, Prompts, as_text, training_row
+from dynamicrag.llm.templates import forgeable
+from dynamicrag.rows.identifiers import parse_ids
 
 LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
 MADE = {

@@ -1,0 +1,1 @@
+"""Evaluation: metrics of answers, selections and retrieval, and the tables of results."""

@@ -1,0 +1,139 @@
+"""Answers scored question by question, and what a whole run comes to: score, cost, selection, and why questions went unanswered."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from dynamicrag.evaluation.grounding import Support, summarise_support
+from dynamicrag.evaluation.metrics import bootstrap_interval, score_row
+from dynamicrag.evaluation.selections import Chosen, chosen_of, summarise_chosen
+from dynamicrag.rows.gold import Matches
+from dynamicrag.rows.records import Row
+from dynamicrag.rows.tasks import task_of_row
+from dynamicrag.stage import UserError, log
+
+MISSING = "missing from the results"
+# Why a question has no answer, by how the `error` of its row begins.
+REASONS = {
+    "no_selection": ("no selection in",), "no_answer": ("no answer in",),
+    "question_too_long": ("the question alone is longer", "a prompt of"), "refused": ("refused by the server", "the server failed"), "missing": (MISSING,),
+}
+
+
+class Outcome(NamedTuple):
+    """One question. `documents` is None and `usage` empty if it was not answered or its row does not say; `reason` is None if it was."""
+
+    score: float  # in [0, 1]
+    metric: str
+    group: str
+    reason: str | None
+    documents: int | None
+    usage: dict[str, int]
+    chosen: Chosen | None
+    support: Support | None
+
+
+def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Outcome | None:
+    """A row under `metric`, or its data set's own; None where it has no gold answer. Without a `response` it is wrong."""
+    metric = metric or task_of_row(row).metric
+    answered = isinstance(row.get("response"), str)
+    score = score_row(metric, row["response"] if answered else "", row)
+    if score is None:
+        return None
+    return Outcome(
+        score, metric, str(row.get(group_by, "")),
+        None if answered else unanswered_reason(row),
+        _documents_of(row) if answered else None,
+        row.get("usage", {}) if answered else {},
+        chosen_of(row, path),
+        row["entity_support"] if isinstance(row.get("entity_support"), Support) else None,
+    )
+
+
+def _documents_of(row: Row) -> int | None:
+    """How many documents a question was answered from, None if its row does not say."""
+    chosen = next((row[key] for key in ("id_list", "final_docs") if row.get(key) is not None), None)
+    return None if chosen is None else len(chosen)
+
+
+def unanswered_reason(row: Row) -> str:
+    """One of REASONS, or other: an error that no stage writes, or a response that is no text."""
+    error = str(row.get("error", ""))
+    return next((reason for reason, beginnings in REASONS.items() if error.startswith(beginnings)), "other")
+
+
+def summarise(
+    rows: Iterable[Row], metric: str | None, group_by: str, seed: int, path: str = "the results", repeated: Mapping[str, int] | None = None
+) -> tuple[dict, dict[str, float]]:
+    """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
+
+    Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
+    counted, as are those that the caller left out of `rows` since their question came before, `repeated` by file, which is
+    read when the rows are. `selection` is there where it is known of a row which documents it needs, `entity_support` where the rows
+    have it. `path` is what errors call the rows' file.
+    """
+    outcomes: dict[str, Outcome] = {}
+    without_gold_answer: list[str] = []
+    grounded = False
+    matches = Matches()
+    for row in rows:
+        grounded |= isinstance(row.get("entity_support", ...), Support | None)  # else it is a key of the data set
+        outcome = score_question(row, metric, group_by, path)
+        if outcome is None:
+            without_gold_answer.append(row["id"])
+        else:
+            outcomes[row["id"]] = outcome
+            if (chosen := outcome.chosen) and (chosen.retrieved is not None or chosen.chosen):
+                matches.add(outcome.group, chosen.needed, chosen.right if chosen.retrieved is None else chosen.retrieved)
+    if not outcomes:
+        raise UserError(f"{path}: no row has a gold answer to score against; give rows with answers, or --eval_file")
+    if without_gold_answer:
+        log.warning("%s: without a gold answer and not counted: %d rows, %s the first", path, len(without_gold_answer), without_gold_answer[0])
+    matches.warn(path)
+    by_group: dict[str, list[Outcome]] = defaultdict(list)
+    usage: dict[str, list[int]] = defaultdict(list)
+    for outcome in outcomes.values():
+        by_group[outcome.group].append(outcome)
+        for key, value in outcome.usage.items():
+            usage[key].append(value)
+    if by_group.keys() == {""} and group_by != "dataset":
+        log.warning("%s: no row has the key %r of --group_by: there are no groups", path, group_by)
+    every = list(outcomes.values())
+    reasons = Counter(outcome.reason for outcome in every if outcome.reason)
+    documents = [outcome.documents for outcome in every if outcome.documents is not None]
+    summary = {
+        "metric": _metrics(every),
+        **_scores(every, seed),
+        "unanswered": reasons.total(),
+        "unanswered_by_reason": {reason: reasons[reason] for reason in (*REASONS, "other")},
+        "without_gold_answer": len(without_gold_answer),
+        "repeated": sum((repeated or {}).values()),
+        "documents": _mean_documents(every),
+        "documents_known": len(documents),
+        "none_share": documents.count(0) / len(documents) if documents else 0.0,
+        **{key: statistics.fmean(values) for key, values in usage.items()},
+        "groups": {
+            group: {"metrics": _metrics(members), **_scores(members, seed), "documents": _mean_documents(members)}
+            for group, members in sorted(by_group.items())
+        },
+    }
+    if chosen := [outcome.chosen for outcome in every if outcome.chosen]:
+        summary["selection"] = summarise_chosen(chosen)
+    if grounded:
+        summary["entity_support"] = summarise_support([outcome.support for outcome in every if outcome.support])
+    return summary, {row_id: outcome.score for row_id, outcome in outcomes.items()}
+
+
+def _metrics(outcomes: list[Outcome]) -> str:
+    return "+".join(sorted({outcome.metric for outcome in outcomes}))
+
+
+def _scores(outcomes: list[Outcome], seed: int) -> dict:
+    values = [outcome.score for outcome in outcomes]
+    low, high = bootstrap_interval(values, seed)
+    return {"n": len(values), "score": 100 * statistics.fmean(values), "low": 100 * low, "high": 100 * high}
+
+
+def _mean_documents(outcomes: list[Outcome]) -> float:
+    return statistics.fmean([outcome.documents for outcome in outcomes if outcome.documents is not None] or [0.0])

@@ -1,0 +1,105 @@
+"""Tables of results in Markdown, one line per system, with columns that line up in a terminal too: scores, selections, comparisons."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dynamicrag.evaluation.selections import UNANSWERED
+
+Summaries = dict[str, dict]  # by system, as scoring.summarise() gives them
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def system_names(results_files: list[str]) -> list[str]:
+    """File names without suffix, or whole paths where several are called the same."""
+    stems = [Path(path).stem for path in results_files]
+    return stems if len(set(stems)) == len(stems) else results_files
+
+
+def summary_tables(summaries: Summaries) -> str:
+    """One line per system: score with interval, metric, documents, cost, rows left out if there are any; then score and documents by group."""
+    columns: dict[str, Callable[[dict], str]] = {
+        "n": lambda s: str(s["n"]),
+        "score": lambda s: f"{s['score']:.1f}",
+        "95 %": lambda s: f"{s['low']:.1f} to {s['high']:.1f}",
+        "metric": lambda s: s["metric"],
+        "documents": lambda s: f"{s['documents']:.2f}" if s.get("documents_known", s["n"]) else "",
+        "None": lambda s: f"{100 * s['none_share']:.0f} %" if s.get("documents_known", s["n"]) else "",
+        "unanswered": lambda s: str(s["unanswered"]),
+        "calls": lambda s: f"{s.get('calls', 0):.1f}",
+        "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
+        "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
+    }
+    for heading, key in (("no gold answer", "without_gold_answer"), ("repeated", "repeated")):
+        if any(summary.get(key) for summary in summaries.values()):
+            columns[f"left out: {heading}"] = lambda s, key=key: str(s.get(key, 0))
+    if any("entity_support" in summary for summary in summaries.values()):
+        columns["entities in chosen"] = lambda s: f"{_number(s['entity_support']['chosen'])} (of {s['entity_support']['responses']})"
+        columns["in retrieved"] = lambda s: _number(s["entity_support"]["retrieved"])
+    rows = [[name, *(show(summary) for show in columns.values())] for name, summary in summaries.items()]
+    tables = [markdown_table(["system", *columns], rows)]
+    groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
+    if len(groups) > 1:
+        def group_cell(summary: dict, group: str) -> str:
+            found = summary["groups"].get(group)
+            return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
+
+        def heading(group: str) -> str:
+            metrics = {summary["groups"][group].get("metrics", "") for summary in summaries.values() if group in summary["groups"]} - {""}
+            return f"{group} ({', '.join(sorted(metrics))})" if metrics else group
+
+        rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
+        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *map(heading, groups)], rows))
+    return "\n\n".join(tables)
+
+
+def selection_tables(summaries: Summaries) -> str:
+    """Where gold documents are known: one line a system, then how many documents it chose by how many are needed."""
+    known = {name: summary["selection"] for name, summary in summaries.items() if "selection" in summary}
+    if not known:
+        return ""
+    lines = [
+        [
+            name, str(found["n"]), str(found["needing_documents"]),
+            *(_number(found[key]) for key in ("precision", "recall", "f1", "recall_ceiling", "exact")),
+            *(_number(found[key], 2) for key in ("needed_k", "chosen_k")),
+        ]
+        for name, found in known.items()
+    ]
+    header = ["system", "n", "need some", "precision", "recall", "F1", "recall of all retrieved", "exact", "needed k", "chosen k"]
+    counts = {(name, needed): cell for name, found in known.items() for needed, cell in found["by_needed_k"].items()}
+    chosen = sorted({k for cell in counts.values() for k in cell["counts"]} - {UNANSWERED}, key=int)
+    if any(UNANSWERED in cell["counts"] for cell in counts.values()):
+        chosen.append(UNANSWERED)
+    by_k = [
+        [name, needed, _number(cell["chosen_k"], 2), *(str(cell["counts"].get(k, 0)) for k in chosen)]
+        for (name, needed), cell in counts.items()
+    ]
+    return (
+        "Documents chosen against gold documents:\n\n" + markdown_table(header, lines)
+        + "\n\nQuestions by documents needed (lines) and chosen (columns):\n\n"
+        + markdown_table(["system", "needed", "mean chosen", *chosen], by_k)
+    )
+
+
+def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
+    """One line per system that the first is compared with; the metric only if it is known (it is in files written since it is stored)."""
+    with_metric = any("metric" in found for found in compared.values())
+    lines = [
+        [
+            name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}",
+            *([found.get("metric", "")] if with_metric else []),
+        ]
+        for name, found in compared.items()
+    ]
+    header = ["system", "n", "difference", "95 %", "p", *(["metric"] if with_metric else [])]
+    return f"{first} minus each of the others:\n\n" + markdown_table(header, lines)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

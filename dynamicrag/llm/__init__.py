@@ -1,0 +1,1 @@
+"""The LLM: prompts, requests, and the engine or server that answers them."""

@@ -1,0 +1,70 @@
+"""The completions of a run that is not finished, on disk: what a server was paid for once is not paid for again.
+
+Rows are written a chunk at a time, and a chunk needs several calls a question. A crash or a kill within it would lose every
+call that was answered; so each is appended to `<output>.partial.completions.jsonl` when it comes, and the file goes when the
+run is finished.
+"""
+
+import hashlib
+from dataclasses import astuple
+from pathlib import Path
+
+import orjson
+
+from dynamicrag.files.atomic import naming
+from dynamicrag.llm.completion import Request, Sample
+
+Reply = tuple[list[Sample], int, int]  # samples, tokens of the prompt, tokens generated
+
+
+class CompletionCache:
+    """Replies by what was asked, in a file of one run. Nothing is read or written before the first get() or put()."""
+
+    def __init__(self, output: str | Path):
+        self.path = Path(f"{output}.partial.completions.jsonl")
+        self._replies: dict[str, Reply] | None = None
+        self._file = None
+
+    def get(self, key: str) -> Reply | None:
+        if self._replies is None:
+            self._replies = self._read()
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Add a reply; it survives a kill when this returns. Raises OSError, naming the file."""
+        samples, *tokens = reply
+        line = orjson.dumps([key, [astuple(sample) for sample in samples], *tokens])
+        with naming(self.path):
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+                line = b"\n" + line  # a kill may have left half a line
+            self._file.write(line + b"\n")
+        if self._replies is not None:
+            self._replies[key] = reply
+
+    def remove(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._replies = None
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Reply]:
+        """What is there; a line that is torn or anything else is left out, and is asked for again."""
+        replies: dict[str, Reply] = {}
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                for line in file:
+                    try:
+                        key, samples, prompt_tokens, generated_tokens = orjson.loads(line)
+                        read = [Sample(*sample) for sample in samples]
+                    except (ValueError, TypeError):
+                        continue
+                    if all(isinstance(sample.text, str | None) for sample in read) and type(prompt_tokens) is type(generated_tokens) is int:
+                        replies[str(key)] = read, prompt_tokens, generated_tokens
+        return replies
+
+
+def key_of(model: str, request: Request, *more: object) -> str:
+    """What decides a reply: the model and all that is asked of it. Where the server listens does not."""
+    asked = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, request.stop, *more]
+    return hashlib.blake2b(orjson.dumps(asked), digest_size=16).hexdigest()

@@ -1,0 +1,270 @@
+"""The LLM: vLLM in this process, on GPUs and on the CPU alike, or any OpenAI-compatible server.
+
+Requests go in as one large batch. Each carries its own seed (see stage.derive_seed), so that a sample does not depend on its
+place in the batch. On a GPU the last digits of a sum do depend on the batch, and with them an answer now and then, unless
+VLLM_BATCH_INVARIANT=1.
+"""
+
+import io
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import orjson
+
+from dynamicrag.llm.completion import (
+    OPENS,
+    Completion,
+    Request,
+    Sample,
+    completion_of,
+    leaves_open,
+    refused,
+)
+from dynamicrag.llm.prompts import prefix_of
+from dynamicrag.llm.server import ApiEngine
+from dynamicrag.llm.templates import (
+    AUTO,
+    PromptTokenizer,
+    forgeable,
+    in_threads,
+    load_prompts,
+)
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.models.device import warn_of_unused_gpus
+from dynamicrag.stage import UserError, log
+
+# vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
+# parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
+VLLM_ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns of every weight it converts
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+DEFAULT_WINDOW = 8192  # tokens: more costs memory that no prompt here needs
+
+
+def add_engine_flags(parser: ArgumentParser) -> None:
+    """The flags of every stage that calls an LLM."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
+    group.add_argument("--template", default=AUTO, help="chat template: auto is the checkpoint's own, or else the one of template/*.jinja it was "
+                       "trained with; or one of template/*.jinja")
+    group.add_argument("--enable-thinking", nargs="?", const="on", choices=["on", "off"],
+                       help="let the model reason first, if its chat template has a switch for that (default: off, and as a server has it)")
+    group.add_argument("--api-base", metavar="URL", help="use an OpenAI-compatible server instead; it applies its own template. Azure: "
+                       "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs one model is spread over")
+    group.add_argument("--max-model-len", type=int, help=f"window in tokens, prompt and answer together (default: {DEFAULT_WINDOW}, or the model's own if "
+                       "that is smaller)")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory vLLM may take")
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="weights' type")
+
+
+def resolve_model(name: str) -> str:
+    """The checkpoint a model name stands for.
+
+    A folder with a config.json is itself. The output folder of the recipes, `NAME/sft` and `NAME/dpo`, stands for its
+    newest stage: DPO where that has finished, else SFT. Anything else is taken for a hub name.
+    """
+    folder = Path(name)
+    for stage_folder in (folder, folder / "dpo", folder / "sft"):
+        if (config := stage_folder / "config.json").is_file():
+            try:
+                orjson.loads(config.read_bytes())
+            except orjson.JSONDecodeError as error:
+                raise UserError(f"{config}: not valid JSON ({error}); train the model again, or give another --llm-model") from error
+            return str(stage_folder)
+    if folder.is_dir() or name.startswith("DynamicRAG_") or name.startswith(("/", ".")):
+        raise UserError(
+            f"{name}: no model there (neither it nor its sft/ or dpo/ has a config.json); "
+            "train it with llamafactory-cli train recipes/<model>/sft.yaml, or give --llm-model a checkpoint folder"
+        )
+    return name
+
+
+def engine_inputs(args: Namespace) -> list[str]:
+    """What decides the output of an LLM stage besides its rows: template, prompts and checkpoint folders."""
+    models = [] if args.api_base else [args.llm_model, args.reranker_model]
+    checkpoints = [resolve_model(model) for model in models if model]
+    files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
+    return [*files, *(name for name in checkpoints if Path(name).is_dir())]
+
+
+def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
+    """The engine the flags of add_engine_flags ask for."""
+    if args.api_base:
+        if args.max_model_len:
+            log.warning("--max-model-len has no effect with --api-base: the server's own window decides, and what it refuses as too long "
+                        "costs its own question")
+        return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
+    return VllmEngine(resolve_model(args.llm_model), args)
+
+
+def model_window(model: str) -> int | None:
+    """The longest sequence a model's config.json allows, in tokens; None if it does not say."""
+    from transformers import PretrainedConfig
+
+    from dynamicrag.models.checkpoints import loading
+
+    with loading(model, "a language model"):
+        config, _ = PretrainedConfig.get_config_dict(model)
+        config = {**config, **(config.get("text_config") or {})}
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+        windows = [config[name] for name in names if type(config.get(name)) is int and config[name] > 0]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if windows and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+            windows = [int((rope.get("original_max_position_embeddings") or min(windows)) * rope.get("factor", 1))]
+    return min(windows, default=None)
+
+
+def window_of(model: str, asked: int | None) -> int:
+    """--max-model-len, by default the smaller of DEFAULT_WINDOW and the model's own. Raises UserError for more than its own."""
+    own = model_window(model)
+    if asked and own and asked > own and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, or leave it out")
+    if not asked and own and own < DEFAULT_WINDOW:
+        log.info("--max-model-len is %d, the window of %s", own, model)
+    return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
+
+
+def bars_are_off() -> bool:
+    """Whether tqdm shows no bars (TQDM_DISABLE=1): vLLM's own divides by the time that such a bar does not measure."""
+    from tqdm import tqdm
+
+    return tqdm(total=1, file=io.StringIO()).disable
+
+
+def bind_cores(cores: set[int], ranks: int) -> str:
+    """The cores of each rank, as vLLM's CPU build reads them: `0|1`. All are in use; by default vLLM leaves one idle per rank.
+
+    Ranks share all cores if there are more ranks than cores.
+    """
+    ordered = sorted(cores)
+    parts = [ordered[rank * len(ordered) // ranks : (rank + 1) * len(ordered) // ranks] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part if all(parts) else ordered)) for part in parts)
+
+
+def prepare_vllm(ranks: int = 1) -> bool:
+    """Set the environment that `ranks` processes of vLLM need and import it; True if it runs on the CPU.
+
+    vLLM itself says which platform it has: the CPU build may stand beside a GPU. Raises UserError if it has none.
+    """
+    for name, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm.platforms import current_platform
+
+    if not current_platform.device_type:
+        raise UserError("vLLM: this build is for GPUs and sees none here; check nvidia-smi and CUDA_VISIBLE_DEVICES, install "
+                        "the CPU build with bash scripts/setup.sh cpu, or give --api-base the address of a server")
+    if not current_platform.is_cpu():
+        return False
+    warn_of_unused_gpus("vLLM's CPU build")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(os.sched_getaffinity(0), ranks))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return True
+
+
+class VllmEngine:
+    """vLLM in process. Prompts are rendered with a chat template chosen here and handed over as token ids."""
+
+    def __init__(self, model: str, args: Namespace):
+        """Raises UserError for a template that is not the model's, and for whatever vLLM refuses."""
+        # What can be refused without the weights is, before they are loaded.
+        self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
+        self.max_model_len = window_of(model, args.max_model_len)
+        on_cpu = prepare_vllm(args.tensor_parallel_size)
+        from vllm import LLM
+
+        # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
+        # prompts in blocks of 128 tokens: each of several samples would read what is left over of its prompt again.
+        on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": self.max_model_len, "block_size": 32} if on_cpu else {}
+        log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
+        try:
+            self._llm = LLM(
+                model=model,
+                tensor_parallel_size=args.tensor_parallel_size,
+                max_model_len=self.max_model_len,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
+                enable_prefix_caching=True,
+                enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
+                generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
+                **on_a_cpu,
+            )
+        except Exception as error:  # for what does not suit it, it raises whatever its libraries do
+            raise UserError(f"{model}: vLLM cannot load it: {_refusal(error)}; see --max-model-len, --dtype, --gpu-memory-utilization "
+                            "and --tensor-parallel-size, or give another --llm-model") from error
+        tokenizer = self._prompts.tokenizer
+        if tokens := forgeable(self._prompts.chat_template, tokenizer):
+            log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/llm/prompts.py "
+                        "before you train", self._prompts.name, ", ".join(tokens))
+        if self._prompts.opens_reasoning:
+            log.warning("%s opens the model's reasoning; a selection that is constrained (--constrain-ids on) is written without any, "
+                        "and the limits of tokens count the reasoning", self._prompts.name)
+        # Tags that are special tokens would be taken out of the text, and leave the reasoning in it.
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
+        self._tags_are_special = len(self._special) < len(special)
+
+    def place(self) -> dict[str, str]:
+        """The name of the device, and the type in which it computes: what `--dtype auto` came to."""
+        from vllm.platforms import current_platform
+
+        return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
+
+    def fits(self, messages: Messages, max_tokens: int) -> bool:
+        """Whether the prompt leaves room for an answer of max_tokens in the window."""
+        return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
+
+    def complete(self, requests: list[Request]) -> list[Completion]:
+        """Run all requests as one batch, in order. A prompt longer than the window is a completion without a text, and the reason."""
+        if not requests:
+            return []
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        prompts, params, asked = [], [], []
+        completions: list[Completion | None] = [None] * len(requests)
+        ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
+        for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
+            if len(ids) + request.max_tokens > self.max_model_len:
+                completions[number] = refused(request, f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} ({request.limit}) "
+                                                       f"within --max-model-len {self.max_model_len}")
+                continue
+            asked.append(number)
+            prompts.append({"prompt_token_ids": ids})
+            params.append(SamplingParams(
+                n=request.n, temperature=request.temperature, top_p=request.top_p,
+                max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
+                structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+                stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
+            ))
+        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if asked else []
+        for number, output in zip(asked, outputs, strict=True):
+            completions[number] = completion_of(
+                [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
+                prompt_tokens=len(output.prompt_token_ids),
+                generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
+                opened=leaves_open(prefix_of(requests[number].messages), self._prompts.opens_reasoning),
+            )
+        return completions
+
+    def _stop_tokens(self, stop: tuple[str, ...]) -> list[int]:
+        """The ids of the special tokens among `stop`: as texts they are never seen, since the output is without them."""
+        return [self._prompts.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self._special]
+
+    def _readable(self, text: str) -> str:
+        """A text without special tokens, but for the tags of reasoning."""
+        for token in self._special if self._tags_are_special else ():
+            text = text.replace(token, "")
+        return text
+
+
+def _refusal(error: Exception) -> str:
+    """What vLLM refuses, in one line: a pydantic error has a heading and an ending that say nothing."""
+    if hasattr(error, "errors") and (errors := error.errors()):
+        return str(errors[0].get("msg", error)).removeprefix("Value error, ")
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,277 @@
+"""Every prompt of the project, once. Training rows, sampling and inference all call these functions, so that what a
+model is trained on and what it is asked later are the same bytes.
+
+A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`). Besides words
+it may change the separator between documents, and the numbers in the answering prompt (`numbers: original`, those of all the
+documents retrieved); ask without a system prompt (`system: null`); begin the model's answer (`prefix`) and end it (`stop`, a text
+or several); give data sets other instructions; and name another form of selections (`identifier`, `identifier_separator`, `none`):
+
+    reranker: {user: "...", identifier: "D{n}", identifier_separator: " > ", none: "-", prefix: "Needed: ", stop: "\\n"}
+    generator: {system: null, separator: "\\n", numbers: original, stop: ["\\n\\n", "Question:"]}
+    instructions: {nq: Answer in one word.}
+
+A prefix is no part of what is read. It and `system: null` are for asking a checkpoint that was trained so: LLaMA-Factory's
+rows can express neither.
+"""
+
+import re
+import string
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.rows.identifiers import DEFAULT_NOTATION, Notation
+from dynamicrag.rows.records import Doc
+from dynamicrag.rows.tasks import dataset_named, task_of_row
+from dynamicrag.stage import UserError
+
+DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
+    "reranker": {
+        "system": "You choose the documents that are needed to answer a question.",
+        "user": (
+            "Question: {question}\n\n{documents}\n\n"
+            "Which documents are needed to answer the question: {question}\n"
+            "Write their identifiers, the most important first, as in [2], [1]. Write None if no document is needed."
+        ),
+        # The identifier stands on both sides of the text: a small model copies it more reliably from the near side.
+        "document": "[{n}] {title}\n{text} [{n}]",
+        "separator": "\n\n",
+        "identifier": DEFAULT_NOTATION.identifier,
+        "identifier_separator": DEFAULT_NOTATION.separator,
+        "none": DEFAULT_NOTATION.none,
+        "prefix": None,
+        "stop": (),
+    },
+    "pointwise": {
+        "system": "You judge whether a document is needed to answer a question.",
+        "user": "Question: {question}\n\n{documents}\n\nIs this document needed to answer the question? Write Yes or No.",
+        "document": "{title}\n{text}",
+        "prefix": None,
+        "stop": (),
+    },
+    "generator": {
+        "system": "You answer questions, using the documents where they help.",
+        "user": "{documents}\n\nQuestion: {question}\n{instruction}",
+        "user_without_documents": "Question: {question}\n{instruction}",
+        "document": "[{n}] {title}\n{text}",
+        "separator": "\n\n",
+        "numbers": "new",
+        "prefix": None,
+        "stop": (),
+    },
+    "judge": {
+        "system": "You grade answers strictly and fairly.",
+        "user": (
+            "Question: {question}\nReference answers: {answers}\nAnswer to grade: {response}\n\n"
+            "Give 0 to 20 points for each of: correctness against the reference, completeness, relevance to the question, "
+            "absence of unsupported claims, clarity. Reply with a JSON object with the integer keys "
+            "correctness, completeness, relevance, support, clarity."
+        ),
+    },
+}
+# What chat templates mark turns with. A tokenizer reads these in a document as it reads them from the template, so that a
+# document could end its turn and begin another; with a space after the first character they are nothing but text.
+TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
+MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
+NUMBERS = ("new", "original")
+PLACEHOLDERS = {
+    ("reranker", "user"): {"question", "documents"},
+    ("reranker", "document"): {"n", "title", "text"},
+    ("reranker", "identifier"): {"n"},
+    ("pointwise", "user"): {"question", "documents"},
+    ("pointwise", "document"): {"n", "title", "text"},
+    ("generator", "user"): {"question", "documents", "instruction"},
+    ("generator", "user_without_documents"): {"question", "instruction"},
+    ("generator", "document"): {"n", "title", "text"},
+    ("judge", "user"): {"question", "answers", "response"},
+}
+# Without these a prompt asks for something else.
+REQUIRED = {
+    ("reranker", "user"): {"question", "documents"}, ("pointwise", "user"): {"question", "documents"},
+    ("generator", "user"): {"question", "documents"}, ("generator", "user_without_documents"): {"question"},
+    ("reranker", "identifier"): {"n"},
+    **{(name, "document"): {"text"} for name in ("reranker", "pointwise", "generator")}, ("judge", "user"): {"response"},
+}
+
+
+def add_prompts_flag(parser: ArgumentParser) -> None:
+    parser.add_argument("--prompts", metavar="FILE", help="YAML file of other prompts; keys as in dynamicrag/llm/prompts.py")
+
+
+def as_text(text: str) -> str:
+    """A text in which no tokenizer finds a marker of template/*.jinja: `<|im_end|>` is `< |im_end|>`, all else unchanged."""
+    return TURN_MARKERS.sub(r"\g<0> ", text)
+
+
+class Prompts:
+    """The prompts in use: the project's own, or those of a YAML file over them."""
+
+    def __init__(self, path: str | None = None):
+        """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder too many or too few, or a turn marker."""
+        self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
+        self._instructions: dict[str, str] = {}
+        self._notation = DEFAULT_NOTATION
+        if path is not None:
+            self._override(Path(path))
+
+    def _override(self, path: Path) -> None:
+        given = read_yaml(path, "prompts")
+        if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
+            raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
+        for dataset, text in given.pop("instructions", {}).items():
+            self._instructions[dataset_named(str(dataset)) or str(dataset)] = self._checked(f"{path}: instructions.{dataset}", text, set(), set()).format()
+        for name, parts in given.items():
+            for part, text in parts.items():
+                where = f"{path}: {name}.{part}"
+                if part not in self._texts.get(name, {}):
+                    raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
+                if part in ("system", "prefix") and text is None:
+                    self._texts[name][part] = None
+                    continue
+                if part == "stop":
+                    self._texts[name][part] = _stop_strings(where, text)
+                    continue
+                if part == "numbers" and text not in NUMBERS:
+                    raise UserError(f"{where}: expected {' or '.join(NUMBERS)}, got {text!r}")
+                known, required = PLACEHOLDERS.get((name, part), set()), REQUIRED.get((name, part), set())
+                self._texts[name][part] = self._checked(where, text, known, required, blank=part.endswith("separator"))
+        self._notation = self._notation_of(path, given.get("reranker", {}))
+
+    def _notation_of(self, path: Path, given: Mapping[str, object]) -> Notation:
+        """The form of selections. Raises UserError for one that cannot be read, or that the prompt does not ask for."""
+        texts = self._texts["reranker"]
+        try:
+            notation = Notation(texts["identifier"], texts["identifier_separator"].format(), texts["none"].format())
+        except ValueError as error:
+            raise UserError(f"{path}: reranker.identifier: {error}; give another identifier, identifier_separator or none") from error
+        if notation != DEFAULT_NOTATION and "user" not in given:
+            raise UserError(f"{path}: reranker.user: names another form of selections than reranker.identifier; give a text that asks "
+                            f"for {notation.write([2, 1])!r} or {notation.none!r}")
+        return notation
+
+    @staticmethod
+    def _checked(where: str, text: object, known: set[str], required: set[str], blank: bool = False) -> str:
+        """A text with some of the `known` placeholders, all of the `required`; `blank`: it may be nothing but spaces."""
+        if not isinstance(text, str) or not (text if blank else text.strip()):
+            # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
+            raise UserError(f"{where}: expected a text that is not empty")
+        if marker := TURN_MARKERS.search(text):
+            found = text[marker.start() : marker.start() + 20]
+            raise UserError(f"{where}: {found!r} begins with what a chat template marks turns with; a prompt is the text between")
+        try:
+            fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; a literal brace is written twice") from error
+        for _, field, form, conversion in fields:
+            if field not in known or form or conversion:
+                known_names = ", ".join(f"{{{placeholder}}}" for placeholder in sorted(known)) or "none"
+                raise UserError(f"{where}: unknown placeholder {{{field}}}; there are {known_names}, without format")
+        if missing := sorted(required - {field for _, field, _, _ in fields}):
+            raise UserError(f"{where}: has no {{{missing[0]}}}; a prompt without it does not ask the question")
+        return text
+
+    @property
+    def notation(self) -> Notation:
+        """How a selection is written."""
+        return self._notation
+
+    def stop(self, name: str) -> tuple[str, ...]:
+        """The texts that end an answer to the prompt `name`; they are no part of it."""
+        return self._texts[name]["stop"]
+
+    def instruction(self, row: Mapping) -> str:
+        """What the generator is told about the form of a row's answer: by the file, else as the row's task has it."""
+        return self._instructions.get(row.get("dataset") or "") or task_of_row(row).instruction
+
+    def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
+        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
+
+        The form that the prompt names and that models are trained to write is `notation`'s: `[2], [1]`, or `None`. Which other
+        forms count in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        """
+        return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
+
+    def pointwise(self, question: str, doc: Doc) -> Messages:
+        """Asks whether one document is needed. The answer has to begin with Yes or No."""
+        return self._messages("pointwise", "user", question=question, documents=self._documents("pointwise", [doc]))
+
+    def generator(self, question: str, docs: Sequence[Doc], instruction: str, numbers: Sequence[int] | None = None) -> Messages:
+        """Asks for the answer from `docs`, or from no document.
+
+        They are numbered from 1 in the order given, or, if the file asks for original numbers, by `numbers`: their 1-based
+        positions in the documents they were chosen from.
+        """
+        if not docs:
+            return self._messages("generator", "user_without_documents", question=question, instruction=instruction)
+        documents = self._documents("generator", docs, numbers if self._texts["generator"]["numbers"] == "original" else None)
+        return self._messages("generator", "user", question=question, documents=documents, instruction=instruction)
+
+    def judge(self, question: str, answers: Sequence[str], response: str) -> Messages:
+        """Asks for five grades of 0 to 20 points."""
+        return self._messages("judge", "user", question=question, answers="; ".join(answers), response=response)
+
+    def _documents(self, name: str, docs: Sequence[Doc], numbers: Sequence[int] | None = None) -> str:
+        parts = self._texts[name]
+        numbered = zip(numbers or range(1, len(docs) + 1), docs, strict=True)
+        return parts.get("separator", "\n\n").format().join(parts["document"].format(n=n, title=doc["title"], text=doc["text"]) for n, doc in numbered)
+
+    def _messages(self, name: str, user: str, **fields: str) -> Messages:
+        system, prefix = self._texts[name]["system"], self._texts[name].get("prefix")
+        return [
+            *([{"role": "system", "content": system.format()}] if system else []),
+            {"role": "user", "content": as_text(self._texts[name][user].format(**fields))},
+            *([{"role": "assistant", "content": prefix.format()}] if prefix else []),
+        ]
+
+
+def prefix_of(messages: Messages) -> str:
+    """The text with which the model's answer begins, "" if it begins itself."""
+    return messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+
+
+def _stop_strings(where: str, given: object) -> tuple[str, ...]:
+    texts = tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{where}: expected a text that is not empty, or a list of such texts")
+    return texts
+
+
+def read_yaml(path: Path, of: str) -> object:
+    """A YAML file of `of`, without aliases, of which a few lines can unfold to any size, and without tags, which name types. Raises UserError."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_PROMPTS_BYTES + 1).decode()
+        if len(text) > MOST_PROMPTS_BYTES:
+            raise ValueError("it is larger than 1 MB")
+        depth = 0
+        for token in yaml.scan(text):
+            kind = type(token).__name__
+            depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+            if kind in ("AliasToken", "TagToken") or depth > MOST_LEVELS:
+                what = "aliases (*name) and tags (!name) have no place in it" if depth <= MOST_LEVELS else "it is nested too deep"
+                raise ValueError(f"line {token.start_mark.line + 1}: {what}")
+        return yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable YAML file of {of}: {error}") from error
+
+
+def _names() -> list[str]:
+    return [*(f"{name}.{part}" for name, parts in DEFAULT_PROMPTS.items() for part in parts), "instructions.DATASET"]
+
+
+def training_row(messages: Messages, **targets: str) -> dict[str, str]:
+    """A LLaMA-Factory row: the user turn is the instruction, the system prompt has its own column, input is empty.
+
+    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a system turn,
+    and for one with a prefix.
+    """
+    if messages[0]["role"] != "system":  # LLaMA-Factory would put a system prompt of its own in its place
+        raise UserError("--prompts: system: null is for asking a checkpoint that was trained so; give a text to train with")
+    if prefix_of(messages):
+        raise UserError("--prompts: prefix: is for asking a checkpoint that was trained so; leave it out to train")
+    system, user = messages
+    answers = {name: as_text(target) for name, target in targets.items()}
+    return {"instruction": user["content"], "input": "", **answers, "system": system["content"]}

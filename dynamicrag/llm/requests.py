@@ -1,0 +1,217 @@
+"""The two LLM calls of DynamicRAG, as requests: choose documents, then answer from them.
+
+Sampling, inference and top-N inference build their requests here and nowhere else.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dynamicrag.llm.completion import Completion, Request
+from dynamicrag.llm.completion_cache import CompletionCache
+from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag
+from dynamicrag.llm.templates import in_threads
+from dynamicrag.models.chat_templates import Messages
+from dynamicrag.rows.identifiers import Notation, Selection, ids_pattern, parse_ids
+from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.tasks import task_of_row
+from dynamicrag.stage import UserError, derive_seed, log
+
+
+def add_call_flags(parser: ArgumentParser) -> None:
+    """The flags of every stage that lets an LLM choose documents."""
+    group = parser.add_argument_group("calls")
+    add_prompts_flag(group)
+    group.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
+    group.add_argument("--reranker-template", help="its chat template, where not --template")
+    group.add_argument("--selection-temperature", type=float, default=0.0, help="of selections, except where trajectories are sampled (--temperature)")
+    group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers; a model that reasons first needs more")
+    group.add_argument(
+        "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/rows/tasks.py)"
+    )
+    group.add_argument(
+        "--constrain-ids", choices=["on", "off"], default="on",
+        help="let the reranker write nothing but None or identifiers of the documents shown (a server that splits off a model's "
+        "reasoning constrains what follows it)",
+    )
+    group.add_argument("--dataset", help="data set of every row, over what the rows say")
+    group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
+
+
+def documents_that_fit(
+    engine: VllmEngine | ApiEngine, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
+) -> list[Doc]:
+    """The longest beginning of `docs` whose prompt leaves max_tokens in the window; whole documents go, from the end.
+
+    Raises UserError where not even the question fits.
+    """
+    if engine.fits(build(docs), max_tokens):
+        return list(docs)
+    fitting, too_many = 0, len(docs)
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if engine.fits(build(docs[:middle]), max_tokens):
+            fitting = middle
+        else:
+            too_many = middle
+    if fitting == 0 and not engine.fits(build([]), max_tokens):
+        [question] = [message["content"] for message in build([]) if message["role"] == "user"]
+        raise UserError(f"a question alone is longer than --max-model-len: {question[:80]!r}...")
+    return list(docs[:fitting])
+
+
+def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
+    """The 1-based positions of `chosen` in `docs`, by id; of documents with one id, the first."""
+    positions = {doc["id"]: position for position, doc in reversed(list(enumerate(docs, start=1)))}
+    return [positions[doc["id"]] for doc in chosen]
+
+
+def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
+    """Who chooses and who answers: one model for both, unless --reranker-model names another (`both`: it is needed).
+
+    Two models in this process share the GPU memory that one would have had.
+    """
+    if not (both and args.reranker_model):
+        caller = Caller(load_engine(args), args)
+        return caller, caller
+    shared = {**vars(args), "gpu_memory_utilization": args.gpu_memory_utilization / 2}
+    choosing = {"llm_model": args.reranker_model, "template": args.reranker_template or args.template}
+    generator = Caller(load_engine(Namespace(**shared)), args)
+    return Caller(load_engine(Namespace(**{**shared, **choosing})), args), generator
+
+
+def work_on_fitting(
+    rows: list[Row], callers: tuple["Caller", "Caller"], work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
+) -> list[Row]:
+    """work() on the rows whose question fits the window and fail(row, reason) on the others, results in order.
+
+    One over-long question costs itself, not the run.
+    """
+    models = list(dict.fromkeys(callers))
+    reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
+    reasons = {row["id"]: reason for row, reason in zip(rows, reasons_in_order, strict=True)}
+    done = iter(work([row for row in rows if not reasons[row["id"]]]))
+    return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
+
+
+@contextmanager
+def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
+    """A run that writes `output`: what a server answers is kept until the run is through, and what was cut off is said at its end."""
+    models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
+    if overwrite:
+        cache.remove()
+    for caller in models:
+        caller.begin(cache)
+    try:
+        yield
+    finally:
+        for caller in models:
+            caller.say_cut_off()
+    cache.remove()
+
+
+def read_selection(completion: Completion, sample: int, n_docs: int, notation: Notation) -> Selection:
+    """The selection that a sample of a completion is."""
+    if reason := completion.reason("selection", sample):
+        return Selection([], False, reason=reason)
+    return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off, notation)
+
+
+class Caller:
+    """Builds the requests of one run from its flags, and asks them."""
+
+    def __init__(self, engine: VllmEngine | ApiEngine, args: Namespace):
+        self._args = args
+        self.engine = engine
+        self.prompts = Prompts(args.prompts)
+        self._said_cut = False
+        self._texts, self._cut_off = Counter(), Counter()  # by the flag of the limit, and the limit
+
+    def begin(self, cache: CompletionCache) -> None:
+        """Begin a run: count what is cut off from here on, and keep what a server answers in `cache`."""
+        self._texts.clear()
+        self._cut_off.clear()
+        if isinstance(self.engine, ApiEngine):
+            self.engine.keep_in(cache)
+
+    def ask(self, requests: list[Request]) -> list[Completion]:
+        """Run all requests as one batch, in order."""
+        completions = self.engine.complete(requests)
+        for request, completion in zip(requests, completions, strict=True):
+            self._texts[request.limit, request.max_tokens] += len(completion.texts)
+            self._cut_off[request.limit, request.max_tokens] += len(completion.cut_off)
+        return completions
+
+    def say_cut_off(self) -> None:
+        """One warning for each limit that has cut texts off."""
+        for (flag, limit), number in sorted(self._cut_off.items()):
+            if number:
+                what = "selections" if flag == "--selection-max-tokens" else "answers"
+                log.warning("%d of %d %s were cut off at %d tokens; raise %s", number, self._texts[flag, limit], what, limit, flag)
+
+    def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
+        fitting = documents_that_fit(self.engine, build, docs, max_tokens)
+        if len(fitting) < len(docs) and not self._said_cut:
+            log.warning(
+                "%d of %d documents of a question fit the window, the others are left out; this is said once, and "
+                "docs_shown of each row tells how many the reranker saw", len(fitting), len(docs),
+            )
+            self._said_cut = True
+        return fitting
+
+    def too_long(self, row: Row) -> str | None:
+        """Why a row cannot be asked at all: its question alone, without a document, does not fit the window."""
+        task = task_of_row(row)
+        prompts = [
+            (self.prompts.reranker(row["question"], []), self._args.selection_max_tokens),
+            (self.prompts.generator(row["question"], [], self.prompts.instruction(row)), self._args.answer_max_tokens or task.max_tokens),
+        ]
+        if all(self.engine.fits(messages, max_tokens) for messages, max_tokens in prompts):
+            return None
+        window = getattr(self.engine, "max_model_len", self._args.max_model_len)
+        return f"the question alone is longer than --max-model-len {window}: {row['question'][:80]!r}"
+
+    def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
+        """Those of `docs` that fit the reranker's prompt."""
+        return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens)
+
+    def select(
+        self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float | None = None, top_p: float = 1.0
+    ) -> Request:
+        """Choose among `docs`; `n` samples of it, by default at --selection-temperature. `purpose` tells apart the seeds of one row's several requests."""
+        return Request(
+            messages=self.prompts.reranker(row["question"], docs),
+            seed=derive_seed(self._args.seed, row["id"], purpose),
+            max_tokens=self._args.selection_max_tokens,
+            n=n, temperature=self._args.selection_temperature if temperature is None else temperature, top_p=top_p,
+            pattern=ids_pattern(len(docs), self.prompts.notation) if self._args.constrain_ids == "on" else None,
+            stop=self.prompts.stop("reranker"), limit="--selection-max-tokens",
+        )
+
+    def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
+        """Answer from `docs`, greedily."""
+        task = task_of_row(row)
+        max_tokens = self._args.answer_max_tokens or task.max_tokens
+
+        numbers = positions_of(row["docs"], docs)
+
+        def build(some: Sequence[Doc]) -> Messages:
+            return self.prompts.generator(row["question"], some, self.prompts.instruction(row), numbers[: len(some)])
+
+        return Request(
+            messages=build(self._fit(build, docs, max_tokens)),
+            seed=derive_seed(self._args.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
+            max_tokens=max_tokens, stop=self.prompts.stop("generator"),
+        )
+
+    def judge_document(self, row: Row, doc: Doc) -> Request:
+        """Ask whether one document is needed: Yes or No (the pointwise baseline)."""
+        return Request(
+            messages=self.prompts.pointwise(row["question"], doc),
+            seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),
+            max_tokens=self._args.selection_max_tokens,
+            pattern="(Yes|No)" if self._args.constrain_ids == "on" else None,
+            stop=self.prompts.stop("pointwise"), limit="--selection-max-tokens",
+        )

@@ -1,0 +1,1 @@
+"""Encoders and rerankers: checkpoints as their authors ship them, in batches, on a device."""

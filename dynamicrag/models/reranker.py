@@ -1,0 +1,241 @@
+"""Pointwise rerankers: the probability that a document is relevant to a question.
+
+MonoT5 (Nogueira et al., 2020, arXiv 2003.06713): a T5 reads `Query: q Document: d Relevant:` and the first token it
+would write is compared over `true` and `false`. CrossEncoder: a sequence classifier over the pair, the same outputs. A
+causal model that says yes or no is in dynamicrag/models/yes_no.py. Which of the three a checkpoint is, its configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dynamicrag.models.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
+from dynamicrag.models.checkpoints import NO_CODE, load_tokenizer, load_weights, loading, positions, read_json
+from dynamicrag.models.device import pick_device, pick_dtype
+from dynamicrag.stage import UserError, log
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Pair = tuple[str, str]  # question, document: title and text
+Tokens = tuple[list[int], list[int]]  # ids of a pair, and their segments (empty: the model has none)
+
+# A longer text is cut before it is tokenised: no tokenizer here makes one token of more characters than this.
+CHARACTERS_PER_TOKEN = 100
+
+
+def document_text(doc: dict) -> str:
+    """How every reranker reads a document, in training and in use."""
+    return f"{doc['title']} {doc['text']}".strip()
+
+
+class Pointwise:
+    """What all rerankers share: batches of similar length over many pairs."""
+
+    left = False  # whether batches are padded on the left
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        self.model = model.to(device).eval()
+        self.tokenizer, self.device, self.max_length = tokenizer, device, max_length
+        self.pad_id = tokenizer.pad_token_id or 0
+
+    def score(
+        self, pairs: list[Pair], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """P(relevant) of each pair, float32 [len(pairs)] in [0, 1], in the order of the pairs.
+
+        `batch_tokens` bounds the padded tokens of a batch (by default what suits the device); `progress` is called with
+        the size of every one.
+        """
+        return self.score_tokens(self.tokenize(pairs), batch_tokens, progress)
+
+    def score_tokens(
+        self, inputs: list[Tokens], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """score() of pairs that tokenize() has cut into tokens."""
+        import numpy as np
+        import torch
+
+        scores = np.empty(len(inputs), dtype=np.float32)
+        scored = []  # fetched at the end: a GPU works on one batch while the next is padded
+        with torch.inference_mode():
+            for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens or default_batch_tokens(self.device)):
+                ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device, self.left)
+                types, _ = pad([inputs[position][1] for position in batch], 0, self.device)
+                scored.append((batch, self.forward(ids, mask, types)))
+                if progress is not None:
+                    progress(len(batch))
+            for batch, of_batch in scored:
+                scores[batch] = of_batch.cpu().numpy()
+        return scores
+
+    def said(self) -> str:
+        """What a score is, on one line."""
+        raise NotImplementedError
+
+    def _cut(self, text: str) -> str:
+        return text[: self.max_length * CHARACTERS_PER_TOKEN]
+
+    def _first_tokens(self, text: str, count: int) -> str:
+        """The part of a text that its first `count` tokens cover."""
+        text = self._cut(text)
+        kept = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
+        return text[: kept[-1][1]] if kept else text
+
+
+class MonoT5(Pointwise):
+    """A sequence-to-sequence checkpoint, judged by its first token."""
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        super().__init__(model, tokenizer, device, max_length)
+        self.true_false = [self._one_token(word) for word in ("true", "false")]
+
+    def said(self) -> str:
+        return f"monoT5, P(true) of true and false, at most {self.max_length} tokens"
+
+    def _one_token(self, word: str) -> int:
+        tokens = self._tokens(word)
+        if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
+            raise UserError(f"the tokenizer writes {word!r} as the tokens {tokens}; monoT5 needs a T5 tokenizer, in which "
+                            "it is a single one")
+        return tokens[0]
+
+    def _tokens(self, text: str | list[str]) -> list:
+        return self.tokenizer(text, add_special_tokens=False, **IDS_ALONE)["input_ids"]
+
+    def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
+        """Tokens of each prompt. Only the document is cut (and a question beyond half the window): `Relevant:` stays."""
+        if not pairs:
+            return []
+        document, relevant = self._tokens("Document:"), [*self._tokens("Relevant:"), self.tokenizer.eos_token_id]
+        questions = list(dict.fromkeys(question for question, _ in pairs))  # each is asked of many documents
+        starts = dict(zip(questions, self._tokens([f"Query: {self._cut(question)}" for question in questions]), strict=True))
+        texts = self._tokens([self._cut(text) for _, text in pairs])
+        inputs = []
+        for (question, _), text in zip(pairs, texts, strict=True):
+            start = starts[question][: self.max_length // 2] + document
+            tokens = start + text[: self.max_length - len(start) - len(relevant)] + relevant
+            inputs.append((tokens, []))
+        return inputs
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Softmax over the logits of true and false for the first token, in float32: [batch, length] -> [batch]."""
+        hidden = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = self._first_token(hidden, mask).float() @ self.model.lm_head.weight[self.true_false].float().T
+        return logits.softmax(dim=-1)[:, 0]
+
+    def _first_token(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The decoder's output at its first position, for encoder states [batch, length, width]: [batch, width].
+
+        There is one query a document, so its keys and values need not be computed for every token: K h . q is
+        h . K'q, and a weighted sum of values is V of that sum of states. This spares two products a layer with every
+        encoder state, a seventh of the work of a T5-base. The one token attends to itself with weight 1.
+        """
+        decoder, config = self.model.decoder, self.model.config
+        start = mask.new_full((len(hidden),), config.decoder_start_token_id)
+        state = decoder.embed_tokens(start)
+        ignored = (mask == 0)[:, None]
+        for block in decoder.block:
+            itself, cross, feed_forward = block.layer
+            attention = itself.SelfAttention
+            state = state + attention.o(attention.v(itself.layer_norm(state)))
+            attention = cross.EncDecAttention
+            keys, values = (part.weight.view(config.num_heads, config.d_kv, -1) for part in (attention.k, attention.v))
+            query = attention.q(cross.layer_norm(state)).view(-1, config.num_heads, config.d_kv)
+            scores = (query.transpose(0, 1) @ keys).transpose(0, 1) @ hidden.transpose(1, 2)  # [batch, heads, length]
+            weights = scores.float().masked_fill(ignored, float("-inf")).softmax(dim=-1).to(hidden.dtype)
+            summed = (weights @ hidden).transpose(0, 1) @ values.transpose(1, 2)  # [heads, batch, d_kv]
+            state = state + attention.o(summed.transpose(0, 1).reshape(len(state), -1))
+            state = feed_forward(state)
+        state = decoder.final_layer_norm(state)
+        return state * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else state
+
+
+class CrossEncoder(Pointwise):
+    """A sequence classifier: one label (sigmoid) or two, the second being `relevant` (softmax)."""
+
+    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+        super().__init__(model, tokenizer, device, max_length)
+        if model.config.num_labels > 2:
+            raise UserError(f"the classifier has {model.config.num_labels} labels; a reranker has one or two")
+        if getattr(model.config, "pad_token_id", None) is None:  # a causal model's classifier finds the last token by it
+            model.config.pad_token_id = self.pad_id
+
+    def said(self) -> str:
+        of = "the sigmoid of its one logit" if self.model.config.num_labels == 1 else "the softmax of its second of two logits"
+        return f"a sequence classifier, {of}, at most {self.max_length} tokens"
+
+    def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
+        """Tokens and segments of each pair. Only the document is cut (and a question beyond half the window)."""
+        if not pairs:
+            return []
+        halves = {question: self._first_tokens(question, self.max_length // 2) for question in dict.fromkeys(question for question, _ in pairs)}
+        questions = [halves[question] for question, _ in pairs]
+        texts = [self._cut(text) for _, text in pairs]
+        encoded = self.tokenizer(
+            questions, texts, truncation="only_second", max_length=self.max_length, return_token_type_ids=True, return_attention_mask=False
+        )
+        return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Logits to [0, 1], in float32."""
+        segments = {"token_type_ids": types} if "token_type_ids" in self.tokenizer.model_input_names else {}
+        logits = self.model(input_ids=ids, attention_mask=mask, **segments).logits.float()
+        return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=-1)[:, 1]
+
+
+def load_reranker(
+    path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512, instruction: str | None = None,
+    system_prompt: str | None = None,
+) -> Pointwise:
+    """The reranker in a Hugging Face folder (or of a hub name), of the kind that its architecture says.
+
+    `instruction` and `system_prompt` are for causal models. Raises UserError where it is none of the three kinds.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    from dynamicrag.models.yes_no import YesNo
+
+    logging.disable_progress_bar()
+    device = pick_device(device)
+    with loading(path, "a reranker"):
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
+        options = {}
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            kind, auto = CrossEncoder, AutoModelForSequenceClassification
+        elif any(name.endswith("ForCausalLM") for name in config.architectures or []):
+            kind, auto = YesNo, AutoModelForCausalLM
+            options = {"path": path, "instruction": instruction, "system_prompt": system_prompt}
+        elif config.model_type in ("t5", "mt5"):
+            kind, auto = MonoT5, AutoModelForSeq2SeqLM
+        else:
+            raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5, a sequence classifier or a causal model")
+        if kind is not YesNo and (instruction is not None or system_prompt is not None):
+            raise UserError(f"{path}: is a {kind.__name__}, which reads no --instruction and no --system_prompt; leave them out")
+        model = load_weights(auto, path, dtype=pick_dtype(dtype, device))
+        if kind is CrossEncoder:
+            _warn_of_other_uses(path, config)
+        window = positions(model) or max_length  # a T5 has relative positions, no limit
+        tokenizer, max_length = load_tokenizer(path, model), min(max_length, window)
+    try:
+        return kind(model, tokenizer, device, max_length, **options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _warn_of_other_uses(path: str, config: object) -> None:
+    """Warn where sentence-transformers' CrossEncoder would compute another score: it may apply another function, or a prompt.
+
+    An Identity gives the logit itself, of which the sigmoid is the same order and a probability.
+    """
+    shipped = read_json(path, "config_sentence_transformers.json") or {}
+    within = getattr(config, "sentence_transformers", None) or {}
+    function = within.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or shipped.get("activation_fn")
+    if function and str(function).rpartition(".")[2] not in ("Sigmoid", "Identity"):
+        log.warning("%s: its authors apply %s to its logits, and rerank_score is their sigmoid or softmax", path, function)
+    prompt = (shipped.get("prompts") or {}).get(shipped.get("default_prompt_name"))
+    if prompt:
+        log.warning("%s: its authors put the prompt %r before each pair, which is not done here", path, prompt)

@@ -1,0 +1,1 @@
+"""The report: one HTML page of the tables, figures and cases of a results folder."""

@@ -1,0 +1,183 @@
+"""The sections that compare systems: generators, rerankers, fixed and dynamic k, and what is chosen. Captions say what is seen."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamicrag.report import figures
+from dynamicrag.report.drawing import picture
+from dynamicrag.report.sections import Section, Table, slug
+from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set, by_generator
+from dynamicrag.rows.records import Row
+
+
+def kind_of(row: Row) -> str:
+    """What a question is grouped by: its kind, where rows have one, else its data set."""
+    return str(row.get("kind") or row.get("dataset") or "other")
+
+
+def overlap(one: System, other: System) -> bool:
+    return one.summary["low"] <= other.summary["high"] and other.summary["low"] <= one.summary["high"]
+
+
+def findings(members: Sequence[System]) -> list[str]:
+    """What dynamic selection comes to beside the best fixed number of documents: a sentence a generator of one evaluation set."""
+    sentences = []
+    for generator, own in by_generator(members).items():
+        dynamic = next((system for system in own if system.selector == "dynamic"), None)
+        fixed = max((system for system in own if system.fixed), key=lambda system: system.score, default=None)
+        if dynamic and fixed:
+            sentences.append(
+                f"On {members[0].evaluation_set}, {generator} with dynamic selection scores {dynamic.score:.1f} from "
+                f"{dynamic.documents:.2f} documents a question; its best fixed number, {fixed.label}, "
+                f"{fixed.score:.1f} from {fixed.documents:.2f}. The intervals "
+                f"{'overlap' if overlap(dynamic, fixed) else 'do not overlap'}."
+            )
+    return sentences
+
+
+def group_tables(systems: Sequence[System]) -> list[Table]:
+    """Score and mean documents by data set and by question kind, of the evaluation sets that have several."""
+    tables = []
+    for name, members in by_evaluation_set(list(systems)).items():
+        for what, summaries in (("data set", [one.summary for one in members]), ("question kind", [one.kinds for one in members])):
+            groups = sorted({group for summary in summaries if summary for group in summary["groups"]})
+            if len(groups) < 2:
+                continue
+            sizes = {group: max(summary["groups"].get(group, {"n": 0})["n"] for summary in summaries if summary) for group in groups}
+            cells = [[summary["groups"].get(group) for group in groups] for summary in summaries if summary]
+            shown = [[f"{cell['score']:.1f} ({cell['documents']:.1f})" if cell else "" for cell in line] for line in cells]
+            rows = [[system.name, *line] for system, line in zip((one for one in members if one.kinds or what == "data set"), shown, strict=True)]
+            header = ["system", *(f"{group or 'other'} ({sizes[group]})" for group in groups)]
+            tables.append(Table(f"{name} by {what}", header, rows, "score, and mean documents in brackets; questions in the heading"))
+    return tables
+
+
+def generators(systems: Sequence[System], folder: Path) -> Section:
+    section = Section("generators", "Generators", "Every model with dynamic selection, on every data set.")
+    found: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
+    for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
+        for system in members:
+            for group, cell in system.summary["groups"].items():
+                found[name, group][system.name.replace(" · dynamic", "")] = cell
+    if not found:
+        section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
+        return section
+    sets, data_sets = Counter(name for name, _ in found), Counter(group for _, group in found)
+    groups = {}  # a set of one data set is called by its own name, a data set in several sets by both
+    for (name, group), cells in found.items():
+        label = name if sets[name] == 1 else group or "other"
+        groups[label if sets[name] == 1 or data_sets[group] == 1 else f"{label} of {name}"] = cells
+    compared = [cells for cells in groups.values() if len(cells) > 1]
+    apart = sum(max(cell["low"] for cell in cells.values()) > min(cell["high"] for cell in cells.values()) for cells in compared)
+    best = Counter()
+    for cells in compared:
+        ranked = sorted(cells, key=lambda model: -cells[model]["score"])
+        best[ranked[0]] += cells[ranked[0]]["score"] > cells[ranked[1]]["score"]
+    caption = "Score by data set, with 95 % intervals."
+    if compared:
+        shares = " and ".join(f"{model} is highest on {count}" for model, count in best.most_common() if count) or "None is highest on any"
+        caption += f" {shares} of {len(groups)}; "
+        caption += f"on {apart} two intervals do not overlap." if apart else "the intervals overlap on all."
+    groups = {f"{group}, n = {max(cell['n'] for cell in cells.values())}": cells for group, cells in groups.items()}
+    bars = {group: ", ".join(f"{model} {cell['score']:.1f}" for model, cell in cells.items()) for group, cells in groups.items()}
+    alt = "Grouped bars: " + "; ".join(f"{group}: {shown}" for group, shown in bars.items())
+    section.pictures.append(picture(folder, "generators", lambda width: figures.generator_bars(groups, width), alt, caption))
+    return section
+
+
+def rerankers(systems: Sequence[System], folder: Path) -> Section:
+    section = Section("rerankers", "Rerankers", "The same model answers from the documents that different selectors choose.")
+    for name, members in by_evaluation_set(list(systems)).items():
+        compared = [system for own in by_generator(members).values() if len(own) > 1 for system in own]
+        if not compared:
+            continue
+        sentences = [f"{name}: score by selector, with 95 % intervals."]
+        for generator, own in by_generator(compared).items():
+            choosing = [system for system in own if not system.knows]
+            best = max(choosing or own, key=lambda system: system.score)
+            sentences.append(f"With {generator}, {best.label} is highest ({best.score:.1f})")
+            if (dynamic := next((system for system in own if system.selector == "dynamic"), None)) and len(choosing) > 1:
+                within = sum(overlap(dynamic, other) for other in choosing if other is not dynamic)
+                sentences[-1] += f"; the interval of dynamic overlaps those of {within} of the {len(choosing) - 1} others"
+            sentences[-1] += "."
+        alt = "Bars: " + "; ".join(f"{system.name} {system.score:.1f}" for system in compared)
+        section.pictures.append(picture(
+            folder, f"rerankers_{slug(name)}", lambda width, shown=compared: figures.selector_bars(shown, width), alt, " ".join(sentences),
+        ))
+    if not section.pictures:
+        section.missing = "no model has results of several selectors; SELECTORS of the settings file and scripts/09_infer.sh make them."
+    return section
+
+
+def documents(systems: Sequence[System], folder: Path) -> Section:
+    section = Section("k", "Fixed k and dynamic k", "No document, the first K, and all that are shown, against a number chosen for each question.")
+    for name, members in by_evaluation_set(list(systems)).items():
+        shown = [system for own in by_generator(members).values() if sum(one.fixed for one in own) > 1
+                 for system in own if system.fixed or system.selector == "dynamic"]
+        if not shown:
+            continue
+        points = [
+            f"{one.generator} dynamic: {one.score:.1f} at k = {one.documents:.2f}, {one.prompt_tokens:.0f} prompt tokens"
+            for one in shown if one.selector == "dynamic"
+        ]
+        caption = f"{name}: score with 95 % intervals, and prompt tokens, against k."
+        if points:
+            caption += f" {'; '.join(points)} (the call that chooses reads all documents shown, and is counted)."
+        alt = "Curves: " + "; ".join(f"{one.name} k {one.documents:.2f}, score {one.score:.1f}" for one in shown)
+        section.pictures.append(picture(folder, f"k_{slug(name)}", lambda width, shown=shown: figures.k_curves(shown, width), alt, caption))
+    if not section.pictures:
+        section.missing = "no model has results of two fixed numbers of documents; SELECTORS of the settings file and scripts/09_infer.sh make them."
+    return section
+
+
+def chosen(systems: Sequence[System], folder: Path) -> Section:
+    section = Section("chosen", "Documents chosen", "Share of the questions of each kind, in per cent, that get k documents.")
+    for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
+        needed: dict[str, Counter] = defaultdict(Counter)
+        groups: dict[str, dict[str, Counter]] = {}
+        sentences = []
+        for row in members[0].rows:
+            if row["needed"] is not None:
+                needed[kind_of(row)][row["needed"]] += 1
+        means = {kind: sum(k * count for k, count in counts.items()) / counts.total() for kind, counts in needed.items()}
+        kinds = sorted({kind_of(row) for row in members[0].rows}, key=lambda kind: (means.get(kind, 0), kind))
+        if needed:
+            groups["needed (gold documents)"] = {kind: needed[kind] for kind in kinds}
+        for system in members:
+            counted: dict[str, Counter] = defaultdict(Counter)
+            answered = [row for row in system.rows if isinstance(row.get("response"), str)]
+            for row in answered:
+                counted[kind_of(row)][len(row.get("id_list", []))] += 1
+            if not answered:
+                continue
+            groups[system.name] = {kind: counted[kind] for kind in kinds}
+            k, most = sum(counted.values(), Counter()).most_common(1)[0]
+            sentences.append(f"{system.name} chooses {k} for {100 * most / len(answered):.0f} % of the questions")
+            if same := [len(row["id_list"]) == row["needed"] for row in answered if row["needed"] is not None]:
+                sentences[-1] += f", as many as are needed for {100 * sum(same) / len(same):.0f} %"
+        if sentences:
+            alt = "Shares by kind and k. " + "; ".join(sentences)
+            caption = f"{name}: {'; '.join(sentences)}."
+            section.pictures.append(picture(folder, f"chosen_{slug(name)}", lambda width, shown=groups: figures.k_heat(shown, width), alt, caption))
+    section.tables = selection_tables(systems)
+    if not section.pictures:
+        section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
+    return section
+
+
+def selection_tables(systems: Sequence[System]) -> list[Table]:
+    """How well documents were chosen, where the gold ones are known: evaluate.py's figures, a line a rule and a line a model that chose."""
+    columns = {"precision": 1, "recall": 1, "f1": 1, "exact": 1, "needed_k": 2, "chosen_k": 2}
+    tables = []
+    for name, members in by_evaluation_set(list(systems)).items():
+        rows: dict[str, list[str]] = {}
+        for system in members:
+            if found := system.summary.get("selection"):
+                shown = ["" if found[key] is None else f"{found[key]:.{digits}f}" for key, digits in columns.items()]
+                rows.setdefault(system.name if system.selector in BY_LLM else system.label, shown)
+        if rows:
+            header = ["chosen by", "precision", "recall", "F1", "exact", "needed k", "chosen k"]
+            lines = [[chooser, *shown] for chooser, shown in rows.items()]
+            tables.append(Table(f"{name}: chosen against gold documents", header, lines, "per cent; exact: those needed and no other"))
+    return tables

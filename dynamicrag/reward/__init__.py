@@ -1,0 +1,1 @@
+"""Reward: what a trajectory is worth, and the preference pairs that follow."""

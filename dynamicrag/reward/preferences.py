@@ -1,0 +1,70 @@
+"""Preferences among the trajectories of a question: which selection is better than which, and which answer (DynamicRAG, DPO)."""
+
+import itertools
+import re
+import statistics
+from typing import NamedTuple
+
+from dynamicrag.rows.records import Row
+from dynamicrag.rows.tasks import target_answer, task_of_row
+
+PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")
+
+
+class Pair(NamedTuple):
+    """Two trajectories of a row, by their 0-based positions; the chosen one has the higher reward."""
+
+    chosen: int
+    rejected: int
+    margin: float
+
+
+def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = None, by: str = "order") -> list[Pair]:
+    """The reranker pairs of a row, widest margin first; equal selections are one trajectory, equal rewards no pair.
+
+    `by` set: selections of the same documents in another order are equal, too. The first trajectory stands for them.
+    """
+    scores = row["response_scores"]
+    key = frozenset if by == "set" else tuple
+    distinct = {key(ids): trajectory for trajectory, ids in reversed(list(enumerate(row["id_lists"])))}.values()
+    ranked = sorted(distinct, key=lambda trajectory: (-scores[trajectory], trajectory))
+    if which == "all":
+        candidates = itertools.combinations(ranked, 2)
+    else:
+        m = int(PAIRS.fullmatch(which)[1] or 1)
+        worst_first = sorted(distinct, key=lambda trajectory: (scores[trajectory], trajectory))
+        candidates = itertools.product(ranked[:m], worst_first[:m])
+    pairs = [Pair(better, worse, scores[better] - scores[worse]) for better, worse in candidates]
+    pairs = [pair for pair in pairs if pair.margin > min_margin]
+    return sorted(pairs, key=lambda pair: -pair.margin)[:most]
+
+
+def generator_pair(row: Row, chosen_from: str, reject_first: bool = False) -> tuple[int, str, str] | None:
+    """(trajectory whose documents are shown, chosen answer, rejected answer); None if no response is wrong.
+
+    The best trajectory's documents, its answer (`chosen_from` best) or the gold one, and the lowest-scoring wrong response
+    (`reject_first`: the first one).
+    """
+    scores, responses = row["response_scores"], row["responses"]
+    wrong = [t for t, terms in enumerate(row["score_terms"]) if terms["em"] < 1 and responses[t].strip()]
+    if not wrong:
+        return None
+    best = max(range(len(scores)), key=lambda t: (scores[t], -t))
+    worst = wrong[0] if reject_first else min(wrong, key=lambda t: (scores[t], t))
+    chosen = target_answer(row) if chosen_from == "gold" else responses[best]
+    if chosen.strip() == responses[worst].strip() or not chosen.strip():
+        return None
+    if chosen_from == "best" and scores[best] == scores[worst]:
+        return None
+    return best, chosen, responses[worst]
+
+
+def worth_learning_from(row: Row, keep_mean: tuple[float, float]) -> bool:
+    """Whether the row's trajectories are right, on average, as often as asked.
+
+    Where the data set scores by ROUGE no answer is right or wrong, and every row is kept.
+    """
+    if not row["score_terms"] or task_of_row(row).metric == "rouge":
+        return bool(row["score_terms"])
+    low, high = keep_mean
+    return low <= statistics.fmean(terms["em"] for terms in row["score_terms"]) <= high

@@ -1,0 +1,1 @@
+"""Rows: the questions, documents, selections and scores that the stages hand to each other."""

@@ -1,0 +1,148 @@
+"""What retrieval is scored against, beside what was found: gold documents, gold answers and documents of each question."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.trec import Run, is_run
+from dynamicrag.stage import UserError, log
+
+Qrels = dict[str, dict[str, int]]  # as runs.read_qrels gives them
+GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # in positive_ctxs; DPR's NQ has the first, its TriviaQA the second
+WIKIPEDIA = "wiki:"  # which DPR puts before the ids of its passages in some of its files and not in others
+
+
+class Question(NamedTuple):
+    """What the documents of a question are scored against; empty where not known."""
+
+    group: str
+    gold: dict[str, int]  # relevance, 1 or more, by document id
+    answers: list[str]  # none blank
+    text: str = ""
+
+
+Ranked = tuple[str, Question, list[Doc]]  # the question's id, what its documents are scored against, its documents
+
+
+def gold_documents(row: Row, path: str) -> dict[str, int]:
+    """Relevance 1 for each of the row's gold_docs, else of DPR's positive_ctxs; ids become strings, as documents' do.
+
+    They are spelled as those of the row's documents (as_documents). Raises UserError naming file, row and key.
+    """
+    key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
+    found, expected = row.get(key) or [], "document ids"
+    if key == "positive_ctxs" and isinstance(found, list):
+        expected = f"objects with {' or '.join(GOLD_ID_KEYS)}"
+        contexts = (doc if isinstance(doc, dict) else {} for doc in found)
+        found = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
+    if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
+        raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; correct or remove it")
+    return as_documents(dict.fromkeys(map(str, found), 1), document_ids(row))
+
+
+def document_ids(row: Row) -> set[str]:
+    """The ids of the row's documents, and of those it was answered from."""
+    chosen = row.get("final_docs")
+    return {doc["id"] for doc in row.get("docs", ())} | {str(doc_id) for doc_id in (chosen if isinstance(chosen, list) else ())}
+
+
+def as_documents(gold: dict[str, int], doc_ids: set[str]) -> dict[str, int]:
+    """The gold documents under the ids that `doc_ids` has for them: with or without DPR's prefix `wiki:`."""
+    if not gold or gold.keys() <= doc_ids:
+        return gold
+    found: dict[str, int] = {}
+    for gold_id, relevance in gold.items():
+        other = gold_id.removeprefix(WIKIPEDIA) if gold_id.startswith(WIKIPEDIA) else f"{WIKIPEDIA}{gold_id}"
+        found[other if gold_id not in doc_ids and other in doc_ids else gold_id] = relevance
+    return found
+
+
+class Matches:
+    """Counts, by group, how many gold documents there are and how many of them are among the documents of their rows."""
+
+    def __init__(self):
+        self._gold: Counter[str] = Counter()
+        self._matched: Counter[str] = Counter()
+
+    def add(self, group: str, gold: int, matched: int) -> None:
+        self._gold[group] += gold
+        self._matched[group] += matched
+
+    def warn(self, path: str) -> None:
+        """Say once which groups have gold ids none of which is the id of a document: ids of another corpus look like poor retrieval."""
+        foreign = {group: count for group, count in self._gold.items() if count and not self._matched[group]}
+        if foreign:
+            where = ", ".join(f"{count} of {group or 'rows without a group'}" for group, count in sorted(foreign.items()))
+            log.warning("%s: %d gold document ids match no document of any row (%s); give the ids that the corpus searched has", path, sum(foreign.values()), where)
+
+
+def needed_documents(row: Row, path: str) -> set[str] | None:
+    """The ids of the documents a question needs. An empty gold_docs says it needs none; an empty positive_ctxs says nothing: None.
+
+    Raises UserError as gold_documents does.
+    """
+    known = row.get("gold_docs") is not None or row.get("positive_ctxs")
+    return set(gold_documents(row, path)) if known else None
+
+
+def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: Question | None = None) -> Question:
+    """What a row is scored against; what it does not say is as `asked`, the same question in the evaluation file."""
+    asked = asked or Question("", {}, [])
+    gold = gold_documents(row, path) if qrels is None else qrels.get(row["id"], {})
+    answers = [answer for answer in row.get("answers") or () if answer.strip()]
+    group = row.get(group_by)
+    return Question(
+        asked.group if group is None else str(group), as_documents(gold or asked.gold, document_ids(row)), answers or asked.answers, row["question"]
+    )
+
+
+def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> dict[str, Question]:
+    """The questions of an evaluation file by id, in its order. Raises UserError as read_rows and gold_documents do."""
+    return {row["id"]: question_of(row, path, group_by, qrels) for row in read_rows(path, dataset=dataset)}
+
+
+def ranked_questions(
+    path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: dict[str, Question] | None, asked_in: str | None
+) -> Iterator[Ranked]:
+    """Every question of a file of results with its documents, and, without documents, what else was `asked`.
+
+    `asked` are the questions of the evaluation file `asked_in`, None where there is none. Raises UserError for a run
+    without them, and for a row that is not among them: results of another file would look like missing ones.
+    """
+    seen = set()
+    matches = Matches()
+
+    def ranked(row_id: str, question: Question, docs: list[Doc]) -> Ranked:
+        if docs and question.gold:
+            matches.add(question.group, len(question.gold), len(question.gold.keys() & {doc["id"] for doc in docs}))
+        return row_id, question, docs
+
+    def note(row_id: str) -> None:
+        if asked is not None and row_id not in asked:
+            raise UserError(f"{path}: row {row_id} is not in {asked_in}; these documents are of other questions")
+        seen.add(row_id)
+
+    if is_run(path):
+        if asked is None:
+            raise UserError(f"{path}: is a TREC run, which holds no questions; give them as --eval_file")
+        run = Run(path)
+        for row_id in run.query_ids:
+            note(row_id)
+    else:
+        run = None
+        said = {row_id: {"question": question.text} for row_id, question in (asked or {}).items()}
+        for row in read_rows(path, ("docs",), dataset, asked=said):
+            note(row["id"])
+            yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])
+    expected = asked if asked is not None else qrels or {}
+    if missing := sum(row_id not in seen for row_id in expected):
+        means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
+        log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
+    for row_id, question in (asked or {}).items():
+        if run is not None:  # in the order asked, so that runs are resampled alike; it holds no text to find answers in
+            docs = [{"id": doc_id, "score": score} for doc_id, score in run.ranking(row_id)]
+            yield ranked(row_id, question._replace(answers=[], gold=as_documents(question.gold, {doc["id"] for doc in docs})), docs)
+        elif row_id not in seen:
+            yield row_id, question, []
+    matches.warn(path)

@@ -1,0 +1,299 @@
+"""Output files that survive an interruption.
+
+A stage that runs for hours appends finished rows to `<output>.partial`, a whole chunk of rows at a time and in input
+order, and renames it when complete. Starting again continues after the last whole chunk; because chunks are cut at
+fixed positions, the result equals that of an undisturbed run on the same machine and device. On another device, in another
+precision, or if vLLM batches requests otherwise (on GPUs, unless VLLM_BATCH_INVARIANT=1), the last digits of a sum differ, and
+with them an answer now and then. The manifest is written last and marks completion.
+
+An output that is a link stays one: the file it leads to, and the partial file and manifest beside that, are written.
+"""
+
+import argparse
+import fcntl
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import orjson
+
+from dynamicrag.files.atomic import atomic_writer, naming
+from dynamicrag.files.jsonio import dump_line, refuse_pipe, write_json
+from dynamicrag.files.locks import lock
+from dynamicrag.files.paths import written_at
+from dynamicrag.rows.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.stage import UserError, log
+
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
+
+
+class Output:
+    """The output files of one run of one stage; the first one is written in resumable chunks.
+
+    `finished` is True if an earlier run with the same arguments and inputs is complete: the stage then has nothing
+    to do. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another run is
+    writing the same output, or what is there was made from other arguments or inputs (--overwrite discards it).
+    """
+
+    def __init__(self, args: argparse.Namespace, outputs: list[str], inputs: list[str]):
+        self._given = [str(output) for output in outputs]
+        self.paths = [written_at(output) for output in outputs]
+        self.path = self.paths[0]
+        self.partial = Path(f"{self.path}.partial")
+        self.rejected_path = Path(f"{self.path}.rejected.jsonl")
+        self.rejected = 0
+        # What read_rows does with malformed rows, and what it does when a file is read again: they are set aside once.
+        self.reject = self._set_aside if args.on_error == "skip" else None
+        self.ignore = (lambda _: None) if args.on_error == "skip" else None
+        self.rows = 0
+        self.started = time.monotonic()
+        self._file = None
+        self._by_rows = False
+        for path in self.paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent}: the output folder cannot be made: {error.strerror}") from error
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; give the output the path of a file")
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"{path.parent}: the output folder is not writable")
+        for name in inputs:
+            if not Path(name).exists():
+                raise UserError(f"{name}: no such file; it is the input of this stage")
+            refuse_pipe(Path(name))
+        refuse_overlap(self.paths, inputs)
+        self._refuse_other_owner()
+        self.identity = identity(args, outputs, inputs)
+        if args.overwrite:
+            for path in self.paths:
+                for stale in (path, manifest_path(path), self.partial, self._begun, self.rejected_path):
+                    stale.unlink(missing_ok=True)
+        self.finished = self._is_finished()
+        if self.finished:
+            log.info("%s is complete already; nothing to do (--overwrite makes it anew)", self.path)
+
+    @property
+    def _begun(self) -> Path:
+        return Path(f"{self.partial}.manifest.json")
+
+    def _refuse_other_owner(self) -> None:
+        """No output may be another run's: --overwrite would destroy it."""
+        for path in self.paths:
+            owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
+            if Path(owner).name not in (self.path.name, Path(self._given[0]).name) and os.path.realpath(owner) != os.path.realpath(self.path):
+                raise UserError(f"{path}: belongs to the run that wrote {owner}; give this one another path")
+
+    def _is_finished(self) -> bool:
+        manifest = read_manifest(self.path)
+        absent = [path for path in self.paths if not path.exists()]
+        if manifest is not None:
+            self._refuse_other(manifest, self.path)
+            if absent:
+                raise UserError(f"{absent[0]}: is gone since the run that wrote it finished; --overwrite makes all of it anew")
+            self.partial.unlink(missing_ok=True)  # left by an interruption right after the manifest
+            self._begun.unlink(missing_ok=True)
+            return True
+        present = [path for path in self.paths if path.exists()]
+        if present and not self._begun.exists():
+            raise UserError(f"{present[0]}: exists, but not as the finished output of a stage; move it away or give --overwrite")
+        return False
+
+    def _refuse_other(self, made: dict, path: Path) -> None:
+        what, changed = differences(made, self.identity)
+        if changed:
+            before, now = next(iter(changed.values()))
+            detail = f" ({before!r} then, {now!r} now)" if what == "arguments" else ""
+            raise UserError(
+                f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
+                "give --overwrite to replace it, or another output path to keep both"
+            )
+
+    def record(self, device: str | None = None, **resolved: str) -> None:
+        """Note the name of the device, and what `auto` came to in flags that decide what is written, such as dtype.
+
+        Call it before the first row is written. A run that began with other resolved values is refused then; one that began on
+        another device is continued, with a warning. An output that is finished is recognised without either.
+        """
+        self.identity |= {"resolved": resolved, **({"device": device} if device else {})}
+
+    # -- rows that take long, a chunk at a time
+
+    def chunks(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+        """Cut rows into chunks of `size` and yield those not written yet. Call write() with the result of each."""
+        if size < 1:
+            raise UserError(f"{self.path}: a chunk of {size} rows holds none; give --chunk-size of at least 1")
+        self._keep_whole_chunks(self.begin(), size)
+        rows = iter(rows)
+        skipped = sum(1 for _ in itertools.islice(rows, self.rows))
+        if skipped < self.rows:
+            raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite")
+        while chunk := list(itertools.islice(rows, size)):
+            yield chunk
+
+    def begin(self) -> BinaryIO:
+        """The partial file, which becomes the output. It is empty, or what an interrupted run of the same arguments left there."""
+        self._lock()
+        self._by_rows = True
+        return self._file
+
+    def _lock(self) -> None:
+        """Open the partial file for this run alone. A stage that writes whole files has nothing in it."""
+        if self._file is not None:
+            self._file.seek(0)
+            return
+        if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
+            self.path.replace(self.partial)  # interrupted between the rename and the manifest
+        self._file = self.partial.open("a+b")
+        try:
+            lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
+        except BlockingIOError as error:
+            raise UserError(f"{self.partial}: another run is writing this output; wait for it or end it") from error
+        if not self._mark_begun():
+            self._file.truncate(0)
+        self._file.seek(0)
+
+    def _mark_begun(self) -> bool:
+        """Note what this run is made from, before its first byte; True where an earlier run of the same had begun."""
+        if self._begun.exists():
+            begun = parse_manifest(self._begun)
+            self._refuse_other(begun, self.partial)
+            before, now = begun.get("device"), self.identity.get("device")
+            if before and now and before != now:
+                log.warning("%s: was begun on %s and is continued on %s: the last digits of its figures, and an answer now and then, may be "
+                            "other than if one device had done all of it", self.partial, before, now)
+            return True
+        with atomic_writer(self._begun) as file:
+            file.write(orjson.dumps(self.identity))
+        return False
+
+    def _keep_whole_chunks(self, file: BinaryIO, size: int) -> None:
+        """Drop what follows the last whole chunk, a torn line included."""
+        offset = keep = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            if number % size == 0:
+                self.rows, keep = number, offset
+        file.truncate(keep)
+        if self.rows:
+            log.info("continuing %s after %d finished rows", self.partial, self.rows)
+
+    def write(self, rows: list[dict]) -> None:
+        """Append one finished chunk."""
+        self.append(b"".join(map(dump_line, rows)))
+        self.rows += len(rows)
+
+    def append(self, content: bytes) -> None:
+        """Add to the partial file; it is on disk when this returns. Raises OSError, naming the file."""
+        with naming(self.partial):
+            self._file.write(content)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def process(
+        self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str,
+        prepare: Callable[[list[dict]], object] | None = None,
+    ) -> None:
+        """Write work(chunk) for every chunk of rows not written yet, with a progress bar over `total` questions.
+
+        With `prepare`, work(prepare(chunk)), and the next chunk is prepared in a thread while this one is worked on.
+        """
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="question", desc=desc) as progress:
+            chunks = self.chunks(rows, size)
+            for chunk in prepared_ahead(prepare, chunks) if prepare else chunks:
+                progress.update(self.rows - progress.n)
+                self.write(work(chunk))
+            progress.update(self.rows - progress.n)
+
+    def written(self) -> Iterator[dict]:
+        """The rows written so far, streamed."""
+        with self.partial.open("rb") as file:
+            yield from map(orjson.loads, file)
+
+    # -- whole files
+
+    def publish(self, path: str | Path, rows: Iterable[dict]) -> int:
+        """Write one whole output file atomically; returns its number of rows."""
+        self._lock()
+        return write_json(path, rows)
+
+    def _set_aside(self, record: dict) -> None:
+        with self.rejected_path.open("wb" if self.rejected == 0 else "ab") as file:
+            file.write(dump_line(record))
+        self.rejected += 1
+
+    def finish(self, summary: dict | None = None, **counts: object) -> None:
+        """Put every file in its place, then write the manifest that marks the run complete, and say where it is.
+
+        `counts` are said and kept in the manifest; `summary`, a stage's figures for other programs to read, only kept.
+        """
+        if self._by_rows:
+            if not self.path.exists():
+                if self.path.suffix == ".json":
+                    write_json(self.path, self.written())
+                else:
+                    self.partial.replace(self.path)
+            counts = {"rows": self.rows, **counts}
+        if self.rejected:
+            counts["rejected"] = self.rejected
+            log.warning("%d malformed rows set aside in %s", self.rejected, self.rejected_path)
+        manifest = {
+            **self.identity,
+            "outputs": self._given,
+            "counts": counts,
+            **({"summary": summary} if summary else {}),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "versions": versions(),
+        }
+        for path in reversed(self.paths):
+            with atomic_writer(manifest_path(path)) as file:
+                file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        self.partial.unlink(missing_ok=True)
+        self._begun.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+        shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
+        log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
+
+    def finish_answers(self) -> None:
+        """finish() for rows some of which carry `error`: those go to the second output, the answered to the first."""
+        answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
+        unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
+        if unanswered:
+            first = next(row for row in self.written() if "error" in row)
+            log.warning("%d questions could not be answered: %s; the first, %s: %s", unanswered, self.paths[1], first["id"], first["error"])
+        self.finish(answered=answered, unanswered=unanswered)
+
+
+def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
+    """Raises UserError if an output is another one or an input, under whatever name or link."""
+    # os.path.realpath, since Path.resolve fails for a link to itself, which whoever reads it says better
+    read, written = {os.path.realpath(name) for name in inputs}, set()
+    for path in outputs:
+        real = os.path.realpath(path)
+        if real in read:
+            raise UserError(f"{path}: is input and output of this stage; give the output another path")
+        if real in written:
+            raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
+        written.add(real)
+
+
+def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+    """prepare() of each item, in order; a thread prepares the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming: deque[Future[Prepared]] = deque()
+        for item in items:
+            upcoming.append(thread.submit(prepare, item))
+            if len(upcoming) > 1:
+                yield upcoming.popleft().result()
+        for last in upcoming:
+            yield last.result()

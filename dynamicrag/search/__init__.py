@@ -1,0 +1,1 @@
+"""Search: passages, their embeddings, and the indexes that are searched."""

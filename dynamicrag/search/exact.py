@@ -1,0 +1,239 @@
+"""Exact search: the k vectors of largest inner product, identical to brute force and several times faster.
+
+Every vector is compared in bfloat16 first, where the hardware multiplies in it (else in float32). It has the range of
+float32, so nothing overflows, and the rounding error of that comparison is bounded by Cauchy-Schwarz,
+
+    |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector,
+
+so every vector that may still be among the k best is known, and only these, a few for each document wanted, are
+compared again in float64. Scores are those float64 inner products, rounded to float32; equal scores are in the order
+of the vectors. The result therefore depends on neither batches, blocks, shards nor the device.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from dynamicrag.search.inner_products import NotFiniteError, as_tensor, best_first, inner_products
+from dynamicrag.stage import log
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# Vectors compared in one multiplication: the scores of a tile stay in the cache of a CPU, and fill a GPU.
+TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
+# Scores in memory at a time, at most: a gigabyte.
+MOST_SCORES = 1 << 29
+# Scores are looked at this many at once: only where their maximum may be among the best is each of them compared.
+GROUP = 64
+# Vectors whose rounding error is bounded together, and after which no candidate is left waiting.
+BLOCK_VECTORS = 1 << 20
+# Of the memory of a GPU, so many bytes are left to the scores and to a block that does not stay there.
+GPU_RESERVE = 6 << 30
+# Candidates that may wait to be compared again, in documents wanted.
+WAITING = 8
+
+
+class ExactIndex:
+    """Inner-product search over every vector, on a CPU or spread over GPUs.
+
+    On the CPU the vectors are only ever mapped, so that workers on a machine share one copy. On GPUs they are kept
+    there in their own precision, blocks in turn on each GPU.
+    """
+
+    def __init__(self, arrays: list[np.ndarray], devices: tuple[str, ...] = ("cpu",)):
+        """`arrays` are [n, width] each, float16 or float32; positions count over all of them."""
+        self.count = sum(map(len, arrays))
+        self._parts = [_Part(device) for device in devices]
+        parts = cycle(self._parts)
+        size = BLOCK_VECTORS if len(devices) == 1 else max(min(BLOCK_VECTORS, self.count // (8 * len(devices))), 1)
+        offset = 0
+        for array in arrays:
+            for start in range(0, len(array), size):
+                next(parts).add(array[start : start + size], offset + start)
+            offset += len(array)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of all vectors for each query, best first: scores float32 and positions int64, both [n, k].
+
+        `queries` is float32 [n, width]. With fewer than k vectors, k is their number. Raises NotFiniteError.
+        """
+        import numpy as np
+
+        k = min(k, self.count)
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            found = list(pool.map(lambda part: part.search(queries, k), self._parts))
+        if len(found) == 1:
+            return found[0]
+        scores, positions = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+        return best_first(scores, positions, k)
+
+
+@dataclass
+class _Block:
+    """Up to BLOCK_VECTORS vectors, the first of which is number `offset`."""
+
+    vectors: torch.Tensor
+    offset: int
+    bounds: tuple[float, float] | None = None  # the largest length of a vector, and of what rounding takes from one
+
+
+class _Part:
+    """The blocks of one device, in ascending order."""
+
+    def __init__(self, device: str):
+        import torch
+
+        from dynamicrag.models.device import pick_dtype
+
+        self.device, self.blocks = device, []
+        self.dtype = pick_dtype("auto", device)
+        self.tile = TILE_VECTORS[device.split(":")[0]]
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the bound is that of sums in float32
+
+    def add(self, vectors: np.ndarray, offset: int) -> None:
+        import torch
+
+        mapped = as_tensor(vectors)
+        if self.device == "cpu" or torch.cuda.mem_get_info(self.device)[0] > GPU_RESERVE + mapped.nbytes:
+            mapped = mapped.to(self.device)
+        elif all(block.vectors.device.type != "cpu" for block in self.blocks):
+            log.warning("%s is full: vectors from number %d on are sent there anew for every pass", self.device, offset)
+        self.blocks.append(_Block(mapped, offset))
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            best = _Best(torch.from_numpy(queries).to(self.device), self.dtype, k)
+            tile_size = min(self.tile, max(MOST_SCORES // len(queries) // GROUP, 1) * GROUP)
+            size = (tile_size, queries.shape[1])
+            exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
+            scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)
+            for kept in self.blocks:
+                block = _Block(kept.vectors.to(self.device), kept.offset, kept.bounds)
+                if block.bounds is None:
+                    block.bounds = kept.bounds = self._measure(block, exact, rough)
+                best.enter(block)
+                for start in range(0, len(block.vectors), tile_size):
+                    tile = self._round(block, start, exact, rough)
+                    into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
+                    best.consider(torch.mm(best.rough, tile.T, out=into), start)
+                best.settle()
+                del block, best._block  # where it was sent to the GPU, it makes room for the next
+            return best.scores.cpu().numpy(), best.positions.cpu().numpy()
+
+    def _round(self, block: _Block, start: int, exact: torch.Tensor, rough: torch.Tensor) -> torch.Tensor:
+        """A tile of the block in low precision, through the two buffers: float16 to bfloat16 directly is slower."""
+        tile = block.vectors[start : start + len(exact)]
+        return rough[: len(tile)].copy_(exact[: len(tile)].copy_(tile))
+
+    def _measure(self, block: _Block, exact: torch.Tensor, rough: torch.Tensor) -> tuple[float, float]:
+        length = lost = 0.0
+        for start in range(0, len(block.vectors), len(exact)):
+            rounded = self._round(block, start, exact, rough)
+            tile = exact[: len(rounded)]
+            lengths = tile.norm(dim=1)
+            if not lengths.isfinite().all():
+                raise NotFiniteError(block.offset + start + int(lengths.isfinite().logical_not().nonzero()[0]))
+            length = max(length, lengths.max().item())
+            lost = max(lost, tile.sub_(rounded).norm(dim=1).max().item())
+        return length, lost
+
+
+class _Best:
+    """The k best so far of each query, and the candidates not compared exactly yet."""
+
+    def __init__(self, queries: torch.Tensor, dtype: torch.dtype, k: int):
+        import torch
+
+        self.exact, self.rough = queries.double(), queries.to(dtype)
+        self.scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
+        self.positions = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+        self.least = self.scores[:, -1]  # no score below it is among the best
+        self._rough_length = self.rough.float().norm(dim=1)
+        self._lost_length = (queries - self.rough.float()).norm(dim=1)
+        self._waiting: list[tuple[torch.Tensor, ...]] = []  # query, row in the block, rough score
+        self._count = 0
+
+    def enter(self, block: _Block) -> None:
+        """From here on the candidates are of this block."""
+        longest, lost = block.bounds
+        summation = 2 * self.exact.shape[1] * 2.0**-24  # of a sum in float32, in any order
+        self._error = self._lost_length * longest + self._rough_length * (lost + summation * longest)
+        self._block = block
+
+    def consider(self, rough: torch.Tensor, start: int) -> None:
+        """Note what may be among the best of the rough scores [n, tile] of the vectors from row `start` on."""
+        n, size = rough.shape
+        k = self.scores.shape[1]
+        if self.least[0].isinf() and k <= size:  # the first tile: its own k-th best is the bound
+            self.least = self._at_least(rough.topk(k).values[:, -1].float(), self._error)
+        # rounded like the scores are, which keeps their order: here nothing is lost to the precision of the scores
+        least = (self.least - self._error).to(rough.dtype)[:, None]
+        if size % GROUP:
+            query, row = (rough >= least).nonzero(as_tuple=True)
+        else:
+            grouped = rough.view(n, GROUP, -1)
+            query, group = (grouped.amax(dim=1) >= least).nonzero(as_tuple=True)
+            hit, inside = (grouped[query, :, group] >= least[query]).nonzero(as_tuple=True)
+            query, row = query[hit], inside * (size // GROUP) + group[hit]
+        if len(query):
+            self._waiting.append((query, row + start, rough[query, row].float()))
+            self._count += len(query)
+            if self._count > WAITING * k * n:
+                self._sift()
+                if self._count > WAITING * k * n // 2:
+                    self.settle()
+
+    def _sift(self) -> tuple[torch.Tensor, ...]:
+        """Raise the bound by what the waiting candidates are worth at least, and drop those below it."""
+        import torch
+
+        query, row, rough = map(torch.cat, zip(*self._waiting, strict=True))
+        order = (query * len(self._block.vectors) + row).argsort()
+        query, row, rough = query[order], row[order], rough[order]
+        error = self._error[query]
+        at_least = torch.cat([self.scores, self._by_query(query, self._at_least(rough, error), -torch.inf)], dim=1)
+        self.least = at_least.topk(self.scores.shape[1]).values[:, -1]
+        kept = -self._at_least(-rough, error) >= self.least[query]
+        self._waiting = [(query[kept], row[kept], rough[kept])]
+        self._count = len(self._waiting[0][0])
+        return self._waiting[0]
+
+    def _at_least(self, rough: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        """What the exact score is at least: the rough one is off by the error, and was then rounded itself."""
+        import torch
+
+        return rough - error - torch.finfo(self.rough.dtype).eps * rough.abs()
+
+    def _by_query(self, query: torch.Tensor, values: torch.Tensor, filler: float) -> torch.Tensor:
+        """Values [m], sorted by query, as [n, most of a query]."""
+        import torch
+
+        counts = torch.bincount(query, minlength=len(self.scores))
+        column = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        table = values.new_full((len(self.scores), int(counts.max())), filler)
+        table[query, column] = values
+        return table
+
+    def settle(self) -> None:
+        """Compare the waiting candidates exactly, and keep the k best."""
+        import torch
+
+        if not self._waiting:
+            return
+        query, row, _ = self._sift()
+        exact = inner_products(self._block.vectors, row, self.exact, query)
+        # what is new lies behind what is kept, so a stable sort leaves equal scores in the order of the vectors
+        scores = torch.cat([self.scores, self._by_query(query, exact, -torch.inf)], dim=1)
+        positions = torch.cat([self.positions, self._by_query(query, row + self._block.offset, -1)], dim=1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self.scores = scores[:, : self.scores.shape[1]].contiguous()
+        self.positions = positions.gather(1, order[:, : self.scores.shape[1]])
+        self.least = torch.maximum(self.least, self.scores[:, -1])
+        self._waiting, self._count = [], 0

@@ -1,0 +1,277 @@
+"""The corpus: reading it, and a memory-mapped store of it.
+
+Retrieval needs the text of a few passages out of 21 million. The corpus is therefore converted once into an Arrow
+file, memory-mapped through HF `datasets` and shared by all workers of a machine, with a sorted table of hashed ids
+beside it (12 bytes a passage) instead of a dictionary. The store lies in `<corpus>.store/` and is made anew when the
+corpus changes.
+"""
+
+from __future__ import annotations
+
+import array
+import codecs
+import csv
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from dynamicrag.files.jsonio import opened, read_json
+from dynamicrag.files.locks import exclusive
+from dynamicrag.files.paths import written_at
+from dynamicrag.rows.manifest import fingerprint, is_content
+from dynamicrag.rows.records import title_and_text
+from dynamicrag.stage import UserError, log
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COMPARED = 1 << 16  # ids compared with those of the corpus at a time
+ID_KEYS = ("id", "_id", "docid")
+TEXT_KEYS = ("text", "contents")
+TSV, JSON, PARQUET = (".tsv",), (".jsonl", ".json"), (".parquet",)
+# A record batch of the store: small enough to read a passage from, far below the 2 GB that Arrow's strings allow.
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 24
+
+Passage = tuple[str, str, str]  # id, title, text
+
+
+def read_passages(path: str | Path) -> Iterator[Passage]:
+    """Stream (id, title, text) from a TSV, JSONL, JSON or Parquet file, or from a folder of them in sorted order.
+
+    Files named .tsv.gz, .jsonl.gz and .json.gz are decompressed as they are read, as DPR's psgs_w100.tsv.gz is published.
+    TSV is DPR's: a header with id, text and title, fields quoted where they hold a tab, a newline or a quote. JSON
+    has id (or _id, docid), text (or contents) and title; `contents` without a title has it in its first line.
+    Raises UserError naming file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if _kind(file) in TSV + JSON + PARQUET)
+        if not files:
+            raise UserError(f"{path}: holds no .tsv, .jsonl or .parquet file")
+        yield from chain.from_iterable(map(read_passages, files))
+    elif _kind(path) in TSV:
+        yield from _read_tsv(path)
+    elif _kind(path) in PARQUET:
+        yield from _read_parquet(path)
+    elif _kind(path) in JSON:
+        for line, record in read_json(path):
+            yield _passage(record, f"{path}:{line}")
+    else:
+        raise UserError(f"{path}: expected a corpus named .tsv, .jsonl or .json (also with .gz), or .parquet")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read; Parquet is compressed inside, never as a whole."""
+    inner = Path(path.name.removesuffix(".gz")).suffix
+    return inner if path.suffix != ".gz" or inner not in PARQUET else path.suffix
+
+
+def _read_tsv(path: Path) -> Iterator[Passage]:
+    csv.field_size_limit(1 << 30)
+    with opened(path) as file:
+
+        def lines() -> Iterator[str]:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason})") from error
+
+        # strict: a lone quotation mark is an error here, instead of swallowing the passages that follow it
+        reader = csv.reader(lines(), delimiter="\t", strict=True)
+        line = 1
+        try:
+            header = next(reader, [])
+            if "id" not in header or "text" not in header:
+                raise UserError(f"{path}:1: expected the header id, text, title (separated by tabs), found {header[:4]}")
+            if twice := next((name for name in header if header.count(name) > 1), None):
+                raise UserError(f"{path}:1: the header has {twice!r} twice; which of the columns counts?")
+            line = reader.line_num + 1
+            for fields in reader:
+                if fields:
+                    if len(fields) != len(header):
+                        raise UserError(f"{path}:{line}: expected {len(header)} fields, found {len(fields)}")
+                    yield _passage(dict(zip(header, fields, strict=True)), f"{path}:{line}")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line}: {error}; a field that starts with a quotation mark must be quoted: \"\"\"like\"\" this\""
+            ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Passage]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _passage(record, f"{path}: row {number}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where its compressed pages are broken
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _passage(record: object, where: str) -> Passage:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with id, title and text")
+    passage_id = next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
+    if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
+        raise UserError(f"{where}: key 'id': expected a non-empty string or an integer, found {passage_id!r}")
+    if "\0" in str(passage_id):
+        raise UserError(f"{where}: key 'id': {passage_id!r} has a NUL, which no file of ids can hold; give it another")
+    key = next((key for key in TEXT_KEYS if record.get(key) is not None), "text")
+    text, title = record.get(key), record.get("title")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: key '{key}': expected a string, found {type(text).__name__}")
+    if title is None and key == "contents":
+        title, text = title_and_text(text)
+    if not isinstance(title or "", str):
+        raise UserError(f"{where}: key 'title': expected a string, found {type(title).__name__}")
+    return str(passage_id), title or "", text
+
+
+class PassageStore:
+    """The passages of a corpus by position, and the position of a passage by its id (always a string)."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError where the files of the store are damaged."""
+        import numpy as np
+        import pyarrow
+        from datasets import Dataset
+
+        self.folder = Path(folder)
+        try:
+            self.table = Dataset.from_file(str(self.folder / "passages.arrow"))
+            self._keys, self._order = (np.lib.format.open_memmap(self.folder / name, mode="r") for name in ("keys.npy", "order.npy"))
+            if not len(self.table) == len(self._keys) == len(self._order):
+                raise ValueError("its files are of different lengths")
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"{folder}: the passage store is damaged ({error}); remove it, it is built anew") from error
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def slice(self, start: int, stop: int) -> dict[str, list[str]]:
+        """The columns id, title and text of the passages at start..stop-1."""
+        return self.table[start:stop]
+
+    def ids(self, start: int, stop: int) -> list[str]:
+        """The ids alone of the passages at start..stop-1: no text of a whole shard is read for them."""
+        return self.table.select_columns("id")[start:stop]["id"]
+
+    def docs(self, positions: list[int]) -> list[dict[str, str]]:
+        """The passages at these positions, as documents of a row."""
+        columns = self.table[positions] if positions else {"id": [], "title": [], "text": []}
+        return [
+            {"id": doc_id, "title": title, "text": text}
+            for doc_id, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
+        ]
+
+    def positions(self, ids: Iterable[str]) -> np.ndarray:
+        """The position of each id, int64 [n]; -1 for an id the corpus does not have."""
+        import numpy as np
+
+        keys = np.array([_key(passage_id) for passage_id in ids], dtype=np.uint64)
+        if len(self) == 0 or len(keys) == 0:
+            return np.full(len(keys), -1, dtype=np.int64)
+        found = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        return np.where(self._keys[found] == keys, self._order[found].astype(np.int64), -1)
+
+    def follow(self, ids: np.ndarray) -> int | None:
+        """The position from which on the corpus has exactly these ids, bytes [n], in this order; None where it does not."""
+        import pyarrow
+        import pyarrow.compute
+
+        start = int(self.positions([ids[0].decode()])[0]) if len(ids) else -1
+        column = self.table.data.column("id").slice(max(start, 0), len(ids))
+        if start < 0 or len(column) < len(ids):
+            return None
+        for offset in range(0, len(ids), COMPARED):  # what is compared at once stays in the allocator's pool
+            some = column.slice(offset, COMPARED).cast(pyarrow.binary())
+            same = pyarrow.compute.equal(some, pyarrow.array(ids[offset : offset + COMPARED], pyarrow.binary()))
+            if not pyarrow.compute.all(same).as_py():
+                return None
+        return start
+
+
+def _key(passage_id: str) -> int:
+    """64 bits of an id: among 21 million, two different ids share them with a probability of 1 in 80,000."""
+    return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
+
+
+def open_passages(path: str | Path, store: str | Path | None = None) -> PassageStore:
+    """The store of a corpus, built first where there is none or the corpus has changed since."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such corpus")
+    folder = written_at(store or f"{path}.store")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder):
+            if not is_content(_made_from(folder), path):
+                _build(path, folder, fingerprint(path))
+    except OSError as error:
+        raise UserError(f"{folder}: the passage store cannot be written ({error}); give --passage_store") from error
+    return PassageStore(folder)
+
+
+def _made_from(folder: Path) -> object:
+    """The content of the corpus a store holds; None where there is no whole store."""
+    try:
+        found = orjson.loads((folder / "store.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
+        return None
+    return found.get("passages") if isinstance(found, dict) else None
+
+
+def _build(path: Path, folder: Path, content: str) -> None:
+    import numpy as np
+    import pyarrow
+    from tqdm import tqdm
+
+    log.info("building the passage store %s (once)", folder)
+    building = Path(f"{folder}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "title", "text")])
+    keys = array.array("Q")
+    batch: list[Passage] = []
+    characters = 0
+    with pyarrow.OSFile(str(building / "passages.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+
+        def flush() -> None:
+            columns = [pyarrow.array(column, pyarrow.string()) for column in zip(*batch, strict=True)]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+            batch.clear()
+
+        for passage in tqdm(read_passages(path), desc="passages", unit=" passages", unit_scale=True):
+            keys.append(_key(passage[0]))
+            batch.append(passage)
+            characters += len(passage[1]) + len(passage[2])
+            if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+                flush()
+                characters = 0
+        if batch:
+            flush()
+    if not keys:
+        raise UserError(f"{path}: holds no passage")
+    unsorted = np.frombuffer(keys, dtype=np.uint64)
+    order = np.argsort(unsorted, kind="stable").astype(np.uint32 if len(unsorted) < 1 << 32 else np.uint64)
+    np.save(building / "keys.npy", unsorted[order])
+    np.save(building / "order.npy", order)
+    repeated = np.flatnonzero(unsorted[order][1:] == unsorted[order][:-1])
+    if len(repeated):
+        first, second = (int(order[repeated[0] + offset]) for offset in (0, 1))
+        shown = PassageStore(building).slice(first, first + 1)["id"][0]
+        raise UserError(f"{path}: passages {first + 1} and {second + 1} have the same id {shown!r}; ids must be unique")
+    (building / "store.json").write_bytes(orjson.dumps({"passages": content, "count": len(unsorted)}))
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)

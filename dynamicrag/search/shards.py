@@ -1,0 +1,298 @@
+"""Embedding shards: the vectors of a part of the corpus, float16, in the order of their ids.
+
+Own shards are `passages_00.npy` ([n, width]) with `passages_00.ids.npy` (UTF-8 bytes, [n]) beside it, both
+memory-mapped, so that the workers of a machine share one copy. Published Contriever shards are pickles of
+(list of ids, float16 array); they are converted once to the same form, through an unpickler that admits nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import struct
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.files.locks import exclusive
+from dynamicrag.files.paths import matching
+from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest
+from dynamicrag.search.passages import PassageStore
+from dynamicrag.stage import UserError, log
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PICKLED = ("", ".pkl", ".pickle")
+NUMPY_TYPES = {"f2": "<f2", "f4": "<f4"}
+# What numpy raises for a file that is no .npy, has objects in it, or is shorter than its header says.
+NPY_ERRORS = (OSError, ValueError, TypeError, OverflowError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError)
+
+
+@dataclass
+class Shard:
+    """One file of embeddings: ids as bytes [n], vectors float16 or float32 [n, width]."""
+
+    path: Path
+    ids: np.ndarray
+    vectors: np.ndarray
+
+
+def ids_path(shard: str | Path) -> Path:
+    return Path(shard).with_suffix(".ids.npy")
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The shards a glob (or folder) names, sorted. Raises UserError where one is unfinished or its numbering has a gap."""
+    names = [file for path in matching(pattern) for file in (matching(path / "*") if path.is_dir() and path == Path(pattern) else [path])]
+    partial = next((name for name in names if name.suffix == ".partial"), None)
+    if partial is not None:
+        raise UserError(f"{partial}: this shard is unfinished; run generate_passage_embeddings.py again to complete it")
+    own = [name for name in names if name.suffix == ".npy" and not name.name.endswith(".ids.npy")]
+    pickled = [name for name in names if name.suffix in PICKLED and name.is_file()]
+    converted = {name.with_suffix(".npy") for name in pickled}
+    shards = sorted([*pickled, *(name for name in own if name not in converted)])
+    if not shards:
+        raise UserError(f"{pattern}: no embedding shards; make them with generate_passage_embeddings.py")
+    made: set[int] = set()
+    expected = 0  # of published shards, which have no manifests
+    for shard in shards:
+        if manifest := read_manifest(shard):
+            part, parts = (manifest["arguments"].get(key, default) for key, default in (("shard_id", 0), ("num_shards", 1)))
+            if type(part) is not int or type(parts) is not int:
+                raise UserError(f"{manifest_path(shard)}: not a manifest of generate_passage_embeddings.py: it is shard {part!r} of "
+                                f"{parts!r}; embed this shard again with --overwrite")
+            made.add(part)
+            expected = max(expected, parts)
+    missing = next((part for part in range(expected) if part not in made), None)
+    if missing is not None:
+        raise UserError(f"{pattern}: shard {missing} of {expected} is missing; run generate_passage_embeddings.py "
+                        f"--shard_id {missing} --num_shards {expected}")
+    return shards
+
+
+def open_shards(paths: list[Path]) -> list[Shard]:
+    """Memory-map shards, converting pickled ones first."""
+    return [_open_npy(path if path.suffix == ".npy" else _convert(path), path) for path in paths]
+
+
+def _open_npy(path: Path, named: Path) -> Shard:
+    import numpy as np
+
+    try:
+        with np.errstate(over="ignore"):  # of a shape that no file could have
+            # Not np.load: it would open archives, too.
+            vectors, ids = (np.lib.format.open_memmap(name, mode="r") for name in (path, ids_path(path)))
+    except NPY_ERRORS as error:
+        raise UserError(f"{named}: not a shard of embeddings ({error})") from error
+    if vectors.ndim != 2 or vectors.dtype.str not in NUMPY_TYPES.values() or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
+        raise UserError(f"{named}: expected float16 or float32 vectors [n, width] and n ids, found {vectors.dtype} "
+                        f"{list(vectors.shape)} and {ids.dtype} {list(ids.shape)}")
+    return Shard(named, ids, vectors)
+
+
+def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
+    """The vectors of one of `parts` contiguous parts of all shards, which differ by one vector at most."""
+    count = sum(len(shard.ids) for shard in shards)
+    start, stop = shard_bounds(count, part, parts)
+    chosen, offset = [], 0
+    for shard in shards:
+        inside = slice(max(start - offset, 0), max(stop - offset, 0))
+        if len(shard.ids[inside]):
+            chosen.append(Shard(shard.path, shard.ids[inside], shard.vectors[inside]))
+        offset += len(shard.ids)
+    if not chosen:
+        raise UserError(f"{shards[0].path}: {count} vectors cannot fill {parts} corpus shards")
+    return chosen
+
+
+def name_of(shards: list[Shard], position: int) -> str:
+    """What an error calls the vector at `position`, counted over all shards."""
+    for shard in shards:
+        if position < len(shard.ids):
+            return f"{shard.path}: the vector of passage {shard.ids[position].decode()!r}"
+        position -= len(shard.ids)
+    raise IndexError(position)
+
+
+def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
+    """The first row of a shard and the one after its last: contiguous parts that differ by one at most."""
+    return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
+
+
+def check_shards(shards: list[Shard], width: int, store: PassageStore, model: str) -> np.ndarray | range:
+    """The position in the corpus of every vector of all shards, int64 [total]; a range where all follow each other.
+
+    Raises UserError, naming the shard, where its width is not the model's or it has an id the corpus has not.
+    """
+    import numpy as np
+
+    positions = []
+    for shard in shards:
+        if shard.vectors.shape[1] != width:
+            raise UserError(f"{shard.path}: its vectors have {shard.vectors.shape[1]} dimensions, those of {model} "
+                            f"have {width}; give the model that made the shards")
+        try:
+            start = store.follow(shard.ids)  # the usual case, ten times faster than a look-up each
+            if start is not None:
+                found = range(start, start + len(shard.ids))
+            else:
+                found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{shard.path}: its ids are not UTF-8 ({error.reason}); embed this shard again") from error
+        if start is None and len(unknown := np.flatnonzero(found < 0)):
+            raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the first "
+                            f"is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
+        positions.append(found)
+        manifest = read_manifest(shard.path) or {"inputs": {}}
+        if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
+            log.warning("%s was made by another model than %s", shard.path, model)
+    if all(isinstance(found, range) for found in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
+        together = range(positions[0].start, positions[-1].stop)  # the usual case: 168 MB less a worker, for Wikipedia
+        distinct = len(together)
+    else:
+        together = np.concatenate(positions)
+        ascending = bool((together[1:] > together[:-1]).all())
+        distinct = len(together) if ascending else len(np.unique(together))
+    if distinct < len(together):
+        raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
+                        "more than once; give each shard once")
+    if distinct < len(store):
+        log.warning("%d of %d passages have no embedding and are never found", len(store) - distinct, len(store))
+    return together
+
+
+# ---------------------------------------------------------------- published shards
+
+
+class _Type:
+    """Stands in for numpy.dtype while unpickling: keeps the code, admits nothing but float16 and float32."""
+
+    def __init__(self, code: str, *_: object):
+        if code not in NUMPY_TYPES:
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        self.code = NUMPY_TYPES[code]
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise pickle.UnpicklingError("a big-endian array")
+
+
+class _Array:
+    """Stands in for numpy.ndarray while unpickling: keeps shape and bytes."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.type, self.fortran, self.raw = state
+
+    def array(self) -> np.ndarray:
+        import numpy as np
+
+        if not isinstance(self.raw, bytes) or not isinstance(self.type, _Type):
+            raise pickle.UnpicklingError("an array without plain bytes")
+        return np.frombuffer(self.raw, dtype=self.type.code).reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _frombuffer(raw: object, of_type: object, shape: object, order: object, *axes: object) -> _Array:
+    """How pickle protocol 5 writes a contiguous array; `axes` is None or absent unless its axes are permuted."""
+    if order not in ("C", "F") or any(axis is not None for axis in axes):
+        raise pickle.UnpicklingError(f"an array in order {order!r}")
+    array = _Array()
+    array.__setstate__((1, shape, of_type, order == "F", raw))
+    return array
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle protocols 0 to 2 write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+class _ShardUnpickler(pickle._Unpickler):
+    """Admits strings, numbers, lists, tuples and float arrays. No name in the file ever reaches an import.
+
+    In Python, a second a million ids: the one in C reserves what memory a few bytes of the file tell it to.
+    """
+
+    # Protocol 5 writes what may be changed as a bytearray: read as bytes are, which reserves nothing that is not in the file.
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"a reference to {module}.{name}") from None
+
+
+def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and vectors of a published shard. Raises UserError for anything else, without executing any of it."""
+    try:
+        with path.open("rb") as file:
+            ids, vectors = _ShardUnpickler(file).load()
+        if not isinstance(ids, list) or not all(isinstance(passage_id, str | int) for passage_id in ids):
+            raise pickle.UnpicklingError("no list of ids")
+        if b"\0" in "".join(map(str, ids)).encode():
+            raise pickle.UnpicklingError("an id with a NUL")
+        if not isinstance(vectors, _Array):
+            raise pickle.UnpicklingError("no array of vectors")
+        return [str(passage_id) for passage_id in ids], vectors.array()
+    except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError, struct.error) as error:
+        raise UserError(f"{path}: not a shard of embeddings, a pickle of (list of ids, float16 array); "
+                        f"refused: {error}") from error
+
+
+def _convert(path: Path) -> Path:
+    """Write a pickled shard as .npy beside itself, once; the ids mark it complete, and a file `.from` says of what content it is."""
+    converted = path.with_suffix(".npy")
+    done, note = ids_path(converted), Path(f"{converted}.from")
+    try:
+        with exclusive(path):
+            content = fingerprint(path)
+            noted = note.read_text() if note.is_file() else None
+            # Earlier versions made no note.
+            current = noted == content if noted else done.is_file() and done.stat().st_mtime >= path.stat().st_mtime
+            if not (done.is_file() and current):
+                ids, vectors = read_pickled(path)
+                log.info("converting %s to %s (once)", path, converted)
+                for stale in (note, done):
+                    stale.unlink(missing_ok=True)
+                save_array(converted, vectors)
+                save_ids(done, ids)
+            if noted != content:
+                with atomic_writer(note) as file:
+                    file.write(content.encode())
+    except OSError as error:
+        raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
+    return converted
+
+
+def save_ids(path: Path, ids: list[str]) -> None:
+    """Write ids as UTF-8 bytes of one width, [n], to be memory-mapped."""
+    import numpy as np
+
+    save_array(path, np.array([passage_id.encode() for passage_id in ids], dtype=np.bytes_))
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    import numpy as np
+
+    with atomic_writer(path) as file:
+        np.save(file, values, allow_pickle=False)
+
