@@ -67,16 +67,16 @@ def small_search():
 def test_brute_force_agrees_with_the_index_and_not_with_a_wrong_one(small_search, monkeypatch):
     from gpu_check.search import check_exact
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     vectors, questions = small_search
     assert check_exact(vectors, questions, "cpu", (1, 50), cuts=(70,))["compared"] == 8 * 51
-    exact = flat.inner_products
+    exact = exact.inner_products
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
-        patch.setattr(flat, "inner_products", lambda *given: exact(*given) * (1 + 2.0**-22))
+        patch.setattr(exact, "inner_products", lambda *given: exact(*given) * (1 + 2.0**-22))
         check_exact(vectors, questions, "cpu", (50,))
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
-        patch.setattr(flat._Best, "consider", lambda self, rough, start, consider=flat._Best.consider: consider(self, -rough, start))
+        patch.setattr(exact._Best, "consider", lambda self, rough, start, consider=exact._Best.consider: consider(self, -rough, start))
         check_exact(vectors, questions, "cpu", (50,))
 
 
@@ -85,19 +85,19 @@ def test_equal_scores_in_another_order_are_wrong(monkeypatch):
     from gpu_check import data
     from gpu_check.search import check_exact
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     vectors = data.passage_vectors(400, 24, "cpu").repeat(3, 1)
     questions = data.questions_about(vectors, 4)
     check_exact(vectors, questions, "cpu", (50,))
-    search = flat.ExactIndex.search
+    search = exact.ExactIndex.search
 
     def twice(self, *given):
         scores, positions = search(self, *given)
         positions[:, 1] = positions[:, 0]
         return scores, positions
 
-    monkeypatch.setattr(flat.ExactIndex, "search", twice)
+    monkeypatch.setattr(exact.ExactIndex, "search", twice)
     with pytest.raises(AssertionError, match=at("k 50")):
         check_exact(vectors, questions, "cpu", (50,))
     assert torch.equal(vectors[:400], vectors[400:800])

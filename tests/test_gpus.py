@@ -212,7 +212,8 @@ import sys
 import time
 from pathlib import Path
 from test_inference import StubEngine
-from dynamicrag import calls, stage
+from dynamicrag.llm import requests
+from dynamicrag import stage
 script = Path(sys.argv[1]).stem
 sys.argv = sys.argv[1:]
 def reply(request, kind, titles):
@@ -221,7 +222,7 @@ def reply(request, kind, titles):
 def load(args, both=True):
     with open("LOADS", "a") as file:
         print(script, file=file)
-    return (calls.Caller(StubEngine(reply), args),) * 2
+    return (requests.Caller(StubEngine(reply), args),) * 2
 module = __import__(script)
 module.load_callers = load
 stage.run(module.main)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import inference
 import sampling_dpo_trajectories
 import top_inference
-from dynamicrag import calls
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm import requests
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
@@ -293,7 +293,7 @@ def here(tmp_path, monkeypatch):
         loaded[-1].memory = args.gpu_memory_utilization
         return loaded[-1]
 
-    monkeypatch.setattr(calls, "load_engine", load_engine)
+    monkeypatch.setattr(requests, "load_engine", load_engine)
     return loaded
 
 

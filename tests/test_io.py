@@ -14,10 +14,12 @@ from conftest import at, naming, read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamicrag import jsonio, output, stage
+from dynamicrag import stage
+from dynamicrag.files import jsonio
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.files.locks import in_turn
+from dynamicrag.rows import output
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import RowError, count_rows, normalise_row, read_rows

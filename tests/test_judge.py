@@ -22,9 +22,9 @@ import orjson
 import pytest
 from conftest import at
 
-from dynamicrag import judge as judge_module
 from dynamicrag.llm import endpoint
 from dynamicrag.llm.prompts import Prompts
+from dynamicrag.reward import judge as judge_module
 from dynamicrag.reward.judge import (
     CRITERIA,
     MAX_TOKENS,

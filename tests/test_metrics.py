@@ -7,8 +7,9 @@ from conftest import names, naming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamicrag import metrics, tasks
+from dynamicrag.evaluation import metrics
 from dynamicrag.evaluation.metrics import METRIC_NAMES, METRICS, bootstrap_interval, paired_bootstrap, score_row
+from dynamicrag.rows import tasks
 from dynamicrag.rows.choices import Choice, choices_of, with_choices
 from dynamicrag.rows.tasks import TASKS, target_answer, task_of, task_of_row
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read_jsonl, write_jsonl
 
 import reranker
-from dynamicrag import yesno
+from dynamicrag.models import yes_no
 from dynamicrag.models.reranker import CrossEncoder, MonoT5, load_reranker
 from dynamicrag.models.yes_no import YesNo
 from dynamicrag.stage import UserError
@@ -92,7 +92,7 @@ def causal(folder, template):
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     raw = ByteLevelBPETokenizer()
-    texts = ["yes", "no", f"{yesno.SYSTEM_PROMPT} {yesno.INSTRUCTION}", f"\n<Instruct>: <Query>: \n<Document>: {ASSISTANT}system user", *(text for pair in PAIRS for text in pair)]
+    texts = ["yes", "no", f"{yes_no.SYSTEM_PROMPT} {yes_no.INSTRUCTION}", f"\n<Instruct>: <Query>: \n<Document>: {ASSISTANT}system user", *(text for pair in PAIRS for text in pair)]
     raw.train_from_iterator(texts * 20, vocab_size=700, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
@@ -235,7 +235,7 @@ def prompt_of(question, document, system, instruction):
 @pytest.mark.parametrize("flags", [{}, {"instruction": "Find rivers?"}, {"instruction": "", "system_prompt": "Is it so?\n"}])
 def test_a_prompt_of_turns_is_that_of_the_whole_text(causal_dirs, flags):
     """Without thinking, and with the words of the flags, else neutral ones."""
-    system, instruction = flags.get("system_prompt", yesno.SYSTEM_PROMPT), flags.get("instruction", yesno.INSTRUCTION)
+    system, instruction = flags.get("system_prompt", yes_no.SYSTEM_PROMPT), flags.get("instruction", yes_no.INSTRUCTION)
     model = load_reranker(str(causal_dirs["turns"]), "cpu", "float32", 512, **flags)
     pairs = [*PAIRS[:12], ("a", "b."), ("a?!", "\n\nb\n"), ("é  ", " ")]
     for (tokens, _), pair in zip(model.tokenize(pairs), pairs, strict=True):
@@ -257,7 +257,7 @@ def test_a_document_cannot_end_its_turn(causal_dirs):
 
 def test_only_the_document_of_a_causal_prompt_is_cut(causal_dirs):
     model = load(causal_dirs["turns"], 200)
-    whole = model.tokenizer(prompt_of("oil?", "", yesno.SYSTEM_PROMPT, yesno.INSTRUCTION))["input_ids"]
+    whole = model.tokenizer(prompt_of("oil?", "", yes_no.SYSTEM_PROMPT, yes_no.INSTRUCTION))["input_ids"]
     for question, document in (("oil?", LONG), (LONG, "river"), (LONG, LONG)):
         (tokens, _), = model.tokenize([(question, document)])
         text = model.tokenizer.decode(tokens)

@@ -16,8 +16,8 @@ import construct_dpo
 import construct_generator_sft
 import process_training_data
 import reranker_sequence
-from dynamicrag import trainer
 from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm import training_rows
 from dynamicrag.llm.prompts import Prompts
 from dynamicrag.llm.templates import PromptTokenizer
 from dynamicrag.llm.training_rows import TrainingWindow, check_columns, load_window
@@ -118,7 +118,7 @@ def test_a_row_loses_as_many_documents_as_it_must_and_no_more(llama3):
 
 def test_prompt_answer_and_end_token_count_to_the_last_token(llama3):
     """At exactly its own length nothing goes; with one token fewer a document does. The longer of two answers counts."""
-    prompts = PromptTokenizer(trainer.load_tokenizer(str(llama3))[0], read_template(str(ROOT / "template/llama3.jinja")))
+    prompts = PromptTokenizer(training_rows.load_tokenizer(str(llama3))[0], read_template(str(ROOT / "template/llama3.jinja")))
     docs, answers = documents(1, 5, set())[:6], ("[1]", "[1], [2], [3]")
 
     def build(some: list[dict]) -> list[dict]:
@@ -229,7 +229,7 @@ def test_the_hub_is_asked_once_and_quickly(monkeypatch, caplog):
 
 def test_another_tokenizer_or_cutoff_len_is_another_set_and_another_learning_rate_is_not(llama3):
     args = reranker_sequence.parse_args([*count_by(llama3)])
-    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(trainer.resolve_length_flags(args))
+    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(training_rows.resolve_length_flags(args))
     assert (args.cutoff_len, args.tokenizer) == (8192, str(llama3))
     write_jsonl(Path("rows.jsonl"), long_rows(4, 5))
     process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "4"])
@@ -244,8 +244,8 @@ def test_another_tokenizer_or_cutoff_len_is_another_set_and_another_learning_rat
 
 def test_an_estimate_is_near_what_a_tokenizer_counts_and_never_of_nothing():
     assert TrainingWindow(10).fits([], 0) is False
-    assert trainer.estimated_tokens("x" * 35) == 10
-    assert trainer.estimated_tokens("東京" * 10) == 20
+    assert training_rows.estimated_tokens("x" * 35) == 10
+    assert training_rows.estimated_tokens("東京" * 10) == 20
 
 
 # ---------------------------------------------------------------- the columns
@@ -360,7 +360,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     assert done.returncode == 0, done.stderr[-3000:]
     encoded = json.loads(Path("encoded.json").read_text())
     for name, (template, folder, _) in cases.items():
-        prompts = PromptTokenizer(trainer.load_tokenizer(folder)[0], read_template(str(ROOT / f"template/{template}.jinja")))
+        prompts = PromptTokenizer(training_rows.load_tokenizer(folder)[0], read_template(str(ROOT / f"template/{template}.jinja")))
         assert encoded[name]["factbook_warm_up"]["recipe"] == encoded[name]["factbook_warm_up"]["none"], name
         for entry in SETS:
             of_recipe, whole = encoded[name][entry]["recipe"], encoded[name][entry]["none"]

@@ -68,11 +68,11 @@ def check_exact(vectors, queries, device: str, ks, cuts=(), devices=None, flat_s
     """
     import torch
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     arrays = np.split(vectors.cpu().numpy(), list(cuts))
-    with _settings(flat, flat_settings or {}):
-        index = flat.ExactIndex(arrays, devices or (device,))
+    with _settings(exact, flat_settings or {}):
+        index = exact.ExactIndex(arrays, devices or (device,))
         began = time.perf_counter()
         searched = {k: index.search(queries.cpu().numpy(), k) for k in ks}
         seconds = time.perf_counter() - began
@@ -127,16 +127,16 @@ def _settings(module, values: dict):
 
 def _not_finite(made, asked: int, device: str, small: dict) -> dict:
     """NaN, infinity and a length beyond float32, each in the last block: the error names the position."""
-    from dynamicrag import flat
+    from dynamicrag.search import exact
     from dynamicrag.search.inner_products import NotFiniteError
 
     position, queries = len(made) - 11, questions_about(made, asked).cpu().numpy()
     for value in (float("nan"), float("inf")):
         vectors = made.cpu().numpy().copy()
         vectors[position, 5] = value
-        with _settings(flat, small):
+        with _settings(exact, small):
             try:
-                flat.ExactIndex([vectors], (device,)).search(queries, 5)
+                exact.ExactIndex([vectors], (device,)).search(queries, 5)
             except NotFiniteError as error:
                 assert error.position == position, f"{value}: the error names {error.position}, not {position}"
             else:
@@ -150,7 +150,7 @@ def _streamed(made, asked: int, device: str, small: dict) -> dict:
         raise Skipped("a CPU maps its vectors; nothing is sent")
     import torch
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     torch.cuda.empty_cache()
     size = small["BLOCK_VECTORS"]
@@ -158,8 +158,8 @@ def _streamed(made, asked: int, device: str, small: dict) -> dict:
     block_bytes = size * made.shape[1] * made.element_size()
     reserve = torch.cuda.mem_get_info(0)[0] - int((blocks / 2 + 0.5) * block_bytes)
     settings = {**small, "GPU_RESERVE": reserve}
-    with _settings(flat, settings):
-        index = flat.ExactIndex([made.cpu().numpy()], (device,))
+    with _settings(exact, settings):
+        index = exact.ExactIndex([made.cpu().numpy()], (device,))
     kinds = [block.vectors.device.type for part in index._parts for block in part.blocks]
     assert 0 < kinds.count("cpu") < len(kinds), f"all {len(kinds)} blocks are on {kinds[0]}"
     del index
@@ -174,7 +174,7 @@ def speed(run: Run) -> None:
     """21 million vectors of width 768 in float16 (ten views of one array): seconds a pass, and of what they consist."""
     import torch
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     device = run.device
     count, width, views = (4_000, 32, 3) if run.dry else (2_100_000, 768, 10)
@@ -187,7 +187,7 @@ def speed(run: Run) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    index = flat.ExactIndex([array] * views, (device,))
+    index = exact.ExactIndex([array] * views, (device,))
     loaded = time.perf_counter() - began
     _, first = _seconds(lambda: index.search(questions[: asked[0]], 50))
     run.note(vectors=count * views, load_s=round(loaded, 2), first_pass_s=round(first, 2))
@@ -237,10 +237,10 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
     """
     import torch
 
-    from dynamicrag import flat
+    from dynamicrag.search import exact
 
     wait = torch.cuda.synchronize if index._parts[0].device != "cpu" else lambda: None
-    steps = {"rounding": (flat._Part, "_round"), "selection": (flat._Best, "consider"), "sifting": (flat._Best, "_sift"), "settling": (flat._Best, "settle")}
+    steps = {"rounding": (exact._Part, "_round"), "selection": (exact._Best, "consider"), "sifting": (exact._Best, "_sift"), "settling": (exact._Best, "settle")}
     absent = [name for owner, name in steps.values() if not hasattr(owner, name)]
     if absent:
         raise Skipped(f"dynamicrag.search.exact has no {', '.join(absent)}")
@@ -275,9 +275,9 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
 
 def _rescored(index, questions: np.ndarray, size: int, expected) -> dict:
     """Seconds of a pass that compares `size` candidates exactly at a time; the results are the same."""
-    from dynamicrag import rescoring
+    from dynamicrag.search import inner_products
 
-    with patch.object(rescoring, "RESCORED", dict.fromkeys(rescoring.RESCORED, size)):
+    with patch.object(inner_products, "RESCORED", dict.fromkeys(inner_products.RESCORED, size)):
         result, seconds = _seconds(lambda: index.search(questions, 500))
     if expected is not None:
         assert (result[1] == expected[1]).all() and (result[0] == expected[0]).all(), "the results depend on RESCORED"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dynamicrag.evaluation.selections import UNANSWERED
 
-Summaries = dict[str, dict]  # by system, as scoring.summarise() gives them
+Summaries = dict[str, dict]  # by system, as answers.summarise() gives them
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

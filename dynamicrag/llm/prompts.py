@@ -188,7 +188,7 @@ class Prompts:
         """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
 
         The form that the prompt names and that models are trained to write is `notation`'s: `[2], [1]`, or `None`. Which other
-        forms count in an answer says selection.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        forms count in an answer says identifiers.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
         """
         return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
 

@@ -2,7 +2,7 @@
 
 LLaMA-Factory cuts a conversation that is longer than the recipe's `cutoff_len`, and says nothing: the end of the prompt
 goes, with the closing request and the beginning of the assistant's turn. The stages that write training rows therefore
-fit every row into `cutoff_len` first. Whole documents go from the end, as they do at inference (calls.documents_that_fit).
+fit every row into `cutoff_len` first. Whole documents go from the end, as they do at inference (requests.documents_that_fit).
 """
 
 import itertools

@@ -8,7 +8,7 @@ from dynamicrag.rows.records import Doc, Row, read_rows
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
-Qrels = dict[str, dict[str, int]]  # as runs.read_qrels gives them
+Qrels = dict[str, dict[str, int]]  # as trec.read_qrels gives them
 GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # in positive_ctxs; DPR's NQ has the first, its TriviaQA the second
 WIKIPEDIA = "wiki:"  # which DPR puts before the ids of its passages in some of its files and not in others
 

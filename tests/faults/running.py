@@ -13,7 +13,8 @@ from conftest import write_jsonl
 from test_inference import StubEngine
 from tqdm import tqdm
 
-from dynamicrag import calls, stage
+from dynamicrag import stage
+from dynamicrag.llm import requests
 from dynamicrag.models.chat_templates import read_template
 
 SECONDS = 20  # no bad file keeps a stage busy for longer
@@ -95,7 +96,7 @@ def run(name: str, flags: list[str], monkeypatch, engine: StubEngine | None = No
     """Exit status and lines on stderr of a stage in this process, with a stub for the LLM and without progress bars."""
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))
     monkeypatch.setattr("tqdm.contrib.logging.logging_redirect_tqdm", contextlib.nullcontext)  # what is logged, pytest has
-    monkeypatch.setattr(calls, "load_engine", lambda args: (read_template(args.template), engine or ShortWindow(answer))[1])
+    monkeypatch.setattr(requests, "load_engine", lambda args: (read_template(args.template), engine or ShortWindow(answer))[1])
     monkeypatch.setattr("sys.argv", [f"{name}.py", *flags])
     module = importlib.import_module(name)
 

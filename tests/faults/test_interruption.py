@@ -34,7 +34,8 @@ from conftest import make_text, write_jsonl
 from test_inference import StubEngine
 from tqdm import tqdm
 
-from dynamicrag import calls, stage
+from dynamicrag import stage
+from dynamicrag.llm import requests
 
 KILLS = int(os.environ.get("KILLS", "3"))
 QUESTIONS = 40
@@ -97,7 +98,7 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             logging.root.handlers.clear()  # pytest's; stage.run makes its own
             tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
-            calls.load_engine = lambda args: StubEngine(reply)
+            requests.load_engine = lambda args: StubEngine(reply)
             prepare()
             stage.run(lambda: module.main(STAGES[name].format(inputs, out).split()))
             status = 0
@@ -350,7 +351,7 @@ def test_an_engine_that_dies_costs_its_batch(runs, out, name):
                 raise RuntimeError("EngineCore encountered an issue")
             return StubEngine.complete(engine, requests)
 
-        calls.load_engine = lambda args: type("DyingEngine", (StubEngine,), {"complete": complete})(reply)
+        requests.load_engine = lambda args: type("DyingEngine", (StubEngine,), {"complete": complete})(reply)
 
     status, said = in_a_process(name, inputs, out, dies_in_its_fifth_batch)
     assert status not in (0, 2, 130) and "EngineCore" in said
