@@ -218,9 +218,10 @@ def test_an_unknown_data_set_is_said_with_the_metric_taken_unless_one_is_given(m
 
 def test_gold_ids_of_another_corpus_are_said_with_their_number(caplog):
     rows = [make_row(n, gold_docs=[f"x{n}", "y"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="nq") for n in (1, 2)]
-    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever")])
+    other = make_row(4, gold_docs=["z"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="popqa")
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever"), other])
     run("r.json")
-    assert logged(caplog, "r.json", 4, "nq") == logged(caplog, "r.json", "nq") == 1 and not logged(caplog, "fever")
+    assert logged(caplog, "r.json", 5, 4, "nq", 1, "popqa") == logged(caplog, "r.json", "nq") == 1 and not logged(caplog, "fever")
     caplog.clear()
     write("r.json", [*rows, make_row(3, gold_docs=["a"], docs=[{"id": "wiki:a", "text": "t"}], final_docs=["wiki:a"], dataset="nq")])
     assert run("r.json")["r"]["selection"]["gold_chosen"] == 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import at
+from conftest import at, names
 
 from dynamicrag import endpoint
 from dynamicrag import judge as judge_module
@@ -407,7 +407,8 @@ def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status
     server.script = [(status, {"detail": "This response_format is unavailable now"})]
     with pytest.raises(UserError, match=at("row row-a", "m", f"HTTP {status}", *(others or []))) as error:
         make(reply_format=reply_format).grade(prompts("a"))
-    assert ("--judge-format" in str(error.value)) == bool(others)
+    advice = str(error.value).partition("--judge-format")[2]
+    assert bool(advice) == bool(others) and names(advice, *(others or [])) and not names(advice, reply_format)
     assert server.requests == 1
 
 
