@@ -140,7 +140,9 @@ def _plain(question: str) -> str:
 def _without_reasoning(row: Row) -> Row:
     """The row with what its response says after the reasoning; unanswered if that is nothing."""
     answer = after_reasoning(row["response"])
-    return {**row, "response": answer} if answer else fail_unanswered(row, "no answer in the response: it ends within its reasoning")
+    if answer:
+        return {**row, "response": answer}
+    return {**fail_unanswered(row, "no answer in the response: it ends within its reasoning"), "usage": row.get("usage") or {}}
 
 
 def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:

@@ -346,7 +346,7 @@ def test_an_unknown_metric_is_refused(capsys):
 # ---------------------------------------------------------------- cost, groups, table
 
 
-def test_documents_none_and_cost_are_means_over_what_was_answered():
+def test_documents_are_means_over_what_was_answered_and_costs_over_what_was_asked():
     usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 7}
     write("r.json", [
         make_row(1, id_list=[1, 2, 3], usage=usage), make_row(2, id_list=[], usage={**usage, "calls": 4}), *FAILED,
@@ -354,7 +354,24 @@ def test_documents_none_and_cost_are_means_over_what_was_answered():
     ])
     found = run("r.json")["r"]
     assert (found["documents"], found["none_share"]) == (1.5, 0.5)
-    assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (3, 100, 7)
+    assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (32, 100, 7)
+    assert found["calls_known"] == 3 and found["n"] == 3 + len(FAILED)
+
+
+def costs_shown(capsys) -> list[list[str]]:
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return [[dict(zip(header, line, strict=True))[column] for column in ("calls", "prompt tokens", "generated tokens")] for line in lines]
+
+
+def test_a_cost_that_is_not_known_is_no_zero_and_in_no_mean(capsys):
+    usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 8}
+    write("mixed.json", [make_row(1, usage=usage), make_row(2, usage={**usage, "prompt_tokens": None}), make_row(3, usage=None)])
+    write("unknown.json", [make_row(n, usage={"calls": 2, "prompt_tokens": None, "generated_tokens": None}) for n in (1, 2)])
+    write("foreign.json", [make_row(1)])
+    found = run("mixed.json", "unknown.json", "foreign.json")
+    assert [found[name]["prompt_tokens"] for name in ("mixed", "unknown", "foreign")] == [100, None, None]
+    assert [found[name]["prompt_tokens_known"] for name in ("mixed", "unknown", "foreign")] == [1, 0, 0]
+    assert costs_shown(capsys) == [["2.0 (of 2)", "100 (of 1)", "8.0 (of 2)"], ["2.0", "", ""], ["", "", ""]]
 
 
 def test_documents_are_not_counted_as_none_where_a_row_does_not_say(capsys):

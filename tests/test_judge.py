@@ -665,6 +665,9 @@ def test_what_was_paid_is_counted(server, make):
     assert judge.usage == JudgeUsage(calls=server.sent_200, prompt_tokens=200, generated_tokens=14) == JudgeUsage(5, 0, 200, 14)
     judge.grade(prompts("a", "b", "d"))
     assert judge.usage == JudgeUsage(6, 2, 200, 14)
+    assert judge.usage.counts() == {"calls": 6, "cached": 2, "prompt_tokens": 200, "generated_tokens": 14}
+    assert JudgeUsage(3).counts() == {"calls": 3, "cached": 0, "prompt_tokens": None, "generated_tokens": None}, "no reply said"
+    assert JudgeUsage(cached=3).counts()["prompt_tokens"] == 0
 
 
 def test_no_more_calls_are_sent_than_the_limit_allows(server, make):

@@ -118,6 +118,18 @@ def test_the_numbers_are_evaluates(results):
     assert kinds[0][3:5] == ["50.8", "(2.0)"], "33 of the 65 of factbook are right: each third one is wrong, and the third has no answer"
 
 
+def test_a_cost_that_is_not_known_is_no_zero_in_table_and_captions(results):
+    unknown = {"usage": {"calls": 1, "prompt_tokens": None, "generated_tokens": None}}
+    for selector in ("none", "top:1", "dynamic"):
+        path = finish_run(results, f"test_{selector.replace(':', '')}", questions(12), selector)
+        rows = [{**row, **unknown} for row in json.loads(path.read_text())]
+        path.write_text(json.dumps(rows))
+    page = make(results)
+    assert cells(page, "test_dynamic.json")[6:9] == ["1.0", "", ""]
+    captions = re.findall(r"<figcaption.*?</figcaption>", page, re.DOTALL)
+    assert captions and not [caption for caption in captions if re.search(r"\b(0|nan|None) prompt tokens", caption)]
+
+
 def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "a", questions(), model="x/dpo")
     finish_run(results, "b", questions(), "top:2", model="x/sft")

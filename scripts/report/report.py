@@ -29,6 +29,7 @@ from systems import System, by_evaluation_set
 from dynamicrag import stage
 from dynamicrag.atomic import atomic_writer
 from dynamicrag.metrics import METRIC_NAMES
+from dynamicrag.result_tables import cost_cell
 from dynamicrag.stage import UserError
 
 HERE = Path(__file__).parent
@@ -105,6 +106,7 @@ def main(argv=None):
         title=work.name if results.resolve().name == "results" else results.resolve().name,
         systems=systems,
         results=result_lines(systems),
+        cost_cell=cost_cell,
         findings={name: comparisons.findings([one for one in members if not one.wider]) for name, members in by_evaluation_set(systems).items()},
         groups=comparisons.group_tables(systems),
         sections=[one for one in sections if one.pictures or one.tables],
