@@ -202,10 +202,11 @@ def main(argv=None):
         out.process(read_rows(args.input_file, needs, reject=out.reject), args.chunk_size, reward, total, "reward")
     finally:
         if judge:
-            log.info("the judge: %(calls)d calls, %(cached)d grades cached, %(prompt_tokens)d and %(generated_tokens)d tokens", vars(judge.usage))
+            said = {name: "not known" if value is None else value for name, value in judge.usage.counts().items()}
+            log.info("the judge: %(calls)s calls, %(cached)s grades cached; tokens: %(prompt_tokens)s of prompts, %(generated_tokens)s generated", said)
     trajectories, summary = summarise(out.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
-    usage = vars(judge.usage) if judge else {}
+    usage = judge.usage.counts() if judge else {}
     out.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
 
 

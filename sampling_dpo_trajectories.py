@@ -170,7 +170,10 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
         for key in ("id_lists", "from_expert", "selections"):
             result[key] = [result[key][n] for n in readable]
         result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
-        result["response_tokens"] = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
+        tokens = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
+        result.pop("response_tokens", None)  # of an earlier run
+        if None not in tokens:  # else a server does not say: a reward by length would take 0 for the best
+            result["response_tokens"] = tokens
         result["usage"] = vars(result["usage"])
     return results
 

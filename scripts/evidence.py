@@ -55,6 +55,11 @@ class System(NamedTuple):
     def mean(self, key: str) -> float:
         return mean(self.seeds, key)
 
+    @property
+    def tokens(self) -> str:
+        """Of the prompts of a question; empty if they are not known of every seed."""
+        return "" if any(one["prompt_tokens"] is None for one in self.seeds) else f"{self.mean('prompt_tokens'):.0f}"
+
 
 def mean(figures: list[dict], key: str) -> float:
     return statistics.fmean(one[key] for one in figures)
@@ -109,7 +114,7 @@ def system_table(systems: dict[tuple[str, str, str], System]) -> str:
     lines = [
         [
             model.upper(), NAMES[shown, selector], f"{system.score:.1f}", ", ".join(f"{one['score']:.1f}" for one in system.seeds),
-            f"{system.mean('documents'):.2f}", *(f"{system.mean(key):.1f}" for key in ("exact", "precision", "recall")), f"{system.mean('prompt_tokens'):.0f}",
+            f"{system.mean('documents'):.2f}", *(f"{system.mean(key):.1f}" for key in ("exact", "precision", "recall")), system.tokens,
         ]
         for (model, shown, selector), system in systems.items()
     ]

@@ -54,6 +54,7 @@ COMMANDS = {
     "embed 1": f"{EMBED} --passages data/passages.tsv --passage_store cache/tsv --output_dir data/embeddings --num_shards 2 --shard_id 1",
     "embed after a prompt": f"{EMBED} --passages data/passages.jsonl --passage_store cache/jsonl --output_dir data/prompted --passage_prompt 'a passage: ' --max_length 12",
     "split": "split_data.py --input_file data/questions.json --output_dir data/splits --num_splits 2 --on_error skip",
+    "split evenly": "split_data.py --input_file data/test.json --output_dir data/quarters --num_splits 4",
     "retrieve 0": f"{DENSE} --query data/splits/split_0.json --output_dir output/retrieval_split_0.json",
     "retrieve 1": f"{DENSE} --query data/splits/split_1.json --output_dir output/retrieval_split_1.json",
     "aggregate": "aggregate.py",
@@ -78,6 +79,7 @@ COMMANDS = {
     "label padded": "process_training_data.py --max_rows 9 --targets padded --max_length 4 --n_docs 7 --sequence_file training_data/padded_sequence.jsonl --normal_file training_data/padded_normal.jsonl",
     "reranker set": "reranker_sequence.py --train_recipe recipes/sft.yaml",
     "reranker set padded": "reranker_sequence.py --train_recipe recipes/sft.yaml --cutoff_len 2000 --prompts data/reranker_prompts.yaml --input_file training_data/padded_sequence.jsonl --output_file training_data/padded_bc.json",
+    "reranker set estimated": "reranker_sequence.py --train_recipe recipes/sft.yaml --tokenizer unknown/model --cutoff_len 260 --input_file training_data/padded_sequence.jsonl --output_file training_data/estimated_bc.json",
     "divide": "split_for_sft_dpo.py --sft_size 5 --dev_size 2 --dpo_file training_data/dpo.jsonl",
     "generator set": "construct_generator_sft.py --train_recipe recipes/sft.yaml --tokenizer unknown/model --cutoff_len 110",
     "sample": f"{SAMPLE} --num-samples 6 --include-expert --topn 7 --output-json output/sampled.json",
@@ -105,7 +107,7 @@ COMMANDS = {
     "evaluate f1": "evaluate.py --results_file results/test_words.jsonl --metric f1 --output_file output/f1.json",
     "evaluate rouge": "evaluate.py --results_file results/test_windows_8.json --metric rouge_lsum --output_file output/rouge.json",
 }
-FROZEN = ("data/embeddings", "data/prompted", "data/splits", "data/test_parts", "output", "training_data", "results", "report", "requests", "printed")
+FROZEN = ("data/embeddings", "data/prompted", "data/splits", "data/quarters", "data/test_parts", "output", "training_data", "results", "report", "requests", "printed")
 MODEL_NUMBERS = {  # of these files, the numbers under these keys
     "output/bm25.jsonl": ("score",),
     "output/monot5.jsonl": ("score", "rerank_score"),

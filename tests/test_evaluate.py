@@ -218,9 +218,10 @@ def test_an_unknown_data_set_is_said_with_the_metric_taken_unless_one_is_given(m
 
 def test_gold_ids_of_another_corpus_are_said_with_their_number(caplog):
     rows = [make_row(n, gold_docs=[f"x{n}", "y"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="nq") for n in (1, 2)]
-    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever")])
+    other = make_row(4, gold_docs=["z"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="popqa")
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever"), other])
     run("r.json")
-    assert logged(caplog, "r.json", 4, "nq") == logged(caplog, "r.json", "nq") == 1 and not logged(caplog, "fever")
+    assert logged(caplog, "r.json", 5, 4, "nq", 1, "popqa") == logged(caplog, "r.json", "nq") == 1 and not logged(caplog, "fever")
     caplog.clear()
     write("r.json", [*rows, make_row(3, gold_docs=["a"], docs=[{"id": "wiki:a", "text": "t"}], final_docs=["wiki:a"], dataset="nq")])
     assert run("r.json")["r"]["selection"]["gold_chosen"] == 1
@@ -345,7 +346,7 @@ def test_an_unknown_metric_is_refused(capsys):
 # ---------------------------------------------------------------- cost, groups, table
 
 
-def test_documents_none_and_cost_are_means_over_what_was_answered():
+def test_documents_are_means_over_what_was_answered_and_costs_over_what_was_asked():
     usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 7}
     write("r.json", [
         make_row(1, id_list=[1, 2, 3], usage=usage), make_row(2, id_list=[], usage={**usage, "calls": 4}), *FAILED,
@@ -353,7 +354,24 @@ def test_documents_none_and_cost_are_means_over_what_was_answered():
     ])
     found = run("r.json")["r"]
     assert (found["documents"], found["none_share"]) == (1.5, 0.5)
-    assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (3, 100, 7)
+    assert (found["calls"], found["prompt_tokens"], found["generated_tokens"]) == (32, 100, 7)
+    assert found["calls_known"] == 3 and found["n"] == 3 + len(FAILED)
+
+
+def costs_shown(capsys) -> list[list[str]]:
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return [[dict(zip(header, line, strict=True))[column] for column in ("calls", "prompt tokens", "generated tokens")] for line in lines]
+
+
+def test_a_cost_that_is_not_known_is_no_zero_and_in_no_mean(capsys):
+    usage = {"calls": 2, "prompt_tokens": 100, "generated_tokens": 8}
+    write("mixed.json", [make_row(1, usage=usage), make_row(2, usage={**usage, "prompt_tokens": None}), make_row(3, usage=None)])
+    write("unknown.json", [make_row(n, usage={"calls": 2, "prompt_tokens": None, "generated_tokens": None}) for n in (1, 2)])
+    write("foreign.json", [make_row(1)])
+    found = run("mixed.json", "unknown.json", "foreign.json")
+    assert [found[name]["prompt_tokens"] for name in ("mixed", "unknown", "foreign")] == [100, None, None]
+    assert [found[name]["prompt_tokens_known"] for name in ("mixed", "unknown", "foreign")] == [1, 0, 0]
+    assert costs_shown(capsys) == [["2.0 (of 2)", "100 (of 1)", "8.0 (of 2)"], ["2.0", "", ""], ["", "", ""]]
 
 
 def test_documents_are_not_counted_as_none_where_a_row_does_not_say(capsys):

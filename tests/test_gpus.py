@@ -381,14 +381,14 @@ def test_a_recipe_without_deepspeed_takes_one_gpu_and_its_own_batch(training):
     assert (started["CUDA_VISIBLE_DEVICES"], started["gradient_accumulation_steps"], started["use_cpu"]) == ("0", "2", "false")
 
 
-@pytest.mark.parametrize(("gpus", "asked", "environment", "names"), [
-    (3, "sft", {}, ("32", "3 processes", "TRAIN_GPUS")), (8, "sft per_device_train_batch_size=3", {}, ("32", "8 processes", "3 per device")),
-    (8, "sft", {"TRAIN_GPUS": "16"}, ("TRAIN_GPUS", "8")), (8, "sft", {"TRAIN_GPUS": "some"}, ("TRAIN_GPUS",)), (8, "sfx", {}, ("sfx.yaml",)), (None, "sft", {}, ("DeepSpeed", "GPU")),
+@pytest.mark.parametrize(("gpus", "asked", "environment", "named"), [
+    (3, "sft", {}, (32, 3, "TRAIN_GPUS")), (8, "sft per_device_train_batch_size=3", {}, (32, 8, 3)),
+    (8, "sft", {"TRAIN_GPUS": "16"}, ("TRAIN_GPUS", 8)), (8, "sft", {"TRAIN_GPUS": "some"}, ("TRAIN_GPUS",)), (8, "sfx", {}, ("sfx.yaml",)), (None, "sft", {}, ("DeepSpeed", "GPU")),
     (8, "sft", {"NNODES": "2"}, ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")), (8, "sft", {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0"}, ("MASTER_PORT",)),
 ])
-def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(training, gpus, asked, environment, names):
+def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(training, gpus, asked, environment, named):
     refused = training(gpus, asked, **environment)
-    assert isinstance(refused, str) and len(refused.splitlines()) == 1 and not [name for name in names if name not in refused]
+    assert isinstance(refused, str) and len(refused.splitlines()) == 1 and names(refused, *named)
 
 
 def test_machines_train_together_and_the_first_keeps_the_books(training, tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import at
+from conftest import at, names
 
 from dynamicrag.llm import endpoint
 from dynamicrag.llm.prompts import Prompts
@@ -407,7 +407,8 @@ def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status
     server.script = [(status, {"detail": "This response_format is unavailable now"})]
     with pytest.raises(UserError, match=at("row row-a", "m", f"HTTP {status}", *(others or []))) as error:
         make(reply_format=reply_format).grade(prompts("a"))
-    assert ("--judge-format" in str(error.value)) == bool(others)
+    advice = str(error.value).partition("--judge-format")[2]
+    assert bool(advice) == bool(others) and names(advice, *(others or [])) and not names(advice, reply_format)
     assert server.requests == 1
 
 
@@ -664,6 +665,9 @@ def test_what_was_paid_is_counted(server, make):
     assert judge.usage == JudgeUsage(calls=server.sent_200, prompt_tokens=200, generated_tokens=14) == JudgeUsage(5, 0, 200, 14)
     judge.grade(prompts("a", "b", "d"))
     assert judge.usage == JudgeUsage(6, 2, 200, 14)
+    assert judge.usage.counts() == {"calls": 6, "cached": 2, "prompt_tokens": 200, "generated_tokens": 14}
+    assert JudgeUsage(3).counts() == {"calls": 3, "cached": 0, "prompt_tokens": None, "generated_tokens": None}, "no reply said"
+    assert JudgeUsage(cached=3).counts()["prompt_tokens"] == 0
 
 
 def test_no_more_calls_are_sent_than_the_limit_allows(server, make):

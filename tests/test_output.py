@@ -230,6 +230,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path, caplog):
     computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # asked for by name
     assert logged(caplog, "out.jsonl.partial", "NVIDIA H100", "cpu") == 1
     computed(tmp_path, GPU)
+    assert logged(caplog, "out.jsonl.partial") == 1, "on the device it was begun on there is nothing to say"
     made = read_manifest(tmp_path / "out.jsonl")
     assert (made["device"], made["resolved"]) == ("NVIDIA H100", {"dtype": "bfloat16"})
     assert computed(tmp_path, {}).finished and computed(tmp_path, {}, dtype="bfloat16").finished, "without a look at the device"

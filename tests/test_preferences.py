@@ -361,7 +361,7 @@ def test_rows_of_other_tools_without_docs_shown_and_terms_are_completed_and_it_i
 
 def test_more_documents_shown_than_labelled_are_refused_with_both_numbers():
     row = {**make_row([RIGHT, WORSE], docs_shown=6), "true_id": [1], "false_id": [2, 3, 4]}
-    with pytest.raises(UserError, match=naming("row q1", "docs_shown", 6, 4)):
+    with pytest.raises(UserError, match=naming("row q1", "docs_shown", 6, "--topn 4", "--n_docs 6")):
         make([row])
     assert make([{**row, "docs_shown": 4}]), "fewer may have fitted the window"
 

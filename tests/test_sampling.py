@@ -126,7 +126,7 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
         with pytest.raises(RuntimeError, match="a model is loaded"):
             sampling_dpo_trajectories.main(arguments)
         return
-    with pytest.raises(UserError, match=at(f"q.jsonl: row {row['id']}", 4, f"--topn {status}")):
+    with pytest.raises(UserError, match=at(f"q.jsonl: row {row['id']}", f"--topn {status}", "--topn 4", f"--n_docs {status}")):
         sampling_dpo_trajectories.main(arguments)
 
 

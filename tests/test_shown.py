@@ -30,6 +30,6 @@ def test_questions_held_out_are_asked_as_they_were_labelled(here, flags, refused
         inference.main(arguments)
         return
     number = flags[1] if flags else "40"
-    with pytest.raises(UserError, match=at("dev.jsonl: row q1", 2, f"--topn {number}")):
+    with pytest.raises(UserError, match=at("dev.jsonl: row q1", f"--topn {number}", "--topn 2", f"--n_docs {number}")):
         inference.main(arguments)
     assert here == [], "no model was loaded"

@@ -15,6 +15,7 @@ import reranker_sequence
 import split_for_sft_dpo
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm.prompts import Prompts
+from dynamicrag.rows import tasks
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
@@ -206,7 +207,7 @@ def test_labels_without_scores_are_taken_in_the_order_of_the_documents_and_it_is
     if targets == "expert":
         assert {tuple(row["sequence"]) for row in expert} == {(1, 3, 4)}
     assert all("rerank_score" not in doc for row in expert + others for doc in row["docs"]), "none is made up"
-    assert logged(caplog, 10, "rerank_score") == 1
+    assert [record.args[1:] for record in caplog.records if "rerank_score" in record.getMessage()] == [(10, 10)], "of 10 rows"
     [example] = generator_examples([published(labelled(1, [0.6, 0.1, 0.9, 0.7]))])
     assert titles(example) == ["1", "3", "4"]
     assert logged(caplog, 1, "rerank_score") == 1
@@ -355,7 +356,7 @@ def test_the_generator_is_shown_no_more_than_max_docs():
 
 def test_no_relevant_document_is_a_question_without_documents():
     [example] = generator_examples([labelled(1, [0.1, 0.2])])
-    assert example["instruction"] == Prompts().generator("what is 1?", [], "Answer with a few words only, no sentence.")[1]["content"]
+    assert example["instruction"] == Prompts().generator("what is 1?", [], tasks.DEFAULT_TASK.instruction)[1]["content"]
 
 
 def test_rows_without_labels_never_train_on_no_documents():  # behaviour 9
@@ -399,9 +400,8 @@ def test_a_data_set_is_recognised_by_exact_prefix_or_stem_only(identifier, stem,
 
 def test_the_data_set_decides_the_instruction():  # behaviour 14
     examples = generator_examples([labelled(1, [0.9], dataset="fever"), labelled(2, [0.9], dataset="eli5"), labelled(3, [0.9], id="batch_3")])
-    assert "SUPPORTS, REFUTES" in examples[0]["instruction"]
-    assert "paragraphs" in examples[1]["instruction"]
-    assert "few words" in examples[2]["instruction"]
+    for example, task in zip(examples, (tasks.TASKS["fever"], tasks.TASKS["eli5"], tasks.DEFAULT_TASK), strict=True):
+        assert task.instruction in example["instruction"]
 
 
 def test_the_whole_part_of_the_chain_loses_no_question(caplog):

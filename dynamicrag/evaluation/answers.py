@@ -14,6 +14,7 @@ from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, log
 
 MISSING = "missing from the results"
+COSTS = ("calls", "prompt_tokens", "generated_tokens")
 # Why a question has no answer, by how the `error` of its row begins.
 REASONS = {
     "no_selection": ("no selection in",), "no_answer": ("no answer in",),
@@ -22,14 +23,17 @@ REASONS = {
 
 
 class Outcome(NamedTuple):
-    """One question. `documents` is None and `usage` empty if it was not answered or its row does not say; `reason` is None if it was."""
+    """One question. `documents` is None if it was not answered or its row does not say; `reason` is None if it was.
+
+    `usage` is what asking it cost, answered or not; empty if its row does not say, None for a number that is not known.
+    """
 
     score: float  # in [0, 1]
     metric: str
     group: str
     reason: str | None
     documents: int | None
-    usage: dict[str, int]
+    usage: dict[str, int | None]
     chosen: Chosen | None
     support: Support | None
 
@@ -45,7 +49,7 @@ def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Ou
         score, metric, str(row.get(group_by, "")),
         None if answered else unanswered_reason(row),
         _documents_of(row) if answered else None,
-        row.get("usage", {}) if answered else {},
+        row.get("usage") or {},
         chosen_of(row, path),
         row["entity_support"] if isinstance(row.get("entity_support"), Support) else None,
     )
@@ -68,7 +72,8 @@ def summarise(
 ) -> tuple[dict, dict[str, float]]:
     """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
 
-    Rows without `response` are wrong, with no documents and no cost; rows without any gold answer are left out and
+    Rows without `response` are wrong, and have no documents. A cost is a mean over the questions of which it is known, answered or
+    not, None if it is of none; `calls_known` and so on say of how many. Rows without any gold answer are left out and
     counted, as are those that the caller left out of `rows` since their question came before, `repeated` by file, which is
     read when the rows are. `selection` is there where it is known of a row which documents it needs, `entity_support` where the rows
     have it. `path` is what errors call the rows' file.
@@ -96,7 +101,7 @@ def summarise(
     for outcome in outcomes.values():
         by_group[outcome.group].append(outcome)
         for key, value in outcome.usage.items():
-            usage[key].append(value)
+            usage[key] += [] if value is None else [value]
     if by_group.keys() == {""} and group_by != "dataset":
         log.warning("%s: no row has the key %r of --group_by: there are no groups", path, group_by)
     every = list(outcomes.values())
@@ -112,7 +117,8 @@ def summarise(
         "documents": _mean_documents(every),
         "documents_known": len(documents),
         "none_share": documents.count(0) / len(documents) if documents else 0.0,
-        **{key: statistics.fmean(values) for key, values in usage.items()},
+        **{key: statistics.fmean(usage[key]) if usage[key] else None for key in (*COSTS, *(usage.keys() - set(COSTS)))},
+        **{f"{key}_known": len(usage[key]) for key in COSTS},
         "groups": {
             group: {"metrics": _metrics(members), **_scores(members, seed), "documents": _mean_documents(members)}
             for group, members in sorted(by_group.items())

@@ -94,7 +94,9 @@ def _plain(question: str) -> str:
 def _without_reasoning(row: Row) -> Row:
     """The row with what its response says after the reasoning; unanswered if that is nothing."""
     answer = after_reasoning(row["response"])
-    return {**row, "response": answer} if answer else fail_unanswered(row, "no answer in the response: it ends within its reasoning")
+    if answer:
+        return {**row, "response": answer}
+    return {**fail_unanswered(row, "no answer in the response: it ends within its reasoning"), "usage": row.get("usage") or {}}
 
 
 def _holds_no_row(path: Path) -> bool:

@@ -31,9 +31,9 @@ def summary_tables(summaries: Summaries) -> str:
         "documents": lambda s: f"{s['documents']:.2f}" if s.get("documents_known", s["n"]) else "",
         "None": lambda s: f"{100 * s['none_share']:.0f} %" if s.get("documents_known", s["n"]) else "",
         "unanswered": lambda s: str(s["unanswered"]),
-        "calls": lambda s: f"{s.get('calls', 0):.1f}",
-        "prompt tokens": lambda s: f"{s.get('prompt_tokens', 0):.0f}",
-        "generated tokens": lambda s: f"{s.get('generated_tokens', 0):.1f}",
+        "calls": lambda s: cost_cell(s, "calls"),
+        "prompt tokens": lambda s: cost_cell(s, "prompt_tokens", 0),
+        "generated tokens": lambda s: cost_cell(s, "generated_tokens"),
     }
     for heading, key in (("no gold answer", "without_gold_answer"), ("repeated", "repeated")):
         if any(summary.get(key) for summary in summaries.values()):
@@ -56,6 +56,12 @@ def summary_tables(summaries: Summaries) -> str:
         rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
         tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *map(heading, groups)], rows))
     return "\n\n".join(tables)
+
+
+def cost_cell(summary: dict, key: str, digits: int = 1) -> str:
+    """A mean cost a question, with the number of questions it is the mean of if that is not all; empty if it is not known."""
+    value, known = summary.get(key), summary.get(f"{key}_known", summary["n"])
+    return _number(value, digits) + (f" (of {known})" if value is not None and known < summary["n"] else "")
 
 
 def selection_tables(summaries: Summaries) -> str:

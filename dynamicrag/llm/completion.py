@@ -4,6 +4,7 @@ Both engines end here, so that every stage reads a reasoning model, a limit of t
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dynamicrag.models.chat_templates import Messages
@@ -46,15 +47,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one request: `n` texts (stripped, without reasoning), and the tokens they cost.
+    """What came back for one request: `n` texts (stripped, without reasoning), and the tokens they cost; None if that is not known.
 
     A sample in `unreadable` has no text, and the reason why; those in `cut_off` ended at the limit of tokens. A request that
     was not `answered` was refused, by the server or as too long, and cost nothing.
     """
 
     texts: list[str] = field(default_factory=list)
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+    prompt_tokens: int | None = 0
+    generated_tokens: int | None = 0
     unreadable: dict[int, str] = field(default_factory=dict)
     cut_off: frozenset[int] = frozenset()
     answered: bool = True
@@ -67,16 +68,22 @@ class Completion:
 
 @dataclass
 class Usage:
-    """What a row has cost so far."""
+    """What a row has cost so far; None if a server does not say how many tokens one of the calls cost."""
 
     calls: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+    prompt_tokens: int | None = 0
+    generated_tokens: int | None = 0
 
     def add(self, completion: Completion) -> None:
         self.calls += completion.answered
-        self.prompt_tokens += completion.prompt_tokens
-        self.generated_tokens += completion.generated_tokens
+        self.prompt_tokens = known_sum([self.prompt_tokens, completion.prompt_tokens])
+        self.generated_tokens = known_sum([self.generated_tokens, completion.generated_tokens])
+
+
+def known_sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if one of the numbers is not known."""
+    counts = list(counts)
+    return None if None in counts else sum(counts)
 
 
 def after_reasoning(text: str, opened: bool = False) -> str | None:
@@ -122,7 +129,7 @@ def read_sample(sample: Sample, max_tokens: int, opened: bool = False) -> tuple[
 
 
 def completion_of(
-    samples: list[Sample], request: Request, prompt_tokens: int = 0, generated_tokens: int = 0, opened: bool = False
+    samples: list[Sample], request: Request, prompt_tokens: int | None = 0, generated_tokens: int | None = 0, opened: bool = False
 ) -> Completion:
     """The completion of a request. `opened`: its prompt ends with the tag that opens reasoning."""
     # What a pattern constrains holds no reasoning, unless the engine constrains only what follows it: then it is closed.

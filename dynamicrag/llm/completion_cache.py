@@ -14,7 +14,7 @@ import orjson
 from dynamicrag.files.atomic import naming
 from dynamicrag.llm.completion import Request, Sample
 
-Reply = tuple[list[Sample], int, int]  # samples, tokens of the prompt, tokens generated
+Reply = tuple[list[Sample], int | None, int | None]  # samples, tokens of the prompt, tokens generated; None if not known
 
 
 class CompletionCache:
@@ -59,7 +59,7 @@ class CompletionCache:
                         read = [Sample(*sample) for sample in samples]
                     except (ValueError, TypeError):
                         continue
-                    if all(isinstance(sample.text, str | None) for sample in read) and type(prompt_tokens) is type(generated_tokens) is int:
+                    if all(isinstance(sample.text, str | None) for sample in read) and all(type(count) in (int, type(None)) for count in (prompt_tokens, generated_tokens)):
                         replies[str(key)] = read, prompt_tokens, generated_tokens
         return replies
 

@@ -114,10 +114,11 @@ def reason_of(error: BaseException, key: str, seconds: float) -> str:
     return without_key(reason, key)[:MOST_SAID]  # cut last, so that no half of the key is left
 
 
-def count(usage: object, name: str) -> int:
-    """A number of tokens that a reply gives, 0 if it gives none."""
-    value = getattr(usage, name, 0)
-    return value if type(value) is int and value > 0 else 0
+def tokens_of(reply: object) -> tuple[int | None, int | None]:
+    """Tokens of the prompt and tokens generated, as a reply gives them; None if it does not: no prompt has 0."""
+    counts = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    prompt, generated = (value if type(value) is int and value >= 0 else None for value in counts)
+    return (prompt, generated) if prompt else (None, generated or None)
 
 
 def gave_reasoning(message: object) -> bool:

@@ -17,6 +17,7 @@ from dynamicrag.llm.completion import (
     Sample,
     after_reasoning,
     completion_of,
+    known_sum,
     leaves_open,
     opens_itself,
     refused,
@@ -25,13 +26,13 @@ from dynamicrag.llm.completion_cache import CompletionCache, Reply, key_of
 from dynamicrag.llm.endpoint import (
     UnreadableReply,
     check_url,
-    count,
     gave_reasoning,
     open_client,
     passes,
     read_key,
     reason_of,
     refuse_foreign,
+    tokens_of,
     usable,
     wait,
 )
@@ -131,7 +132,7 @@ class ApiEngine:
             completions.append(refused(request, reply) if isinstance(reply, str) else self._read(request, *reply))
         return completions
 
-    def _read(self, request: Request, samples: list[Sample], prompt_tokens: int, generated_tokens: int) -> Completion:
+    def _read(self, request: Request, samples: list[Sample], prompt_tokens: int | None, generated_tokens: int | None) -> Completion:
         # Where the template opens the reasoning, what is cut off before its end shows no tag at all.
         opened = leaves_open(prefix_of(request.messages), self._opens_reasoning)
         if opened and not request.pattern:
@@ -214,7 +215,7 @@ class ApiEngine:
             return parts[0]
         samples = [Sample(None, "error", refusal=part) if isinstance(part, str) else part[0][0] for part in parts]
         counted = [part[1:] for part in parts if not isinstance(part, str)]
-        return samples, sum(prompt for prompt, _ in counted), sum(generated for _, generated in counted)
+        return samples, known_sum(prompt for prompt, _ in counted), known_sum(generated for _, generated in counted)
 
     async def _ask(self, client, request: Request) -> Reply | str:
         """The reply to one call, after as many tries as it takes. Raises UserError."""
@@ -293,8 +294,8 @@ class ApiEngine:
                 raise self._unreadable(error, reply) from error
             if "stop" in self._not_taken:
                 read = [_cut(sample, request.stop) for sample in read[0]], *read[1:]
-            if not any(read[1:]):
-                self._say("usage", "does not say how many tokens a reply costs: they count as 0")
+            if None in read[1:]:
+                self._say("usage", "does not say how many tokens a reply costs: tables leave them out")
             if request.pattern and not _constrained(read, request.pattern):
                 [form] = extra.keys() & CONSTRAINTS.keys()
                 if form != self._constraints[-1]:
@@ -369,7 +370,7 @@ def _read_reply(reply, request: Request) -> Reply:
         samples.append(Sample(usable(message.content), finish, gave_reasoning(message), f"the model declined: {refusal}" if refusal else None))
     if not samples:
         raise UnreadableReply("it has no choices")
-    return samples, count(reply.usage, "prompt_tokens"), count(reply.usage, "completion_tokens")
+    return samples, *tokens_of(reply)
 
 
 def _constrained(reply: Reply, pattern: str) -> bool:

@@ -118,7 +118,7 @@ def documents(systems: Sequence[System], folder: Path) -> Section:
         if not shown:
             continue
         points = [
-            f"{one.generator} dynamic: {one.score:.1f} at k = {one.documents:.2f}, {one.prompt_tokens:.0f} prompt tokens"
+            f"{one.generator} dynamic: {one.score:.1f} at k = {one.documents:.2f}, {one.said('prompt_tokens')}"
             for one in shown if one.selector == "dynamic"
         ]
         caption = f"{name}: score with 95 % intervals, and prompt tokens, against k."

@@ -47,10 +47,10 @@ def efficiency(systems: Sequence[System], folder: Path) -> Section:
     section = Section("efficiency", "Efficiency", text)
     for name, members in by_evaluation_set(list(systems)).items():
         sentences = [
-            f"{one.name}: {one.calls:.1f} calls, {one.prompt_tokens:.0f} prompt tokens"
+            f"{one.name}: {one.said('calls', 1)}, {one.said('prompt_tokens')}"
             for one in members if one.selector in BY_LLM
         ]
-        alt = "Bars: " + "; ".join(f"{one.name} {one.calls:.1f} calls, {one.speed:.2f} questions a second" for one in members)
+        alt = "Bars: " + "; ".join(f"{one.name} {one.said('calls', 1)}, {one.speed:.2f} questions a second" for one in members)
         caption = f"{name}: calls and tokens are means a question. {'; '.join(sentences)}{'.' if sentences else ''}"
         section.pictures.append(picture(
             folder, f"efficiency_{slug(name)}", lambda width, shown=members: figures.cost_bars(shown, width), alt, caption,

@@ -155,10 +155,11 @@ def cost_bars(systems: Sequence[System], width: int) -> Figure:
     for number, (panel, (title, values)) in enumerate(zip(axes, costs.items(), strict=True)):
         panel.barh(range(len(systems)), values, height=0.62, color=[SELECTOR_COLOURS.get(system.family, MUTED) for system in systems])
         for place, value in enumerate(values):
-            panel.annotate(f"{value:,.0f}" if value >= 100 else f"{value:.3g}", (value, place), (4, 0), textcoords="offset points", va="center")
+            said = "not known" if np.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            panel.annotate(said, (np.nan_to_num(value), place), (4, 0), textcoords="offset points", va="center")
         named = number == 0 or width <= NARROW
         panel.set_yticks(range(len(systems)), [short(system.name, width) if named else "" for system in systems])
-        panel.set(ylim=(len(systems) - 0.4, -0.6), xlim=(0, 1.32 * max(*values, 1e-9)))
+        panel.set(ylim=(len(systems) - 0.4, -0.6), xlim=(0, 1.32 * max(*np.nan_to_num(values), 1e-9)))
         panel.set_title(title)
         panel.grid(axis="y", visible=False)
     return figure

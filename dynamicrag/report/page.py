@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from dynamicrag import stage
 from dynamicrag.evaluation.metrics import METRIC_NAMES
+from dynamicrag.evaluation.tables import cost_cell
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.report import comparisons, costs, training
 from dynamicrag.report.cases import case_sets
@@ -103,6 +104,7 @@ def main(argv=None):
         title=work.name if results.resolve().name == "results" else results.resolve().name,
         systems=systems,
         results=result_lines(systems),
+        cost_cell=cost_cell,
         findings={name: comparisons.findings([one for one in members if not one.wider]) for name, members in by_evaluation_set(systems).items()},
         groups=comparisons.group_tables(systems),
         sections=[one for one in sections if one.pictures or one.tables],

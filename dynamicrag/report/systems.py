@@ -1,5 +1,6 @@
 """A system of the report: who answered, from whose documents, which questions, how well and at what cost."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +76,25 @@ class System:
 
     @property
     def calls(self) -> float:
-        return self.summary.get("calls", 0)
+        """Calls a question, as the tokens below; not a number (nan) if they are not known."""
+        return self._cost("calls")
 
     @property
     def prompt_tokens(self) -> float:
-        return self.summary.get("prompt_tokens", 0)
+        return self._cost("prompt_tokens")
 
     @property
     def generated_tokens(self) -> float:
-        return self.summary.get("generated_tokens", 0)
+        return self._cost("generated_tokens")
+
+    def _cost(self, key: str) -> float:
+        value = self.summary.get(key)
+        return math.nan if value is None else value
+
+    def said(self, key: str, digits: int = 0) -> str:
+        """A cost in words: 12 prompt tokens, or prompt tokens not known."""
+        value, what = self._cost(key), key.replace("_", " ")
+        return f"{what} not known" if math.isnan(value) else f"{value:.{digits}f} {what}"
 
     @property
     def speed(self) -> float:

@@ -19,13 +19,13 @@ from dynamicrag.llm.completion import Sample, read_sample
 from dynamicrag.llm.endpoint import (
     UnreadableReply,
     check_url,
-    count,
     gave_reasoning,
     open_client,
     passes,
     read_key,
     reason_of,
     refuse_foreign,
+    tokens_of,
     usable,
     wait,
 )
@@ -79,6 +79,11 @@ class JudgeUsage:
     cached: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+
+    def counts(self) -> dict[str, int | None]:
+        """All of it; the tokens are None if no reply gave them."""
+        tokens = ("prompt_tokens", "generated_tokens")
+        return {name: None if name in tokens and self.calls and not value else value for name, value in vars(self).items()}
 
 
 def parse_grade(reply: str) -> float:
@@ -231,8 +236,9 @@ class Judge:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 reply = await client.chat.completions.create(model=self._model, messages=messages, **options)
-            self.usage.prompt_tokens += count(reply.usage, "prompt_tokens")
-            self.usage.generated_tokens += count(reply.usage, "completion_tokens")
+            prompt_tokens, generated_tokens = tokens_of(reply)
+            self.usage.prompt_tokens += prompt_tokens or 0
+            self.usage.generated_tokens += generated_tokens or 0
             [choice, *_] = reply.choices
             sample = Sample(usable(choice.message.content), choice.finish_reason, gave_reasoning(choice.message))
             self._answered = True

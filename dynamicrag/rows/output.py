@@ -261,6 +261,7 @@ class Output:
         self._begun.unlink(missing_ok=True)
         if self._file is not None:
             self._file.close()
+        counts = {key: "not known" if value is None else value for key, value in counts.items()}
         shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
         log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
 

@@ -81,7 +81,7 @@ class Row(TypedDict, total=False):
     id_list: list[int]
     response: str
     final_docs: list[str]
-    usage: dict[str, int]
+    usage: dict[str, int | None]  # None: not known
 
 
 class RowError(ValueError):
@@ -256,7 +256,7 @@ def _check_result(row: Row) -> None:
     if not isinstance(row.get("id_list") or [], list):
         raise RowError("id_list", f"expected a list of positions, found {_kind(row['id_list'])}")
     usage = row.get("usage") or {}
-    if not isinstance(usage, dict) or not all(type(value) in (int, float) for value in usage.values()):
+    if not isinstance(usage, dict) or not all(type(value) in (int, float, type(None)) for value in usage.values()):
         raise RowError("usage", f"expected an object of numbers, found {_kind(usage)}")
 
 

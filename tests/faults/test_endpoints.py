@@ -90,12 +90,12 @@ def test_half_a_surrogate_pair_is_no_reason_to_end_a_run(server):
     assert completion.texts == ["a?b"]
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": "many", "completion_tokens": True}, {"prompt_tokens": -1}])
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": "many", "completion_tokens": True}, {"prompt_tokens": -1}])
 def test_a_reply_without_its_cost_is_an_answer_that_cost_nothing_known(server, usage):
     url, reply = server
     reply[:] = 200, json.dumps({**GOOD, **({"usage": usage} if usage is not None else {})}).encode()
     [completion] = ApiEngine(url, "m").complete([Request([{"role": "user", "content": "q"}], seed=1, max_tokens=5)])
-    assert (completion.texts, completion.prompt_tokens, completion.generated_tokens) == (["a"], 0, 0)
+    assert (completion.texts, completion.prompt_tokens, completion.generated_tokens) == (["a"], None, None)
 
 
 @pytest.mark.parametrize("url", [
@@ -442,6 +442,18 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
     assert asked()[0] == 0
     all_right(asked)
     assert len(fake.paid) == len(set(fake.paid)) == 24
+
+
+@pytest.mark.parametrize("stage", ["inference", "top_inference", "sampling_dpo_trajectories"])
+def test_the_cost_of_a_row_is_not_known_if_that_of_one_of_its_calls_is_not(fake, asked, stage):
+    fake.behave = lambda body: {"usage": {"prompt_tokens": None}} if kind_of(body) == "answer" and word_of(body) == "7" else None
+    assert asked(stage=stage)[0] == 0
+    rows = asked.read({"inference": "answered.json", "top_inference": "windows.jsonl", "sampling_dpo_trajectories": "sampled.json"}[stage])
+    usage = {row_id: made["usage"] for row_id, made in rows.items()}
+    assert usage["q7"]["calls"] == usage["q6"]["calls"] and usage["q6"]["prompt_tokens"] >= 20 and usage["q6"]["generated_tokens"] >= 10
+    assert usage["q7"]["prompt_tokens"] is usage["q7"]["generated_tokens"] is None
+    if stage.startswith("sampling"):
+        assert [row_id for row_id, made in rows.items() if "response_tokens" not in made] == ["q7"]
 
 
 PAGES = {
