@@ -37,7 +37,7 @@ def test_every_file_named_exists():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z_-]+)", README)) - {"--help"}))
 def test_every_flag_mentioned_exists_somewhere(flag):
-    sources = "".join(path.read_text(encoding="utf-8") for path in [*REPO.glob("*.py"), *REPO.glob("dynamicrag/*.py"), *REPO.glob("dynamicrag/report/*.py"), *REPO.glob("examples/factbook/*.py")])
+    sources = "".join(path.read_text(encoding="utf-8") for path in [*REPO.glob("*.py"), *(REPO / "dynamicrag").rglob("*.py"), *REPO.glob("examples/factbook/*.py")])
     name = flag.removeprefix("--").replace("-", "_").replace("_", "[-_]")
     assert re.search(f'"--{name}"', sources)
 
