@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,35 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def _lookaheads(values: tuple[object, ...]) -> str:
+    """One for each value: as a word of its own, and a number not as part of another or of a quoted text."""
+    found = []
+    for value in values:
+        near = r"\w'\"" if isinstance(value, int | float) else r"\w"
+        found.append(rf"(?=.*(?<![{near}])(?<!\d[.,]){re.escape(str(value))}(?![{near}]|[.,]\d))")
+    return "".join(found)
+
+
+def naming(*values: object) -> str:
+    """A pattern for a message that names each value (key, number, file, flag), whatever it says of them."""
+    return f"(?s)^{_lookaheads(values)}"
+
+
+def at(place: str | Path, *values: object) -> str:
+    """One for a message that begins with its place (a file in any folder, and the line, row or key in it; a flag), and then names the values."""
+    return rf"(?s)^(?:error: )?(?:\S*/)?{re.escape(str(place))}: {_lookaheads(values)}"
+
+
+def names(text: str, *values: object) -> bool:
+    """Whether a text names each value."""
+    return re.search(naming(*values), text) is not None
+
+
+def logged(caplog, *values: object, level: str = "WARNING") -> int:
+    """How many records of the level name each value."""
+    return sum(record.levelname == level and names(record.getMessage(), *values) for record in caplog.records)
 
 
 @pytest.fixture(scope="session", autouse=True)

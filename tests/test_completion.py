@@ -1,6 +1,7 @@
 """dynamicrag/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
 
 import pytest
+from conftest import names
 
 from dynamicrag.calls import read_selection
 from dynamicrag.completion import (
@@ -48,25 +49,34 @@ def test_a_missing_opening_tag_is_the_templates(text, itself):
     assert opens_itself(text) is itself
 
 
-@pytest.mark.parametrize(("sample", "text", "reason"), [
+SAMPLES = [  # a sample, its text, and what is the cause if it has none
     (Sample("[3]"), "[3]", ""), (Sample("[3]", "length"), "[3]", ""), (Sample(""), "", ""), (Sample("[3]", None), "[3]", ""),
     (Sample("[3]", reasoned=True), "[3]", ""), (Sample("<think>a</think>[3]", "length"), "[3]", ""),
-    (Sample("<think>a", "length"), "", "cut off after 100 tokens, all of them reasoning"), (Sample("<think>a</think>"), "", "nothing follows its reasoning"),
-    (Sample(None, "length", reasoned=True), "", "cut off after 100 tokens, all of them reasoning"), (Sample("", reasoned=True), "", "nothing follows its reasoning"),
-    (Sample("", "length"), "", "cut off after 100 tokens, before any text"), (Sample(None), "", "the reply has no text"), (Sample(None, "tool_calls"), "", "the reply has no text"),
-    (Sample("Georges", "content_filter"), "", "withheld by a content filter"), (Sample("Georges", "abort"), "", "aborted by the engine"),
-    (Sample(None, refusal="the model declined: no"), "", "the model declined: no"),
-])
-def test_a_sample_is_a_text_or_a_reason(sample, text, reason):
-    assert read_sample(sample, 100) == (text, reason)
+    (Sample("<think>a", "length"), "", "cut in reasoning"), (Sample(None, "length", reasoned=True), "", "cut in reasoning"),
+    (Sample("<think>a</think>"), "", "only reasoning"), (Sample("", reasoned=True), "", "only reasoning"), (Sample("", "length"), "", "cut at once"),
+    (Sample(None), "", "no text"), (Sample(None, "tool_calls"), "", "no text"), (Sample("Georges", "content_filter"), "", "filter"),
+    (Sample("Georges", "abort"), "", "abort"), (Sample(None, refusal="declined: 7"), "", "refusal"),
+]
+
+
+@pytest.mark.parametrize(("sample", "text", "cause"), SAMPLES)
+def test_a_sample_is_a_text_or_a_reason(sample, text, cause):
+    found, reason = read_sample(sample, 100)
+    assert found == text and bool(reason) == bool(cause)
+    assert names(reason, 100) == cause.startswith("cut") and ("declined: 7" in reason) == (cause == "refusal")
+
+
+def test_each_cause_has_a_reason_of_its_own():
+    reasons = {(cause, read_sample(sample, 100)[1]) for sample, _, cause in SAMPLES}
+    assert len(reasons) == len({cause for cause, _ in reasons}) == len({reason for _, reason in reasons})
 
 
 def test_each_sample_of_a_completion_is_read_by_itself():
     completion = completion_of([Sample("<think>a</think>[3], [1", "length"), Sample("<think>a", "length")], ASKED, 7, 9)
     assert completion.texts == ["[3], [1", ""] and completion.cut_off == {0, 1}
     assert [read_selection(completion, sample, 5, DEFAULT_NOTATION).ids for sample in (0, 1)] == [[3], []]
-    assert read_selection(completion, 0, 5, DEFAULT_NOTATION).valid and read_selection(completion, 1, 5, DEFAULT_NOTATION).reason.startswith("no selection in the model's output: cut off after 100")
-    assert completion.reason("answer", 0) == "" and completion.reason("answer", 1).startswith("no answer in the model's output: cut off after 100")
+    assert read_selection(completion, 0, 5, DEFAULT_NOTATION).valid and names(read_selection(completion, 1, 5, DEFAULT_NOTATION).reason, "selection", 100)
+    assert completion.reason("answer", 0) == "" and names(completion.reason("answer", 1), "answer", 100)
 
 
 def test_a_constrained_text_holds_no_reasoning_even_if_the_template_opens_some():
@@ -75,9 +85,9 @@ def test_a_constrained_text_holds_no_reasoning_even_if_the_template_opens_some()
 
 
 def test_a_refused_request_has_a_reason_for_every_sample_and_no_text():
-    completion = refused(ASKED, "refused by the server: HTTP 400: x")
+    completion = refused(ASKED, "HTTP 400: x")
     assert completion.texts == ["", ""] and not completion.answered
-    assert [completion.reason("selection", sample) for sample in (0, 1)] == ["refused by the server: HTTP 400: x"] * 2
+    assert [completion.reason("selection", sample) for sample in (0, 1)] == ["HTTP 400: x"] * 2
 
 
 # ---------------------------------------------------------------- replies on disk

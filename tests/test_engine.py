@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import make_tiny_llama
+from conftest import at, make_tiny_llama, names
 
 from dynamicrag.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.stage import UserError
@@ -39,7 +39,7 @@ def test_a_training_folder_stands_for_its_newest_stage(tmp_path):
 @pytest.mark.parametrize("name", ["DynamicRAG_never_trained", "/no/such/folder", "./none"])
 def test_a_model_that_is_not_there_is_named_with_what_makes_it(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="llamafactory-cli train"):
+    with pytest.raises(UserError, match=at(name, "llamafactory-cli train")):
         resolve_model(name)
 
 
@@ -50,9 +50,9 @@ def test_anything_else_is_a_hub_name():
 def test_a_broken_template_is_named_with_its_line(tmp_path):
     path = tmp_path / "broken.jinja"
     path.write_text("{{ bos_token }}\n{% for %}")
-    with pytest.raises(UserError, match=r"broken.jinja:2: not a Jinja template"):
+    with pytest.raises(UserError, match=at("broken.jinja:2")):
         read_template(str(path))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=at("absent.jinja")):
         read_template(str(tmp_path / "absent.jinja"))
 
 
@@ -238,19 +238,19 @@ def test_the_window_is_the_models_own_if_that_is_smaller(tmp_path, caplog, confi
 
 def test_a_window_larger_than_the_models_own_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
-    with pytest.raises(UserError, match=r"--max-model-len 4096: .* 2048 tokens"):
+    with pytest.raises(UserError, match=at("--max-model-len 4096", tmp_path, "--max-model-len 2048")):
         window_of(str(tmp_path), 4096)
 
 
 def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch):
     broken = STAND_INS["vllm/__init__.py"].split("class LLM:")[0] + (
         "import pydantic\nclass Config(pydantic.BaseModel):\n    n: int\n    @pydantic.field_validator('n')\n"
-        "    def small(cls, n):\n        raise ValueError('n is too large')\n"
+        "    def small(cls, n):\n        raise ValueError('n=1, not 0')\n"
         "def LLM(**options):\n    Config(n=1)\n"
     )
     monkeypatch.setitem(STAND_INS, "vllm/__init__.py", broken)
     refused = start_engine(tmp_path)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("dynamicrag.stage.UserError: model: vLLM cannot load it: n is too large;")
+    assert refused.returncode == 1 and names(refused.stderr.splitlines()[-1], "UserError: model", "n=1, not 0")
 
 
 # ---------------------------------------------------------------- what the model in this process writes
@@ -300,7 +300,7 @@ def in_process(monkeypatch):
 def test_reasoning_and_limits_are_read_in_this_process_as_from_a_server(in_process):
     engine = in_process(Output(("<think>[1]</think> [3]", "stop"), ("<think>[1]", "length")), Output(("[2]", "length")))
     first, second = engine.complete([ask(1, n=2), ask(2)])
-    assert first.texts == ["[3]", ""] and "cut off after 5 tokens" in first.reason("answer", 1) and first.cut_off == {1}
+    assert first.texts == ["[3]", ""] and names(first.reason("answer", 1), "answer", 5) and first.cut_off == {1}
     assert second.texts == ["[2]"] and second.cut_off == {0} and (first.prompt_tokens, first.generated_tokens) == (3, 4)
 
 

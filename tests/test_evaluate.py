@@ -1,12 +1,15 @@
 """evaluate.py: what is counted, under which metric, and what the table says."""
 
+import errno
 import json
+import os
 import re
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import at, logged, names, naming
 
 import evaluate
 import evaluate_retrieval
@@ -93,7 +96,7 @@ def test_rows_of_other_questions_do_not_stand_in_for_missing_ones():
     """Twelve asked, ten of them missing, and nine answers to questions nobody asked."""
     ask(12)
     write("r.json", [make_row(1), make_row(2), *(make_row(n) for n in range(100, 109))])
-    with pytest.raises(UserError, match=r"r\.json: row q100 is not in asked\.jsonl"):
+    with pytest.raises(UserError, match=at("r.json", "q100", "asked.jsonl")):
         run("r.json", eval_file="asked.jsonl")
 
 
@@ -108,17 +111,17 @@ def test_a_missing_question_is_wrong_in_its_own_data_set_too():
     ("rows", "remain", "asked", "n", "score", "unanswered", "repeats", "first"),
     [
         (RIGHT + WRONG, FAILED, None, 10, 60.0, 2, 0, None),
-        ([*RIGHT, *RIGHT[:2], *WRONG], None, None, 8, 75.0, 0, 2, "q1 in r.jsonl"),
-        ([*RIGHT, *WRONG, *RIGHT, *WRONG], [], None, 8, 75.0, 0, 8, "q1 in r.jsonl"),  # the same shard twice
-        ([make_row(1, "bad"), make_row(1)], None, None, 1, 0.0, 0, 1, "q1 in r.jsonl"),  # the first counts, be it wrong
-        ([make_row(1), make_row(1, "bad"), make_row(1, "bad")], None, None, 1, 100.0, 0, 2, "q1 in r.jsonl"),
-        ([make_row(1, None, error="no selection"), make_row(1)], None, None, 1, 0.0, 1, 1, "q1 in r.jsonl"),
-        (RIGHT + WRONG, [make_row(3, None), *FAILED], None, 10, 60.0, 2, 1, "q3 in remain_r.jsonl"),  # answered and failed
-        (RIGHT + WRONG, [*FAILED, *FAILED], None, 10, 60.0, 2, 2, "q9 in remain_r.jsonl"),
-        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, make_row(8, None)], None, 10, 60.0, 2, 3, "q3 in r.jsonl"),
-        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, FAILED[1]], 15, 15, 40.0, 7, 3, "q3 in r.jsonl"),  # all of it, and five missing
-        ([*RIGHT, *WRONG, *WRONG], None, 12, 12, 50.0, 4, 2, "q7 in r.jsonl"),
-        ([], [*FAILED, *FAILED], None, 2, 0.0, 2, 2, "q9 in remain_r.jsonl"),
+        ([*RIGHT, *RIGHT[:2], *WRONG], None, None, 8, 75.0, 0, 2, ("q1", "r.jsonl")),
+        ([*RIGHT, *WRONG, *RIGHT, *WRONG], [], None, 8, 75.0, 0, 8, ("q1", "r.jsonl")),  # the same shard twice
+        ([make_row(1, "bad"), make_row(1)], None, None, 1, 0.0, 0, 1, ("q1", "r.jsonl")),  # the first counts, be it wrong
+        ([make_row(1), make_row(1, "bad"), make_row(1, "bad")], None, None, 1, 100.0, 0, 2, ("q1", "r.jsonl")),
+        ([make_row(1, None, error="no selection"), make_row(1)], None, None, 1, 0.0, 1, 1, ("q1", "r.jsonl")),
+        (RIGHT + WRONG, [make_row(3, None), *FAILED], None, 10, 60.0, 2, 1, ("q3", "remain_r.jsonl")),  # answered and failed
+        (RIGHT + WRONG, [*FAILED, *FAILED], None, 10, 60.0, 2, 2, ("q9", "remain_r.jsonl")),
+        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, make_row(8, None)], None, 10, 60.0, 2, 3, ("q3", "r.jsonl")),
+        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, FAILED[1]], 15, 15, 40.0, 7, 3, ("q3", "r.jsonl")),  # all of it, and five missing
+        ([*RIGHT, *WRONG, *WRONG], None, 12, 12, 50.0, 4, 2, ("q7", "r.jsonl")),
+        ([], [*FAILED, *FAILED], None, 2, 0.0, 2, 2, ("q9", "remain_r.jsonl")),
     ],
 )
 def test_a_question_answered_more_than_once_counts_once_and_is_said(rows, remain, asked, n, score, unanswered, repeats, first, caplog):
@@ -127,12 +130,11 @@ def test_a_question_answered_more_than_once_counts_once_and_is_said(rows, remain
     found = run("r.jsonl", metric="em", **flags)["r"]
     assert (found["n"], found["score"], found["unanswered"]) == (n, score, unanswered)
     assert sum(group["n"] for group in found["groups"].values()) == n
-    said = [message for message in caplog.messages if "answered again and not counted" in message]
-    assert len(said) == bool(repeats)
     if repeats:
-        assert f"r.jsonl: answered again and not counted: {repeats} rows, {first} the first" in said[0]
-    missing = re.findall(r"(\d+) of (\d+) questions are missing", caplog.text)
-    assert missing == ([(str(asked - len({row["id"] for row in rows + (remain or [])})), str(asked))] if asked else [])
+        assert logged(caplog, "r.jsonl", repeats, *first) == 1
+    if asked:
+        assert logged(caplog, "r.jsonl", asked - len({row["id"] for row in rows + (remain or [])}), asked) == 1
+    assert logged(caplog) - logged(caplog, "'response'") == bool(repeats) + bool(asked) + (remain is None and not asked)
 
 
 def test_a_repeated_row_is_counted_once_in_what_it_cost_and_chose():
@@ -144,7 +146,7 @@ def test_a_repeated_row_is_counted_once_in_what_it_cost_and_chose():
 def test_a_question_asked_twice_is_refused():
     write("r.jsonl", RIGHT)
     write("asked.jsonl", [*RIGHT, RIGHT[0]])
-    with pytest.raises(UserError, match=r"asked\.jsonl:7: key 'id': 'q1' is already used on line 1"):
+    with pytest.raises(UserError, match=at("asked.jsonl:7: key 'id'", "'q1'", 1)):
         run("r.jsonl", eval_file="asked.jsonl")
 
 
@@ -187,41 +189,43 @@ def test_what_the_results_say_themselves_stands_before_what_was_asked():
     assert run("r.jsonl", eval_file="asked.jsonl", dataset="NQ")["r"]["metric"] == "em", "and the flag before both"
 
 
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_rows_left_out_are_counted_in_log_and_table(capsys, caplog):
     write("asked.jsonl", [make_row(n, None, answers=["gold"] if n < 3 else []) for n in range(1, 6)])
     write("r.jsonl", strip([make_row(1), make_row(2), make_row(3), make_row(4), make_row(1)]))
     found = run("r.jsonl", eval_file="asked.jsonl")["r"]
     assert (found["n"], found["score"], found["without_gold_answer"], found["repeated"]) == (2, 100.0, 3, 1)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert dict(zip(lines[0], lines[2], strict=True))["left out: no gold answer"] == "3"
-    assert dict(zip(lines[0], lines[2], strict=True))["left out: repeated"] == "1"
-    assert "r.jsonl: without a gold answer and not counted: 3 rows, q3 the first" in caplog.text
+    header, _, line = table(capsys.readouterr().out)
+    assert logged(caplog, "r.jsonl", 3, "q3") == 1
     write("r.jsonl", [make_row(1)])
     run("r.jsonl")
-    assert "left out" not in capsys.readouterr().out
+    usual = table(capsys.readouterr().out)[0]
+    assert [number for name, number in zip(header, line, strict=True) if name not in usual] == ["3", "1"], "columns of their own"
 
 
 def test_an_unknown_data_set_is_said_with_the_metric_taken_unless_one_is_given(monkeypatch, caplog):
     monkeypatch.setattr(tasks, "_said", set())
     write("r.json", [make_row(1), make_row(2, dataset="unheard of"), make_row(3, dataset="unheard of")])
     run("r.json", metric="match")
-    assert "data set" not in caplog.text
+    assert not logged(caplog, "'dataset'")
     run("r.json")
-    said = [message for message in caplog.messages if "data set" in message]
-    assert len(said) == 2 and "'unheard of'" in said[1] and all("em" in message and tasks.DEFAULT_TASK.instruction in message for message in said)
+    assert logged(caplog, "'dataset'", "em", tasks.DEFAULT_TASK.instruction) == logged(caplog, "'dataset'") == 2
+    assert logged(caplog, "'dataset'", "'unheard of'") == 1
 
 
 def test_gold_ids_of_another_corpus_are_said_with_their_number(caplog):
     rows = [make_row(n, gold_docs=[f"x{n}", "y"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="nq") for n in (1, 2)]
-    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever")])
+    other = make_row(4, gold_docs=["z"], final_docs=["a"], docs=[{"id": "a", "text": "t"}], dataset="popqa")
+    write("r.json", [*rows, make_row(3, gold_docs=["a"], final_docs=["a"], dataset="fever"), other])
     run("r.json")
-    assert [message for message in caplog.messages if "gold document ids" in message] == [
-        "r.json: 4 gold document ids match no document of any row (4 of nq); give the ids that the corpus searched has"
-    ]
+    assert logged(caplog, "r.json", 5, 4, "nq", 1, "popqa") == logged(caplog, "r.json", "nq") == 1 and not logged(caplog, "fever")
     caplog.clear()
     write("r.json", [*rows, make_row(3, gold_docs=["a"], docs=[{"id": "wiki:a", "text": "t"}], final_docs=["wiki:a"], dataset="nq")])
     assert run("r.json")["r"]["selection"]["gold_chosen"] == 1
-    assert "gold document ids" not in caplog.text
+    assert not logged(caplog, "nq")
 
 
 # ---------------------------------------------------------------- why there is no answer
@@ -277,7 +281,7 @@ def test_rows_without_gold_answers_are_left_out_and_counted():
 
 def test_nothing_to_score_against_is_an_error():
     write("r.json", [make_row(1, answers=[])])
-    with pytest.raises(UserError, match="no row has a gold answer"):
+    with pytest.raises(UserError, match=at("r.json")):
         run("r.json")
 
 
@@ -290,7 +294,7 @@ def test_the_remain_file_given_is_the_one_read():
 def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
     write("r.json", RIGHT, FAILED)
     Path("remain_r.json").unlink()
-    with pytest.raises(UserError, match=r"remain_r\.json"):
+    with pytest.raises(UserError, match=at("remain_r.json")):
         run("r.json")
 
 
@@ -336,7 +340,7 @@ def test_a_metric_given_is_used_for_every_row():
 def test_an_unknown_metric_is_refused(capsys):
     with pytest.raises(SystemExit):
         run("r.json", metric="bleu")
-    assert "invalid choice" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "--metric", "'bleu'")
 
 
 # ---------------------------------------------------------------- cost, groups, table
@@ -373,7 +377,7 @@ def test_a_cost_that_is_not_known_is_no_zero_and_in_no_mean(capsys):
 def test_documents_are_not_counted_as_none_where_a_row_does_not_say(capsys):
     write("r.json", [{"id": "1", "question": "?", "answers": ["gold"], "response": "gold"}])
     assert run("r.json")["r"]["documents_known"] == 0
-    header, _, line = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    header, _, line = table(capsys.readouterr().out)
     assert [dict(zip(header, line, strict=True))[column] for column in ("score", "documents", "None")] == ["100.0", "", ""]
     write("r.json", [make_row(1, id_list=[1, 2]), {**make_row(2), "id_list": None, "final_docs": []}, {**make_row(3), "id_list": None}])
     found = run("r.json")["r"]
@@ -447,7 +451,7 @@ def test_outputs_are_there_whole_or_as_they_were(stage, failing, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("dynamicrag.atomic.os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=rf"Errno {errno.ENOSPC}\b"):
             stage.main(flags)
     assert [path.read_bytes() == content for path, content in before.items()] == [failing == 1, True]
     assert sorted(path.name for folder in ("out", "tables") for path in Path(folder).iterdir()) == ["m.json", "t.md"]
@@ -458,16 +462,16 @@ def test_outputs_are_there_whole_or_as_they_were(stage, failing, monkeypatch):
 @pytest.mark.parametrize(("flag", "path"), [("output_file", "r.json"), ("table_file", "./r.json"), ("output_file", "asked.jsonl"), ("table_file", "left.json")])
 def test_an_input_is_not_overwritten(flag, path):
     write("r.json", RIGHT), write("left.json", FAILED), ask(10)
-    with pytest.raises(UserError, match="is input and output"):
+    with pytest.raises(UserError, match=at(path)):
         run("r.json", remain_file="left.json", eval_file="asked.jsonl", **{flag: path})
     assert len(json.loads(Path("r.json").read_text())) == len(RIGHT)
 
 
 def test_a_link_to_itself_and_one_path_for_both_outputs_are_refused():
     write("r.json", RIGHT), Path("loop.json").symlink_to("loop.json")
-    with pytest.raises(UserError, match=r"loop\.json: cannot be read: Too many levels of symbolic links"):
+    with pytest.raises(UserError, match=at("loop.json", os.strerror(errno.ELOOP))):
         run("loop.json")
-    with pytest.raises(UserError, match=r"\./m\.json: is given for two outputs"):
+    with pytest.raises(UserError, match=at("./m.json")):
         run("r.json", output_file="m.json", table_file="./m.json")
 
 
@@ -511,16 +515,16 @@ def test_the_first_run_is_compared_with_each_other_question_by_question(capsys):
     assert found["b"]["n"] == 100 and found["b"]["difference"] == pytest.approx(25)
     assert 15 < found["b"]["low"] < 25 < found["b"]["high"] < 35 and found["b"]["p"] < 0.001
     assert found["c"] == {"n": 100, "difference": 0, "low": 0, "high": 0, "p": 1, "metric": "em"}
-    assert "a minus each of the others" in capsys.readouterr().out
+    assert {line[0] for line in table(capsys.readouterr().out)} >= {"b", "c"}
 
 
 def test_only_the_same_questions_are_compared():
     write("a.json", RIGHT), write("b.json", RIGHT[:4])
-    with pytest.raises(UserError, match="2 questions that the other has not, q5 the first; give --eval_file"):
+    with pytest.raises(UserError, match=naming("a", "b", 2, "q5", "--eval_file")):
         compared("a.json", "b.json")
     write("asked.json", [make_row(n, None) for n in range(1, 7)])
     assert compared("a.json", "b.json", eval_file="asked.json")["b"]["difference"] == pytest.approx(100 / 3), "missing ones are wrong"
-    with pytest.raises(UserError, match="--compare needs two"):
+    with pytest.raises(UserError, match=naming("--compare")):
         compared("a.json")
 
 
@@ -559,7 +563,7 @@ def test_answers_to_the_questions_of_another_set_are_refused():
     """FlashRAG calls the first row of every set test_0."""
     write("nq.jsonl", [{"id": "test_0", "question": "who wrote carmen", "answers": ["Bizet"]}])
     write("popqa.jsonl", [{"id": "test_0", "question": "What is the capital of France?", "answers": ["Paris"], "response": "Paris"}])
-    with pytest.raises(UserError, match=r"popqa\.jsonl: row test_0.*nq\.jsonl"):
+    with pytest.raises(UserError, match=at("popqa.jsonl", "test_0", "nq.jsonl")):
         run("popqa.jsonl", eval_file="nq.jsonl")
     write("own.jsonl", [{"id": "test_0", "question": " Who wrote  Carmen", "answers": ["Bizet"], "response": "Bizet"}])
     assert run("own.jsonl", eval_file="nq.jsonl")["own"]["score"] == 100.0
@@ -568,7 +572,7 @@ def test_answers_to_the_questions_of_another_set_are_refused():
 @pytest.mark.parametrize("answer", [{}, {"prediction": "gold"}])
 def test_a_file_without_responses_is_refused_with_its_keys(answer):
     rows = [{key: value for key, value in make_row(n).items() if key != "response"} | answer for n in (1, 2)]
-    with pytest.raises(UserError, match=r"r\.jsonl.*'response'" + ".*prediction" * bool(answer)):
+    with pytest.raises(UserError, match=at("r.jsonl", "'response'", *answer)):
         run(write("r.jsonl", rows))
 
 
@@ -576,11 +580,11 @@ def test_some_rows_without_a_response_count_as_wrong_and_are_warned_of(caplog):
     bare = {key: value for key, value in make_row(2).items() if key != "response"}
     found = run(write("r.jsonl", [make_row(1), bare]))["r"]
     assert (found["n"], found["score"], found["unanswered"]) == (2, 50.0, 1)
-    assert [record.levelname for record in caplog.records if "response" in record.getMessage()] == ["WARNING"]
+    assert logged(caplog, "r.jsonl", "'response'") == 1
 
 
 def test_the_reasoning_in_foreign_responses_is_not_scored(caplog):
     responses = ["<think>bad</think>gold", "<think>gold</think>bad", "gold</think> bad", "<think>gold"]
     found = run(write("r.jsonl", [make_row(n, response) for n, response in enumerate(responses, start=1)]), metric="match")["r"]
     assert (found["n"], found["score"]) == (4, 25.0) and found["unanswered_by_reason"]["no_answer"] == 1
-    assert [record.args[-1] for record in caplog.records if "reasoning" in record.getMessage()] == [4]
+    assert logged(caplog, "r.jsonl", 4) == 1

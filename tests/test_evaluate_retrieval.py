@@ -1,14 +1,17 @@
 """evaluate_retrieval.py and TREC runs: measures against hand-computed numbers and a plain implementation, order, files."""
 
+import errno
 import json
 import math
+import os
 import random
+import re
 import tracemalloc
 import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import at, logged, names, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,8 +143,8 @@ def test_a_run_says_how_many_of_the_questions_it_lacks_and_refuses_to_lack_them_
     found.check_questions(iter(["q2", "q1"]), "asked.jsonl", "so be it")
     assert not caplog.text, "queries beyond those asked do no harm, nor does the order"
     found.check_questions(iter(["q8", "q2", "q9"]), "asked.jsonl", "so be it")
-    assert "x.run: 2 of 3 questions have no ranking in it; so be it" in caplog.text
-    with pytest.raises(UserError, match=r"^x\.run: has none of the 2 questions of asked\.jsonl; it is a run of others$"):
+    assert logged(caplog, "x.run", 2, 3, "so be it") == 1
+    with pytest.raises(UserError, match=at("x.run", 2, "asked.jsonl")):
         found.check_questions(iter(["q8", "q9"]), "asked.jsonl", "so be it")
 
 
@@ -149,31 +152,27 @@ GOOD_LINE = "q1 Q0 d1 1 2.5 t\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "place", "values"),
     [
-        (b"", "x.run: the file is empty"), (b" \n\r\n", "x.run: the file is empty"), (b"\xef\xbb\xbf", "x.run: the file is empty"),
-        (b"q1 Q0 d2 2 1.5\n", "x.run:3: expected the 6 fields `query_id Q0 doc_id rank score tag`, found 5"),
-        (b"q1 Q0 d2 2 1.5 t extra\n", "x.run:3: expected the 6 fields"),
-        (b"q1 Q0 d2 2 high t\n", "x.run:3: field 'score': expected a finite number, found 'high'"),
-        (b"q1 Q0 d2 2 nan t\n", "x.run:3: field 'score': expected a finite number, found 'nan'"),
-        (b"q1 Q0 d2 2 inf t\n", "x.run:3: field 'score'"), (b"q1 Q0 d2 2 1e999 t\n", "x.run:3: field 'score'"),
-        (b"q1 Q0 d2 2.0 1.5 t\n", "x.run:3: field 'rank': expected an integer, found '2.0'"),
-        (b"q1 Q0 d2 first 1.5 t\n", "x.run:3: field 'rank'"), (b"q1 Q0 d2 " + b"9" * 400 + b" 1.5 t\n", "x.run:3: field 'rank'"),
-        (b"q1 Q0 d\xff 2 1.5 t\n", "x.run:3: invalid UTF-8"),
+        (b"", "x.run", []), (b" \n\r\n", "x.run", []), (b"\xef\xbb\xbf", "x.run", []),
+        (b"q1 Q0 d2 2 1.5\n", "x.run:3", ["query_id Q0 doc_id rank score tag", 6, 5]), (b"q1 Q0 d2 2 1.5 t extra\n", "x.run:3", [6, 7]),
+        (b"q1 Q0 d2 2 high t\n", "x.run:3: field 'score'", ["'high'"]), (b"q1 Q0 d2 2 nan t\n", "x.run:3: field 'score'", ["'nan'"]),
+        (b"q1 Q0 d2 2 inf t\n", "x.run:3: field 'score'", []), (b"q1 Q0 d2 2 1e999 t\n", "x.run:3: field 'score'", []),
+        (b"q1 Q0 d2 2.0 1.5 t\n", "x.run:3: field 'rank'", ["'2.0'"]), (b"q1 Q0 d2 first 1.5 t\n", "x.run:3: field 'rank'", []),
+        (b"q1 Q0 d2 " + b"9" * 400 + b" 1.5 t\n", "x.run:3: field 'rank'", []), (b"q1 Q0 d\xff 2 1.5 t\n", "x.run:3", ["UTF-8"]),
     ],
 )
-def test_a_broken_run_is_named_by_file_and_line(content, says):
-    Path("x.run").write_bytes(content if "empty" in says else GOOD_LINE.encode() + b"\n" + content + GOOD_LINE.encode())
-    with pytest.raises(UserError) as error:
+def test_a_broken_run_is_named_by_file_and_line(content, place, values):
+    Path("x.run").write_bytes(content if place == "x.run" else GOOD_LINE.encode() + b"\n" + content + GOOD_LINE.encode())
+    with pytest.raises(UserError, match=at(place, *values)):
         Run("x.run")
-    assert str(error.value).startswith(says)
 
 
 def test_a_missing_run_and_a_folder_are_named():
-    with pytest.raises(UserError, match=r"^x\.run: cannot be read: No such file"):
+    with pytest.raises(UserError, match=at("x.run", os.strerror(errno.ENOENT))):
         Run("x.run")
     Path("x.run").mkdir()
-    with pytest.raises(UserError, match=r"^x\.run: cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=at("x.run", os.strerror(errno.EISDIR))):
         Run("x.run")
 
 
@@ -181,30 +180,27 @@ def test_a_document_twice_for_a_query_is_named_by_both_lines():
     Path("x.run").write_text("q1 Q0 a 1 3 t\nq1 Q0 b 2 2 t\n\nq2 Q0 a 1 3 t\n\n\nq1 Q0 c 3 1 t\nq1 Q0 b 4 0 t\n")
     found = Run("x.run")
     assert found.ranking("q2") == [("a", 3.0)]
-    with pytest.raises(UserError, match=r"^x\.run:8: document 'b' of query 'q1' is already on line 2;"):
+    with pytest.raises(UserError, match=at("x.run:8", "'b'", "'q1'", 2)):
         found.ranking("q1")
 
 
 @pytest.mark.parametrize(
-    ("row", "tag", "says"),
+    ("row", "tag", "place"),
     [
-        ({**make_row(1), "id": "q 1"}, "t", "x.run: row 'q 1': is empty or holds white space"),
-        (make_row(1, [{"id": "a\tb", "score": 1.0}]), "t", "x.run: row 'q1', document 'a\\tb': is empty or holds white space"),
+        ({**make_row(1), "id": "q 1"}, "t", "x.run: row 'q 1'"), (make_row(1, [{"id": "a\tb", "score": 1.0}]), "t", "x.run: row 'q1', document 'a\\tb'"),
         (make_row(1, [{"id": "a\u00a0b", "score": 1.0}]), "t", "x.run: row 'q1', document 'a\\xa0b'"),
         (make_row(1, [{"id": " a", "score": 1.0}]), "t", "x.run: row 'q1', document ' a'"),
         (make_row(1, [{"id": "", "score": 1.0}]), "t", "x.run: row 'q1', document ''"),
         (make_row(1), "my system", "x.run: tag 'my system'"),
-        (make_row(1, [{"id": "a", "score": 1.0}, {"id": "b"}]), "t", "x.run: row 'q1', document 'b': has no score"),
-        (make_row(1, [{"id": "a", "score": None}]), "t", "x.run: row 'q1', document 'a': has no score"),
-        (make_row(1, "aba"), "t", "x.run: row 'q1', document 'a': is there twice"),
-        (make_row(1, ""), "t", "x.run: no row has a document"),
+        (make_row(1, [{"id": "a", "score": 1.0}, {"id": "b"}]), "t", "x.run: row 'q1', document 'b'"),
+        (make_row(1, [{"id": "a", "score": None}]), "t", "x.run: row 'q1', document 'a'"), (make_row(1, "aba"), "t", "x.run: row 'q1', document 'a'"),
+        (make_row(1, ""), "t", "x.run"),
     ],
 )
-def test_what_a_run_cannot_hold_is_named_and_the_old_file_stays(row, tag, says):
+def test_what_a_run_cannot_hold_is_named_and_the_old_file_stays(row, tag, place):
     Path("x.run").write_text("old")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=at(place)):
         write_run("x.run", [row], "score", tag)
-    assert str(error.value).startswith(says)
     assert Path("x.run").read_text() == "old" and not list(Path().glob("*.writing"))
 
 
@@ -216,14 +212,13 @@ def test_qrels_keep_what_is_relevant():
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("q1 a 1", "q:2: expected the 4 fields `query_id iteration doc_id relevance`, found 3"),
-        ("q1 0 a yes", "q:2: field 'relevance': expected an integer, found 'yes'"),
-        ("q1 0 a 1", "q:2: document 'a' of query 'q1' is judged 1 here and 2 above"),
+        ("q1 a 1", at("q:2", "query_id iteration doc_id relevance", 4, 3)), ("q1 0 a yes", at("q:2: field 'relevance'", "'yes'")),
+        ("q1 0 a 1", at("q:2", "'a'", "'q1'", 1, 2)),
     ],
 )
 def test_broken_qrels_are_named_by_file_and_line(line, says):
     Path("q").write_text(f"q1 0 a 2\n{line}\n")
-    assert refused(write_jsonl(Path("r.jsonl"), [make_row(1)]), qrels="q").startswith(says)
+    assert re.match(says, refused(write_jsonl(Path("r.jsonl"), [make_row(1)]), qrels="q"))
 
 
 # ---------------------------------------------------------------- gold documents
@@ -338,15 +333,15 @@ def test_positive_ctxs_are_gold_documents(key):
 @pytest.mark.parametrize(
     ("gold", "says"),
     [
-        ({"gold_docs": "a"}, "key 'gold_docs': expected a list of document ids"), ({"gold_docs": [["a"]]}, "key 'gold_docs'"),
+        ({"gold_docs": "a"}, "key 'gold_docs'"), ({"gold_docs": [["a"]]}, "key 'gold_docs'"),
         ({"gold_docs": [True]}, "key 'gold_docs'"), ({"gold_docs": [None]}, "key 'gold_docs'"), ({"gold_docs": {"a": 1}}, "key 'gold_docs'"),
-        ({"positive_ctxs": [{"id": "a"}, {"title": "t"}]}, "key 'positive_ctxs': expected a list of objects with passage_id"),
+        ({"positive_ctxs": [{"id": "a"}, {"title": "t"}]}, "key 'positive_ctxs'"),
         ({"positive_ctxs": ["a"]}, "key 'positive_ctxs'"), ({"positive_ctxs": {"id": "a"}}, "key 'positive_ctxs'"),
     ],
 )
 def test_malformed_gold_documents_are_named_by_file_row_and_key(gold, says):
     path = write_jsonl(Path("r.jsonl"), [make_row(1), make_row(2, **gold)])
-    assert refused(path).startswith(f"r.jsonl: row q2: {says}")
+    assert refused(path).startswith(f"r.jsonl: row q2: {says}: ")
     Path("q").write_text("q2 0 a 1\n")
     assert run(path, qrels="q")["r"]["retrieval"]["gold"] == 1
 
@@ -375,7 +370,7 @@ def test_gold_ids_are_those_of_the_documents_with_or_without_dprs_prefix(gold, d
         own = {"gold_docs": {"gold_docs": [gold]}, "positive_ctxs": {"positive_ctxs": [{"psg_id": gold}]}}.get(where, {})
         measures = score([{**row, **own}], **{"eval_file": {"eval_file": "asked.jsonl"}, "qrels": {"qrels": "q"}}.get(where, {}))["measures"]
     assert measures["MRR@10"] == 100
-    assert "gold document ids" not in caplog.text
+    assert not logged(caplog, 1)
 
 
 def test_a_document_that_has_the_gold_id_itself_stands_before_one_with_the_prefix():
@@ -387,12 +382,10 @@ def test_a_document_that_has_the_gold_id_itself_stands_before_one_with_the_prefi
 def test_gold_ids_that_match_no_document_are_said_once_with_their_number(caplog):
     rows = [make_row(n, "ab", gold_docs=["doc-1", "doc-2"], dataset="nq") for n in range(3)] + [make_row(3, "ab", gold_docs=["b"], dataset="fever"), make_row(4, "", gold_docs=["z"], dataset="popqa")]
     assert score(rows)["n"] == 5
-    assert [message for message in caplog.messages if "gold document ids" in message] == [
-        "r.jsonl: 6 gold document ids match no document of any row (6 of nq); give the ids that the corpus searched has"
-    ]
+    assert logged(caplog, "r.jsonl", 6, "nq") == logged(caplog, "r.jsonl") == 1 and not logged(caplog, "fever")
     caplog.clear()
     score([*rows, make_row(5, "ab", gold_docs=["a"], dataset="nq")])
-    assert "gold document ids" not in caplog.text, "a document that was not retrieved is no other corpus"
+    assert not logged(caplog, "r.jsonl"), "a document that was not retrieved is no other corpus"
 
 
 def test_results_may_be_ids_and_documents_alone():
@@ -406,10 +399,10 @@ def test_results_may_be_ids_and_documents_alone():
 def test_qrels_of_other_questions_are_an_error_and_missing_ones_are_said(caplog):
     Path("q").write_text("x1 0 a 1\n")
     path = write_jsonl(Path("r.jsonl"), [make_row(1, answers=["x"])])
-    assert refused(path, qrels="q") == "r.jsonl: no question has a relevant document in q; its ids are others"
+    assert re.match(at("r.jsonl", "q"), refused(path, qrels="q"))
     Path("q").write_text("q1 0 a 1\nx1 0 a 1\n")
     assert run(path, qrels="q")["r"]["retrieval"]["n"] == 1
-    assert "1 of 2 questions are missing; they are not counted without --eval_file" in caplog.text
+    assert logged(caplog, "r.jsonl", 1, 2, "--eval_file") == 1
 
 
 # ---------------------------------------------------------------- answers
@@ -508,12 +501,12 @@ def test_each_measure_is_over_the_questions_that_have_it_and_rows_with_nothing_g
     header, _, line = table(capsys.readouterr().out)
     assert header == ["system", "order", "n", "documents", "gold", "R@1", "nDCG@10", "MRR@10", "answers", "answer@1", "answer@20", "left out"]
     assert line[:6] == ["r", "retrieval", "3", "2.0", "2", "50.0"] and line[7:] == ["75.0", "2", "50.0", "50.0", "2"]
-    assert "not counted: 2 rows" in caplog.text
+    assert logged(caplog, "r.jsonl", 2) == 1
     assert line[6] == f"{found['measures']['nDCG@10']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
 
 def test_nothing_to_score_against_is_an_error():
-    assert refused(write_jsonl(Path("r.jsonl"), [make_row(1)])).startswith("r.jsonl: no question has gold documents, or gold answers")
+    assert re.match(at("r.jsonl", "--qrels"), refused(write_jsonl(Path("r.jsonl"), [make_row(1)])))
 
 
 # ---------------------------------------------------------------- orders
@@ -536,7 +529,7 @@ def test_where_one_document_was_not_judged_the_rerankers_order_is_not_scored(num
     path = write_jsonl(Path("r.jsonl"), rows)
     results = run(path)["r"]
     assert list(results) == ["retrieval"] and results["retrieval"]["n"] == 3
-    assert refused(path, stage="reranking").startswith(f"r.jsonl: row q{number}: a document has no rerank_score; run reranker.py")
+    assert re.match(at(f"r.jsonl: row q{number}", "rerank_score", "reranker.py"), refused(path, stage="reranking"))
 
 
 def test_a_file_without_any_document_was_not_reranked():
@@ -558,7 +551,7 @@ def test_questions_missing_from_the_results_count_as_zero(caplog):
     assert set(found["measures"].values()) == {40.0}
     groups = {name: (group["n"], group["measures"]["R@1"]) for name, group in found["groups"].items()}
     assert groups == {"fever": (3, pytest.approx(100 / 3)), "nq": (2, 50.0)}
-    assert "r.jsonl: 3 of 5 questions are missing; they count as zero" in caplog.text
+    assert logged(caplog, "r.jsonl", 3, 5) == 1
 
 
 def test_what_the_results_say_stands_before_what_the_questions_say():
@@ -574,7 +567,7 @@ def test_documents_of_other_questions_are_refused(kind):
         write_jsonl(Path("r"), [make_row(1), make_row(7)])
     else:
         Path("r").write_text("q1 Q0 a 1 1 t\nq7 Q0 a 1 1 t\n")
-    assert refused("r", eval_file=asked(1, 2, gold_docs=["a"])).startswith("r: row q7 is not in asked.jsonl; these documents are")
+    assert re.match(at("r", "row q7", "asked.jsonl"), refused("r", eval_file=asked(1, 2, gold_docs=["a"])))
 
 
 def test_a_trec_run_is_scored_like_the_rows_it_was_written_from(caplog):
@@ -590,16 +583,16 @@ def test_a_trec_run_is_scored_like_the_rows_it_was_written_from(caplog):
         again = run(f"deep/{order}.run", eval_file="my rows.jsonl")[order]["retrieval"]
         assert again == results[order]
     assert results["retrieval"]["measures"] != results["reranking"]["measures"]
-    assert "1 of 20 questions are missing; they count as zero" in caplog.text
+    assert logged(caplog, "deep/retrieval.run", 1, 20) == logged(caplog, "deep/reranking.run", 1, 20) == 1
     run("my rows.jsonl", run_file="auto.run")
     assert Path("auto.run").read_text() == Path("deep/reranking.run").read_text(), "the reranker's where it is there"
 
 
 def test_a_trec_run_needs_the_questions_and_gold_documents():
     Path("x.run").write_text("\n q1 Q0 a 1 1 t\n")
-    assert refused("x.run").startswith("x.run: is a TREC run, which holds no questions; give them as --eval_file")
-    assert refused("x.run", eval_file=asked(1, answers=["gold"])).startswith("x.run: no question has gold documents, or gold answers")
-    assert refused("x.run", eval_file="asked.jsonl", stage="reranking").startswith("x.run: row q1: a document has no rerank_score")
+    assert re.match(at("x.run", "--eval_file"), refused("x.run"))
+    assert re.match(at("x.run", "--qrels"), refused("x.run", eval_file=asked(1, answers=["gold"])))
+    assert re.match(at("x.run: row q1", "rerank_score"), refused("x.run", eval_file="asked.jsonl", stage="reranking"))
     Path("q").write_text("q1 0 a 1\n")
     found = run("x.run", eval_file="asked.jsonl", qrels="q")["x"]["retrieval"]
     assert (found["gold"], found["answers"], found["measures"]["MRR@10"]) == (1, 0, 100)
@@ -613,7 +606,7 @@ def test_rows_are_told_from_runs_by_content(content):
 
 def test_rows_without_documents_are_named_by_file_line_and_key():
     Path("r.jsonl").write_text(json.dumps(make_row(1)) + "\n\n" + json.dumps({"id": "q2", "question": "?"}) + "\n")
-    assert refused("r.jsonl").startswith("r.jsonl:3: key 'docs': missing")
+    assert refused("r.jsonl").startswith("r.jsonl:3: key 'docs': ")
 
 
 # ---------------------------------------------------------------- groups, tables, files
@@ -659,16 +652,16 @@ def test_what_was_scored_is_named_in_the_measures_file_and_seeds_make_the_interv
 def test_cutoffs_are_positive(k, capsys):
     with pytest.raises(SystemExit):
         evaluate_retrieval.parse_args(["--k", *k])
-    assert "--k must be at least 1" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "--k", 1)
 
 
 def test_run_file_is_of_one_file_of_rows_and_no_output_replaces_an_input():
     write_jsonl(Path("r.jsonl"), [make_row(1, gold_docs=["a"])])
     Path("x.run").write_text(GOOD_LINE)
     before = Path("r.jsonl").read_bytes()
-    assert refused("r.jsonl", "r.jsonl", run_file="y.run").startswith("--run_file holds the documents of one results file")
-    assert refused("x.run", run_file="y.run", eval_file="r.jsonl").startswith("x.run: is a TREC run already")
+    assert refused("r.jsonl", "r.jsonl", run_file="y.run").startswith("--run_file ")
+    assert re.match(at("x.run", "--run_file"), refused("x.run", run_file="y.run", eval_file="r.jsonl"))
     for flag in ("output_file", "run_file", "table_file"):
-        assert refused("r.jsonl", **{flag: "./r.jsonl"}).startswith("./r.jsonl: is input and output")
-    assert refused("r.jsonl", table_file="t.md", run_file="./t.md").startswith("./t.md: is given for two outputs")
+        assert refused("r.jsonl", **{flag: "./r.jsonl"}).startswith("./r.jsonl: ")
+    assert refused("r.jsonl", table_file="t.md", run_file="./t.md").startswith("./t.md: ")
     assert Path("r.jsonl").read_bytes() == before

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import at, naming
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -48,7 +49,7 @@ def test_a_part_whose_cases_cannot_run_is_skipped(tmp_path):
         run.case("late", lambda: {"figure": 3})
 
     record = execute(part, Run(tmp_path, dry=True, until=time.monotonic()))
-    assert (record["status"], record["reason"], record["figures"]) == ("skipped", "no time left", {})
+    assert (record["status"], record["figures"]) == ("skipped", {}) and record["reason"]
 
 
 # ---------------------------------------------------------------- what a part finds
@@ -71,10 +72,10 @@ def test_brute_force_agrees_with_the_index_and_not_with_a_wrong_one(small_search
     vectors, questions = small_search
     assert check_exact(vectors, questions, "cpu", (1, 50), cuts=(70,))["compared"] == 8 * 51
     exact = flat.inner_products
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="differ from brute force"):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
         patch.setattr(flat, "inner_products", lambda *given: exact(*given) * (1 + 2.0**-22))
         check_exact(vectors, questions, "cpu", (50,))
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="differ from brute force"):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
         patch.setattr(flat._Best, "consider", lambda self, rough, start, consider=flat._Best.consider: consider(self, -rough, start))
         check_exact(vectors, questions, "cpu", (50,))
 
@@ -97,7 +98,7 @@ def test_equal_scores_in_another_order_are_wrong(monkeypatch):
         return scores, positions
 
     monkeypatch.setattr(flat.ExactIndex, "search", twice)
-    with pytest.raises(AssertionError, match="found twice"):
+    with pytest.raises(AssertionError, match=at("k 50")):
         check_exact(vectors, questions, "cpu", (50,))
     assert torch.equal(vectors[:400], vectors[400:800])
 
@@ -122,7 +123,7 @@ def test_a_loss_that_rises_fails(tmp_path):
     (tmp_path / "trained_on.sha256").touch()
     losses = [{"loss": float(value)} for value in (1, 2, 3, 4)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": losses}))
-    with pytest.raises(AssertionError, match="does not fall"):
+    with pytest.raises(AssertionError, match=naming([1.0, 2.0, 3.0, 4.0])):
         _trained(tmp_path, tmp_path, 4)
 
 
@@ -132,7 +133,7 @@ def test_a_loss_that_rises_fails(tmp_path):
 def test_without_time_every_part_is_skipped_by_name(tmp_path):
     done, records = check(tmp_path / "out", "--dry", "--minutes", "0.1")
     assert done.returncode == 0 and list(records) == list(runner.PARTS)
-    assert {(record["status"], record["reason"]) for record in records.values()} == {("skipped", "no time left")}
+    assert {(record["status"], bool(record["reason"])) for record in records.values()} == {("skipped", True)}
     assert all(name in (tmp_path / "out/gpu_check.md").read_text() for name in runner.PARTS)
 
 

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import at, naming, read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -227,7 +227,7 @@ TRIVIAQA = {"value": "40 km", "aliases": ["40km", "40 km"], "normalized_aliases"
 def test_answers_are_read_in_the_forms_of_the_fields_files(given, answers):
     row = {"id": "1", "question": "q", **given}
     if answers is None:
-        with pytest.raises(RowError, match="key 'answer': is the text of a list"):
+        with pytest.raises(RowError, match=at("key 'answer'")):
             normalise_row(row)
         return
     read = normalise_row(row)
@@ -266,7 +266,7 @@ def test_any_answer_is_read_or_refused_and_is_then_in_the_projects_form(answer, 
 
 @pytest.mark.parametrize(("given", "key"), [({"answer": None}, "answer"), ({"answer": []}, "answers"), ({"answer": ""}, "answers"), ({"answers": ["", " "]}, "answers"), ({}, "answers")])
 def test_where_answers_are_needed_their_absence_is_named(given, key):
-    with pytest.raises(RowError, match=f"^key '{key}': (holds no gold answer|missing)"):
+    with pytest.raises(RowError, match=at(f"key '{key}'")):
         normalise_row({"id": "1", "question": "q", **given}, ("answers",))
 
 
@@ -284,9 +284,9 @@ def test_documents_are_read_in_the_forms_of_the_fields_files(doc, read):
     assert normalise_row(row) == row
 
 
-@pytest.mark.parametrize("doc", [{"title": "t"}, {"doc": 5}, {"contents": ["a"]}, {"passage_text": None}])
-def test_a_document_without_text_is_named(doc):
-    with pytest.raises(RowError, match=r"^key 'ctxs\[0\]\.(text|doc|contents|passage_text)': expected a string"):
+@pytest.mark.parametrize(("doc", "key"), [({"title": "t"}, "text"), ({"doc": 5}, "doc"), ({"contents": ["a"]}, "contents"), ({"passage_text": None}, "text")])
+def test_a_document_without_text_is_named(doc, key):
+    with pytest.raises(RowError, match=at(f"key 'ctxs[0].{key}'")):
         normalise_row({"id": "1", "question": "q", "ctxs": [doc]})
 
 
@@ -304,7 +304,7 @@ def test_choices_are_part_of_the_question_and_not_of_what_is_searched_with(choic
 def test_choices_of_no_known_form_are_named_where_they_are_needed():
     row = {"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}}
     assert normalise_row(row)["question"] == "q", "elsewhere it is a key of another meaning"
-    with pytest.raises(RowError, match=r"^key 'choices': expected"):
+    with pytest.raises(RowError, match=at("key 'choices'")):
         normalise_row({**row, "dataset": "ARC-Challenge"})
 
 
@@ -348,23 +348,23 @@ def test_what_a_row_does_not_say_is_taken_from_what_was_asked(tmp_path):
     empty = {"question": None, "golden_answers": [], "answers": [""], "positive_ctxs": [], "kind": None}
     assert next(read_rows(write_jsonl(path, [{"id": "1", **empty}]), asked=asked)) == {"id": "1", "golden_answers": [], "positive_ctxs": [], **asked["1"]}
     assert next(read_rows(write_jsonl(path, [{"id": "1", "answer": "b", "positive_ctxs": [{"id": "e"}]}]), asked=asked))["answers"] == ["b"]
-    with pytest.raises(UserError, match=r"fever\.jsonl:1: key 'question'"):
+    with pytest.raises(UserError, match=at("fever.jsonl:1: key 'question'")):
         next(read_rows(write_jsonl(path, [{"id": "2", "response": "x"}]), asked=asked))
 
 
 def test_repeated_ids_and_missing_keys(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"id": 1, "question": "q"}, {"id": "2", "question": "q"}, {"id": "1", "question": "q"}])
-    with pytest.raises(UserError, match=r"rows\.jsonl:3: key 'id': '1' is already used on line 1"):
+    with pytest.raises(UserError, match=at("rows.jsonl:3: key 'id'", "'1'", 1)):
         list(read_rows(path))
     (tmp_path / "one_line.json").write_text('[{"id": "a", "question": "q"}, {"id": "a", "question": "q"}]')
-    with pytest.raises(UserError, match=r"one_line\.json:1: key 'id': 'a' is already used on line 1"):
+    with pytest.raises(UserError, match=at("one_line.json:1: key 'id'", "'a'", 1)):
         list(read_rows(tmp_path / "one_line.json"))
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: key 'docs'"):
+    with pytest.raises(UserError, match=at("rows.jsonl:1: key 'docs'")):
         list(read_rows(path, needs=("docs",)))
 
 
 def test_no_usable_row(tmp_path):
-    with pytest.raises(UserError, match="no usable row"):
+    with pytest.raises(UserError, match=at("a.json")):
         count_rows(put(tmp_path / "a.json", "[]"))
 
 
@@ -482,10 +482,10 @@ def test_other_arguments_or_inputs_are_refused(tmp_path, finished):
     else:
         with pytest.raises(Killed):
             run_stage(tmp_path, stop_after=2)
-    with pytest.raises(UserError, match=r"other arguments: flag \('x' then, 'y' now\)"):
+    with pytest.raises(UserError, match=naming("arguments", "flag", "'x'", "'y'")):
         run_stage(tmp_path, flag="y")
     write_jsonl(tmp_path / "in.jsonl", ROWS[:5])
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match=naming("inputs", tmp_path / "in.jsonl")):
         run_stage(tmp_path)
     assert run_stage(tmp_path, overwrite=True, flag="y") == 5
     assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
@@ -493,7 +493,7 @@ def test_other_arguments_or_inputs_are_refused(tmp_path, finished):
 
 def test_a_foreign_file_is_not_replaced(tmp_path):
     put(tmp_path / "out.jsonl", "precious")
-    with pytest.raises(UserError, match="not as the finished output"):
+    with pytest.raises(UserError, match=at("out.jsonl", "--overwrite")):
         run_stage(tmp_path)
     assert (tmp_path / "out.jsonl").read_text() == "precious"
 
@@ -502,15 +502,15 @@ def test_two_runs_do_not_write_one_output(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
     first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
     next(first.chunks(iter(ROWS), 3))
-    with pytest.raises(UserError, match="another run is writing"):
+    with pytest.raises(UserError, match=at("out.jsonl.partial")):
         run_stage(tmp_path)
 
 
 def test_missing_input_and_bad_folder(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
+    with pytest.raises(UserError, match=at("nothing.jsonl")):
         Output(arguments(), [str(tmp_path / "new" / "out")], [str(tmp_path / "nothing.jsonl")])
     put(tmp_path / "file", "x")
-    with pytest.raises(UserError, match="output folder"):
+    with pytest.raises(UserError, match=at("file")):
         Output(arguments(), [str(tmp_path / "file" / "out")], [])
 
 
@@ -547,11 +547,11 @@ SCRIPT = "from dynamicrag import stage\ndef main():\n    {}\nstage.run(main)"
 
 @pytest.mark.parametrize("body, status, said", [
     ("raise stage.UserError('in.jsonl:3: broken')", 2, "error: in.jsonl:3: broken\n"),
-    ("raise KeyboardInterrupt", 130, "run the same command again to continue"),
+    ("raise KeyboardInterrupt", 130, ""),
 ])
 def test_errors_are_one_line_and_a_status(body, status, said):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
-    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == status and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
@@ -583,16 +583,16 @@ def test_help_needs_no_heavy_import(script, request):
 def test_no_output_is_an_input_or_another_output_or_another_runs(tmp_path):
     """--overwrite would destroy what it needs (behaviour 2)."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
-    with pytest.raises(UserError, match="input and output"):
+    with pytest.raises(UserError, match=at("in.jsonl")):
         Output(arguments(overwrite=True), [str(source)], [str(source)])
     assert source.exists()
-    with pytest.raises(UserError, match="two outputs"):
+    with pytest.raises(UserError, match=at("x.json")):
         Output(arguments(overwrite=True), [str(tmp_path / "x.json"), str(tmp_path / "x.json")], [str(source)])
     first = Output(arguments(), [str(tmp_path / "nq.json"), str(tmp_path / "remain.json")], [str(source)])
     first.publish(tmp_path / "nq.json", [])
     first.publish(tmp_path / "remain.json", [])
     first.finish()
-    with pytest.raises(UserError, match=r"belongs to the run that wrote .*nq\.json"):
+    with pytest.raises(UserError, match=at("remain.json", tmp_path / "nq.json")):
         Output(arguments(overwrite=True), [str(tmp_path / "tqa.json"), str(tmp_path / "remain.json")], [str(source)])
 
 
@@ -604,9 +604,9 @@ def test_a_finished_output_that_lost_a_file_is_not_mixed_with_another_run(tmp_pa
         out.publish(path, [])
     out.finish()
     (tmp_path / "b.json").unlink()
-    with pytest.raises(UserError, match=r"b\.json: is gone"):
+    with pytest.raises(UserError, match=at("b.json", "--overwrite")):
         Output(arguments(), paths, [str(source)])
-    with pytest.raises(UserError, match="other arguments"):
+    with pytest.raises(UserError, match=naming("arguments", "seed", 7)):
         Output(arguments(seed=7), paths, [str(source)])
 
 

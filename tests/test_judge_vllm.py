@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import at, names
 from test_chain import make_tiny_llama
 
 from dynamicrag.completion_cache import CompletionCache
@@ -106,16 +107,16 @@ def test_a_real_server_grades_every_answer_at_the_first_call_and_once(url, tmp_p
 @pytest.mark.slow
 def test_what_a_real_server_refuses_is_named(url, tmp_path, monkeypatch):
     answers = [("q1", Prompts().judge("which ?", ["a"], "word " * 3000))]
-    with pytest.raises(UserError, match=r"row q1: the judge tiny refused: HTTP 400: .*maximum context length"):
+    with pytest.raises(UserError, match=at("row q1", "tiny", "HTTP 400", 2048)):
         Judge(url, "tiny", tmp_path / "cache.sqlite").grade(answers)
-    with pytest.raises(UserError, match="row q1: the judge other refused: HTTP 404"):
+    with pytest.raises(UserError, match=at("row q1", "other", "HTTP 404")):
         Judge(url, "other", tmp_path / "cache.sqlite").grade(answers)
-    with pytest.raises(UserError, match=r"row q1: the judge tiny refused: HTTP 400: .*--judge-format json_object or text"):
+    with pytest.raises(UserError, match=at("row q1", "tiny", "HTTP 400", "--judge-format json_object")):
         broken = {"type": "json_schema", "json_schema": {"name": "grades", "schema": {"type": "no such type"}}}
         monkeypatch.setitem(REPLY_FORMATS, "json_schema", broken)
         Judge(url, "tiny", tmp_path / "cache.sqlite").grade([("q1", Prompts().judge("which ?", ["a"], "word"))])
     monkeypatch.setenv("JUDGE_API_KEY", "sk-wrong")
-    with pytest.raises(UserError, match="row q1: the judge tiny refused: HTTP 401") as error:
+    with pytest.raises(UserError, match=at("row q1", "tiny", "HTTP 401")) as error:
         Judge(url, "tiny", tmp_path / "cache.sqlite").grade(answers)
     assert "sk-wrong" not in str(error.value)
 
@@ -133,7 +134,7 @@ def test_a_real_server_as_the_engine(url, monkeypatch, caplog):
     for completion in first[:4]:
         assert len(completion.texts) == 3 and completion.prompt_tokens > 50 and completion.generated_tokens >= 3
         assert all(re.fullmatch(ids_pattern(5), text) for number, text in enumerate(completion.texts) if number not in completion.cut_off)
-    assert not first[4].answered and "maximum context length" in first[4].reason("answer")
+    assert not first[4].answered and names(first[4].reason("answer"), "HTTP 400", 2048)
     assert first[5].cut_off == {0} and first[5].generated_tokens == 3
     assert [completion.texts for completion in first] == [completion.texts for completion in second], "seeds reach the server"
     assert not caplog.messages, "nothing had to be learnt"

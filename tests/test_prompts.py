@@ -109,34 +109,34 @@ def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, c
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"reranker: [", "not a readable YAML"), (b"\xff\xfe\x00", "not a readable YAML"), (None, "not a readable YAML"),
-        (b"", "expected a mapping"), (b"just text", "expected a mapping"), (b"reranker: text", "expected a mapping"), (b"[1]", "expected a mapping"),
-        (b"ranker: {user: x}", r"ranker\.user: no such prompt; there are reranker\.system"),
-        (b"reranker: {usr: x}", r"reranker\.usr: no such prompt"), (b"reranker: {user: 5}", r"reranker\.user: expected a text"),
-        (b"reranker: {user: '{docs}'}", r"reranker\.user: unknown placeholder \{docs\}"),
-        (b"reranker: {user: '{}'}", r"reranker\.user: unknown placeholder \{\}"),
-        (b"reranker: {user: '{question.x}'}", r"reranker\.user: unknown placeholder"),
+        (b"reranker: [", ""), (b"\xff\xfe\x00", ""), (None, ""),
+        (b"", ""), (b"just text", ""), (b"reranker: text", ""), (b"[1]", ""),
+        (b"ranker: {user: x}", r"ranker\.user: .*reranker\.system"),
+        (b"reranker: {usr: x}", r"reranker\.usr: "), (b"reranker: {user: 5}", r"reranker\.user: "),
+        (b"reranker: {user: '{docs}'}", r"reranker\.user: .*\{docs\}"),
+        (b"reranker: {user: '{}'}", r"reranker\.user: .*\{\}"),
+        (b"reranker: {user: '{question.x}'}", r"reranker\.user: "),
         (b"reranker: {user: '{question!x}'}", r"reranker\.user"), (b"reranker: {user: '{question:5d}'}", r"reranker\.user"),
         (b"reranker: {user: '{question:{documents}}'}", r"reranker\.user"),
-        (b"reranker: {user: 'a { b'}", r"reranker\.user: .*a literal brace is written twice"), (b"reranker: {system: '{question}'}", "unknown placeholder"),
-        (b"reranker: {user: 'none'}", r"reranker\.user: has no \{documents\}"), (b"reranker: {user: '{documents}'}", r"reranker\.user: has no \{question\}"),
-        (b"generator: {user: '{question}'}", r"generator\.user: has no \{documents\}"), (b"generator: {user_without_documents: x}", r"has no \{question\}"),
-        (b"pointwise: {document: '{title}'}", r"pointwise\.document: has no \{text\}"), (b"judge: {user: x}", r"judge\.user: has no \{response\}"),
-        (b"reranker: {separator: ''}", r"reranker\.separator: expected a text"), (b"generator: {numbers: old}", r"generator\.numbers: expected new or original"),
-        (b"instructions: {nq: 5}", r"instructions\.nq: expected a text"), (b"instructions: [nq]", "expected a mapping"), (b"generator: {user: null}", r"generator\.user: expected a text"),
+        (b"reranker: {user: 'a { b'}", r"reranker\.user: "), (b"reranker: {system: '{question}'}", r"reranker\.system: .*\{question\}"),
+        (b"reranker: {user: 'none'}", r"reranker\.user: .*\{documents\}"), (b"reranker: {user: '{documents}'}", r"reranker\.user: .*\{question\}"),
+        (b"generator: {user: '{question}'}", r"generator\.user: .*\{documents\}"), (b"generator: {user_without_documents: x}", r"generator\.user_without_documents: .*\{question\}"),
+        (b"pointwise: {document: '{title}'}", r"pointwise\.document: .*\{text\}"), (b"judge: {user: x}", r"judge\.user: .*\{response\}"),
+        (b"reranker: {separator: ''}", r"reranker\.separator: "), (b"generator: {numbers: old}", r"generator\.numbers: .*\bnew\b.*\boriginal\b"),
+        (b"instructions: {nq: 5}", r"instructions\.nq: "), (b"instructions: [nq]", ""), (b"generator: {user: null}", r"generator\.user: "),
         (b"reranker: {identifier: 'D'}", r"reranker\.identifier"), (b"reranker: {identifier: '{n}{n}', user: '{question} {documents}'}", r"reranker\.identifier"),
         (b"reranker: {identifier: 'D{n}'}", r"reranker\.user"), (b"reranker: {none: '-'}", r"reranker\.user"), (b"reranker: {identifier_separator: ''}", r"reranker\.identifier_separator"),
         (b"reranker: {user: '{question} {documents}', none: '[1]'}", r"reranker\.identifier"), (b"reranker: {identifier: null}", r"reranker\.identifier"),
         (b"reranker: {prefix: ''}", r"reranker\.prefix"), (b"generator: {prefix: '<|im_end|>'}", r"generator\.prefix"), (b"judge: {prefix: 'a'}", r"judge\.prefix"),
         (b"generator: {stop: ''}", r"generator\.stop"), (b"generator: {stop: [a, 5]}", r"generator\.stop"), (b"generator: {stop: {a: b}}", r"generator\.stop"),
-        (b"1: {user: x}", "no such prompt"), (b"reranker: {system: ''}", r"reranker\.system: expected a text that is not empty"),
+        (b"1: {user: x}", r"1\.user: "), (b"reranker: {system: ''}", r"reranker\.system: "),
     ],
 )
 def test_a_mistake_in_a_prompts_file_is_named(tmp_path, content, says):
     path = tmp_path / "p.yaml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"p\.yaml: .*{says}|p\.yaml: {says}"):
+    with pytest.raises(UserError, match=rf"/p\.yaml: {says}"):
         Prompts(str(path))
 
 

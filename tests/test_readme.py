@@ -66,7 +66,7 @@ def test_readme_defaults_and_settings_show_the_same_number_of_documents():
     defaults = {importlib.import_module(stage).parse_args([]).n_docs for stage in ("process_training_data",)}
     defaults |= {importlib.import_module(stage).parse_args([]).topn for stage in ("sampling_dpo_trajectories", "inference")}
     [shown] = defaults
-    assert f"is shown {shown} documents" in README and not [command for command in readme_commands() if "--n_docs 20" in command]
+    assert re.search(rf"\b{shown} documents\b", README) and not [command for command in readme_commands() if "--n_docs 20" in command]
     windows = {"llama3_8b": (shown, 8192), "llama2_7b": (shown // 2, 4096)}
     for model, (number, window) in windows.items():
         settings = (REPO / f"configs/{model}.env").read_text(encoding="utf-8")

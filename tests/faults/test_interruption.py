@@ -8,6 +8,7 @@ LLM, since what is tested are the files.
 """
 
 import ctypes
+import errno
 import importlib
 import itertools
 import json
@@ -202,9 +203,9 @@ def assert_completes(name: str, inputs: Path, out: Path, undisturbed: Undisturbe
     found = contents(out)
     assert found.keys() == undisturbed.files.keys()
     assert [path for path in found if found[path] != undisturbed.files[path]] == []
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix == ".json"}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".npy")}
     status, said = in_a_process(name, inputs, out)
-    assert status == 0 and "nothing to do" in said
+    assert status == 0, said
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -259,7 +260,7 @@ def test_asked_to_stop(runs, out, name, number, status):
     operation = random.Random(f"{name} {number}").randint(1, undisturbed.operations)
     ended, said = in_a_process(name, inputs, out, on_operation(operation, ended_by(number)))
     assert ended == status, said
-    assert "run the same command again to continue" in said and "Traceback" not in said
+    assert said.strip() and not re.search("Traceback|error:", said)
     assert_completes(name, inputs, out, undisturbed)
 
 
@@ -271,7 +272,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
     assert ended == 2, said
     assert "Traceback" not in said
     [error] = re.findall("error: .*", said)
-    assert "File too large" in error and str(out) in error
+    assert os.strerror(errno.EFBIG) in error and str(out) in error
     assert_completes(name, inputs, out, undisturbed)
 
 
@@ -294,7 +295,7 @@ def test_a_disk_that_was_full_has_room_again(runs, out, name):
         status, said = in_a_process(name, inputs, out)
         assert status == 2 and "Traceback" not in said, said
         [error] = re.findall("error: .*", said)
-        assert "No space left on device" in error and str(out) in error
+        assert os.strerror(errno.ENOSPC) in error and str(out) in error
         subprocess.run(["mount", "-o", "remount,size=64m", out], check=True)
         assert_completes(name, inputs, out, undisturbed)
     finally:
@@ -311,7 +312,7 @@ def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
         path.chmod(0o555)
     status, said = in_a_process(name, inputs, out, without_privileges)
     assert status == 2, said
-    assert "is not writable" in said.splitlines()[-1] and str(out) in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("error: ") and str(out) in said.splitlines()[-1]
     assert not [path for path in out.rglob("*") if path.is_file()]
     for path in (out, *made):
         path.chmod(0o755)
@@ -386,5 +387,5 @@ def test_two_runs_at_once_do_not_mix(runs, out, name):
 
     status, said = in_a_process(name, inputs, out, stops_with_the_lock, second_run)
     assert status == 0, said
-    assert refused[0][0] == 2 and "another run is writing this output" in refused[0][1]
+    assert refused[0][0] == 2 and re.search(rf"^error: {re.escape(str(out))}\S*\.partial: ", refused[0][1], re.MULTILINE)
     assert_completes(name, inputs, out, undisturbed)
