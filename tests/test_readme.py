@@ -17,7 +17,10 @@ def test_first_two_blocks_are_the_demo_and_the_tests():
     assert [block.strip() for block in blocks[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
 
 
-@pytest.mark.parametrize("command", [command for command in readme_commands() if command.startswith("python ")])
+EVERY_LINE = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("command", [line for line in EVERY_LINE if re.match(r"python \w+\.py ", line)])
 def test_command_is_understood_by_its_own_parser(command):
     _, script, *arguments = shlex.split(command)
     importlib.import_module(Path(script).stem).parse_args(arguments)

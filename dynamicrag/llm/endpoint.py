@@ -93,7 +93,7 @@ def refuse_foreign(flag: str, url: str, error: BaseException, reply: object, key
         return
     came = getattr(error, "doc", "") if reply is None else getattr(reply, "to_dict", lambda: reply)()
     raise UserError(
-        f"{flag} {url}: what it serves is no chat completion, but {without_key(str(came), key)[:MOST_SHOWN]!r}; give the address of an "
+        f"{flag} {url}: its first reply is no chat completion, but {without_key(str(came), key)[:MOST_SHOWN]!r}; give the address of an "
         "OpenAI-compatible server, which mostly ends in /v1"
     ) from error
 

@@ -1,8 +1,9 @@
 """The LLM judge: five grades of 0 to 20 points from any OpenAI-compatible endpoint, as one number in [0, 1].
 
 Calls are concurrent, retried with exponential backoff and cached on disk by what decides the grade. An answer is not asked
-about again after three replies that cannot be read as grades: they are paid for. A judge that keeps failing is an error that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else
-OPENAI_API_KEY) alone and is written nowhere; where a server repeats it, it is taken out of the error.
+about again after three replies that cannot be read as grades: they are paid for. A judge that keeps failing is an error
+that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else OPENAI_API_KEY) alone and is
+written nowhere; if a server repeats it, it is taken out of the error.
 """
 
 import asyncio
@@ -30,11 +31,10 @@ from dynamicrag.llm.endpoint import (
     wait,
 )
 from dynamicrag.models.chat_templates import Messages
+from dynamicrag.reward.grades import CRITERIA, POINTS, REPLY_FORMATS, UnreadableGrade, parse_grade
 from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError, log
 
-CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
-POINTS = 20
 TIMEOUT_SECONDS = 60  # for the whole of a call, however its bytes trickle
 MOST_REPLIES = 3  # paid for one answer: a judge whose replies cannot be read is not asked as often as one that is busy
 MAX_TOKENS = 1024  # the grades are about 50; a model that reasons first needs more
@@ -42,21 +42,6 @@ MAX_REASONING_TOKENS = 16384  # what it may get in the end
 _LIMITS = {"max_tokens", "max_completion_tokens"}  # the names servers have for it
 # What cannot be read (spaces up to MAX_TOKENS, say, which any JSON schema allows) comes back the same at temperature 0.
 RETRY_TEMPERATURE = 0.7
-# Points are enumerated: a range (minimum, maximum) is refused by OpenAI for fine-tuned models and by other vendors'
-# strict modes always, while an endpoint that takes a schema takes an enumeration.
-SCHEMA = {
-    "type": "object", "properties": {name: {"type": "integer", "enum": list(range(POINTS + 1))} for name in CRITERIA},
-    "required": list(CRITERIA), "additionalProperties": False,
-}
-REPLY_FORMATS = {
-    "json_schema": {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": SCHEMA}},
-    "json_object": {"type": "json_object"},
-    "text": None,
-}
-
-
-class UnreadableGrade(UnreadableReply):
-    """The judge's reply is not five numbers in range."""
 
 
 class _CutOffReasoning(UnreadableGrade):
@@ -84,20 +69,6 @@ class JudgeUsage:
         """All of it; the tokens are None if no reply gave them."""
         tokens = ("prompt_tokens", "generated_tokens")
         return {name: None if name in tokens and self.calls and not value else value for name, value in vars(self).items()}
-
-
-def parse_grade(reply: str) -> float:
-    """Five grades of 0 to 20 as their sum over 100. Raises UnreadableGrade."""
-    start, end = reply.find("{"), reply.rfind("}")
-    try:
-        grades = orjson.loads(reply[start : end + 1])
-        points = [grades[criterion] for criterion in CRITERIA]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise UnreadableGrade(f"not a JSON object with {', '.join(CRITERIA)}: {reply!r}") from error
-    for criterion, value in zip(CRITERIA, points, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= POINTS:
-            raise UnreadableGrade(f"{criterion} is {value!r}, expected a number from 0 to {POINTS}")
-    return sum(points) / (POINTS * len(CRITERIA))
 
 
 class Judge:

@@ -517,6 +517,19 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_p
     assert len(fake.paid) == len(set(fake.paid)) == 24 and not kept.exists()
 
 
+def test_remaining_questions_are_asked_again_and_evaluated_with_the_others(fake, asked):
+    """As the README has it."""
+    fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) in ("3", "7") else None
+    assert asked("--output-json {out}/first.json")[0] == 0 and list(asked.read("first_remain.json")) == ["q3", "q7"]
+    fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) == "7" else None
+    assert asked("--input-json {out}/first_remain.json --output-json {out}/again.json")[0] == 0
+    assert list(asked.read("again.json")) == ["q3"] and asked.read("again.json")["q3"]["response"] == "answer 3"
+    flags = f"--results_file {asked.out}/first.json --remain_file {asked.out}/again.json --eval_file {asked.rows} --output_file {asked.out}/m.json"
+    assert run("evaluate", flags.split(), asked.monkeypatch)[0] == 0
+    [found] = json.loads((asked.out / "m.json").read_text())["results"].values()
+    assert (found["n"], found["unanswered"]) == (12, 1)
+
+
 @pytest.mark.parametrize("questions", [12, 1])
 def test_a_request_that_always_fails_while_others_are_answered_costs_its_own_question(fake, asked, questions):
     """Even if it is the only one left: the same command would fail for ever."""
