@@ -71,7 +71,7 @@ def test_brute_force_agrees_with_the_index_and_not_with_a_wrong_one(small_search
 
     vectors, questions = small_search
     assert check_exact(vectors, questions, "cpu", (1, 50), cuts=(70,))["compared"] == 8 * 51
-    exact = exact.inner_products
+    right = exact.inner_products
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
         patch.setattr(exact, "inner_products", lambda *given: right(*given) * (1 + 2.0**-22))
         check_exact(vectors, questions, "cpu", (50,))
