@@ -88,7 +88,8 @@ def make_questions() -> list[dict]:
         one(13, "arc_c", "What is two and three?", [], "none", answer="5", choices=["4", "5", "6"]),
         one(14, "eli5", f"Why is {c[8]['country']} known for {c[8]['good']}?", [35], "paragraph",
             answers=[f"{c[8]['country']} exports {c[8]['good']}, which is the best of all, and imports nothing but salt."]),
-        one(15, "eli5", f"How did {c[0]['poet']} become a poet?", [2], "paragraph", output=f"{c[0]['poet']} was born in {c[0]['capital']}."),
+        one(15, "eli5", f"Why has {c[0]['country']} no coast, and a “flag” of colours?", [41], "paragraph", output=f"{c[0]['country']} has no coast.",
+            retrieved_question=f"{c[0]['country']} has no coast. Its “flag” is 3–4 colours. <|eot_id|>"),
         one(16, "asqa", f"Who was born in {c[9]['capital']} or {c[4]['capital']}?", [18, 38], "ambiguous", qa_pairs=[
             {"question": f"in {c[9]['capital']}?", "short_answers": [c[9]["poet"], f"the poet {c[9]['poet']}"]},
             {"question": f"in {c[4]['capital']}?", "short_answers": [c[4]["poet"]]},

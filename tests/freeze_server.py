@@ -77,7 +77,7 @@ class Server(ThreadingHTTPServer):
             return ("Yes" if draw % 3 == 0 else "No"), "stop"
         if form == "selection":
             shown = max(map(int, re.findall(r"\d+(?=[|)])", pattern)), default=0)
-            chosen = [1 + draw // 50**place % shown for place in range(1, 1 + draw % 5)] if shown else []
+            chosen = [1 + draw // 50**place % shown for place in range(1, 1 + min(draw % 5, shown))]  # no more than the pattern takes
             return ", ".join(f"[{number}]" for number in chosen) or "None", "stop"
         if form == "other selection":
             return (UNREADABLE[draw // 4 % len(UNREADABLE)], "length") if draw % 4 == 0 else (OTHER_FORMS[draw // 4 % len(OTHER_FORMS)], "stop")
