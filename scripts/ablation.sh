@@ -24,8 +24,8 @@ for left_out in rehearsal answers; do
 done
 choices=() answers=()
 for model in sft sft_without_{rehearsal,answers}; do
-    answer inference.py "$MODEL_DIR/$model" "$folder/results/{input}_${model}_{selector}.json" selector "dynamic gold" \
-        --topn "$N_DOCS_SHOWN" -- "$folder"/{retrieval,shuffled}.jsonl
+    infer "$MODEL_DIR/$model" "$folder/results/{input}_${model}_{selector}.json" "dynamic gold" "$N_DOCS_SHOWN" \
+        "$folder"/{retrieval,shuffled}.jsonl
     choices+=("$folder/results"/{retrieval,shuffled}_"${model}_dynamic.json")
     answers+=("$folder/results/retrieval_${model}_gold.json")
 done

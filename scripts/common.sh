@@ -53,6 +53,8 @@ for file in ${EVAL_QUESTIONS:-} ${EVAL_FILES:-}; do
     done
     SETS+=("$name=$file")
 done
+SET_NAMES=("${SETS[@]%%=*}")
+
 # given_inputs: end here if a file that the settings name for the first stages is not there.
 given_inputs() {
     local set
@@ -73,12 +75,26 @@ given() {
     [[ -e ${!1} ]] || refuse "${!1} is missing; $CONFIG names it as $1${MAKER:+; $MAKER makes it}"
 }
 
+# reranked_sets: in RERANKED_SETS, the file of each evaluation set with the reranker's scores; end here if one is missing.
+reranked_sets() {
+    local name
+    RERANKED_SETS=()
+    for name in "${SET_NAMES[@]}"; do
+        needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
+        RERANKED_SETS+=("$WORK/eval_data/$name.jsonl")
+    done
+}
+
 # retrieve QUESTIONS OUTPUT: the questions with the documents of the settings' retriever.
 retrieve() {
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags
     sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" ${RETRIEVER_FLAGS:-} --passages "$PASSAGES" \
         --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" ${SEARCH_FLAGS:-}
 }
+
+# infer MODEL OUTPUT SELECTORS N FILE...: the questions of the evaluation files answered by MODEL from what each of SELECTORS chooses
+# among the first N documents; OUTPUT names the results with {input} and {selector}.
+infer() { answer inference.py "$1" "$2" selector "$3" --topn "$4" -- "${@:5}"; }
 
 # answer SCRIPT MODEL OUTPUT CHOICE VALUES FLAG... -- FILE...: SCRIPT (inference.py or top_inference.py) with MODEL on evaluation
 # files, once for each of the VALUES of its flag CHOICE; OUTPUT names the results with {input} and {CHOICE}. The questions of

@@ -163,7 +163,8 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.sh")), ids=lambda path: path.name)
 def test_script_stops_at_the_first_error(script):
     text = script.read_text(encoding="utf-8")
-    started = text.startswith("#!/usr/bin/env bash\n")  # the others are sourced, by common.sh or a script
+    started = text.startswith("#!/usr/bin/env bash\n")  # the others are sourced
+    assert os.access(script, os.X_OK) == started
     assert not started or "set -euo pipefail" in text or 'source "$(dirname "$0")/common.sh"' in text
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
