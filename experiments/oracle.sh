@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What retrieval and selection cost the demo: its questions with every needed passage among the documents shown, answered from
 # those chosen and from those needed.
-#     bash scripts/oracle.sh configs/demo.env
-source "$(dirname "$0")/common.sh"
+#     bash experiments/oracle.sh configs/demo.env
+source "$(dirname "$0")/../scripts/common.sh"
 
 reranked_sets
 for file in "${RERANKED_SETS[@]}"; do
