@@ -1,7 +1,7 @@
 """How fast LLaMA-Factory trains on a CPU: two implementations of attention, with freed memory given back to the system or kept.
 
 The same rows are trained on in every way, the ways in turn and that --repeats times; the best time of each counts. What is kept
-is what scripts/common.sh sets where there is no GPU, and the recipes of the small model have `flash_attn: disabled`.
+is what scripts/training.sh sets where there is no GPU, and the recipes of the small model have `flash_attn: disabled`.
 
 Reads    runs/demo_default/training_data/factbook_warm_up.json     any LLaMA-Factory rows of recipes/dataset_info.json's factbook_warm_up
 Writes   standard output                                           a table of ratios, in Markdown
@@ -24,7 +24,7 @@ from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.stage import UserError, log
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = re.search(r"glibc\.malloc\.[\w.=:]+", (ROOT / "scripts/common.sh").read_text())[0]
+KEPT = re.search(r"glibc\.malloc\.[\w.=:]+", (ROOT / "scripts/training.sh").read_text())[0]
 ATTENTION = {"sdpa": "sdpa", "eager": "disabled"}
 MEMORY = {"given back": {}, "kept": {"GLIBC_TUNABLES": KEPT}}
 

@@ -20,8 +20,7 @@ others_of() {
     done | sort -u
 }
 
-for set in "${SETS[@]}"; do
-    name=${set%%=*}
+for name in "${SET_NAMES[@]}"; do
     results=()
     mapfile -t others < <(others_of "$name")
     for model in sft dpo best "${others[@]}"; do

@@ -10,22 +10,16 @@ model=$(newest_model)
 needs "$model/config.json" scripts/05_sft.sh
 stage=$(basename "$model")
 
-sets=()
-for set in "${SETS[@]}"; do
-    name=${set%%=*}
-    needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
-    needs "$WORK/results/${name}_${stage}_dynamic.json" scripts/09_infer.sh
-    sets+=("$WORK/eval_data/$name.jsonl")
-done
+reranked_sets
+for name in "${SET_NAMES[@]}"; do needs "$WORK/results/${name}_${stage}_dynamic.json" scripts/09_infer.sh; done
 answer top_inference.py "$model" "$WORK/results/{input}_${stage}_windows{topn}.json" topn "$TOP_N" \
-    --max-context-window "$N_DOCS_SHOWN" -- "${sets[@]}"
+    --max-context-window "$N_DOCS_SHOWN" -- "${RERANKED_SETS[@]}"
 for n in $TOP_N; do
-    answer inference.py "$model" "$WORK/results/{input}_${stage}_{selector}_of_$n.json" selector "$TOP_N_SELECTORS" --topn "$n" -- "${sets[@]}"
+    infer "$model" "$WORK/results/{input}_${stage}_{selector}_of_$n.json" "$TOP_N_SELECTORS" "$n" "${RERANKED_SETS[@]}"
 done
 [[ -z $SHARDS ]] || exit 0
 
-for set in "${SETS[@]}"; do
-    name=${set%%=*}
+for name in "${SET_NAMES[@]}"; do
     results=("$WORK/results/${name}_${stage}_dynamic.json")
     for n in $TOP_N; do
         results+=("$WORK/results/${name}_${stage}_windows$n.json")

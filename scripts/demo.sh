@@ -28,10 +28,8 @@ corpus() {
 }
 models() { python examples/factbook/models.py --output_dir models; }
 cross_encoder() {
-    # shellcheck disable=SC2086
-    python retriever.py --model_name_or_path "$RETRIEVER" $RETRIEVER_FLAGS --passages "$PASSAGES" \
-        --passages_embeddings "$EMBEDDINGS/*" --query "$RERANKER_QUESTIONS" \
-        --output_file "$WORK/output/retrieval_reranker.jsonl" --n_docs "$N_DOCS_RETRIEVED"
+    # Exact search in one part, whatever the settings: the reranker is then the same with every index and number of workers.
+    SEARCH_FLAGS="" NUM_SHARDS=1 SHARDS="" retrieve "$RERANKER_QUESTIONS" "$WORK/output/retrieval_reranker.jsonl"
     [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
     [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
         --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --seed "$SEED"

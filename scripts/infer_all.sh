@@ -8,11 +8,5 @@ source "$(dirname "$0")/common.sh"
 model=${2:-$(newest_model)}
 needs "$model/config.json" scripts/05_sft.sh
 
-sets=()
-for set in "${SETS[@]}"; do
-    name=${set%%=*}
-    needs "$WORK/eval_data/$name.jsonl" scripts/03_rerank.sh
-    sets+=("$WORK/eval_data/$name.jsonl")
-done
-answer inference.py "$model" "$WORK/results/{input}_$(basename "$model")_{selector}.json" selector "$SELECTORS" \
-    --topn "$N_DOCS_SHOWN" -- "${sets[@]}"
+reranked_sets
+infer "$model" "$WORK/results/{input}_$(basename "$model")_{selector}.json" "$SELECTORS" "$N_DOCS_SHOWN" "${RERANKED_SETS[@]}"

@@ -23,7 +23,7 @@ export JUDGE_CACHE=$BASE/results/judge_cache.sqlite
 
 dev() { # ROUND MODEL: answer the held-out questions and score the answers
     local folder=$BASE/rounds/$1
-    answer inference.py "$2" "$folder/results/dev.json" selector dynamic --topn "$N_DOCS_SHOWN" -- "$DEV_QUESTIONS"
+    infer "$2" "$folder/results/dev.json" dynamic "$N_DOCS_SHOWN" "$DEV_QUESTIONS"
     python evaluate.py --results_file "$folder/results/dev.json" --eval_file "$DEV_QUESTIONS" --group_by "$GROUP_BY" \
         --output_file "$folder/results/dev.metrics.json" >/dev/null
 }

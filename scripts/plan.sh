@@ -12,7 +12,7 @@ work() { # SCRIPT PARTS SIZE: a file that is not divided is one worker's, who se
     row "$1" $(($2 < WORKERS ? $2 : WORKERS)) "${gpus:-CPU}" "$2" "$3"
 }
 answers() { # SCRIPT: of the first evaluation set
-    work "$1" "$(parts_of "" "$WORK/results/parts/split/${SETS[0]%%=*}")" "$size"
+    work "$1" "$(parts_of "" "$WORK/results/parts/split/${SET_NAMES[0]}")" "$size"
 }
 size=$(engine_size)
 size=${size:-1}

@@ -35,7 +35,7 @@ def load(folder: str, name: str):
 corpus, questions, warm_up, oracle, choice, learning_curve = (
     load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "choice", "learning_curve")
 )
-evidence, evidence_seed = load("scripts", "evidence"), load("scripts", "evidence_seed")
+evidence, evidence_seed = load("experiments", "evidence"), load("experiments", "evidence_seed")
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_a_result_file_that_is_missing_or_asks_other_questions_is_named(runs):
 @pytest.mark.parametrize(("change", "says"), [
     (lambda seed: seed["systems"].pop(0), at("1.json", "sft", "dynamic", "retrieved", "0.json")),
     (lambda seed: seed["questions"].update(q8="a"), at("1.json", "0.json")),
-    (lambda seed: seed.pop("questions"), at("1.json", "scripts/evidence_seed.py")),
+    (lambda seed: seed.pop("questions"), at("1.json", "experiments/evidence_seed.py")),
 ])
 def test_a_seed_that_cannot_stand_beside_the_first_is_named(runs, tmp_path, change, says):
     files = seed_files(runs)

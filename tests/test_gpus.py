@@ -255,7 +255,7 @@ def results(machine, tmp_path):
     return run
 
 
-INFER = 'answer inference.py "$model" "$run/{input}_sft_{selector}.json" selector "top:2 dynamic" --topn 2 -- "$@"'
+INFER = 'infer "$model" "$run/{input}_sft_{selector}.json" "top:2 dynamic" 2 "$@"'
 WINDOWS = 'answer top_inference.py "$model" "$run/{input}_sft_windows{topn}.json" topn 3 --max-context-window 2 -- "$2"'
 
 

@@ -32,7 +32,7 @@ def test_every_stage_script_has_a_command():
 
 
 def test_every_file_named_exists():
-    named = set(re.findall(r"(?:scripts|recipes|configs|template|docs|dynamicrag|examples)/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|py|md|json)", README))
+    named = set(re.findall(r"(?:scripts|experiments|recipes|configs|template|docs|dynamicrag|examples)/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|py|md|json)", README))
     named |= {f"recipes/{path}" for path in re.findall(r"llamafactory-cli train recipes/(\S+)", README)}
     assert named
     assert not [path for path in named if not (REPO / path).exists()]

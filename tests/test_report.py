@@ -20,7 +20,7 @@ import evaluate
 from dynamicrag.rows.output import Output
 from dynamicrag.stage import UserError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import screenshots
 
 from dynamicrag.report import cases, reading
@@ -509,7 +509,7 @@ def test_the_page_fits_its_window(opened, width):
 
 def test_pictures_are_taken_at_both_widths(chromium, page_file, tmp_path):
     script = "import sys, screenshots; screenshots.main(sys.argv[1:])"  # a process of its own: one Playwright a thread
-    subprocess.run([sys.executable, "-c", script, str(page_file), "--output_dir", str(tmp_path / "docs")], check=True, cwd=REPO / "scripts")
+    subprocess.run([sys.executable, "-c", script, str(page_file), "--output_dir", str(tmp_path / "docs")], check=True, cwd=REPO / "experiments")
     widths = {path.stem: struct.unpack(">I", path.read_bytes()[16:20])[0] for path in (tmp_path / "docs").iterdir()}
     assert widths["report_desktop"] == 1280 and widths["report_phone"] == 780 and widths["report_case"] == 1280
 

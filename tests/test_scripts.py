@@ -16,6 +16,7 @@ from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
 
 REPO = Path(__file__).parents[1]
+SCRIPTS = sorted(path for folder in ("scripts", "experiments") for path in (REPO / folder).glob("*.sh"))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
 def bash(script: str, settings: Path, **environment) -> subprocess.CompletedProcess:
     rounds = ["2"] if script == "iterate.sh" else []
     return subprocess.run(
-        ["bash", f"scripts/{script}", *rounds, str(settings)], cwd=REPO, env={**os.environ, **environment},
+        ["bash", script if "/" in script else f"scripts/{script}", *rounds, str(settings)], cwd=REPO, env={**os.environ, **environment},
         capture_output=True, text=True, timeout=300,
     )
 
@@ -91,8 +92,8 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("04_training_data.sh", "scripts/03_rerank.sh"), ("05_sft.sh", "scripts/04_training_data.sh"),
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
     ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
-    ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("oracle.sh", "scripts/03_rerank.sh"),
-    ("ablation.sh", "scripts/demo.sh"),
+    ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("experiments/oracle.sh", "scripts/03_rerank.sh"),
+    ("experiments/ablation.sh", "scripts/demo.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tmp_path, script, maker):
     done = bash(script, settings, WORK=str(tmp_path / "run"))
@@ -155,16 +156,25 @@ def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings,
 
 
 def test_shellcheck_finds_nothing():
-    scripts = sorted((REPO / "scripts").glob("*.sh"))
-    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *scripts], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *SCRIPTS], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_stops_at_the_first_error(script):
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text or 'source "$(dirname "$0")/common.sh"' in text
+    started = text.startswith("#!/usr/bin/env bash\n")  # the others are sourced
+    assert os.access(script, os.X_OK) == started
+    assert not started or "set -euo pipefail" in text or re.search(r'^source "\$\(dirname "\$0"\)(/\.\./scripts)?/common\.sh"', text, re.MULTILINE)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+@pytest.mark.parametrize("script", sorted((REPO / "experiments").glob("*.py")), ids=lambda path: path.name)
+def test_an_experiment_starts_in_any_folder_from_the_installed_package(script, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sys.path" not in script.read_text(encoding="utf-8")
 
 
 def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_path):

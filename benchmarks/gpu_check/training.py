@@ -1,4 +1,4 @@
-"""Parts about training: LLaMA-Factory through train() of scripts/common.sh, on a small Llama of random weights."""
+"""Parts about training: LLaMA-Factory through train() of scripts/training.sh, on a small Llama of random weights."""
 
 import json
 import math

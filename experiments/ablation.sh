@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What the further data sets of the demo's behaviour cloning are worth: its SFT again without each of them, from the same
 # warm-up, and 500 questions with every needed passage among the documents shown, in the retriever's order and shuffled.
-#     bash scripts/ablation.sh      after DEMO_SIZE=standard bash scripts/demo.sh; some 50 minutes on two cores
+#     bash experiments/ablation.sh      after DEMO_SIZE=standard bash scripts/demo.sh; some 50 minutes on two cores
 export DEMO_SIZE=${DEMO_SIZE:-standard}  # the default size is too small to show anything
-source "$(dirname "$0")/common.sh" configs/demo.env
+source "$(dirname "$0")/../scripts/common.sh" configs/demo.env
 needs "$MODEL_DIR/sft/trained_on.sha256" scripts/demo.sh
 
 folder=$WORK/ablation
@@ -24,8 +24,8 @@ for left_out in rehearsal answers; do
 done
 choices=() answers=()
 for model in sft sft_without_{rehearsal,answers}; do
-    answer inference.py "$MODEL_DIR/$model" "$folder/results/{input}_${model}_{selector}.json" selector "dynamic gold" \
-        --topn "$N_DOCS_SHOWN" -- "$folder"/{retrieval,shuffled}.jsonl
+    infer "$MODEL_DIR/$model" "$folder/results/{input}_${model}_{selector}.json" "dynamic gold" "$N_DOCS_SHOWN" \
+        "$folder"/{retrieval,shuffled}.jsonl
     choices+=("$folder/results"/{retrieval,shuffled}_"${model}_dynamic.json")
     answers+=("$folder/results/retrieval_${model}_gold.json")
 done

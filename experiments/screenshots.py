@@ -7,7 +7,7 @@ Writes   docs/report_desktop.png                 1280 pixels wide
          docs/report_phone.png                   390 pixels wide, at twice the resolution
          docs/report_case.png                    the case browser, 1280 pixels wide
 
-    python scripts/screenshots.py runs/demo_default/results/report/index.html
+    .venv/bin/python experiments/screenshots.py runs/demo_default/results/report/index.html
 """
 
 import contextlib

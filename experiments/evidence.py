@@ -3,21 +3,18 @@
 Every question is answered by every seed's models, so a question's score is its mean over seeds, and differences are compared
 question by question (paired bootstrap). The best fixed k is the best of them on the test questions themselves, which favours it.
 
-Reads    SEEDS                              what scripts/evidence_seed.py wrote of each seed
+Reads    SEEDS                              what experiments/evidence_seed.py wrote of each seed
 Writes   OUTPUT_DIR/evidence.md             the tables
          OUTPUT_DIR/evidence.json           the differences, unrounded
 
-    python scripts/evidence.py --seeds runs/evidence/seed_1.json runs/evidence/seed_2.json runs/evidence/seed_3.json
+    .venv/bin/python experiments/evidence.py --seeds runs/evidence/seed_1.json runs/evidence/seed_2.json runs/evidence/seed_3.json
 """
 
 import statistics
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynamicrag import stage
 from dynamicrag.evaluation.metrics import Comparison, paired_bootstrap
@@ -81,7 +78,7 @@ def read_seeds(paths: list[str]) -> list[dict]:
             seeds.append(orjson.loads(Path(path).read_bytes()))
             questions = seeds[-1]["questions"]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path}: not what scripts/evidence_seed.py writes ({error!r}); run scripts/evidence.sh again") from error
+            raise UserError(f"{path}: not what experiments/evidence_seed.py writes ({error!r}); run experiments/evidence.sh again") from error
         if questions != seeds[0]["questions"]:
             raise UserError(f"{path}: answers other questions than {paths[0]}; all seeds share data/factbook and the sizes of their questions")
     return seeds

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The evidence for docs/evidence.md: the demo's chain from several seeds, with more questions, rounds of DPO and every selector
 # under the same generators, in one file of tables:
-#     bash scripts/evidence.sh                          three seeds, some 75 minutes each on two cores
-#     SEEDS="1" DEMO_SIZE=standard bash scripts/evidence.sh
+#     bash experiments/evidence.sh                          three seeds, some 75 minutes each on two cores
+#     SEEDS="1" DEMO_SIZE=standard bash experiments/evidence.sh
 # Everything is resumed: run it again after an interruption, or with more SEEDS. What a seed comes to is one small file,
 # EVIDENCE/seed_N.json, and a seed that has its file is not run again, whichever machine it ran on.
 set -euo pipefail
@@ -22,7 +22,7 @@ for SEED in $SEEDS; do
     [[ -f $WORK.json ]] && continue
     echo "== seed $SEED" >&2
     bash scripts/demo.sh
-    bash scripts/oracle.sh configs/demo.env
+    bash experiments/oracle.sh configs/demo.env
     for stage in sft dpo; do
         choice=$WORK/results/test_${stage}_choice.json
         [[ -f $choice ]] && continue
@@ -30,6 +30,6 @@ for SEED in $SEEDS; do
         .venv/bin/python examples/factbook/choice.py --model "$WORK/DynamicRAG_$MODEL/$stage" \
             --input_file "$WORK/output/retrieval_test.jsonl" --output_file "$choice"
     done
-    .venv/bin/python scripts/evidence_seed.py --run "$WORK" --output_file "$WORK.json"
+    .venv/bin/python experiments/evidence_seed.py --run "$WORK" --output_file "$WORK.json"
 done
-.venv/bin/python scripts/evidence.py --seeds "${files[@]}" --output_dir "$EVIDENCE"
+.venv/bin/python experiments/evidence.py --seeds "${files[@]}" --output_dir "$EVIDENCE"

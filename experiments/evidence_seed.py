@@ -1,7 +1,7 @@
-"""What one seed of scripts/evidence.sh comes to, in one small file: figures of every system, and its score on every question.
+"""What one seed of experiments/evidence.sh comes to, in one small file: figures of every system, and its score on every question.
 
 The file holds no times and no paths, so the same seed gives the same bytes, and seeds that ran on different machines can be put
-into one table (scripts/evidence.py).
+into one table (experiments/evidence.py).
 
 Reads    RUN/results/SET_MODEL_SELECTOR.json            answers from the documents retrieved
          RUN/results/SET_oracle_MODEL_SELECTOR.json     the same with every needed passage among the documents shown
@@ -10,18 +10,15 @@ Reads    RUN/results/SET_MODEL_SELECTOR.json            answers from the documen
 Writes   OUTPUT_FILE    {"questions": {id: kind}, "systems": [{"model", "selector", "shown", figures, "scores": [in the questions' order]}],
                         "choice": {model: {order: ...}}, "rounds": [figures of a round]}
 
-    python scripts/evidence_seed.py --run runs/evidence/seed_1 --output_file runs/evidence/seed_1.json
+    .venv/bin/python experiments/evidence_seed.py --run runs/evidence/seed_1 --output_file runs/evidence/seed_1.json
 """
 
 import functools
 import operator
-import sys
 from pathlib import Path
 
 import orjson
 from evidence import COMPARED, NAMES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynamicrag import stage
 from dynamicrag.evaluation.answers import summarise
@@ -67,12 +64,12 @@ def all_systems(run: Path, name: str, seed: int) -> tuple[dict[str, str], list[d
         path = run / f"results/{name}{SHOWN[shown]}_{model}_{selector}.json"
         if not path.is_file():
             if (model, shown, selector) in COMPARED:
-                raise UserError(f"{path}: is missing; run scripts/evidence.sh again, which does what is not done")
+                raise UserError(f"{path}: is missing; run experiments/evidence.sh again, which does what is not done")
             continue
         figures, scores, kinds = system_figures(path, seed)
         questions = questions or kinds
         if scores.keys() != questions.keys():
-            raise UserError(f"{path}: answers other questions than the run's other results; remove it and run scripts/evidence.sh again")
+            raise UserError(f"{path}: answers other questions than the run's other results; remove it and run experiments/evidence.sh again")
         systems.append({"model": model, "selector": selector, "shown": shown, **figures, "scores": [scores[row_id] for row_id in questions]})
     return questions, systems
 
