@@ -1,4 +1,4 @@
-"""What every stage does besides its algorithm and its files: flags, logging, errors, seeds."""
+"""Command-line flags, logging, error handling and seeds shared by every stage."""
 
 import argparse
 import errno
@@ -11,14 +11,18 @@ log = logging.getLogger("dynamicrag")
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was wrong, where, and what to do; no stack trace is shown."""
+    """An error that the user can fix. The message gives the place, the problem and the remedy; no stack trace is shown.
+    """
 
 
 # ---------------------------------------------------------------- flags
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a stage's docstring and shows every default, unless the help says it in words or there is none."""
+    """Keep the line breaks of the stage's docstring.
+
+    Append the default to each help text unless the text states it or it is None.
+    """
 
     def _get_help_string(self, action):
         if action.default is None or "(default" in action.help:
@@ -27,7 +31,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Flags in full only, and dashes and underscores in their names mean the same: --input-file is --input_file."""
+    """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -44,38 +48,39 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_seed_flag(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flag every stage has."""
+    """Add --seed, the flag shared by every stage."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return group
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags every stage has that writes rows. What only scores them writes anew each time, and leaves none out."""
+    """Flags shared by every stage that writes rows. Scoring scripts always rewrite their output and never skip a row.
+    """
     group = add_seed_flag(parser)
     group.add_argument("--overwrite", action="store_true", help="discard an existing output or partial output")
     group.add_argument(
         "--on_error", choices=["fail", "skip"], default="fail",
-        help="a malformed row ends the run, or is set aside in <output>.rejected.jsonl and counted",
+        help="what to do with a malformed row: end the run, or set it aside in <output>.rejected.jsonl and count it",
     )
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a cluster sends it before it takes the machine away; handled like Ctrl-C."""
+    """SIGTERM, which a cluster sends before it reclaims the machine. It is handled like Ctrl-C."""
 
 
-# What an OSError of these says is the disk's, and for the user to mend.
+# Errors of the disk or its permissions, which the user can fix.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-MOST_SAID = 1000  # characters of an error
+MOST_SAID = 1000  # maximum length of an error message in characters
 
 
 def run(main) -> None:
-    """Call a stage's main(), with logs to stderr, each line above a progress bar and never on it.
+    """Call a stage's main(). Logs go to stderr, above any progress bar.
 
-    A UserError and a disk that is full or may not be written are one line and exit status 2; an interrupt is status 130,
-    SIGTERM 143.
+    A UserError, a full disk or a missing permission ends the process with one line and exit status 2. An interrupt
+    gives status 130, SIGTERM 143.
     """
 
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -99,18 +104,19 @@ def run(main) -> None:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror or error}; finished rows are kept: mend this, then run "
-                       "the same command again", 2))
+        sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror or error}; finished rows are "
+                       "kept: fix the problem, then run the same command again", 2))
 
 
 def _fail(message: str, status: int) -> int:
-    """Say it on one line of bounded length: what it quotes may be long, and hold what a terminal would obey."""
+    """Print the message to stderr as one line of limited length, with unprintable characters escaped. Return `status`.
+    """
     from tqdm import tqdm
 
     line = " ".join(message.split())
     if len(line) > MOST_SAID:
         line = f"{line[: MOST_SAID * 3 // 4]} ... {line[-MOST_SAID // 4 :]}"
-    # A bar that the error has left open would share the line of a plain print.
+    # A plain print would continue the line of a progress bar that the error left open.
     tqdm.write("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
     return status
 
@@ -119,9 +125,10 @@ def _fail(message: str, status: int) -> int:
 
 
 def derive_seed(seed: int, *parts: object) -> int:
-    """A 31-bit seed for one purpose, from the run's seed and what the purpose is about (a row's id, say).
+    """Return a 31-bit seed for one purpose, derived from the run's seed and the parts that identify the purpose (such
+    as a row id).
 
-    Random choices made with it depend neither on batching, nor on order, nor on how the rows are sharded.
+    Random choices made with it do not depend on batching, on the order of the rows or on sharding.
     """
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1

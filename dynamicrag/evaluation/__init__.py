@@ -1,1 +1,1 @@
-"""Evaluation: metrics of answers, selections and retrieval, and the tables of results."""
+"""Evaluation: metrics of answers, selections and retrieval, and tables of results."""

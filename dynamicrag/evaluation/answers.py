@@ -1,4 +1,4 @@
-"""Answers scored question by question, and what a whole run comes to: score, cost, selection, and why questions went unanswered."""
+"""Score answers per question, and summarise a run: score, cost, selection, and reasons for missing answers."""
 
 import statistics
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from dynamicrag.stage import UserError, log
 
 MISSING = "missing from the results"
 COSTS = ("calls", "prompt_tokens", "generated_tokens")
-# Why a question has no answer, by how the `error` of its row begins.
+# Reasons for a missing answer, with the prefixes of the row's `error` that identify them.
 REASONS = {
     "no_selection": ("no selection in",), "no_answer": ("no answer in",),
     "question_too_long": ("the question alone is longer", "a prompt of"), "refused": ("refused by the server", "the server failed"), "missing": (MISSING,),
@@ -23,9 +23,10 @@ REASONS = {
 
 
 class Outcome(NamedTuple):
-    """One question. `documents` is None if it was not answered or its row does not say; `reason` is None if it was.
+    """The result of one question. `reason` is None if it was answered.
 
-    `usage` is what asking it cost, answered or not; empty if its row does not say, None for a number that is not known.
+    `documents` is None if the question was not answered or its row gives no documents. `usage` is the cost, whether or
+    not it was answered; it is empty if the row gives none, and a value is None if it is not known.
     """
 
     score: float  # in [0, 1]
@@ -39,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Outcome | None:
-    """A row under `metric`, or its data set's own; None where it has no gold answer. Without a `response` it is wrong."""
+    """Score a row with `metric` or its data set's metric. None without a gold answer; 0 without a `response`."""
     metric = metric or task_of_row(row).metric
     answered = isinstance(row.get("response"), str)
     score = score_row(metric, row["response"] if answered else "", row)
@@ -56,13 +57,13 @@ def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Ou
 
 
 def _documents_of(row: Row) -> int | None:
-    """How many documents a question was answered from, None if its row does not say."""
+    """Return how many documents the answer was generated from; None if the row does not say."""
     chosen = next((row[key] for key in ("id_list", "final_docs") if row.get(key) is not None), None)
     return None if chosen is None else len(chosen)
 
 
 def unanswered_reason(row: Row) -> str:
-    """One of REASONS, or other: an error that no stage writes, or a response that is no text."""
+    """Return one of REASONS, or "other" for an unknown error and for a response that is not a string."""
     error = str(row.get("error", ""))
     return next((reason for reason, beginnings in REASONS.items() if error.startswith(beginnings)), "other")
 
@@ -70,20 +71,21 @@ def unanswered_reason(row: Row) -> str:
 def summarise(
     rows: Iterable[Row], metric: str | None, group_by: str, seed: int, path: str = "the results", repeated: Mapping[str, int] | None = None
 ) -> tuple[dict, dict[str, float]]:
-    """Scores on 0 to 100, and cost a question; and the score of each question in [0, 1], by its id.
+    """Return a summary with scores from 0 to 100 and costs per question, and the score of each question in [0, 1] by
+    id.
 
-    Rows without `response` are wrong, and have no documents. A cost is a mean over the questions of which it is known, answered or
-    not, None if it is of none; `calls_known` and so on say of how many. Rows without any gold answer are left out and
-    counted, as are those that the caller left out of `rows` since their question came before, `repeated` by file, which is
-    read when the rows are. `selection` is there where it is known of a row which documents it needs, `entity_support` where the rows
-    have it. `path` is what errors call the rows' file.
+    Rows without `response` count as wrong and have no documents. A cost is the mean over the questions for which it is
+    known, answered or not; `calls_known` etc. give their number, and the mean is None if there are none. Rows without a
+    gold answer are left out and counted. `repeated` counts, per file, the repeated rows that the caller left out; it is
+    read after `rows`. `selection` is present if the needed documents of some row are known, `entity_support` if the
+    rows have it. Errors refer to the rows' file as `path`. Raises UserError if no row has a gold answer.
     """
     outcomes: dict[str, Outcome] = {}
     without_gold_answer: list[str] = []
     grounded = False
     matches = Matches()
     for row in rows:
-        grounded |= isinstance(row.get("entity_support", ...), Support | None)  # else it is a key of the data set
+        grounded |= isinstance(row.get("entity_support", ...), Support | None)  # another type is a key of the data set
         outcome = score_question(row, metric, group_by, path)
         if outcome is None:
             without_gold_answer.append(row["id"])
@@ -94,7 +96,8 @@ def summarise(
     if not outcomes:
         raise UserError(f"{path}: no row has a gold answer to score against; give rows with answers, or --eval_file")
     if without_gold_answer:
-        log.warning("%s: without a gold answer and not counted: %d rows, %s the first", path, len(without_gold_answer), without_gold_answer[0])
+        log.warning("%s: %d rows have no gold answer and are not counted; the first is %s",
+                    path, len(without_gold_answer), without_gold_answer[0])
     matches.warn(path)
     by_group: dict[str, list[Outcome]] = defaultdict(list)
     usage: dict[str, list[int]] = defaultdict(list)
@@ -103,7 +106,7 @@ def summarise(
         for key, value in outcome.usage.items():
             usage[key] += [] if value is None else [value]
     if by_group.keys() == {""} and group_by != "dataset":
-        log.warning("%s: no row has the key %r of --group_by: there are no groups", path, group_by)
+        log.warning("%s: no row has the key %r of --group_by, so there are no groups", path, group_by)
     every = list(outcomes.values())
     reasons = Counter(outcome.reason for outcome in every if outcome.reason)
     documents = [outcome.documents for outcome in every if outcome.documents is not None]

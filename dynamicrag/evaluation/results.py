@@ -1,4 +1,4 @@
-"""Result files read for scoring: each question once, with what its evaluation file says of it, answered or not."""
+"""Read result files for scoring: each question once, answered or not, completed from its evaluation file."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,10 @@ from dynamicrag.stage import UserError, log
 
 
 def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:
-    """The questions asked by id, in the order of the file, each with what scores it: everything but its documents' texts.
+    """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the
+    documents).
 
-    Raises UserError as read_rows does, for a question asked twice too.
+    Raises UserError as read_rows does, including for a repeated id.
     """
     asked = {}
     for row in read_rows(path, dataset=dataset):
@@ -29,12 +30,12 @@ def result_rows(
     results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None,
     asked: Mapping[str, Row] | None = None, repeated: Counter[str] | None = None,
 ) -> Iterable[Row]:
-    """Answered rows, then those of the remain file, then what else was asked, each question once: its first row counts.
+    """Yield answered rows, then rows of the remain file, then missing questions. The first row of each question counts.
 
-    `asked` is what read_asked() gives of eval_file, if it was read already. Rows of a question that came before are counted
-    in `repeated`, by results_file. Of a response with reasoning, what follows the reasoning is scored. Raises UserError for a row
-    that is not among those asked, by id or by question: results of another file would look like missing or wrong answers;
-    and for a file none of whose rows has a response.
+    `asked` is the result of read_asked() for eval_file, if it was read before. `repeated` counts repeated rows, by
+    results_file. Reasoning is removed from responses. Raises UserError for a row whose id or question is not in the
+    evaluation file, because results of other questions would look like wrong answers, and for a file without any
+    response.
     """
     if asked is None and eval_file:
         asked = read_asked(eval_file, "dataset", dataset)
@@ -43,20 +44,22 @@ def result_rows(
         named = Path(manifest["outputs"][1])
         remain_file = str(named if named.exists() else Path(results_file).with_name(named.name))
     if remain_file is None and eval_file is None:
-        log.warning("%s: no manifest names its remain file and no --eval_file was given: questions that got no answer are "
+        log.warning("%s: no manifest names its remain file, and --eval_file is not given; unanswered questions are "
                     "not counted", results_file)
     repeated = Counter() if repeated is None else repeated
     seen, first_repeat = set(), None
     reasoned, responded, without_response = 0, False, None
     for path in filter(None, [results_file, remain_file]):
-        if _holds_no_row(Path(path)) and (path != results_file or manifest):  # of a run all or none of whose rows failed
+        # An output file is empty if all or none of the questions failed.
+        if _holds_no_row(Path(path)) and (path != results_file or manifest):
             continue
         for row in read_rows(path, dataset=dataset, unique=False, asked=asked):
             if asked is not None and row["id"] not in asked:
-                raise UserError(f"{path}: row {row['id']} is not in {eval_file}; these are not the answers to its questions")
+                raise UserError(f"{path}: row {row['id']} is not in {eval_file}; give the evaluation file of these "
+                                "results")
             if asked is not None and _plain(row["question"]) != _plain(asked[row["id"]]["question"]):
-                raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several data sets call their "
-                                "rows so: give the evaluation file of this one")
+                raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several "
+                                "data sets use the same ids, so give the evaluation file of this one")
             responded = responded or (path == results_file and "response" in row)
             if "response" not in row and "error" not in row:
                 without_response = without_response or row
@@ -70,15 +73,15 @@ def result_rows(
                 seen.add(row["id"])
                 yield row
     if without_response:
-        told = f"of row {without_response['id']}: {', '.join(sorted(without_response))}"
+        told = f"keys of row {without_response['id']}: {', '.join(sorted(without_response))}"
         if not responded:
-            raise UserError(f"{results_file}: no row has a 'response' (the keys {told}); call the key of the answer so, and score "
-                            "retrieved documents with evaluate_retrieval.py")
-        log.warning("%s: some rows have neither 'response' nor 'error', and count as wrong (the keys %s)", results_file, told)
+            raise UserError(f"{results_file}: no row has the key 'response' ({told}); rename the key of the answer to "
+                            "it, or score retrieved documents with evaluate_retrieval.py")
+        log.warning("%s: some rows have neither 'response' nor 'error' and count as wrong (%s)", results_file, told)
     if reasoned:
-        log.warning("%s: %d responses hold a model's reasoning; what follows it is scored", results_file, reasoned)
+        log.warning("%s: %d responses contain reasoning; the text after it is scored", results_file, reasoned)
     if first_repeat:
-        log.warning("%s: answered again and not counted: %d rows, %s the first; the first row of a question counts",
+        log.warning("%s: %d rows repeat a question and are not counted; the first is %s",
                     results_file, repeated[results_file], first_repeat)
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
@@ -92,7 +95,7 @@ def _plain(question: str) -> str:
 
 
 def _without_reasoning(row: Row) -> Row:
-    """The row with what its response says after the reasoning; unanswered if that is nothing."""
+    """Return the row with its reasoning removed; as unanswered if nothing follows the reasoning."""
     answer = after_reasoning(row["response"])
     if answer:
         return {**row, "response": answer}

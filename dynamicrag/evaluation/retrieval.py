@@ -1,4 +1,5 @@
-"""Metrics of a question's documents, best first: against gold documents, and against gold answers in their text."""
+"""Retrieval metrics of a question's ranked documents: against gold documents, and against gold answers in their text.
+"""
 
 import math
 import unicodedata
@@ -6,13 +7,13 @@ from collections.abc import Sequence
 
 from dynamicrag.rows.records import Doc
 
-SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # an order of the documents, and the key it goes by
+SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # orders of documents, and the key that defines each
 
 
 def in_order(docs: list[Doc], order: str) -> list[Doc] | None:
-    """The documents best first, equal scores as in the row.
+    """Return the documents best first; equal scores keep the row's order.
 
-    Where one has no score, the retriever's order is the row's, and the reranker's is not known: None.
+    If a document has no score, the retrieval order is the row's order, and the reranking order is not known (None).
     """
     key = SCORES[order]
     if all(doc.get(key) is not None for doc in docs):
@@ -21,9 +22,9 @@ def in_order(docs: list[Doc], order: str) -> list[Doc] | None:
 
 
 def gold_measures(ranked: Sequence[tuple[list[str], dict[str, int]]], cutoffs: list[int]) -> list[dict[str, float]]:
-    """R@k, nDCG@10 (the gain is the relevance) and MRR@10, in [0, 1], of each pair in `ranked`.
+    """Return R@k, nDCG@10 (the relevance is the gain) and MRR@10, in [0, 1], for each pair in `ranked`.
 
-    A pair is the document ids, best first, and the relevance (1 or more) by gold id, of which there is at least one.
+    A pair consists of the document ids, best first, and the relevance (at least 1) by gold id; there is at least one.
     """
     import ir_measures
 
@@ -31,8 +32,8 @@ def gold_measures(ranked: Sequence[tuple[list[str], dict[str, int]]], cutoffs: l
     names |= {ir_measures.nDCG @ 10: "nDCG@10", ir_measures.RR @ 10: "MRR@10"}
     run, qrels = {}, {}
     for number, (doc_ids, gold) in enumerate(ranked):
-        # ir_measures sorts by score and breaks ties by id. Named by their ranks and scored by the negative, documents
-        # stay in order; one that is there twice counts where it is first, and still takes up its second place.
+        # ir_measures sorts by score and breaks ties by id. Documents named by their rank and scored by its negative
+        # stay in order. A repeated document counts at its first rank and still occupies the second.
         ranks: dict[str, int] = {}
         for rank, doc_id in enumerate(doc_ids, start=1):
             ranks.setdefault(doc_id, rank)
@@ -45,10 +46,11 @@ def gold_measures(ranked: Sequence[tuple[list[str], dict[str, int]]], cutoffs: l
 
 
 def searched_form(text: str) -> str:
-    """The tokens of a text, each between single spaces, by DPR's rule; empty for a text without any token.
+    """Return the tokens of a text, with one space around each, by DPR's rule; "" for a text without tokens.
 
-    The text is normalised NFD. A token is a run of letters, digits and marks, or one other character that is no space and
-    no control character. Tokens are lower-cased (Karpukhin et al. 2020, arXiv 2004.04906: has_answer over SimpleTokenizer).
+    The text is normalised to NFD. A token is a sequence of letters, digits and marks, or any other character except
+    spaces and control characters. Tokens are lower-cased (Karpukhin et al. 2020, arXiv 2004.04906: has_answer,
+    SimpleTokenizer).
     """
     import regex
 
@@ -57,9 +59,10 @@ def searched_form(text: str) -> str:
 
 
 def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
-    """Rank of the first document whose text holds an answer, its tokens one after the other, or infinity.
+    """Return the rank of the first document whose text contains an answer as consecutive tokens; infinity if there is
+    none.
 
-    By DPR's rule, so the title is not looked at; an answer without any token is in no document.
+    By DPR's rule, titles are ignored. An answer without tokens occurs in no document.
     """
     wanted = list(filter(None, map(searched_form, answers)))
     texts = (searched_form(doc["text"]) for doc in docs)

@@ -1,8 +1,8 @@
-"""How well documents were chosen, where it is known which ones a question needs: precision, recall, and k against needed k.
+"""Quality of selections if the needed documents are known: precision, recall, and k compared with the needed k.
 
-Documents are compared by id. A row's `gold_docs` names those needed, and an empty list that none is (a sum, say); DPR's
-`positive_ctxs` is read too, and empty, or without either key, nothing is known. Another document may hold the answer as
-well as a gold one: precision is a lower bound.
+Documents are compared by id. A row's `gold_docs` lists the needed documents; an empty list means that none is needed
+(such as for a sum). DPR's `positive_ctxs` is accepted too. If it is empty, or both keys are missing, nothing is known.
+Other documents may contain the answer as well, so that precision is a lower bound.
 """
 
 import statistics
@@ -13,20 +13,20 @@ from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.records import Row
 from dynamicrag.stage import UserError
 
-UNANSWERED = "unanswered"  # the column of questions for which no selection is known
+UNANSWERED = "unanswered"  # column for questions without a known selection
 
 
 class Chosen(NamedTuple):
-    """One question, in numbers of distinct documents."""
+    """The selection for one question, as numbers of distinct documents."""
 
     needed: int
-    chosen: int | None  # None where it was not answered
+    chosen: int | None  # None if the question was not answered
     right: int  # both chosen and needed
-    retrieved: int | None  # both retrieved and needed; None where the row has no documents
+    retrieved: int | None  # both retrieved and needed; None if the row has no documents
 
 
 def chosen_of(row: Row, path: str) -> Chosen | None:
-    """What was chosen for a row and what it needs; None where that is not known, or an answer came without final_docs.
+    """Return the selection of a row; None if the needed documents are not known or an answered row has no final_docs.
 
     Raises UserError naming file, row and key.
     """
@@ -43,7 +43,7 @@ def chosen_of(row: Row, path: str) -> Chosen | None:
 
 
 def final_ids(row: Row, path: str) -> set[str]:
-    """The ids of the documents an answer was given from. Raises UserError naming file and row."""
+    """Return the ids of the documents that an answer was generated from. Raises UserError naming file and row."""
     found = row["final_docs"]
     if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
         raise UserError(f"{path}: row {row['id']}: key 'final_docs': expected a list of document ids; correct or remove it")
@@ -51,11 +51,11 @@ def final_ids(row: Row, path: str) -> set[str]:
 
 
 def summarise_chosen(questions: list[Chosen]) -> dict:
-    """Means of `questions` (n,), and how many documents were chosen by how many are needed.
+    """Return means over `questions` [n], and the distribution of the chosen k by needed k.
 
-    precision, recall and f1, on 0 to 100, are over the questions that need a document; to choose none of one is 0 in all
-    three. exact, the share whose documents are those needed and no other, is over all; recall_ceiling is the recall of
-    choosing every document retrieved. An unanswered question counts as wrong in all of them, and has no k.
+    precision, recall and f1 (0 to 100) are over the questions that need a document; an empty selection gives 0 for
+    each. exact is the share of all questions whose selection is exactly the needed documents. recall_ceiling is the
+    recall of all retrieved documents. An unanswered question counts as wrong in all of them and has no k.
     """
     needing = [one for one in questions if one.needed]
     ceiling = [one.retrieved / one.needed for one in needing if one.retrieved is not None]

@@ -1,11 +1,11 @@
-"""Tables of results in Markdown, one line per system, with columns that line up in a terminal too: scores, selections, comparisons."""
+"""Markdown tables of results, aligned for terminals: scores, selections and comparisons, with one line per system."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from dynamicrag.evaluation.selections import UNANSWERED
 
-Summaries = dict[str, dict]  # by system, as answers.summarise() gives them
+Summaries = dict[str, dict]  # by system, as returned by answers.summarise()
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -16,13 +16,15 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def system_names(results_files: list[str]) -> list[str]:
-    """File names without suffix, or whole paths where several are called the same."""
+    """Return the file names without suffix, or whole paths if two names are equal."""
     stems = [Path(path).stem for path in results_files]
     return stems if len(set(stems)) == len(stems) else results_files
 
 
 def summary_tables(summaries: Summaries) -> str:
-    """One line per system: score with interval, metric, documents, cost, rows left out if there are any; then score and documents by group."""
+    """Return one line per system with score, interval, metric, documents, cost and rows left out, then a table by
+    group.
+    """
     columns: dict[str, Callable[[dict], str]] = {
         "n": lambda s: str(s["n"]),
         "score": lambda s: f"{s['score']:.1f}",
@@ -59,13 +61,14 @@ def summary_tables(summaries: Summaries) -> str:
 
 
 def cost_cell(summary: dict, key: str, digits: int = 1) -> str:
-    """A mean cost a question, with the number of questions it is the mean of if that is not all; empty if it is not known."""
+    """Format a mean cost per question, with the number of questions if it is not known for all; "" if it is not known.
+    """
     value, known = summary.get(key), summary.get(f"{key}_known", summary["n"])
     return _number(value, digits) + (f" (of {known})" if value is not None and known < summary["n"] else "")
 
 
 def selection_tables(summaries: Summaries) -> str:
-    """Where gold documents are known: one line a system, then how many documents it chose by how many are needed."""
+    """Return one line per system, then the chosen k by needed k. Returns "" if gold documents are not known."""
     known = {name: summary["selection"] for name, summary in summaries.items() if "selection" in summary}
     if not known:
         return ""
@@ -94,7 +97,8 @@ def selection_tables(summaries: Summaries) -> str:
 
 
 def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
-    """One line per system that the first is compared with; the metric only if it is known (it is in files written since it is stored)."""
+    """Return one line per system that the first one is compared with. Files of earlier versions have no metric column.
+    """
     with_metric = any("metric" in found for found in compared.values())
     lines = [
         [

@@ -1,1 +1,1 @@
-"""Files: reading and writing them so that an interruption, another process or a full disk loses nothing."""
+"""Reading and writing files without losing data to an interruption, another process or a full disk."""

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Atomic writes: a file exists completely or not at all."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from dynamicrag.files.paths import written_at
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Say in an OSError which file it is about: one raised by a write to an open file does not."""
+    """Add the file name to an OSError that lacks one, such as an error of a write to an open file."""
     try:
         yield
     except OSError as error:
@@ -21,11 +21,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
-    """Yield `<path>.writing`, open for writing; when the body is through, its bytes are on disk and it becomes `path`.
+    """Yield `<path>.writing`, open for writing.
 
-    If `path` is a link, it stays one, and both files lie where it leads. If the body raises, `path` stays as it was and the
-    temporary file is removed. A kill leaves that file behind, and the next writer replaces it. Raises OSError, naming the
-    file, if it cannot be written.
+    When the block ends, the data is flushed to disk and the file is renamed to `path`.
+
+    If `path` is a link, the link stays and its target is replaced; the temporary file is then next to the target. If
+    the block raises an exception, `path` is unchanged and the temporary file is removed. A killed process leaves the
+    temporary file behind; the next writer replaces it. Raises OSError, naming the file, if it cannot be written.
     """
     target = written_at(path)
     temporary = Path(f"{target}.writing")

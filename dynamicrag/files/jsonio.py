@@ -1,8 +1,8 @@
-"""JSON and JSONL files, streamed both ways.
+"""Streaming readers and writers for JSON and JSONL files.
 
-Reading goes by content: a file whose first character is `[` is a JSON array, anything else is JSONL; a file named `.gz` is
-decompressed. Writing goes by suffix: `.json` is an array with one element per line, anything else JSONL. Memory does not
-grow with the file.
+The reader goes by content: a file whose first character is `[` is a JSON array; any other file is JSONL. A file whose
+name ends in `.gz` is decompressed. The writer goes by suffix: `.json` gives an array with one element per line, any
+other suffix JSONL. Memory use does not depend on the size of the file.
 """
 
 import codecs
@@ -22,18 +22,20 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError
 
 READ_BYTES = 1 << 20
-# A decoder that runs into the end of its buffer reports an error this close to it; further away, the JSON is broken.
+# If the decoder fails within this many characters of the end of its buffer, more data may fix it. Any other failure is
+# broken JSON.
 CUT_MARGIN = 32
-# A row may be nested so deep at most, or orjson, which reads it, could not write it again beneath another level.
+# Limit for the nesting of a row. orjson reads one more level, but could then not write the row inside another object.
 MOST_LEVELS = 253
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) for every value of a JSON array or JSONL file; line is 1-based and where the value starts.
+    """Yield (line, value) for every value of a JSON array or JSONL file; `line` is the 1-based line on which the value
+    starts.
 
-    Raises UserError, naming file and line, for a missing or empty file, invalid UTF-8 and anything that is not JSON
-    (NaN and Infinity included: they are not JSON, and no stage can rank by them).
+    Raises UserError, naming file and line, for a missing or empty file, for invalid UTF-8 and for anything that is not
+    JSON. NaN and Infinity are not JSON.
     """
     path = Path(path)
     refuse_pipe(path)
@@ -45,13 +47,13 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UserError(f"{path}: is in UTF-16 or UTF-32; save it as UTF-8")
     if not head:
-        raise UserError(f"{path}: the file is empty; expected a JSON array or one JSON object a line")
+        raise UserError(f"{path}: the file is empty; expected a JSON array or one JSON object per line")
     yield from _read_array(path) if head.startswith(b"[") else _read_lines(path)
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """An input, open for reading its bytes: those inside if it is compressed, named `.gz`. Raises OSError, and UserError for broken gzip."""
+    """Open an input for reading bytes; a `.gz` file is decompressed. Raises OSError, and UserError for broken gzip."""
     try:
         with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             yield file
@@ -60,18 +62,19 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_pipe(path: Path) -> None:
-    """Raises UserError for an input that can be read only once."""
+    """Raise UserError if `path` is a pipe, which can be read only once."""
     if path.is_fifo():
-        raise UserError(f"{path}: is a pipe; a stage reads its input more than once, so write it to a file")
+        raise UserError(f"{path}: is a pipe, but a stage reads its input more than once; write the data to a file")
 
 
 def _value(text: bytes | str) -> object:
-    """The value of one JSON text. Raises ValueError for what is no JSON, and for what could not be written as JSON again."""
+    """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again.
+    """
     value = orjson.loads(text)
     brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if sum(map(text.count, brackets)) > MOST_LEVELS:
         try:
-            orjson.dumps([value])  # as a row that is set aside
+            orjson.dumps([value])  # one level deeper, as in the file of rejected rows
         except orjson.JSONEncodeError as error:
             raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from error
     return value
@@ -93,7 +96,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Decode one element at a time, holding no more than the element and one read of the file."""
+    """Decode one element at a time. Memory holds one element and one block of the file."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     buffer, position, line = "", 0, 1
     with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
@@ -117,7 +120,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
             position = end
 
         def next_character() -> str:
-            """The next one that is not white space, left unread; empty at the end of the file."""
+            """Return the next character that is not white space, without consuming it; "" at the end of the file."""
             while True:
                 advance(WHITE_SPACE.match(buffer, position).end())
                 if position < len(buffer):
@@ -130,9 +133,9 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
             while True:
                 try:
                     _, end = decoder.raw_decode(buffer, position)
-                    # a number at the end of the buffer may go on behind it: 1, then .5 or e+5
+                    # A number at the end of the buffer may continue in the next block: 1, then .5 or e+5.
                     if end < len(buffer) - 2 or buffer[end - 1] in "}]\"" or not read(size):
-                        value = _value(buffer[position:end])  # strict about what json lets pass: lone surrogates
+                        value = _value(buffer[position:end])  # stricter than json, which accepts lone surrogates
                         advance(end)
                         return value
                 except json.JSONDecodeError as error:
@@ -145,7 +148,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                 size *= 2
 
         next_character()
-        advance(position + 1)  # the [ that brought us here
+        advance(position + 1)  # the opening [
         if next_character() == "]":
             advance(position + 1)
         else:
@@ -165,12 +168,12 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def dump_line(value: object) -> bytes:
-    """One value as one line of UTF-8 JSON, keys in their own order, so that equal rows are equal bytes."""
+    """Encode one value as one line of UTF-8 JSON. Keys keep their order, so that equal rows give equal bytes."""
     return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def write_json(path: str | Path, values: Iterable[object]) -> int:
-    """Write all values to path, atomically and by its suffix; returns how many there were."""
+    """Write all values to `path` atomically, in the format given by its suffix. Returns the number of values."""
     count = 0
     with atomic_writer(path) as file:
         if Path(path).suffix == ".json":

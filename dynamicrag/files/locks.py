@@ -1,9 +1,10 @@
-"""Workers that wait for each other, by locks on files: a process that dies holds none.
+"""File locks, which let workers wait for each other. The locks of a process that dies are released.
 
-NFS emulates flock by byte-range locks. There a file has to be open for reading to be locked as shared, and for writing to be
-locked alone, and a lock that is upgraded from the one to the other may wait for ever. So every lock file is open for both, and
-no lock is upgraded. Other file systems have no flock at all (Lustre mounted without `-o flock`, NFS without its lock
-daemon): what needs the lock to be right ends with a line that says so.
+NFS emulates flock with byte-range locks. On NFS, a shared lock requires a file that is open for reading, an exclusive
+lock requires a file that is open for writing, and an upgrade from shared to exclusive may block forever. Every lock
+file is therefore opened for reading and writing, and no lock is upgraded. Some file systems have no flock at all
+(Lustre mounted without `-o flock`, NFS without its lock daemon). Code that needs a lock for correctness stops there
+with a UserError.
 """
 
 import contextlib
@@ -22,9 +23,10 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def lock(file: BinaryIO, operation: int, name: str | Path) -> None:
-    """flock() of an open file, waiting for it unless `operation` says otherwise.
+    """Call flock() on an open file; wait for the lock unless `operation` contains LOCK_NB.
 
-    Raises BlockingIOError if another holds it and it does not wait, and UserError, naming the file, if it cannot be locked at all.
+    Raises BlockingIOError if another process holds the lock and LOCK_NB is set, and UserError, naming the file, if the
+    file system cannot lock it.
     """
     try:
         fcntl.flock(file.fileno(), operation)
@@ -35,14 +37,14 @@ def lock(file: BinaryIO, operation: int, name: str | Path) -> None:
             reason, advice = "its file system has no locks (flock)", "use one that has, or mount it with them (Lustre: -o flock)"
         else:
             reason, advice = f"it cannot be locked (flock: {error.strerror})", "use another file system"
-        raise UserError(f"{name}: {reason}; without a lock, two runs could write the same file: {advice}") from error
+        raise UserError(f"{name}: {reason}, and two runs could write the same file without a lock; {advice}") from error
 
 
 @contextlib.contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold `<path>.lock`: of several workers that need the same cached file, one makes it and the others wait.
+    """Hold `<path>.lock`. Of several workers that need the same cached file, one creates it and the others wait.
 
-    Raises OSError if the lock file cannot be written, UserError if it cannot be locked.
+    Raises OSError if the lock file cannot be written, and UserError if it cannot be locked.
     """
     with open(f"{path}.lock", "a+b") as file:
         lock(file, fcntl.LOCK_EX, file.name)
@@ -51,11 +53,14 @@ def exclusive(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(path: str | Path) -> Iterator[None]:
-    """Of several workers of this machine that started together, one works at a time, and none goes on before all have had
-    their turn. What each needs in memory for this work alone, they then never need beside what comes after.
+    """Let the workers of one machine that started together run the block one at a time.
 
-    `path` names the work. The locks themselves lie in the machine's temporary folder, under a hash of `path` and the user:
-    machines that share no memory have nothing to wait for. Without locks there the work is done at once, with a warning.
+    No worker continues until all are done.
+
+    This bounds memory: what the block needs temporarily is never in memory together with what the workers need later.
+    `path` identifies the block. The lock files are in the machine's temporary folder, named by a hash of `path` and the
+    user, because only workers that share memory must wait. If the folder has no locks, the block runs at once and a
+    warning is logged.
     """
     name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     place = Path(tempfile.gettempdir()) / f"dynamicrag_{os.getuid()}_{name}"
@@ -67,14 +72,14 @@ def in_turn(path: str | Path) -> Iterator[None]:
             lock(turn, fcntl.LOCK_EX, turn.name)
             locked = True
         except (OSError, UserError) as error:
-            log.warning("%s; workers of this machine do not wait for each other, and need more memory", error)
+            log.warning("%s; the workers on this machine do not wait for each other and need more memory", error)
         yield
         if locked:
             for file in (turn, started):
                 lock(file, fcntl.LOCK_UN, file.name)
-            lock(started, fcntl.LOCK_EX, started.name)  # once those who still hold it as shared have had their turn
+            lock(started, fcntl.LOCK_EX, started.name)  # granted when no other worker holds the shared lock
 
 
 def _private(path: str) -> BinaryIO:
-    """A file of this user's in a folder that all may write to. Raises OSError for a link."""
+    """Open a file that belongs to this user in a folder that every user may write to. Raises OSError for a link."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b")

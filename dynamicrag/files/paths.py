@@ -1,4 +1,4 @@
-"""Paths as they are given: patterns that may be names, and links."""
+"""Paths given by the user: glob patterns and links."""
 
 import glob
 import os
@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 def matching(pattern: str | Path, suffix: str = "") -> list[Path]:
-    """The files and folders that a pattern names, sorted, each with `suffix` behind its name.
+    """Return the files and folders that match a glob pattern, sorted, with `suffix` appended to the last part of the
+    pattern.
 
-    What exists is never a pattern: a part of the path that is the name of a file or folder there (`data[1]`, `a*b`) means
-    that one. Only the other parts are read as globs.
+    An existing name takes precedence over a pattern: a part such as `data[1]` or `a*b` means the file or folder of that
+    name if there is one. All other parts are read as globs.
     """
     if not str(pattern):
         return []
@@ -27,6 +28,6 @@ def _children(folder: Path, part: str, suffix: str = "") -> list[Path]:
 
 
 def written_at(path: str | Path) -> Path:
-    """Where the file `path` is written: at the end of the link if it is one, so that the link stays; else `path` itself."""
+    """Return the path to write to: the target if `path` is a link, so that the link stays; otherwise `path`."""
     path = Path(path)
     return Path(os.path.realpath(path)) if path.is_symlink() else path

@@ -1,1 +1,1 @@
-"""The LLM: prompts, requests, and the engine or server that answers them."""
+"""The LLM: prompts, requests, and the engine or server that runs them."""

@@ -1,7 +1,7 @@
-"""Evaluation files answered: the runs one command makes of its lists of flags, and how the rows of a run are answered.
+"""Answer evaluation files: expand list flags into runs, and answer the rows of each run.
 
-inference.py takes several files and selectors, top_inference.py several files and numbers of documents. Each combination
-is a run with files of its own, and all of them share the models, which are loaded once.
+inference.py accepts several files and selectors, top_inference.py several files and numbers of documents. Each
+combination is a run with its own output files. All runs share the models, which are loaded once.
 """
 
 import itertools
@@ -21,22 +21,25 @@ from dynamicrag.stage import UserError
 
 
 def add_files_flags(group, input_json: str, output_json: str) -> None:
-    """The input and output flags of a stage that answers evaluation files, with its defaults."""
-    group.add_argument("--input-json", "--input-jsonl", nargs="+", default=[input_json], help="questions, one file or several")
-    group.add_argument("--output-json", "--output-jsonl", default=output_json, help="answered rows; {input} is the input's name")
+    """Add the input and output flags of a stage that answers evaluation files, with the given defaults."""
+    group.add_argument("--input-json", "--input-jsonl",
+                       nargs="+", default=[input_json], help="one or more files of questions")
+    group.add_argument("--output-json", "--output-jsonl", default=output_json,
+                       help="answered rows; {input} stands for the name of the input file")
     group.add_argument("--remain-output-json", help="rows without an answer (default: <output>_remain)")
 
 
 def remain_path(output: str) -> str:
-    """Where the rows go that a run to `output` could not answer, unless a flag says otherwise."""
+    """Return the default path for the rows that a run to `output` could not answer."""
     path = Path(output)
     return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
 def runs_of(args: Namespace, choice: str) -> list[Namespace]:
-    """One run for each input file and each value of the list flag `choice`; each value takes its place in the paths.
+    """Return one run for each pair of an input file and a value of the list flag `choice`, with placeholders in paths
+    replaced.
 
-    Raises UserError where two runs would write the same file.
+    Raises UserError if two runs would write the same file.
     """
     runs = []
     for input_json, value in itertools.product(args.input_json, getattr(args, choice)):
@@ -53,18 +56,20 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
             inputs = dict.fromkeys(run.input_json for run in runs if getattr(run, flag) == twice)
             if len(inputs) > 1 and len({Path(path).stem for path in inputs}) == 1 and "{input}" in (getattr(args, flag) or args.output_json):
                 raise UserError(
-                    f"{' and '.join(inputs)}: are called the same, so {{input}} gives both the output {twice}; rename one so that its name "
-                    f"keeps the data set: {name_with_folder(list(inputs)[-1])}"
+                    f"{' and '.join(inputs)}: have the same name, so that {{input}} gives {twice} for both; rename "
+                    f"one and keep the data set in its name: {name_with_folder(list(inputs)[-1])}"
                 )
             raise UserError(
                 f"{twice}: would be written by {paths.count(twice)} runs; put {{input}} in --{flag.replace('_', '-')} for several "
-                f"input files, of different names, and {{{choice}}} for several values of --{choice}"
+                f"input files with different names, and {{{choice}}} for several values of --{choice}"
             )
     return runs
 
 
 def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
-    """Device and dtype of the models, for Output.record(); nothing for a server, which does not say."""
+    """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not
+    known.
+    """
     places = [caller.engine.place() for caller in callers if hasattr(caller.engine, "place")]
     return {key: ", ".join(dict.fromkeys(found[key] for found in places)) for key in ("device", "dtype")} if places else {}
 
@@ -75,17 +80,16 @@ def answer_runs(
     answer: Callable[[list[Row], tuple[Caller, Caller], Namespace], list[Row]],
     choice: str,
 ) -> None:
-    """Answer the files of every run that is not finished. `load` gets those, and is not called where there is none.
+    """Answer the files of every unfinished run. `load` gets these runs and is called only if there are any.
 
-    `choice` is what runs_of made the runs by; with it and the input file the progress of a run is titled.
-
-    Every input is read to its end before a model is loaded: a malformed row is found at once, not after hours.
+    `choice` is the list flag given to runs_of; the progress bar shows its value and the input file. Every input is read
+    completely before a model is loaded, so that a malformed row is reported at once.
     """
     outputs = [Output(run, [run.output_json, run.remain_output_json], [run.input_json, *engine_inputs(run)]) for run in runs]
     unfinished = [(run, out) for run, out in zip(runs, outputs, strict=True) if not out.finished]
     for out in outputs:
         if out.finished:
-            CompletionCache(out.path).remove()  # left by an interruption right after the manifest
+            CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
     if not unfinished:
         return
     skip = bool(outputs[0].reject)
@@ -93,7 +97,7 @@ def answer_runs(
     callers = load([run for run, _ in unfinished])
     for run, out in unfinished:
         out.record(**place_of(callers))
-        out.started = time.monotonic()  # its own time, without that of loading the models and of the runs before
+        out.started = time.monotonic()  # excludes loading the models and earlier runs
         rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
         work = partial(work_on_fitting, callers=callers, work=partial(answer, callers=callers, run=run), fail=fail_unanswered)
         with asking(callers, run.output_json, run.overwrite):

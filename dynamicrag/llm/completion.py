@@ -1,6 +1,6 @@
-"""Requests to an LLM and what came back: texts without the model's reasoning, and why a text cannot be read.
+"""Requests to an LLM and their completions: the text without reasoning, or the reason why there is none.
 
-Both engines end here, so that every stage reads a reasoning model, a limit of tokens and a refusal in the same way.
+Both engines use this module, so that every stage treats reasoning, token limits and refusals in the same way.
 """
 
 import re
@@ -12,16 +12,16 @@ from dynamicrag.models.chat_templates import Messages
 _REASONING = r"(?:think|thinking|reasoning)"
 OPENS = re.compile(rf"<\s*{_REASONING}\s*>|\[THINK\]", re.IGNORECASE)
 CLOSES = re.compile(rf"<\s*/\s*{_REASONING}\s*>|\[/THINK\]", re.IGNORECASE)
-# Ends that the model did not choose, besides the limit of tokens.
+# Finish reasons that the model did not choose, apart from the token limit.
 _BROKEN_OFF = {"content_filter": "withheld by a content filter", "abort": "aborted by the engine", "error": "ended by an error of the engine"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt; the output begins after an assistant's message at its end, if there is one.
+    """One prompt. If the last message is an assistant's, the output continues it.
 
-    `pattern` is a regular expression the output must match; None leaves it free. The texts of `stop` end the output, and are no
-    part of it. `limit` is the flag of max_tokens.
+    `pattern` is a regular expression that the output must match, or None. The output ends before any text of `stop`.
+    `limit` is the flag that sets max_tokens, for messages.
     """
 
     messages: Messages
@@ -37,7 +37,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One text as the engine or the server gave it. `reasoned`: it gave reasoning apart from it; `refusal`: why there is none."""
+    """One raw output.
+
+    `reasoned` means that the server returned reasoning separately; `refusal` is the reason for a missing text.
+    """
 
     text: str | None
     finish_reason: str | None = "stop"
@@ -47,10 +50,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one request: `n` texts (stripped, without reasoning), and the tokens they cost; None if that is not known.
+    """The result of one request: `n` texts (stripped, without reasoning) and their cost in tokens (None if not known).
 
-    A sample in `unreadable` has no text, and the reason why; those in `cut_off` ended at the limit of tokens. A request that
-    was not `answered` was refused, by the server or as too long, and cost nothing.
+    `unreadable` maps the number of a sample without text to the reason. `cut_off` holds the samples that ended at the
+    token limit. A request that was not `answered` was refused, by the server or because it is too long, and cost
+    nothing.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -61,14 +65,14 @@ class Completion:
     answered: bool = True
 
     def reason(self, what: str, sample: int = 0) -> str:
-        """Why a sample cannot be read as `what` ("answer"), or "" if it can."""
+        """Return why a sample has no text, for an output called `what` (such as "answer"); "" if it has one."""
         reason = self.unreadable.get(sample, "")
         return f"no {what} in the model's output: {reason}" if reason and self.answered else reason
 
 
 @dataclass
 class Usage:
-    """What a row has cost so far; None if a server does not say how many tokens one of the calls cost."""
+    """The cost of a row so far. A count is None if the server did not report the tokens of one of the calls."""
 
     calls: int = 0
     prompt_tokens: int | None = 0
@@ -81,17 +85,17 @@ class Usage:
 
 
 def known_sum(counts: Iterable[int | None]) -> int | None:
-    """The sum; None if one of the numbers is not known."""
+    """Return the sum, or None if one of the counts is None."""
     counts = list(counts)
     return None if None in counts else sum(counts)
 
 
 def after_reasoning(text: str, opened: bool = False) -> str | None:
-    """What a text says after its reasoning, stripped; None if it has reasoning and nothing after it.
+    """Return the text after the model's reasoning, stripped; None if there is only reasoning.
 
-    Reasoning stands in <think>, <thinking>, <reasoning> or [THINK]. A template may write the opening tag itself: then all
-    up to the closing tag is reasoning, and with `opened` all of a text that has none. A block that is not closed has
-    nothing after it.
+    Reasoning is enclosed in <think>, <thinking>, <reasoning> or [THINK] tags. A template may write the opening tag
+    itself: everything up to the closing tag is then reasoning. With `opened`, a text without any tag is reasoning too.
+    Nothing follows an unclosed block.
     """
     if leaves_open(text, opened):
         return None
@@ -100,19 +104,20 @@ def after_reasoning(text: str, opened: bool = False) -> str | None:
 
 
 def leaves_open(text: str, opened: bool = False) -> bool:
-    """Whether reasoning is open at the end of a text; `opened`: it was at its beginning."""
+    """Return whether the text ends inside reasoning. `opened` means that it starts inside reasoning."""
     *before, rest = CLOSES.split(text)
     return bool(OPENS.search(rest)) or (opened and not before)
 
 
 def opens_itself(text: str) -> bool:
-    """Whether a text ends reasoning that it does not begin: the chat template has written the opening tag."""
+    """Return whether the text closes reasoning that it did not open, because the chat template wrote the opening tag.
+    """
     closing = CLOSES.search(text)
     return bool(closing) and not OPENS.search(text, 0, closing.start())
 
 
 def read_sample(sample: Sample, max_tokens: int, opened: bool = False) -> tuple[str, str]:
-    """The text of a sample and "", or "" and the reason why it cannot be read."""
+    """Return (text, "") for a sample that can be read, or ("", reason)."""
     cut_off = f"cut off after {max_tokens} tokens" if sample.finish_reason == "length" else ""
     if sample.refusal:
         return "", sample.refusal
@@ -131,8 +136,8 @@ def read_sample(sample: Sample, max_tokens: int, opened: bool = False) -> tuple[
 def completion_of(
     samples: list[Sample], request: Request, prompt_tokens: int | None = 0, generated_tokens: int | None = 0, opened: bool = False
 ) -> Completion:
-    """The completion of a request. `opened`: its prompt ends with the tag that opens reasoning."""
-    # What a pattern constrains holds no reasoning, unless the engine constrains only what follows it: then it is closed.
+    """Return the completion of a request. `opened` means that its prompt ends with the tag that opens reasoning."""
+    # An output under a pattern contains no reasoning, unless the engine constrains only the part after the closing tag.
     read = [read_sample(sample, request.max_tokens, opened and not request.pattern) for sample in samples]
     return Completion(
         [text for text, _ in read], prompt_tokens, generated_tokens,
@@ -142,5 +147,5 @@ def completion_of(
 
 
 def refused(request: Request, reason: str) -> Completion:
-    """The completion of a request that was not answered, at no cost."""
+    """Return the completion of a request that was refused, at no cost."""
     return Completion([""] * request.n, unreadable=dict.fromkeys(range(request.n), reason), answered=False)

@@ -1,8 +1,7 @@
-"""The completions of a run that is not finished, on disk: what a server was paid for once is not paid for again.
+"""A cache of completions on disk, so that no call to a server is paid for twice after an interruption.
 
-Rows are written a chunk at a time, and a chunk needs several calls a question. A crash or a kill within it would lose every
-call that was answered; so each is appended to `<output>.partial.completions.jsonl` when it comes, and the file goes when the
-run is finished.
+Rows are written in chunks, and a chunk needs several calls per question. Each reply is therefore appended to
+`<output>.partial.completions.jsonl` when it arrives. The file is removed when the run is finished.
 """
 
 import hashlib
@@ -14,11 +13,11 @@ import orjson
 from dynamicrag.files.atomic import naming
 from dynamicrag.llm.completion import Request, Sample
 
-Reply = tuple[list[Sample], int | None, int | None]  # samples, tokens of the prompt, tokens generated; None if not known
+Reply = tuple[list[Sample], int | None, int | None]  # samples, prompt tokens, generated tokens (None if not known)
 
 
 class CompletionCache:
-    """Replies by what was asked, in a file of one run. Nothing is read or written before the first get() or put()."""
+    """The replies of one run by request, in a file. The file is opened at the first get() or put()."""
 
     def __init__(self, output: str | Path):
         self.path = Path(f"{output}.partial.completions.jsonl")
@@ -31,13 +30,13 @@ class CompletionCache:
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Add a reply; it survives a kill when this returns. Raises OSError, naming the file."""
+        """Add a reply. When this returns, the reply survives a kill. Raises OSError, naming the file."""
         samples, *tokens = reply
         line = orjson.dumps([key, [astuple(sample) for sample in samples], *tokens])
         with naming(self.path):
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
-                line = b"\n" + line  # a kill may have left half a line
+                line = b"\n" + line  # a kill may have left an incomplete line
             self._file.write(line + b"\n")
         if self._replies is not None:
             self._replies[key] = reply
@@ -49,7 +48,7 @@ class CompletionCache:
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Reply]:
-        """What is there; a line that is torn or anything else is left out, and is asked for again."""
+        """Read the replies. Incomplete or invalid lines are ignored, and their requests are sent again."""
         replies: dict[str, Reply] = {}
         if self.path.is_file():
             with self.path.open("rb") as file:
@@ -65,6 +64,9 @@ class CompletionCache:
 
 
 def key_of(model: str, request: Request, *more: object) -> str:
-    """What decides a reply: the model and all that is asked of it. Where the server listens does not."""
+    """Return the cache key: a hash of the model and every part of the request.
+
+    The address of the server is not included.
+    """
     asked = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, request.stop, *more]
     return hashlib.blake2b(orjson.dumps(asked), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""OpenAI-compatible endpoints: their address, which is written to manifests, their key, which is written nowhere, and retries."""
+"""OpenAI-compatible endpoints: addresses (stored in manifests), API keys (stored nowhere), errors and retries."""
 
 import os
 import re
@@ -15,41 +15,50 @@ BASE_URL = re.compile(
 ATTEMPTS = 8
 MAX_WAIT_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 120
-PASSING_STATUSES = (408, 409, 425, 429)  # and all from 500
+PASSING_STATUSES = (408, 409, 425, 429)  # and every status of at least 500
 MOST_SAID = 500
-MOST_SHOWN = 100  # characters of a reply
+MOST_SHOWN = 100  # characters of a reply in an error message
 
 
 class UnreadableReply(ValueError):
-    """A reply with status 200 that is not what was asked for."""
+    """A reply with status 200 that is not a chat completion."""
 
 
 def check_url(flag: str, url: str, variable: str) -> str:
-    """The address without a slash at its end. Raises UserError for one with more than host, path and Azure's api-version."""
-    if not BASE_URL.fullmatch(url):  # not shown: what is wrong with it may be the key
+    """Return the address without a trailing slash.
+
+    Raises UserError if it has parts other than host, path and api-version.
+    """
+    if not BASE_URL.fullmatch(url):  # the URL is not shown, because it may contain a key
         raise UserError(
-            f"{flag}: expected http(s)://host[:port][/path][?api-version=...] without user, password or another query, as it is "
-            f"written to manifests: a key belongs in the environment variable {variable}"
+            f"{flag}: expected http(s)://host[:port][/path][?api-version=...] without user, password or other "
+            f"parameters; the URL is stored in manifests, so put a key in the environment variable {variable}"
         )
     address, mark, query = url.partition("?")
     return address.rstrip("/") + mark + query
 
 
 def read_key(*variables: str) -> str:
-    """The key of the first of these environment variables that has one, else none. Raises UserError for what no header can hold."""
+    """Return the value of the first of these environment variables that is set, or "".
+
+    Raises UserError if it is not printable ASCII.
+    """
     key = next(filter(None, map(os.environ.get, variables)), "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise UserError(f"{' or '.join(variables)}: expected printable ASCII without spaces")
+        raise UserError(f"{' or '.join(variables)}: expected printable ASCII without spaces; correct the variable")
     return key
 
 
 def without_key(text: str, key: str) -> str:
-    """What a server said, which may repeat the key."""
+    """Return a server's text with the key replaced, because servers may repeat it."""
     return text.replace(key, "[key]") if key else text
 
 
 def open_client(url: str, key: str, seconds: float, **options):
-    """An openai.AsyncOpenAI of a checked address, without retries of its own. Azure takes the key in a header of its own."""
+    """Return an openai.AsyncOpenAI client for a checked address, without its own retries.
+
+    Azure gets the key in its own header.
+    """
     import openai
 
     address, _, version = url.partition("?api-version=")
@@ -59,17 +68,20 @@ def open_client(url: str, key: str, seconds: float, **options):
 
 
 def passes(error: BaseException) -> bool:
-    """Whether another try may help: the server is busy or broken, cannot be reached, or replied with something else."""
+    """Return whether another attempt may help: the server is busy, broken or unreachable, or its reply cannot be read.
+    """
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        # A quota that is used up has the status of a rate that is too high, and stays used up.
+        # An exhausted quota has the same status as a rate limit, but does not recover.
         return error.code != "insufficient_quota" and (error.status_code in PASSING_STATUSES or error.status_code >= 500)
     return isinstance(error, openai.APIConnectionError | UnreadableReply | OSError)
 
 
 def wait(state) -> float:
-    """Seconds to the next try (of a tenacity state): what the server asks for, and a random time under a bound that doubles."""
+    """Return the seconds until the next attempt (for tenacity): the server's Retry-After plus a random exponential
+    backoff.
+    """
     from tenacity import wait_random_exponential
 
     asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
@@ -80,10 +92,10 @@ def wait(state) -> float:
 
 
 def refuse_foreign(flag: str, url: str, error: BaseException, reply: object, key: str) -> None:
-    """Raises UserError for a reply with status 200 that no chat endpoint sends, a page or other JSON: the address is wrong.
+    """Raise UserError if a reply with status 200 is a web page or other JSON, which means that the address is wrong.
 
-    `reply` is what the client made of it; None if it could make nothing of it, for `error`. For the first reply of a server alone:
-    one that has answered before may well be behind a gateway that shows a page while it restarts.
+    `reply` is the client's parsed reply, or None if parsing failed with `error`. Call this only for the first reply of
+    a server: a server that has answered before may be behind a gateway that shows a page while it restarts.
     """
     import openai
 
@@ -93,43 +105,45 @@ def refuse_foreign(flag: str, url: str, error: BaseException, reply: object, key
         return
     came = getattr(error, "doc", "") if reply is None else getattr(reply, "to_dict", lambda: reply)()
     raise UserError(
-        f"{flag} {url}: its first reply is no chat completion, but {without_key(str(came), key)[:MOST_SHOWN]!r}; give the address of an "
-        "OpenAI-compatible server, which mostly ends in /v1"
+        f"{flag} {url}: expected a chat completion, found {without_key(str(came), key)[:MOST_SHOWN]!r}; give the "
+        "address of an OpenAI-compatible server, which usually ends in /v1"
     ) from error
 
 
 def reason_of(error: BaseException, key: str, seconds: float) -> str:
-    """What went wrong with a call that may take `seconds`, without the key and of bounded length."""
+    """Describe the error of a call with a timeout of `seconds`, without the key and with limited length."""
     import openai
 
     if isinstance(error, openai.APIStatusError):
         message = error.body.get("message") if isinstance(error.body, dict) else None
         reason = f"HTTP {error.status_code}: {message if isinstance(message, str) else repr(error.body)}"
     elif isinstance(error, TimeoutError | openai.APITimeoutError):
-        reason = f"no whole reply within {seconds:g} s"
+        reason = f"no complete reply within {seconds:g} s"
     elif isinstance(error, openai.APIConnectionError):
         reason = f"no connection ({error.__cause__ or error})"
     else:
         reason = str(error)
-    return without_key(reason, key)[:MOST_SAID]  # cut last, so that no half of the key is left
+    return without_key(reason, key)[:MOST_SAID]  # cut after the replacement, so that no part of the key remains
 
 
 def tokens_of(reply: object) -> tuple[int | None, int | None]:
-    """Tokens of the prompt and tokens generated, as a reply gives them; None if it does not: no prompt has 0."""
+    """Return the prompt tokens and generated tokens of a reply; None if not given. A prompt count of 0 means not given.
+    """
     counts = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     prompt, generated = (value if type(value) is int and value >= 0 else None for value in counts)
     return (prompt, generated) if prompt else (None, generated or None)
 
 
 def gave_reasoning(message: object) -> bool:
-    """Whether a server has split a model's reasoning off, into a field of its own; the field has two names."""
+    """Return whether the server returned the model's reasoning in a separate field, which has two possible names."""
     return bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
 
 
 def usable(text: object) -> str | None:
-    """The text of a message: as it is, or the text parts of a list of parts; None if there is none. Raises UnreadableReply."""
+    """Return the text of a message, or the joined text parts of a list; None if there is none. Raises UnreadableReply.
+    """
     if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
         text = "".join(part["text"] for part in text if part.get("type") == "text" and isinstance(part.get("text"), str)) or None
     if not isinstance(text, str | None):
         raise UnreadableReply(f"its content is {text!r:.100}")
-    return text.encode(errors="replace").decode() if text else text  # half a surrogate pair, which JSON allows, is no text
+    return text.encode(errors="replace").decode() if text else text  # JSON allows lone surrogates, text does not

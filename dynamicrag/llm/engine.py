@@ -1,8 +1,8 @@
-"""The LLM: vLLM in this process, on GPUs and on the CPU alike, or any OpenAI-compatible server.
+"""The LLM: vLLM in this process, on GPUs or the CPU, or any OpenAI-compatible server.
 
-Requests go in as one large batch. Each carries its own seed (see stage.derive_seed), so that a sample does not depend on its
-place in the batch. On a GPU the last digits of a sum do depend on the batch, and with them an answer now and then, unless
-VLLM_BATCH_INVARIANT=1.
+Requests are sent as one large batch. Each has its own seed (see stage.derive_seed), so that a sample does not depend on
+its position in the batch. On a GPU, the last digits of sums depend on the batch, and a few answers may change with
+them, unless VLLM_BATCH_INVARIANT=1.
 """
 
 import io
@@ -34,39 +34,45 @@ from dynamicrag.models.chat_templates import Messages
 from dynamicrag.models.device import warn_of_unused_gpus
 from dynamicrag.stage import UserError, log
 
-# vLLM starts its engine as a child process, by fork unless told otherwise, and CUDA cannot start in a forked child if the
-# parent has asked for a GPU before (torch.cuda.is_available() is enough). So that question goes to NVML, and the child is spawned.
+# vLLM starts its engine as a child process, by default with fork. CUDA cannot start in a forked child if the parent has
+# queried a GPU (torch.cuda.is_available() is enough). The query therefore uses NVML, and the child is spawned.
 VLLM_ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU it warns of every weight it converts
+    "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU, vLLM warns about every weight that it converts
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
-DEFAULT_WINDOW = 8192  # tokens: more costs memory that no prompt here needs
+DEFAULT_WINDOW = 8192  # tokens; a larger window uses memory that no prompt here needs
 
 
 def add_engine_flags(parser: ArgumentParser) -> None:
-    """The flags of every stage that calls an LLM."""
+    """Add the flags of every stage that calls an LLM."""
     group = parser.add_argument_group("engine")
     group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
-    group.add_argument("--template", default=AUTO, help="chat template: auto is the checkpoint's own, or else the one of template/*.jinja it was "
-                       "trained with; or one of template/*.jinja")
+    group.add_argument("--template", default=AUTO,
+                       help="chat template: a file of template/*.jinja, or auto for the checkpoint's own template, or "
+                            "else the file that it was trained with")
     group.add_argument("--enable-thinking", nargs="?", const="on", choices=["on", "off"],
-                       help="let the model reason first, if its chat template has a switch for that (default: off, and as a server has it)")
-    group.add_argument("--api-base", metavar="URL", help="use an OpenAI-compatible server instead; it applies its own template. Azure: "
+                       help="let the model reason first, if its chat template supports it (default: off; for a server, "
+                       "the server's default)")
+    group.add_argument("--api-base", metavar="URL",
+                       help="use an OpenAI-compatible server, which applies its own template. Azure: "
                        "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION")
-    group.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs one model is spread over")
-    group.add_argument("--max-model-len", type=int, help=f"window in tokens, prompt and answer together (default: {DEFAULT_WINDOW}, or the model's own if "
-                       "that is smaller)")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory vLLM may take")
-    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="weights' type")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="number of GPUs per model")
+    group.add_argument("--max-model-len", type=int,
+                       help=f"window in tokens for prompt and answer (default: {DEFAULT_WINDOW}, or the model's "
+                            "window if it is smaller)")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9,
+                       help="share of the GPU memory that vLLM may use")
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+                       help="type of the weights")
 
 
 def resolve_model(name: str) -> str:
-    """The checkpoint a model name stands for.
+    """Return the checkpoint that a model name stands for.
 
-    A folder with a config.json is itself. The output folder of the recipes, `NAME/sft` and `NAME/dpo`, stands for its
-    newest stage: DPO where that has finished, else SFT. Anything else is taken for a hub name.
+    A folder with a config.json is returned unchanged. The output folder of the recipes (`NAME`, with `NAME/sft` and
+    `NAME/dpo`) stands for DPO if it has finished, otherwise for SFT. Any other name is taken as a hub name.
     """
     folder = Path(name)
     for stage_folder in (folder, folder / "dpo", folder / "sft"):
@@ -78,14 +84,16 @@ def resolve_model(name: str) -> str:
             return str(stage_folder)
     if folder.is_dir() or name.startswith("DynamicRAG_") or name.startswith(("/", ".")):
         raise UserError(
-            f"{name}: no model there (neither it nor its sft/ or dpo/ has a config.json); "
+            f"{name}: contains no model (there is no config.json in it, in its sft/ or in its dpo/); "
             "train it with llamafactory-cli train recipes/<model>/sft.yaml, or give --llm-model a checkpoint folder"
         )
     return name
 
 
 def engine_inputs(args: Namespace) -> list[str]:
-    """What decides the output of an LLM stage besides its rows: template, prompts and checkpoint folders."""
+    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts,
+    checkpoints.
+    """
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
     files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
@@ -93,17 +101,17 @@ def engine_inputs(args: Namespace) -> list[str]:
 
 
 def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
-    """The engine the flags of add_engine_flags ask for."""
+    """Return the engine that the flags of add_engine_flags describe."""
     if args.api_base:
         if args.max_model_len:
-            log.warning("--max-model-len has no effect with --api-base: the server's own window decides, and what it refuses as too long "
-                        "costs its own question")
+            log.warning("--max-model-len has no effect with --api-base; the server has its own window, and a question "
+                        "that exceeds it is left unanswered")
         return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
 
 
 def model_window(model: str) -> int | None:
-    """The longest sequence a model's config.json allows, in tokens; None if it does not say."""
+    """Return the window of a model in tokens according to its config.json; None if it gives none."""
     from transformers import PretrainedConfig
 
     from dynamicrag.models.checkpoints import loading
@@ -120,26 +128,31 @@ def model_window(model: str) -> int | None:
 
 
 def window_of(model: str, asked: int | None) -> int:
-    """--max-model-len, by default the smaller of DEFAULT_WINDOW and the model's own. Raises UserError for more than its own."""
+    """Return --max-model-len, by default the smaller of DEFAULT_WINDOW and the model's window.
+
+    Raises UserError if it is larger than that.
+    """
     own = model_window(model)
     if asked and own and asked > own and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
-        raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, or leave it out")
+        raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, "
+                        "or omit the flag")
     if not asked and own and own < DEFAULT_WINDOW:
         log.info("--max-model-len is %d, the window of %s", own, model)
     return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
 
 
 def bars_are_off() -> bool:
-    """Whether tqdm shows no bars (TQDM_DISABLE=1): vLLM's own divides by the time that such a bar does not measure."""
+    """Return whether tqdm shows no bars (TQDM_DISABLE=1). vLLM's bar would then divide by a time that is not measured.
+    """
     from tqdm import tqdm
 
     return tqdm(total=1, file=io.StringIO()).disable
 
 
 def bind_cores(cores: set[int], ranks: int) -> str:
-    """The cores of each rank, as vLLM's CPU build reads them: `0|1`. All are in use; by default vLLM leaves one idle per rank.
+    """Return the cores of each rank in the form that vLLM's CPU build reads (`0|1`), so that no core is idle.
 
-    Ranks share all cores if there are more ranks than cores.
+    By default vLLM leaves one core per rank idle. If there are more ranks than cores, the ranks share all cores.
     """
     ordered = sorted(cores)
     parts = [ordered[rank * len(ordered) // ranks : (rank + 1) * len(ordered) // ranks] for rank in range(ranks)]
@@ -147,17 +160,19 @@ def bind_cores(cores: set[int], ranks: int) -> str:
 
 
 def prepare_vllm(ranks: int = 1) -> bool:
-    """Set the environment that `ranks` processes of vLLM need and import it; True if it runs on the CPU.
+    """Set the environment variables for `ranks` vLLM processes and import vLLM. Returns True if it runs on the CPU.
 
-    vLLM itself says which platform it has: the CPU build may stand beside a GPU. Raises UserError if it has none.
+    vLLM reports its own platform, because the CPU build may be installed on a machine with a GPU. Raises UserError if
+    it has no platform.
     """
     for name, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm.platforms import current_platform
 
     if not current_platform.device_type:
-        raise UserError("vLLM: this build is for GPUs and sees none here; check nvidia-smi and CUDA_VISIBLE_DEVICES, install "
-                        "the CPU build with bash scripts/setup.sh cpu, or give --api-base the address of a server")
+        raise UserError("vLLM: this build needs a GPU, and none is available; check nvidia-smi and "
+                        "CUDA_VISIBLE_DEVICES, install the CPU build with bash scripts/setup.sh cpu, or give the "
+                        "address of a server as --api-base")
     if not current_platform.is_cpu():
         return False
     warn_of_unused_gpus("vLLM's CPU build")
@@ -168,18 +183,21 @@ def prepare_vllm(ranks: int = 1) -> bool:
 
 
 class VllmEngine:
-    """vLLM in process. Prompts are rendered with a chat template chosen here and handed over as token ids."""
+    """vLLM in this process. Prompts are rendered with the chat template chosen here and passed as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        """Raises UserError for a template that is not the model's, and for whatever vLLM refuses."""
-        # What can be refused without the weights is, before they are loaded.
+        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the
+        start.
+        """
+        # Checks that do not need the weights come first.
         self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
         self.max_model_len = window_of(model, args.max_model_len)
         on_cpu = prepare_vllm(args.tensor_parallel_size)
         from vllm import LLM
 
-        # On a CPU vLLM cannot prefill a seeded request piecemeal ("CPU Generator does not use offset"), and by default shares
-        # prompts in blocks of 128 tokens: each of several samples would read what is left over of its prompt again.
+        # On a CPU, vLLM cannot prefill a seeded request in pieces ("CPU Generator does not use offset"). By default it
+        # shares prompts in blocks of 128 tokens, and each of several samples would compute the rest of the prompt
+        # again.
         on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": self.max_model_len, "block_size": 32} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
         try:
@@ -190,37 +208,40 @@ class VllmEngine:
                 gpu_memory_utilization=args.gpu_memory_utilization,
                 dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
                 enable_prefix_caching=True,
-                enforce_eager=on_cpu,  # compilation takes a minute on a CPU and gains under 8 %
-                generation_config="vllm",  # sampling parameters come from the requests alone, not from the checkpoint
+                enforce_eager=on_cpu,  # compilation takes a minute on a CPU and saves less than 8 %
+                generation_config="vllm",  # sampling parameters come from the requests, not from the checkpoint
                 **on_a_cpu,
             )
-        except Exception as error:  # for what does not suit it, it raises whatever its libraries do
+        except Exception as error:  # vLLM raises the exceptions of all its libraries
             raise UserError(f"{model}: vLLM cannot load it: {_refusal(error)}; see --max-model-len, --dtype, --gpu-memory-utilization "
                             "and --tensor-parallel-size, or give another --llm-model") from error
         tokenizer = self._prompts.tokenizer
         if tokens := forgeable(self._prompts.chat_template, tokenizer):
-            log.warning("%s: a document may hold %s, and forge a turn with it; add it to TURN_MARKERS in dynamicrag/llm/prompts.py "
-                        "before you train", self._prompts.name, ", ".join(tokens))
+            log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "
+                        "dynamicrag/llm/prompts.py before you train", self._prompts.name, ", ".join(tokens))
         if self._prompts.opens_reasoning:
-            log.warning("%s opens the model's reasoning; a selection that is constrained (--constrain-ids on) is written without any, "
-                        "and the limits of tokens count the reasoning", self._prompts.name)
-        # Tags that are special tokens would be taken out of the text, and leave the reasoning in it.
+            log.warning("%s starts the model's reasoning; constrained selections (--constrain-ids on) are written "
+                        "without reasoning, and token limits include the reasoning", self._prompts.name)
+        # If reasoning tags are special tokens, removing special tokens would leave the reasoning in the text.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
         self._tags_are_special = len(self._special) < len(special)
 
     def place(self) -> dict[str, str]:
-        """The name of the device, and the type in which it computes: what `--dtype auto` came to."""
+        """Return the name of the device and the dtype of the computation, to which `--dtype auto` was resolved."""
         from vllm.platforms import current_platform
 
         return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """Whether the prompt leaves room for an answer of max_tokens in the window."""
+        """Return whether the prompt leaves room for max_tokens in the window."""
         return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
 
     def complete(self, requests: list[Request]) -> list[Completion]:
-        """Run all requests as one batch, in order. A prompt longer than the window is a completion without a text, and the reason."""
+        """Run all requests as one batch.
+
+        Results are in order; a prompt that exceeds the window gives a completion without text.
+        """
         if not requests:
             return []
         from vllm import SamplingParams
@@ -253,18 +274,22 @@ class VllmEngine:
         return completions
 
     def _stop_tokens(self, stop: tuple[str, ...]) -> list[int]:
-        """The ids of the special tokens among `stop`: as texts they are never seen, since the output is without them."""
+        """Return the ids of the special tokens in `stop`.
+
+        Matching their text would fail, because the output omits them.
+        """
         return [self._prompts.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self._special]
 
     def _readable(self, text: str) -> str:
-        """A text without special tokens, but for the tags of reasoning."""
+        """Return the text without special tokens, except reasoning tags."""
         for token in self._special if self._tags_are_special else ():
             text = text.replace(token, "")
         return text
 
 
 def _refusal(error: Exception) -> str:
-    """What vLLM refuses, in one line: a pydantic error has a heading and an ending that say nothing."""
+    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information.
+    """
     if hasattr(error, "errors") and (errors := error.errors()):
         return str(errors[0].get("msg", error)).removeprefix("Value error, ")
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,17 +1,20 @@
-"""Every prompt of the project, once. Training rows, sampling and inference all call these functions, so that what a
-model is trained on and what it is asked later are the same bytes.
+"""Every prompt of the project.
 
-A checkpoint trained on other words brings them in a YAML file with the keys of DEFAULT_PROMPTS (`--prompts FILE`). Besides words
-it may change the separator between documents, and the numbers in the answering prompt (`numbers: original`, those of all the
-documents retrieved); ask without a system prompt (`system: null`); begin the model's answer (`prefix`) and end it (`stop`, a text
-or several); give data sets other instructions; and name another form of selections (`identifier`, `identifier_separator`, `none`):
+Training rows, sampling and inference all use these functions, so that a model is trained and queried with identical
+text.
+
+A checkpoint that was trained with other prompts comes with a YAML file that has the keys of DEFAULT_PROMPTS (`--prompts
+FILE`). Besides texts, the file can set the separator between documents; the numbers in the answering prompt (`numbers:
+original` for the positions among all retrieved documents); no system prompt (`system: null`); the beginning of the
+model's answer (`prefix`) and the texts that end it (`stop`); instructions per data set; and another notation of
+selections (`identifier`, `identifier_separator`, `none`):
 
     reranker: {user: "...", identifier: "D{n}", identifier_separator: " > ", none: "-", prefix: "Needed: ", stop: "\\n"}
     generator: {system: null, separator: "\\n", numbers: original, stop: ["\\n\\n", "Question:"]}
     instructions: {nq: Answer in one word.}
 
-A prefix is no part of what is read. It and `system: null` are for asking a checkpoint that was trained so: LLaMA-Factory's
-rows can express neither.
+A prefix is not part of the parsed output. `prefix` and `system: null` are for inference with a checkpoint that was
+trained that way; LLaMA-Factory's rows cannot express them.
 """
 
 import re
@@ -34,7 +37,7 @@ DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
             "Which documents are needed to answer the question: {question}\n"
             "Write their identifiers, the most important first, as in [2], [1]. Write None if no document is needed."
         ),
-        # The identifier stands on both sides of the text: a small model copies it more reliably from the near side.
+        # The identifier is on both sides of the text: a small model copies it more reliably from the nearer side.
         "document": "[{n}] {title}\n{text} [{n}]",
         "separator": "\n\n",
         "identifier": DEFAULT_NOTATION.identifier,
@@ -70,8 +73,8 @@ DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
         ),
     },
 }
-# What chat templates mark turns with. A tokenizer reads these in a document as it reads them from the template, so that a
-# document could end its turn and begin another; with a space after the first character they are nothing but text.
+# Markers of turns in chat templates. A tokenizer treats them in a document like those of the template, so that a
+# document could end its turn and begin another. With a space after the first character they are plain text.
 TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
 MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
 NUMBERS = ("new", "original")
@@ -86,7 +89,7 @@ PLACEHOLDERS = {
     ("generator", "document"): {"n", "title", "text"},
     ("judge", "user"): {"question", "answers", "response"},
 }
-# Without these a prompt asks for something else.
+# A prompt without these placeholders would lack the question or the documents.
 REQUIRED = {
     ("reranker", "user"): {"question", "documents"}, ("pointwise", "user"): {"question", "documents"},
     ("generator", "user"): {"question", "documents"}, ("generator", "user_without_documents"): {"question"},
@@ -96,19 +99,23 @@ REQUIRED = {
 
 
 def add_prompts_flag(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompts", metavar="FILE", help="YAML file of other prompts; keys as in dynamicrag/llm/prompts.py")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help="YAML file with other prompts; its keys are in dynamicrag/llm/prompts.py")
 
 
 def as_text(text: str) -> str:
-    """A text in which no tokenizer finds a marker of template/*.jinja: `<|im_end|>` is `< |im_end|>`, all else unchanged."""
+    """Make the turn markers of template/*.jinja plain text: `<|im_end|>` becomes `< |im_end|>`.
+
+    Other text is unchanged.
+    """
     return TURN_MARKERS.sub(r"\g<0> ", text)
 
 
 class Prompts:
-    """The prompts in use: the project's own, or those of a YAML file over them."""
+    """The prompts in use: the defaults, overridden by those of a YAML file."""
 
     def __init__(self, path: str | None = None):
-        """Raises UserError for a file that is not plain YAML, an unknown key, a placeholder too many or too few, or a turn marker."""
+        """Raises UserError for a file that is not plain YAML, an unknown key, a wrong placeholder or a turn marker."""
         self._texts = {name: dict(parts) for name, parts in DEFAULT_PROMPTS.items()}
         self._instructions: dict[str, str] = {}
         self._notation = DEFAULT_NOTATION
@@ -118,14 +125,15 @@ class Prompts:
     def _override(self, path: Path) -> None:
         given = read_yaml(path, "prompts")
         if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
-            raise UserError(f"{path}: expected a mapping of {', '.join(DEFAULT_PROMPTS)}, each with its texts")
+            raise UserError(f"{path}: expected a mapping with keys from {', '.join(DEFAULT_PROMPTS)}, each with its "
+                            "texts")
         for dataset, text in given.pop("instructions", {}).items():
             self._instructions[dataset_named(str(dataset)) or str(dataset)] = self._checked(f"{path}: instructions.{dataset}", text, set(), set()).format()
         for name, parts in given.items():
             for part, text in parts.items():
                 where = f"{path}: {name}.{part}"
                 if part not in self._texts.get(name, {}):
-                    raise UserError(f"{where}: no such prompt; there are {', '.join(_names())}")
+                    raise UserError(f"{where}: unknown prompt; the prompts are {', '.join(_names())}")
                 if part in ("system", "prefix") and text is None:
                     self._texts[name][part] = None
                     continue
@@ -133,74 +141,81 @@ class Prompts:
                     self._texts[name][part] = _stop_strings(where, text)
                     continue
                 if part == "numbers" and text not in NUMBERS:
-                    raise UserError(f"{where}: expected {' or '.join(NUMBERS)}, got {text!r}")
+                    raise UserError(f"{where}: expected {' or '.join(NUMBERS)}, found {text!r}")
                 known, required = PLACEHOLDERS.get((name, part), set()), REQUIRED.get((name, part), set())
                 self._texts[name][part] = self._checked(where, text, known, required, blank=part.endswith("separator"))
         self._notation = self._notation_of(path, given.get("reranker", {}))
 
     def _notation_of(self, path: Path, given: Mapping[str, object]) -> Notation:
-        """The form of selections. Raises UserError for one that cannot be read, or that the prompt does not ask for."""
+        """Return the notation of selections.
+
+        Raises UserError if it cannot be parsed or the prompt describes another one.
+        """
         texts = self._texts["reranker"]
         try:
             notation = Notation(texts["identifier"], texts["identifier_separator"].format(), texts["none"].format())
         except ValueError as error:
             raise UserError(f"{path}: reranker.identifier: {error}; give another identifier, identifier_separator or none") from error
         if notation != DEFAULT_NOTATION and "user" not in given:
-            raise UserError(f"{path}: reranker.user: names another form of selections than reranker.identifier; give a text that asks "
-                            f"for {notation.write([2, 1])!r} or {notation.none!r}")
+            raise UserError(f"{path}: reranker.user: describes another notation than reranker.identifier; give a text "
+                            f"that asks for {notation.write([2, 1])!r} or {notation.none!r}")
         return notation
 
     @staticmethod
     def _checked(where: str, text: object, known: set[str], required: set[str], blank: bool = False) -> str:
-        """A text with some of the `known` placeholders, all of the `required`; `blank`: it may be nothing but spaces."""
+        """Check a text: only `known` placeholders, all `required` ones, not empty.
+
+        `blank` allows a text of spaces only.
+        """
         if not isinstance(text, str) or not (text if blank else text.strip()):
-            # LLaMA-Factory would put a system prompt of its own in the place of an empty one.
-            raise UserError(f"{where}: expected a text that is not empty")
+            # LLaMA-Factory would replace an empty system prompt by its own.
+            raise UserError(f"{where}: expected a non-empty text")
         if marker := TURN_MARKERS.search(text):
             found = text[marker.start() : marker.start() + 20]
-            raise UserError(f"{where}: {found!r} begins with what a chat template marks turns with; a prompt is the text between")
+            raise UserError(f"{where}: {found!r} contains a turn marker of a chat template; give only the text "
+                            "between the markers")
         try:
             fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
         except ValueError as error:
-            raise UserError(f"{where}: {error}; a literal brace is written twice") from error
+            raise UserError(f"{where}: {error}; write a literal brace twice") from error
         for _, field, form, conversion in fields:
             if field not in known or form or conversion:
                 known_names = ", ".join(f"{{{placeholder}}}" for placeholder in sorted(known)) or "none"
-                raise UserError(f"{where}: unknown placeholder {{{field}}}; there are {known_names}, without format")
+                raise UserError(f"{where}: unknown placeholder {{{field}}}; use {known_names}, without a format")
         if missing := sorted(required - {field for _, field, _, _ in fields}):
-            raise UserError(f"{where}: has no {{{missing[0]}}}; a prompt without it does not ask the question")
+            raise UserError(f"{where}: lacks the placeholder {{{missing[0]}}}; add it")
         return text
 
     @property
     def notation(self) -> Notation:
-        """How a selection is written."""
+        """The notation of selections."""
         return self._notation
 
     def stop(self, name: str) -> tuple[str, ...]:
-        """The texts that end an answer to the prompt `name`; they are no part of it."""
+        """Return the texts that end an answer to the prompt `name`. They are not part of the answer."""
         return self._texts[name]["stop"]
 
     def instruction(self, row: Mapping) -> str:
-        """What the generator is told about the form of a row's answer: by the file, else as the row's task has it."""
+        """Return the instruction about the form of a row's answer: from the file, or else from the row's task."""
         return self._instructions.get(row.get("dataset") or "") or task_of_row(row).instruction
 
     def reranker(self, question: str, docs: Sequence[Doc]) -> Messages:
-        """Asks for the identifiers of the documents needed, out of all `docs`, numbered from 1.
+        """Return the prompt that asks for the identifiers of the needed documents among `docs`, numbered from 1.
 
-        The form that the prompt names and that models are trained to write is `notation`'s: `[2], [1]`, or `None`. Which other
-        forms count in an answer says identifiers.parse_ids: lists such as `[2, 1]`, `2, 1`, `Doc 2`, `[2] > [1]`, `[1]-[3]`, and nothing in prose.
+        The prompt describes the form of `notation`, such as `[2], [1]` or `None`, which models are trained to write.
+        identifiers.parse_ids documents the other forms that are accepted in an answer.
         """
         return self._messages("reranker", "user", question=question, documents=self._documents("reranker", docs))
 
     def pointwise(self, question: str, doc: Doc) -> Messages:
-        """Asks whether one document is needed. The answer has to begin with Yes or No."""
+        """Return the prompt that asks whether one document is needed. The answer must begin with Yes or No."""
         return self._messages("pointwise", "user", question=question, documents=self._documents("pointwise", [doc]))
 
     def generator(self, question: str, docs: Sequence[Doc], instruction: str, numbers: Sequence[int] | None = None) -> Messages:
-        """Asks for the answer from `docs`, or from no document.
+        """Return the prompt that asks for the answer, with or without documents.
 
-        They are numbered from 1 in the order given, or, if the file asks for original numbers, by `numbers`: their 1-based
-        positions in the documents they were chosen from.
+        `docs` are numbered from 1 in the given order. If the prompts file sets `numbers: original`, they are numbered
+        by `numbers`, their 1-based positions among the documents they were chosen from.
         """
         if not docs:
             return self._messages("generator", "user_without_documents", question=question, instruction=instruction)
@@ -208,7 +223,7 @@ class Prompts:
         return self._messages("generator", "user", question=question, documents=documents, instruction=instruction)
 
     def judge(self, question: str, answers: Sequence[str], response: str) -> Messages:
-        """Asks for five grades of 0 to 20 points."""
+        """Return the prompt that asks for five grades, which add up to 0 to 100 points."""
         return self._messages("judge", "user", question=question, answers="; ".join(answers), response=response)
 
     def _documents(self, name: str, docs: Sequence[Doc], numbers: Sequence[int] | None = None) -> str:
@@ -226,19 +241,22 @@ class Prompts:
 
 
 def prefix_of(messages: Messages) -> str:
-    """The text with which the model's answer begins, "" if it begins itself."""
+    """Return the given beginning of the model's answer; "" if there is none."""
     return messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
 
 
 def _stop_strings(where: str, given: object) -> tuple[str, ...]:
     texts = tuple(given) if isinstance(given, list) else () if given is None else (given,)
     if not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"{where}: expected a text that is not empty, or a list of such texts")
+        raise UserError(f"{where}: expected a non-empty text or a list of such texts")
     return texts
 
 
 def read_yaml(path: Path, of: str) -> object:
-    """A YAML file of `of`, without aliases, of which a few lines can unfold to any size, and without tags, which name types. Raises UserError."""
+    """Read a YAML file of `of`. Aliases (which can expand to any size) and tags (which name types) are refused.
+
+    Raises UserError.
+    """
     import yaml
 
     try:
@@ -251,7 +269,7 @@ def read_yaml(path: Path, of: str) -> object:
             kind = type(token).__name__
             depth += kind.endswith("StartToken") - kind.endswith("EndToken")
             if kind in ("AliasToken", "TagToken") or depth > MOST_LEVELS:
-                what = "aliases (*name) and tags (!name) have no place in it" if depth <= MOST_LEVELS else "it is nested too deep"
+                what = "aliases (*name) and tags (!name) are not allowed" if depth <= MOST_LEVELS else "nested too deep"
                 raise ValueError(f"line {token.start_mark.line + 1}: {what}")
         return yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -263,15 +281,15 @@ def _names() -> list[str]:
 
 
 def training_row(messages: Messages, **targets: str) -> dict[str, str]:
-    """A LLaMA-Factory row: the user turn is the instruction, the system prompt has its own column, input is empty.
+    """Return a LLaMA-Factory row: `instruction` is the user turn, `system` the system prompt, and `input` is empty.
 
-    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a system turn,
-    and for one with a prefix.
+    `targets` is output=... for SFT, or chosen=... and rejected=... for DPO. Raises UserError for a prompt without a
+    system turn or with a prefix.
     """
-    if messages[0]["role"] != "system":  # LLaMA-Factory would put a system prompt of its own in its place
-        raise UserError("--prompts: system: null is for asking a checkpoint that was trained so; give a text to train with")
+    if messages[0]["role"] != "system":  # LLaMA-Factory would insert its own system prompt
+        raise UserError("--prompts: system: null is for inference only; give a system prompt to train with")
     if prefix_of(messages):
-        raise UserError("--prompts: prefix: is for asking a checkpoint that was trained so; leave it out to train")
+        raise UserError("--prompts: prefix is for inference only; remove it to train")
     system, user = messages
     answers = {name: as_text(target) for name, target in targets.items()}
     return {"instruction": user["content"], "input": "", **answers, "system": system["content"]}

@@ -1,6 +1,6 @@
-"""The two LLM calls of DynamicRAG, as requests: choose documents, then answer from them.
+"""The two LLM calls of DynamicRAG: select documents, then answer from them.
 
-Sampling, inference and top-N inference build their requests here and nowhere else.
+All requests of sampling, inference and top-N inference are built here.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -21,31 +21,36 @@ from dynamicrag.stage import UserError, derive_seed, log
 
 
 def add_call_flags(parser: ArgumentParser) -> None:
-    """The flags of every stage that lets an LLM choose documents."""
+    """Add the flags of every stage in which an LLM selects documents."""
     group = parser.add_argument_group("calls")
     add_prompts_flag(group)
-    group.add_argument("--reranker-model", help="checkpoint that chooses, where not --llm-model")
-    group.add_argument("--reranker-template", help="its chat template, where not --template")
-    group.add_argument("--selection-temperature", type=float, default=0.0, help="of selections, except where trajectories are sampled (--temperature)")
-    group.add_argument("--selection-max-tokens", type=int, default=100, help="upper limit of a list of identifiers; a model that reasons first needs more")
+    group.add_argument("--reranker-model", help="checkpoint that selects documents (default: --llm-model)")
+    group.add_argument("--reranker-template", help="chat template of --reranker-model (default: --template)")
+    group.add_argument("--selection-temperature", type=float, default=0.0,
+                       help="temperature of selections; sampled trajectories use --temperature")
+    group.add_argument("--selection-max-tokens", type=int, default=100,
+                       help="maximum tokens of a selection; a model that reasons first needs more")
     group.add_argument(
-        "--answer-max-tokens", type=int, help="upper limit of an answer (default: the data set's own, dynamicrag/rows/tasks.py)"
+        "--answer-max-tokens",
+        type=int, help="maximum tokens of an answer (default: depends on the data set, dynamicrag/rows/tasks.py)"
     )
     group.add_argument(
         "--constrain-ids", choices=["on", "off"], default="on",
-        help="let the reranker write nothing but None or identifiers of the documents shown (a server that splits off a model's "
-        "reasoning constrains what follows it)",
+        help="restrict selections to None or identifiers of the documents shown (a server that separates a model's "
+             "reasoning restricts only the text after it)",
     )
-    group.add_argument("--dataset", help="data set of every row, over what the rows say")
-    group.add_argument("--chunk-size", type=int, default=2000, help="questions a batch, and between two writes to disk")
+    group.add_argument("--dataset", help="data set of every row; overrides the rows")
+    group.add_argument("--chunk-size", type=int, default=2000,
+                       help="questions per batch; results are written to disk after each batch")
 
 
 def documents_that_fit(
     engine: VllmEngine | ApiEngine, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
-    """The longest beginning of `docs` whose prompt leaves max_tokens in the window; whole documents go, from the end.
+    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped
+    from the end.
 
-    Raises UserError where not even the question fits.
+    Raises UserError if the question alone does not fit.
     """
     if engine.fits(build(docs), max_tokens):
         return list(docs)
@@ -58,20 +63,22 @@ def documents_that_fit(
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         [question] = [message["content"] for message in build([]) if message["role"] == "user"]
-        raise UserError(f"a question alone is longer than --max-model-len: {question[:80]!r}...")
+        raise UserError(f"the question alone is longer than --max-model-len: {question[:80]!r}...; shorten it")
     return list(docs[:fitting])
 
 
 def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
-    """The 1-based positions of `chosen` in `docs`, by id; of documents with one id, the first."""
+    """Return the 1-based positions of `chosen` in `docs`, by id. If an id occurs twice, the first position counts."""
     positions = {doc["id"]: position for position, doc in reversed(list(enumerate(docs, start=1)))}
     return [positions[doc["id"]] for doc in chosen]
 
 
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
-    """Who chooses and who answers: one model for both, unless --reranker-model names another (`both`: it is needed).
+    """Load the selector and the generator.
 
-    Two models in this process share the GPU memory that one would have had.
+    They are one model unless --reranker-model is given; `both=False` skips the selector.
+
+    Two models in this process share the GPU memory that one model would get.
     """
     if not (both and args.reranker_model):
         caller = Caller(load_engine(args), args)
@@ -85,9 +92,9 @@ def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"
 def work_on_fitting(
     rows: list[Row], callers: tuple["Caller", "Caller"], work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
 ) -> list[Row]:
-    """work() on the rows whose question fits the window and fail(row, reason) on the others, results in order.
+    """Return work() of the rows whose question fits the window, and fail(row, reason) of the others, in order.
 
-    One over-long question costs itself, not the run.
+    A question that is too long therefore does not end the run.
     """
     models = list(dict.fromkeys(callers))
     reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
@@ -98,7 +105,9 @@ def work_on_fitting(
 
 @contextmanager
 def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
-    """A run that writes `output`: what a server answers is kept until the run is through, and what was cut off is said at its end."""
+    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were
+    cut off.
+    """
     models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
     if overwrite:
         cache.remove()
@@ -113,24 +122,24 @@ def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> 
 
 
 def read_selection(completion: Completion, sample: int, n_docs: int, notation: Notation) -> Selection:
-    """The selection that a sample of a completion is."""
+    """Parse the selection from a sample of a completion."""
     if reason := completion.reason("selection", sample):
         return Selection([], False, reason=reason)
     return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off, notation)
 
 
 class Caller:
-    """Builds the requests of one run from its flags, and asks them."""
+    """Builds the requests of one run from its flags and sends them."""
 
     def __init__(self, engine: VllmEngine | ApiEngine, args: Namespace):
         self._args = args
         self.engine = engine
         self.prompts = Prompts(args.prompts)
         self._said_cut = False
-        self._texts, self._cut_off = Counter(), Counter()  # by the flag of the limit, and the limit
+        self._texts, self._cut_off = Counter(), Counter()  # by (flag of the limit, limit)
 
     def begin(self, cache: CompletionCache) -> None:
-        """Begin a run: count what is cut off from here on, and keep what a server answers in `cache`."""
+        """Begin a run: reset the counts of texts that were cut off, and store a server's replies in `cache`."""
         self._texts.clear()
         self._cut_off.clear()
         if isinstance(self.engine, ApiEngine):
@@ -145,7 +154,7 @@ class Caller:
         return completions
 
     def say_cut_off(self) -> None:
-        """One warning for each limit that has cut texts off."""
+        """Log one warning for each limit that cut off texts."""
         for (flag, limit), number in sorted(self._cut_off.items()):
             if number:
                 what = "selections" if flag == "--selection-max-tokens" else "answers"
@@ -155,14 +164,14 @@ class Caller:
         fitting = documents_that_fit(self.engine, build, docs, max_tokens)
         if len(fitting) < len(docs) and not self._said_cut:
             log.warning(
-                "%d of %d documents of a question fit the window, the others are left out; this is said once, and "
-                "docs_shown of each row tells how many the reranker saw", len(fitting), len(docs),
+                "%d of %d documents of a question fit the window, the others are left out; this is logged once, and "
+                "docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
             )
             self._said_cut = True
         return fitting
 
     def too_long(self, row: Row) -> str | None:
-        """Why a row cannot be asked at all: its question alone, without a document, does not fit the window."""
+        """Return why a row cannot be answered, if its question alone exceeds the window; otherwise None."""
         task = task_of_row(row)
         prompts = [
             (self.prompts.reranker(row["question"], []), self._args.selection_max_tokens),
@@ -174,13 +183,18 @@ class Caller:
         return f"the question alone is longer than --max-model-len {window}: {row['question'][:80]!r}"
 
     def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
-        """Those of `docs` that fit the reranker's prompt."""
+        """Return the documents that fit into the reranker's prompt."""
         return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens)
 
     def select(
         self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float | None = None, top_p: float = 1.0
     ) -> Request:
-        """Choose among `docs`; `n` samples of it, by default at --selection-temperature. `purpose` tells apart the seeds of one row's several requests."""
+        """Return the request to select among `docs`, with `n` samples.
+
+        The default temperature is --selection-temperature.
+
+        `purpose` gives different seeds to different requests of one row.
+        """
         return Request(
             messages=self.prompts.reranker(row["question"], docs),
             seed=derive_seed(self._args.seed, row["id"], purpose),
@@ -191,7 +205,7 @@ class Caller:
         )
 
     def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
-        """Answer from `docs`, greedily."""
+        """Return the request to answer from `docs`, with greedy decoding."""
         task = task_of_row(row)
         max_tokens = self._args.answer_max_tokens or task.max_tokens
 
@@ -207,7 +221,7 @@ class Caller:
         )
 
     def judge_document(self, row: Row, doc: Doc) -> Request:
-        """Ask whether one document is needed: Yes or No (the pointwise baseline)."""
+        """Return the request that asks whether one document is needed, Yes or No (the pointwise baseline)."""
         return Request(
             messages=self.prompts.pointwise(row["question"], doc),
             seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),

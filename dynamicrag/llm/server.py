@@ -1,7 +1,8 @@
-"""Any OpenAI-compatible server as an engine: what it refuses is left out, and what was answered is kept.
+"""Any OpenAI-compatible server as an engine. Requests that it refuses are left unanswered, and every reply is stored.
 
-Servers differ in what they take. Each first request of a kind goes ahead alone, and what it teaches about the server is
-said once and holds for the run: another name of max_tokens, another field of a constraint, no seed, no n, no temperature.
+Servers differ in the options they support. The first request of each kind is sent alone. What it shows about the server
+(another name of max_tokens, another field for constraints, no seed, no n, no temperature) is logged once and used for
+the rest of the run.
 """
 
 import asyncio
@@ -42,10 +43,10 @@ from dynamicrag.stage import UserError, log
 
 CONCURRENCY = 64
 CALL_SECONDS = 600
-RETRY_SECONDS = 180  # a server that has answered before is waited for as long as this at least
+RETRY_SECONDS = 180  # minimum time to wait for a server that has answered before
 MOST_TIMEOUTS = 3
-MOST_REFUSED = 20  # requests refused before one is answered: it is not their content then
-# What is wrong with one request; every other status below 500 is wrong with all.
+MOST_REFUSED = 20  # if the first 20 requests are refused, their content is not the reason
+# Statuses that concern one request. Every other status below 500 concerns all requests.
 OWN_FAULT = (400, 413, 422, 451)
 TOO_LONG = re.compile(r"context.?(length|window|size)|too (long|large|many tokens)|maximum.{0,40}tokens|reduce the length", re.IGNORECASE | re.DOTALL)
 NOT_TAKEN = re.compile(
@@ -53,24 +54,28 @@ NOT_TAKEN = re.compile(
     r"|forbidden|strictly positive|invalid (parameter|argument|field)|only the default|deprecated|use '?max_completion_tokens|must be 1|removed|disabled",
     re.IGNORECASE,
 )
-# The fields in which servers take a regular expression, newest first.
+# Fields for a regular expression, newest first.
 CONSTRAINTS = {"structured_outputs": lambda pattern: {"regex": pattern}, "guided_regex": lambda pattern: pattern}
-# An answer that the request begins, as vLLM's server has it.
+# Options of vLLM's server to continue an answer that the request begins.
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 LEARNT = {
-    "seed": "takes no seed: another run may write something else",
-    "n": "gives one sample a request: the samples of a question are asked for one by one, and its prompt is paid for each time",
-    "temperature": "takes no temperature: its own is used, and neither selections nor answers are greedy",
-    "top_p": "takes no top_p: its own is used",
-    "max_tokens": "takes max_completion_tokens, not max_tokens",
-    "stop": "takes no stop strings: its texts are cut at them, and what follows them is paid for",
-    "structured_outputs": "does not take structured_outputs: guided_regex is tried; if its selections cannot be read, give --constrain-ids off",
-    "chat_template_kwargs": "takes no chat_template_kwargs: --enable-thinking has no effect",
+    "seed": "does not support seed: another run may give other results",
+    "n": "returns one sample per request: the samples of a question are requested one by one, and each is charged for "
+         "the prompt",
+    "temperature": "does not support temperature: its default is used, and neither selections nor answers are greedy",
+    "top_p": "does not support top_p: its default is used",
+    "max_tokens": "requires max_completion_tokens instead of max_tokens",
+    "stop": "does not support stop: texts are cut at the stop strings afterwards, and the rest is charged",
+    "structured_outputs": "does not support structured_outputs: guided_regex is tried; if selections cannot be read, "
+                          "give --constrain-ids off",
+    "chat_template_kwargs": "does not support chat_template_kwargs: --enable-thinking has no effect",
 }
 
 
 def refused_option(error, sent: dict[str, object]) -> str | None:
-    """The option among those sent that a server says it does not take; None if it refuses the request for another reason."""
+    """Return which of the options in `sent` the server refuses to accept; None if it refuses the request for another
+    reason.
+    """
     said = str(error.body if error.body is not None else error)
     if error.param in ("messages", "prompt") or TOO_LONG.search(said) or "content_filter" in str(error.code) or not (NOT_TAKEN.search(said) or "unsupported" in str(error.code)):
         return None
@@ -78,7 +83,7 @@ def refused_option(error, sent: dict[str, object]) -> str | None:
         return error.param
     named = {}
     for name in sent:
-        # n is a letter as well as an option.
+        # n is an option, but also an ordinary letter.
         form = r"(?:['\"`]n['\"`]|\bn\s*(?:=|>|must|is not)|(?:parameter|argument|field)s?(?: supplied)?:? n\b)" if name == "n" else rf"\b{name}\b"
         if found := re.search(form, said):
             named[name] = found.start()
@@ -86,17 +91,19 @@ def refused_option(error, sent: dict[str, object]) -> str | None:
 
 
 class ApiEngine:
-    """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY alone."""
+    """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY only."""
 
     def __init__(self, base_url: str, model: str, thinking: str | None = None):
-        """Raises UserError for a base URL with more than host, path and api-version, and for a key no header can hold."""
+        """Raises UserError if the URL has parts other than host, path and api-version, or the key is not printable
+        ASCII.
+        """
         self._url = check_url("--api-base", base_url, "OPENAI_API_KEY")
         self._key = read_key("OPENAI_API_KEY")
         self._model, self._thinking = model, thinking
         self._cache: CompletionCache | None = None
         self._tried: set[tuple[bool, bool]] = set()
         self._said: set[str] = set()
-        # What this run has learnt about the server.
+        # Properties of the server that this run has found out.
         self._limit_name = "max_tokens"
         self._constraints = list(CONSTRAINTS)
         self._not_taken: set[str] = set()
@@ -105,24 +112,29 @@ class ApiEngine:
         self._failed = False
 
     def keep_in(self, cache: CompletionCache | None) -> None:
-        """Keep every reply in `cache`, and take from there what it has."""
+        """Store every reply in `cache`, and use the replies that are already in it."""
         self._cache = cache
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """The server's window is not known here: a request that it refuses as too long is a completion without a text."""
+        """Return True: the server's window is not known.
+
+        A request that it refuses as too long gives a completion without text.
+        """
         return True
 
     def complete(self, requests: list[Request]) -> list[Completion]:
-        """Run all requests, at most CONCURRENCY at a time, in order.
+        """Run all requests, at most CONCURRENCY at a time. The results are in order.
 
-        A request that the server refuses (its content, its length) is a completion without a text, and the reason. Raises
-        UserError for what is wrong with every request (a key, a model, a server that does not answer), after those begun.
+        A request that the server refuses for its content or length gives a completion without text, with the reason.
+        Raises UserError for an error that affects every request (key, model, unreachable server), after the calls in
+        progress have ended.
         """
         replies: list[Reply | str | None] = [self._kept(request) for request in requests]
         if None in replies:
             if any(prefix_of(request.messages) for request in requests):
-                self._say("prefix", "is asked to continue the beginning that --prompts gives its answers (continue_final_message): a server that "
-                                    "does not know this, as OpenAI's own, answers after it, and scores may suffer")
+                self._say("prefix", "is asked to continue the beginning of the answer that --prompts gives "
+                                    "(continue_final_message): a server without this option, such as OpenAI's, starts "
+                                    "a new answer after it, which may lower the scores")
             asyncio.run(self._ask_all(requests, replies))
         completions = []
         for request, reply in zip(requests, replies, strict=True):
@@ -133,7 +145,7 @@ class ApiEngine:
         return completions
 
     def _read(self, request: Request, samples: list[Sample], prompt_tokens: int | None, generated_tokens: int | None) -> Completion:
-        # Where the template opens the reasoning, what is cut off before its end shows no tag at all.
+        # If the template opens the reasoning, a text that is cut off before the reasoning ends contains no tag.
         opened = leaves_open(prefix_of(request.messages), self._opens_reasoning)
         if opened and not request.pattern:
             samples = [
@@ -157,7 +169,10 @@ class ApiEngine:
     # ---------------------------------------------------------------- calls
 
     async def _ask_all(self, requests: list[Request], replies: list[Reply | str | None]) -> None:
-        """Put a reply, or the reason why there is none, in place of each None. Raises the UserError of the first that failed."""
+        """Replace each None by a reply, or by the reason why there is none.
+
+        Raises the UserError of the first failed request.
+        """
         from tqdm import tqdm
 
         failures: dict[int, UserError] = {}
@@ -189,7 +204,7 @@ class ApiEngine:
             raise failures[min(failures)]
 
     async def _reply(self, client, request: Request) -> Reply | str:
-        """The reply to a request, kept on disk; a reason if the server refuses it."""
+        """Return the reply to a request, which is then stored on disk, or the reason why the server refuses it."""
         kept = self._kept(request)
         if kept:
             return kept
@@ -198,7 +213,7 @@ class ApiEngine:
         reply = await self._ask(client, request)
         if isinstance(reply, str):
             return reply
-        if len(reply[0]) < request.n:  # it has ignored n
+        if len(reply[0]) < request.n:  # the server ignores n
             self._learn("n")
             self._keep(_single(request, 0), (reply[0][:1], *reply[1:]))
             return await self._one_by_one(client, request)
@@ -206,7 +221,7 @@ class ApiEngine:
         return reply
 
     async def _one_by_one(self, client, request: Request) -> Reply | str:
-        """The n samples of a request by a request each, with the seeds that follow one another."""
+        """Return the n samples of a request from n requests with consecutive seeds."""
         singles = [self._reply(client, _single(request, sample)) for sample in range(request.n)]
         parts = await asyncio.gather(*singles, return_exceptions=True)
         if failure := next((part for part in parts if isinstance(part, BaseException)), None):
@@ -218,13 +233,13 @@ class ApiEngine:
         return samples, known_sum(prompt for prompt, _ in counted), known_sum(generated for _, generated in counted)
 
     async def _ask(self, client, request: Request) -> Reply | str:
-        """The reply to one call, after as many tries as it takes. Raises UserError."""
+        """Return the reply to one call, with retries. Raises UserError."""
         from tenacity import AsyncRetrying, retry_if_exception
 
         def gives_up(state) -> bool:
             if state.attempt_number > 1:
                 self._say("busy", f"does not answer ({self._reason(state.outcome.exception())}); trying again")
-            if _timed_out(state.outcome.exception()):  # each of them has taken CALL_SECONDS
+            if _timed_out(state.outcome.exception()):  # each attempt took CALL_SECONDS
                 return self._failed or state.attempt_number >= min(MOST_TIMEOUTS, endpoint.ATTEMPTS)
             patient = self._answered and state.seconds_since_start < RETRY_SECONDS
             return self._failed or (state.attempt_number >= endpoint.ATTEMPTS and not patient)
@@ -238,20 +253,21 @@ class ApiEngine:
                 raise
             status = getattr(error, "status_code", 500)
             reason = self._reason(error)
-            # What fails while another is answered is this request's own.
+            # If the server answers another request, the error concerns this request only.
             if status >= 500 and not self._failed and not _unreachable(error) and await self._is_up(client):
                 return f"the server failed at it, and not at others: {reason}"
             raise UserError(f"{self._url}: {self._model}: {reason}; {self._advice(status)}") from error
         if isinstance(reply, str):
             self._refused += 1
             if not self._answered and self._refused >= MOST_REFUSED:
-                raise UserError(f"{self._url}: {self._model}: the first {self._refused} requests were all refused; the last: {reply}")
+                raise UserError(f"{self._url}: {self._model}: all of the first {self._refused} requests were refused, "
+                                f"the last with: {reply}; check the server and --llm-model")
         else:
             self._answered += 1
         return reply
 
     async def _is_up(self, client) -> bool:
-        """Whether the server answers the shortest of questions."""
+        """Return whether the server answers a very short request."""
         import openai
 
         try:
@@ -261,14 +277,18 @@ class ApiEngine:
         return True
 
     def _unreadable(self, error: BaseException, reply: object = None) -> UnreadableReply:
-        """The error of a reply with status 200 that cannot be read. Raises UserError if the first one is no answer of a server at all."""
+        """Return the error for an unreadable reply with status 200.
+
+        Raises UserError if the first reply is not from a chat server.
+        """
         if not self._answered:
             refuse_foreign("--api-base", self._url, error, reply, self._key)
-        said = getattr(reply, "error", None)  # some servers send their errors with status 200
-        return UnreadableReply(f"its reply is no chat completion ({error}){f': {said}' if said else ''}")
+        said = getattr(reply, "error", None)  # some servers send errors with status 200
+        return UnreadableReply(f"the reply is not a chat completion ({error}){f': {said}' if said else ''}")
 
     async def _call(self, client, request: Request) -> Reply | str:
-        """The reply to one call, without the options that the server does not take; a reason if it refuses the request."""
+        """Return the reply to one call, without unsupported options, or the reason why the server refuses the request.
+        """
         import openai
 
         while True:
@@ -295,18 +315,19 @@ class ApiEngine:
             if "stop" in self._not_taken:
                 read = [_cut(sample, request.stop) for sample in read[0]], *read[1:]
             if None in read[1:]:
-                self._say("usage", "does not say how many tokens a reply costs: tables leave them out")
+                self._say("usage", "does not report the tokens of a reply: tables omit them")
             if request.pattern and not _constrained(read, request.pattern):
                 [form] = extra.keys() & CONSTRAINTS.keys()
                 if form != self._constraints[-1]:
-                    self._learn(form)  # what it has written is paid for, and kept
+                    self._learn(form)  # the reply was paid for and is kept
                 else:
-                    self._say("pattern", "does not hold its selections to the identifiers of the documents shown (--constrain-ids); "
-                                         "one that cannot be read goes to the remaining rows")
+                    self._say("pattern", "does not restrict selections to the identifiers of the documents shown "
+                                         "(--constrain-ids): rows whose selection cannot be read go to the remaining "
+                                         "rows")
             return read
 
     def _options(self, request: Request) -> tuple[dict[str, object], dict[str, object]]:
-        """The options of a call that are OpenAI's, and the others. Raises UserError if the server can hold no output to a pattern."""
+        """Return the OpenAI options of a call and the extra options."""
         options: dict[str, object] = {self._limit_name: request.max_tokens, "temperature": request.temperature, "seed": request.seed}
         if request.top_p != 1:
             options["top_p"] = request.top_p
@@ -323,17 +344,19 @@ class ApiEngine:
             extra["chat_template_kwargs"] = {"enable_thinking": self._thinking == "on"}
         return tuple({name: value for name, value in some.items() if name not in self._not_taken} for some in (options, extra))
 
-    # ---------------------------------------------------------------- what is learnt, and said
+    # ---------------------------------------------------------------- unsupported options
 
     def _learn(self, option: str, reason: str = "") -> None:
-        """Leave an option out from now on. Raises UserError if there is nothing in its place."""
+        """Omit or replace an option from now on. Raises UserError if it cannot be omitted or replaced."""
         if option in CONTINUE:
-            raise UserError(f"{self._url}: {self._model}: cannot continue an answer that has begun ({reason}); leave prefix out of --prompts")
+            raise UserError(f"{self._url}: {self._model}: cannot continue a given beginning of the answer ({reason}); "
+                            "remove prefix from --prompts")
         if option == "max_tokens":
             self._limit_name = "max_completion_tokens"
         elif option in CONSTRAINTS:
             if self._constraints == [option]:
-                raise UserError(f"{self._url}: {self._model}: cannot hold its output to a pattern ({reason}); give --constrain-ids off")
+                raise UserError(f"{self._url}: {self._model}: cannot restrict its output to a pattern ({reason}); "
+                                "give --constrain-ids off")
             self._constraints = [form for form in self._constraints if form != option]
         else:
             self._not_taken.add(option)
@@ -352,16 +375,16 @@ class ApiEngine:
             return "check the key in OPENAI_API_KEY"
         if status == 404:
             return "check --api-base and --llm-model"
-        return "what it has answered is kept: run the same command again to continue"
+        return "replies are stored: run the same command again to continue"
 
 
 def _single(request: Request, sample: int) -> Request:
-    """One of the samples of a request, as a request of its own."""
+    """Return one sample of a request as its own request."""
     return replace(request, n=1, seed=(request.seed + sample) & 0x7FFFFFFF)
 
 
 def _read_reply(reply, request: Request) -> Reply:
-    """What a chat completion says. Raises almost anything for something else."""
+    """Convert a chat completion to a Reply. Malformed completions raise almost any exception."""
     samples = []
     for choice in reply.choices[: request.n]:
         message = choice.message
@@ -374,13 +397,13 @@ def _read_reply(reply, request: Request) -> Reply:
 
 
 def _constrained(reply: Reply, pattern: str) -> bool:
-    """Whether every text that has ended is as the pattern asks."""
+    """Return whether every text that ended by itself matches the pattern."""
     texts = [after_reasoning(sample.text or "") for sample in reply[0] if sample.finish_reason == "stop"]
     return all(not text or re.fullmatch(pattern, text) for text in texts)
 
 
 def _cut(sample: Sample, stop: tuple[str, ...]) -> Sample:
-    """A sample up to the first of the texts that end it."""
+    """Cut a sample at the first of the `stop` texts."""
     ends = [at for text in stop if (at := (sample.text or "").find(text)) >= 0]
     return replace(sample, text=sample.text[: min(ends)], finish_reason="stop") if ends else sample
 

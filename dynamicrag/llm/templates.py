@@ -1,4 +1,4 @@
-"""Prompts as the tokens of a chat template: which template a checkpoint is asked with, and what it makes of messages."""
+"""Chat templates: choose the template of a checkpoint, and convert messages to token ids with it."""
 
 import hashlib
 import os
@@ -17,27 +17,27 @@ from dynamicrag.stage import UserError, log
 
 AUTO = "auto"
 FOLDER = Path(__file__).resolve().parents[2] / "template"
-# What marks turns, where it is a token of its own: <|im_start|>, Gemma's <start_of_turn>, DeepSeek's with wide bars.
+# Turn markers that are single tokens: <|im_start|>, Gemma's <start_of_turn>, DeepSeek's with full-width bars.
 MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_\w{1,20}>|<\uff5c[^<>\uff5c]{1,40}\uff5c>")
-# Tokens of the latest prompts that are kept, 4 bytes each: a chunk of 2000 prompts of 8192 tokens.
+# Size of the cache of prompt tokens (4 bytes each): a chunk of 2000 prompts of 8192 tokens.
 KEPT_TOKENS = 1 << 24
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def forgeable(template: str, tokenizer) -> list[str]:
-    """The special tokens with which this template marks turns, and which a document may hold as they are."""
+    """Return the special tokens that mark turns in this template and that documents may contain unescaped."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     written = {token for token in special if token in template} | {tokenizer.bos_token, tokenizer.eos_token} - {None}
     return sorted(token for token in written if as_text(token) == token)
 
 
 class PromptTokenizer:
-    """Messages as the token ids of a prompt, by one chat template and one tokenizer. May be called from several threads.
+    """Converts messages to the token ids of a prompt, with one chat template and one tokenizer. Thread-safe.
 
-    A prompt is measured when its documents are chosen and needed again when it is sent: the ids of the latest prompts
-    are kept, since a prompt of 5,000 tokens takes 10 ms. `name` is what errors call the template; with `fold_system` the
-    system prompt begins the user turn, for a template that has no place for it.
+    A prompt is tokenised when its documents are chosen and again when it is sent. The ids of recent prompts are cached,
+    because a prompt of 5,000 tokens takes 10 ms. Errors refer to the template as `name`. With `fold_system`, the system
+    prompt becomes the beginning of the user turn, for templates without a system turn.
     """
 
     def __init__(self, tokenizer, chat_template: str, name: str = "", thinking: bool = False, fold_system: bool = False):
@@ -50,12 +50,15 @@ class PromptTokenizer:
 
     @property
     def opens_reasoning(self) -> bool:
-        """Whether every prompt ends with the tag that opens a model's reasoning."""
+        """Whether every prompt ends with the tag that opens the model's reasoning."""
         *_, end = self.render(SAMPLE).rpartition(SAMPLE[1]["content"])
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
 
     def render(self, messages: Messages) -> str:
-        """A prompt as text, up to where the answer begins, or goes on after an assistant's message at the end."""
+        """Return a prompt as text, up to the start of the answer.
+
+        A final assistant message is appended as its beginning.
+        """
         if prefix := prefix_of(messages):
             return self.render(messages[:-1]) + prefix
         if self._fold_system and messages[0]["role"] == "system":
@@ -66,7 +69,7 @@ class PromptTokenizer:
         )
 
     def ids(self, messages: Messages) -> list[int]:
-        """The token ids of render()."""
+        """Return the token ids of render()."""
         rendered = self.render(messages)
         key = hashlib.blake2b(rendered.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:
@@ -80,19 +83,21 @@ class PromptTokenizer:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """work() of every item, in order, on all cores: a tokenizer works outside Python's global lock."""
+    """Return work() of every item, in order, on all cores. Tokenizers release the GIL."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(work, items))
 
 
-# ---------------------------------------------------------------- which template
+# ---------------------------------------------------------------- choice of the template
 
 
 def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTokenizer:
-    """The prompts of a model by `template`: a file, or "auto", which finds the model's own. Says which one auto has taken.
+    """Return the prompts of a model with `template`, a file or "auto" for the model's own template.
 
-    Raises UserError if the tokenizer cannot be loaded, and for a file whose markers are no tokens of the model: it would be
-    asked in a format it has never seen.
+    The choice of auto is logged.
+
+    Raises UserError if the tokenizer cannot be loaded, or if turn markers of the file are not tokens of the model,
+    which would then see an unknown format.
     """
     from transformers import AutoTokenizer
 
@@ -106,28 +111,34 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
         if strange := strange_markers(prompts):
             fitting = fitting_templates(model, tokenizer)
             advice = f"--template {fitting[0]}, or auto" if fitting else "--template auto, or a template of this model's"
-            raise UserError(f"{template}: it marks turns with {', '.join(strange)}, which are no tokens of {model}; give {advice}")
+            raise UserError(f"{template}: marks turns with {', '.join(strange)}, which are not tokens of {model}; "
+                            f"give {advice}")
         return prompts
     prompts = own_template(model, tokenizer, thinking)
     recipe = recipe_template(model)
     if prompts and recipe:
-        # LLaMA-Factory keeps the template of a base model that has one, whichever the recipe trains with.
+        # LLaMA-Factory saves the template of the base model if it has one, even if the recipe trains with another.
         trained = PromptTokenizer(tokenizer, read_template(str(recipe)), _shown(recipe), thinking)
         if not strange_markers(trained) and trained.ids(SAMPLE) != prompts.ids(SAMPLE):
-            log.warning("--template auto: %s, which the recipe of %s trains with; the checkpoint's own template asks otherwise", trained.name, model)
+            log.warning("--template auto: using %s, the template of the recipe of %s; the checkpoint's own template "
+                        "gives other prompts", trained.name, model)
             return trained
     if prompts:
-        log.info("--template auto: the chat template of %s", model)
+        log.info("--template auto: using the chat template of %s", model)
         return prompts
     fitting = fitting_templates(model, tokenizer)
     if not fitting:
-        raise UserError(f"{model}: has no chat template, and none of template/*.jinja fits its tokens; give --template the one it was trained with")
-    log.info("--template auto: %s, as %s has no chat template of its own", fitting[0], model)
+        raise UserError(f"{model}: has no chat template, and no file of template/*.jinja fits its tokens; give "
+                        "--template the one it was trained with")
+    log.info("--template auto: using %s, because %s has no chat template", fitting[0], model)
     return PromptTokenizer(tokenizer, read_template(str(FOLDER / Path(fitting[0]).name)), fitting[0], thinking)
 
 
 def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokenizer | None:
-    """The prompts by the chat template that a checkpoint brings, None if it brings none. Raises UserError for one that cannot be used."""
+    """Return the prompts with the checkpoint's chat template; None if it has none.
+
+    Raises UserError for an unusable template.
+    """
     text = tokenizer.chat_template
     if isinstance(text, dict):
         text = text.get("default") or next(iter(text.values()), None)
@@ -138,28 +149,30 @@ def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokeniz
         try_template(text, name, SAMPLE)
     except UserError:
         try_template(text, name, SAMPLE[1:])
-        log.info("%s has no place for a system prompt: it begins the user's turn", name)
+        log.info("%s has no system turn; the system prompt becomes the beginning of the user's turn", name)
         fold_system = True
     prompts = PromptTokenizer(tokenizer, text, name, thinking, fold_system)
     if strange := strange_markers(prompts):
-        log.warning("%s marks turns with %s, which are no tokens of its tokenizer", name, ", ".join(strange))
+        log.warning("%s marks turns with %s, which are not tokens of its tokenizer", name, ", ".join(strange))
     return prompts
 
 
 def strange_markers(prompts: PromptTokenizer) -> list[str]:
-    """The markers in a prompt that are not single tokens."""
+    """Return the turn markers in a prompt that are not single tokens."""
     markers = dict.fromkeys(MARKER.findall(prompts.render(SAMPLE)))
     return [marker for marker in markers if not is_token(prompts.tokenizer, marker)]
 
 
 def is_token(tokenizer, text: str) -> bool:
-    """Whether a tokenizer reads a text as one token, and as that one."""
+    """Return whether a tokenizer encodes a text as exactly one token with the same text."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids) == [text]
 
 
 def fitting_templates(model: str, tokenizer) -> list[str]:
-    """Those of template/*.jinja whose markers are tokens of a model, the likeliest first: by its markers, else by its name."""
+    """Return the files of template/*.jinja whose markers are tokens of a model, most likely first, by markers and then
+    by name.
+    """
     name = re.sub(r"[^a-z0-9]", "", "".join(Path(model).parts[-2:]).lower())
     ranked = []
     for path in sorted(FOLDER.glob("*.jinja")):
@@ -167,7 +180,7 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
         if strange_markers(PromptTokenizer(tokenizer, text)):
             continue
         has_markers = bool(MARKER.search(text))
-        # Those without markers of that kind fit every tokenizer: they count only for models of the kind.
+        # Templates without such markers fit every tokenizer. They are considered only for models of their kind.
         of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
         if not (has_markers or of_its_kind or path.stem in name):
             continue
@@ -176,7 +189,9 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
 
 
 def recipe_template(model: str) -> Path | None:
-    """The template file that a recipe here trains a model with, if `model` is the output folder of one (`DynamicRAG_llama3_8b/sft`)."""
+    """Return the template of the recipe that trained a model; None if `model` is not a recipe's output
+    (`DynamicRAG_llama3_8b/sft`).
+    """
     recipes = FOLDER.parent / "recipes"
     for part in Path(model).parts[-2:]:
         recipe = recipes / part.removeprefix("DynamicRAG_") / "sft.yaml"

@@ -1,8 +1,9 @@
-"""What LLaMA-Factory makes of a training row: the tokens it keeps, and the columns it reads.
+"""Training rows as LLaMA-Factory reads them: fit rows into the token limit, and check the columns.
 
-LLaMA-Factory cuts a conversation that is longer than the recipe's `cutoff_len`, and says nothing: the end of the prompt
-goes, with the closing request and the beginning of the assistant's turn. The stages that write training rows therefore
-fit every row into `cutoff_len` first. Whole documents go from the end, as they do at inference (requests.documents_that_fit).
+LLaMA-Factory silently truncates a conversation that is longer than the recipe's `cutoff_len`: the end of the prompt is
+lost, with the final question and the start of the assistant's turn. The stages that write training rows therefore fit
+every row into `cutoff_len` first. Whole documents are removed from the end, as in inference
+(requests.documents_that_fit).
 """
 
 import itertools
@@ -24,9 +25,10 @@ from dynamicrag.stage import UserError, log
 
 Item = TypeVar("Item")
 HERE = Path(__file__).resolve().parents[2]
-# English in a large vocabulary has about 4.5 characters a token, in LLaMA-2's about 3.9; other scripts have one or fewer.
+# English text has about 4.5 characters per token with a large vocabulary and 3.9 with LLaMA-2's; other scripts have one
+# or fewer.
 CHARACTERS_A_TOKEN = 3.5
-TOKENS_OF_TURNS = 32  # what a template writes around the system prompt, the question and the answer
+TOKENS_OF_TURNS = 32  # tokens that a template adds around system prompt, question and answer
 ROWS_A_BATCH = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 HUB_SECONDS = 5
@@ -34,7 +36,9 @@ SETTINGS = {"model_name_or_path": str, "template": str, "cutoff_len": int, "data
 
 
 class Fitted(NamedTuple):
-    """What became of one row: its training row, None if it is left out, how many documents it lost, and what a report says of it."""
+    """The result of fitting one row: the training row (None if left out), the number of documents removed, values for a
+    report.
+    """
 
     row: dict[str, str] | None
     removed: int = 0
@@ -42,18 +46,23 @@ class Fitted(NamedTuple):
 
 
 def add_length_flags(parser: ArgumentParser, recipe: str) -> None:
-    """The flags of every stage that writes training rows. `recipe` is the recipe of README's command."""
-    group = parser.add_argument_group("length", "no training row is longer than the trainer reads: whole documents go, from the end")
+    """Add the flags of every stage that writes training rows. `recipe` is the default recipe."""
+    group = parser.add_argument_group("length", "training rows never exceed the trainer's token limit: whole "
+                                                "documents are removed from the end")
     group.add_argument("--train_recipe", metavar="YAML", default=recipe, help="LLaMA-Factory recipe that will train these rows")
-    group.add_argument("--cutoff_len", type=int, help="most tokens of a conversation (default: the recipe's cutoff_len)")
-    group.add_argument("--tokenizer", help="folder or hub name of the model that will be trained (default: the recipe's model_name_or_path)")
-    group.add_argument("--template", help="its chat template (default: template/<the recipe's template>.jinja)")
+    group.add_argument("--cutoff_len",
+                       type=int, help="maximum tokens of a conversation (default: the recipe's cutoff_len)")
+    group.add_argument("--tokenizer",
+                       help="folder or hub name of the model to be trained (default: the recipe's model_name_or_path)")
+    group.add_argument("--template",
+                       help="chat template of that model (default: template/<the recipe's template>.jinja)")
 
 
 class TrainingWindow:
-    """The `cutoff_len` tokens of a conversation that are trained: system prompt, prompt, answer and end token together.
+    """The maximum tokens of a training conversation (`cutoff_len`), including system prompt, prompt, answer and end
+    token.
 
-    Without a tokenizer, lengths are estimated by characters; without a cutoff_len everything fits.
+    Without a tokenizer, lengths are estimated from characters. Without a cutoff_len, everything fits.
     """
 
     def __init__(self, cutoff_len: int | None = None, prompts: PromptTokenizer | None = None):
@@ -66,7 +75,7 @@ class TrainingWindow:
         return "tokens" if self._prompts else "characters"
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """Whether the prompt leaves room for an answer of max_tokens."""
+        """Return whether the prompt leaves room for an answer of max_tokens."""
         if self.cutoff_len is None:
             return True
         if self._prompts:
@@ -74,7 +83,9 @@ class TrainingWindow:
         return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages) + max_tokens <= self.cutoff_len
 
     def answer_tokens(self, answer: str) -> int:
-        """Tokens of an answer with all that the template writes after the prompt, the end token included."""
+        """Return the tokens of an answer, including everything that the template writes after the prompt, such as the
+        end token.
+        """
         if not self._prompts:
             return estimated_tokens(answer)
 
@@ -87,20 +98,23 @@ class TrainingWindow:
         return len(self._prompts.tokenizer.encode(whole[len(rendered(SAMPLE, True)) :], add_special_tokens=False))
 
     def size(self, answer: str) -> int:
-        """The length of a target in `unit`, for reports."""
+        """Return the length of a target in `unit`, for reports."""
         return self.answer_tokens(answer) if self._prompts else len(answer)
 
     def documents(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], *answers: str) -> list[Doc] | None:
-        """The longest beginning of `docs` that fits beside the longest of `answers`; None if not even the question fits."""
+        """Return the longest prefix of `docs` that fits together with the longest of `answers`; None if the question
+        does not fit.
+        """
         room = max(map(self.answer_tokens, answers))
         if not self.fits(build([]), room):
             return None
         return documents_that_fit(self, build, docs, room)
 
     def conversation(self, row: dict) -> Fitted:
-        """A training row with a history, of as many of its first questions as fit; none if not even the first does.
+        """Fit a training row that has a history: keep as many of its first questions as fit, or no row if the first
+        does not.
 
-        `removed` counts the questions that went.
+        `removed` is the number of questions that were removed.
         """
         turns = [*row["history"], [row["instruction"], row["output"]]]
         messages = [{"role": "system", "content": row["system"]}]
@@ -117,15 +131,15 @@ class TrainingWindow:
         return Fitted({**row, "instruction": question, "output": answer, "history": turns[: fitting - 1]}, len(turns) - fitting)
 
     def again(self) -> "TrainingWindow":
-        """The same window with nothing counted, and without a progress bar: for a first look at some rows."""
+        """Return the same window with counts of 0 and without a progress bar, for a first look at some rows."""
         window = TrainingWindow(self.cutoff_len, self._prompts)
         window._quiet = True
         return window
 
     def kept(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str, path: str) -> Iterator[Fitted]:
-        """Those training rows of every row that fit, counted, in order; `fit` runs on all cores.
+        """Yield the training rows that fit, in order, and count them. `fit` runs on all cores.
 
-        Raises UserError at the end if the rows of `path` left none.
+        Raises UserError at the end if no row of `path` fits.
         """
         for fitted in self._in_batches(rows, fit, total, desc):
             if fitted.row is None:
@@ -136,10 +150,11 @@ class TrainingWindow:
             self.removed += fitted.removed
             yield fitted
         if self.left_out and not self.written:
-            how = "" if self._prompts else ", by an estimate (--tokenizer counts)"
+            how = "" if self._prompts else ", as estimated (--tokenizer counts the tokens)"
             raise UserError(
-                f"{path}: not one of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents its target names{how}; "
-                "show fewer documents (--n_docs), use shorter passages, or train with a larger cutoff_len"
+                f"{path}: none of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents that its "
+                f"target names{how}; show fewer documents (--n_docs), use shorter passages, or train with a larger "
+                "cutoff_len"
             )
 
     def _in_batches(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str) -> Iterator[Fitted]:
@@ -152,17 +167,19 @@ class TrainingWindow:
                 progress.update(len(batch))
 
     def counts(self, what: str = "documents") -> dict[str, int]:
-        """How many rows were shortened, by `what`, and left out, for the manifest; a warning if any was."""
+        """Return the numbers of rows shortened and left out, for the manifest, and log a warning if there are any."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d%s: %s removed from the end of prompts: %d, in %d rows; rows left out, since the target names one that does "
-                "not fit or nothing fits: %d", self.cutoff_len, "" if self._prompts else " (estimated)", what, self.removed, self.shortened, self.left_out,
+                "cutoff_len %d%s: %s removed from the end of prompts: %d, in %d rows; rows left out because nothing "
+                "fits or the target names a removed document: %d",
+                self.cutoff_len, "" if self._prompts else " (estimated)",
+                                                                what, self.removed, self.shortened, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 
 
 def estimated_tokens(text: str) -> int:
-    """A guess at the tokens of a text: CHARACTERS_A_TOKEN in ASCII, one token for every other character."""
+    """Estimate the tokens of a text: one per CHARACTERS_A_TOKEN characters of ASCII, one for every other character."""
     ascii_only = len(text.encode("ascii", "ignore"))
     return round(ascii_only / CHARACTERS_A_TOKEN) + len(text) - ascii_only
 
@@ -171,20 +188,23 @@ def estimated_tokens(text: str) -> int:
 
 
 def recipe_path(args: Namespace) -> Path | None:
-    """The recipe's file, in this folder or in the project's; None without the project's folder. Raises UserError for one that is not there."""
+    """Return the recipe's file, from the current or the project's folder; None without the project.
+
+    Raises UserError if it is missing.
+    """
     given = Path(args.train_recipe)
     if found := next((path for path in (given, HERE / given) if path.is_file()), None):
         return found
     if (HERE / "recipes").is_dir():
-        raise UserError(f"{given}: no such recipe; give --train_recipe the YAML file that llamafactory-cli will train with")
+        raise UserError(f"{given}: no such recipe; give --train_recipe the YAML file that llamafactory-cli will use")
     return None
 
 
 def read_recipe(path: Path) -> dict:
-    """The settings of a LLaMA-Factory recipe that lengths and columns depend on. Raises UserError."""
+    """Return the settings of a LLaMA-Factory recipe that affect lengths and columns. Raises UserError."""
     recipe = read_yaml(path, "settings")
     if not isinstance(recipe, dict):
-        raise UserError(f"{path}: expected a mapping of settings; give --train_recipe a recipe of LLaMA-Factory")
+        raise UserError(f"{path}: expected a mapping of settings; give --train_recipe a LLaMA-Factory recipe")
     for name, kind in SETTINGS.items():
         if name in recipe and type(recipe[name]) is not kind:
             raise UserError(f"{path}: {name}: expected {'an integer' if kind is int else 'a text'}, found {recipe[name]!r}")
@@ -192,9 +212,10 @@ def read_recipe(path: Path) -> dict:
 
 
 def resolve_length_flags(args: Namespace) -> list[str]:
-    """Put what the recipe says in the place of flags not given, and return the files that decide lengths: inputs of a stage.
+    """Fill flags that are not given from the recipe. Returns the files that determine lengths, as inputs of the stage.
 
-    The recipe itself is none of them: another learning rate changes no training row. Raises UserError as read_recipe does.
+    The recipe itself is not among them, because other settings do not affect training rows. Raises UserError as
+    read_recipe does.
     """
     path = recipe_path(args)
     recipe = read_recipe(path) if path else {}
@@ -208,42 +229,43 @@ def resolve_length_flags(args: Namespace) -> list[str]:
 
 
 def load_window(args: Namespace) -> TrainingWindow:
-    """The window of the recipe. Says once if lengths are estimated, or not checked at all.
+    """Return the window of the recipe. Logs once if lengths are estimated or not checked.
 
-    Raises UserError for a recipe, a template or a tokenizer folder that cannot be used.
+    Raises UserError for an unusable recipe, template or tokenizer folder.
     """
     resolve_length_flags(args)
     cutoff_len, model, template = args.cutoff_len, args.tokenizer, args.template
     if cutoff_len is None:
-        log.warning("lengths are not checked: %s is not here, or has no cutoff_len; give --cutoff_len or --train_recipe", args.train_recipe)
+        log.warning("lengths are not checked: %s does not exist or has no cutoff_len; give --cutoff_len or "
+                    "--train_recipe", args.train_recipe)
         return TrainingWindow()
     if cutoff_len < 1:
         raise UserError(f"cutoff_len {cutoff_len}: expected at least 1; give another --cutoff_len")
     tokenizer, why = load_tokenizer(model) if model else (None, f"{args.train_recipe} names no model")
     if tokenizer is not None and template is None:
-        tokenizer, why = None, f"there is no chat template of the name that {args.train_recipe} gives"
+        tokenizer, why = None, f"the chat template that {args.train_recipe} names does not exist"
     if tokenizer is None:
         log.warning(
-            "lengths are not counted but estimated, at %s characters a token, against cutoff_len %d: %s. Give --tokenizer the folder of "
-            "the model that will be trained, and --template, to count them", CHARACTERS_A_TOKEN, cutoff_len, why,
+            "lengths are estimated at %s characters per token for cutoff_len %d: %s. To count tokens, give "
+            "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_A_TOKEN, cutoff_len, why,
         )
         return TrainingWindow(cutoff_len)
     prompts = PromptTokenizer(tokenizer, read_template(template))
     if strange := strange_markers(prompts):
-        raise UserError(f"{template}: it marks turns with {', '.join(strange)}, which are no tokens of {model}; give --template or "
-                        "--train_recipe the one that this model is trained with")
-    log.info("cutoff_len %d, counted by the tokenizer of %s and %s", cutoff_len, model, template)
+        raise UserError(f"{template}: marks turns with {', '.join(strange)}, which are not tokens of {model}; give "
+                        "--template or --train_recipe the template of this model")
+    log.info("cutoff_len %d, counted with the tokenizer of %s and %s", cutoff_len, model, template)
     return TrainingWindow(cutoff_len, prompts)
 
 
 def load_tokenizer(model: str) -> tuple[object | None, str]:
-    """The tokenizer of a folder or of a hub name; None, and why, if it cannot be had. Raises UserError for a damaged folder."""
+    """Return the tokenizer of a folder or hub name, or None and the reason. Raises UserError for a damaged folder."""
     folder = Path(model)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return None, f"{model} holds no tokenizer"
+            return None, f"{model} contains no tokenizer"
     elif folder.exists() or folder.is_absolute() or model.startswith("."):
-        raise UserError(f"{model}: no such folder; give --tokenizer the folder of the model that will be trained")
+        raise UserError(f"{model}: no such folder; give --tokenizer the folder of the model to be trained")
     elif why := _unreachable(model):
         return None, why
     with loading(model, "a tokenizer"):
@@ -254,45 +276,47 @@ def load_tokenizer(model: str) -> tuple[object | None, str]:
         except OSError as error:
             if folder.is_dir():
                 raise
-            return None, f"the tokenizer of {model} cannot be had from the hub ({str(error).strip().splitlines()[0]})"
+            return None, f"the hub does not deliver the tokenizer of {model} ({str(error).strip().splitlines()[0]})"
 
 
 def _unreachable(name: str) -> str | None:
-    """Why a hub name cannot be looked up: asked once and quickly, since transformers asks for minutes."""
+    """Return why a hub name cannot be looked up, or None. One quick request; transformers would retry for minutes."""
     import huggingface_hub as hub
 
     try:
         cached = any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in TOKENIZER_FILES)
     except hub.errors.HFValidationError:
-        return f"{name} is neither a folder nor the name of a model"
+        return f"{name} is neither a folder nor a model name"
     if cached:
         return None
     if hub.constants.HF_HUB_OFFLINE:
-        return f"{name} is not a folder here, and no hub is asked (HF_HUB_OFFLINE)"
+        return f"{name} is not a local folder, and the hub is disabled (HF_HUB_OFFLINE)"
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
     try:
         urlopen(Request(hub.constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
     except HTTPError:
-        return None  # it answers
+        return None  # the hub answers
     except (OSError, ValueError) as error:
-        return f"{name} is not a folder here, and {hub.constants.ENDPOINT} cannot be reached ({error})"
+        return f"{name} is not a local folder, and {hub.constants.ENDPOINT} cannot be reached ({error})"
     return None
 
 
-# ---------------------------------------------------------------- the columns
+# ---------------------------------------------------------------- columns
 
 
 def check_columns(args: Namespace, output: str) -> None:
-    """Say which dataset_info.json entry trains a file, and warn of an entry that would lose a column of it.
+    """Log which dataset_info.json entry trains a file, and warn about entries that would ignore its system prompts.
 
-    LLaMA-Factory trains without a system prompt if `columns` does not map it, as published entries do not, and says nothing.
+    Without a mapping in `columns`, LLaMA-Factory silently trains without a system prompt. Published entries have no
+    such mapping.
     """
     path = recipe_path(args)
     folder = Path((read_recipe(path) if path else {}).get("dataset_dir", "recipes"))
     info_path = next((file for file in (folder / "dataset_info.json", HERE / folder / "dataset_info.json") if file.is_file()), None)
-    note = 'LLaMA-Factory trains the system prompt of these rows only if "columns" of the dataset_info.json entry has "system": "system"'
+    note = ('LLaMA-Factory uses the system prompts of this file only if "columns" of the dataset_info.json entry has '
+            '"system": "system"')
     if info_path is None:
         log.warning("%s: %s", output, note)
         return
@@ -307,4 +331,4 @@ def check_columns(args: Namespace, output: str) -> None:
     if not entries:
         log.warning("%s: no entry of %s names this file. %s", output, info_path, note)
     elif not lost:
-        log.info("%s: %s; %s in %s does", output, note, ", ".join(entries), info_path)
+        log.info("%s: %s; %s in %s has it", output, note, ", ".join(entries), info_path)

@@ -1,1 +1,1 @@
-"""Encoders and rerankers: checkpoints as their authors ship them, in batches, on a device."""
+"""Encoders and rerankers: load published checkpoints, batch the inputs, and run on a device."""

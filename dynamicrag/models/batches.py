@@ -1,4 +1,4 @@
-"""Batches of similar length under a token budget, so that little of the compute goes into padding."""
+"""Batches of similar length within a token budget, which keeps the share of padding small."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# For a tokenizer: masks and segments follow from the ids, and need not be returned.
+# Tokenizer options. Masks and segments are not requested where the ids alone determine them.
 IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 BATCH_TOKENS_HELP = "padded tokens in a batch (2048 on a CPU, 16384 on a GPU)"
 
 
 def default_batch_tokens(device: str) -> int:
-    """A CPU is busy with one long text, and wastes less on padding in small batches; a GPU needs more to be busy."""
+    """Return the padded tokens per batch. A CPU wastes less on padding in small batches; a GPU needs large ones."""
     return 2048 if device == "cpu" else 16384
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut positions 0..n-1 into batches of at most `budget` padded tokens (at least one sequence each).
 
-    Longest first: where memory does not suffice, it shows at the start. Equal lengths stay in order, so that the
-    batches depend on the lengths alone.
+    The longest sequences come first, so that a lack of memory shows at the start. Sequences of equal length keep their
+    order, so that the batches depend on the lengths only.
     """
     batches: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
@@ -35,16 +35,19 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def pad(sequences: list[list[int]], value: int, device: str, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists as a [batch, longest] tensor padded on the right (or the left), and its attention mask, on `device`."""
+    """Pad token lists on the right, or on the `left`.
+
+    Returns ids and attention mask, both [batch, longest], on `device`.
+    """
     import numpy as np
     import torch
 
-    lengths = np.array([len(sequence) for sequence in sequences])  # numpy: ten times as fast as tensors made of lists
+    lengths = np.array([len(sequence) for sequence in sequences])  # numpy is ten times as fast as tensors from lists
     places = np.arange(lengths.max())
     filled = (places[::-1] if left else places) < lengths[:, None]
     padded = np.full(filled.shape, value, dtype=np.int64)
     padded[filled] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
     ids, mask = torch.from_numpy(padded), torch.from_numpy(filled.astype(np.int64))
-    if device.startswith("cuda"):  # from pinned memory: such a copy does not wait for the batches before it
+    if device.startswith("cuda"):  # a copy from pinned memory does not wait for earlier batches
         return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask))
     return ids.to(device), mask.to(device)

@@ -1,8 +1,8 @@
-"""Chat templates: files that are programs, written by whoever made the model.
+"""Chat templates, which are programs written by the authors of a model.
 
-transformers renders them in Jinja's sandbox (ImmutableSandboxedEnvironment), which has no way to files, modules or the
-inside of objects. What a sandbox does not bound, time and memory, is bounded here, before a model is loaded: a template is
-rendered once in a process of its own, which is ended where it takes more.
+transformers renders them in Jinja's sandbox (ImmutableSandboxedEnvironment), which blocks access to files, modules and
+object internals. The sandbox does not limit time and memory. They are limited here: before a model is loaded, its
+template is rendered once in a separate process, which is killed when it exceeds the limits.
 """
 
 import resource
@@ -15,14 +15,15 @@ from dynamicrag.stage import UserError
 Messages = list[dict[str, str]]  # turns of a conversation, each with its role and content
 
 SECONDS = 10
-MEMORY = 1 << 30  # bytes beyond what this process has
+MEMORY = 1 << 30  # bytes in addition to the current size of this process
 MOST_SAID = 1000
 SAMPLE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which river is the longest?"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def read_template(path: str) -> str:
-    """A chat template's text. Raises UserError where it cannot be read, is not Jinja, or does not write a question."""
+    """Return the text of a chat template. Raises UserError if it cannot be read, is not Jinja, or omits the question.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -32,8 +33,11 @@ def read_template(path: str) -> str:
 
 
 def try_template(text: str, name: str, messages: Messages) -> None:
-    """Render a chat template within bounds. Raises UserError, with `name`, if it is not Jinja or does not write the last message."""
-    import transformers.utils.chat_template_utils  # noqa: F401 - here, so that the process does not load it again
+    """Render a chat template within limits.
+
+    Raises UserError, starting with `name`, if it is not Jinja or omits the last message.
+    """
+    import transformers.utils.chat_template_utils  # noqa: F401 - imported here, so that the child process inherits it
 
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -41,9 +45,12 @@ def try_template(text: str, name: str, messages: Messages) -> None:
     process.start()
     sender.close()
     try:
-        said = receiver.recv_bytes(MOST_SAID) if receiver.poll(SECONDS) else f": the chat template is not through after {SECONDS} s".encode()
+        if receiver.poll(SECONDS):
+            said = receiver.recv_bytes(MOST_SAID)
+        else:
+            said = f": the chat template takes more than {SECONDS} s; give another template".encode()
     except EOFError:
-        said = b": the chat template takes more memory than a prompt can"
+        said = b": the chat template takes more memory than allowed; give another template"
     finally:
         process.kill()
         process.join()
@@ -53,7 +60,7 @@ def try_template(text: str, name: str, messages: Messages) -> None:
 
 
 def _try(text: str, messages: Messages, sender: Connection) -> None:
-    """Send what is wrong with the template, beginning with its line where there is one; nothing where nothing is."""
+    """Send the error in the template, starting with its line if known; send nothing if the template is valid."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -67,13 +74,13 @@ def _try(text: str, messages: Messages, sender: Connection) -> None:
             wrong = f": the chat template does not write the {messages[-1]['role']}'s turn"
     except jinja2.TemplateSyntaxError as error:
         wrong = f":{error.lineno}: not a Jinja template: {error.message}"
-    except Exception as error:  # it is a program: it may raise whatever a program may
+    except Exception as error:  # a template is a program and may raise anything
         wrong = f": the chat template cannot be rendered: {type(error).__name__}: {error}"
-    sender.send_bytes(wrong.encode(errors="replace")[:MOST_SAID])  # bytes: nothing it says is unpickled
+    sender.send_bytes(wrong.encode(errors="replace")[:MOST_SAID])  # bytes, so that the receiver unpickles nothing
 
 
 def fixed_options(template: str, thinking: bool = False) -> dict[str, object]:
-    """What a template may ask for: the switch of reasoning, and the date that Llama 3.1's writes where it has no clock."""
+    """Return options that a template may use: the switch for reasoning, and a fixed date for Llama 3.1's template."""
     return {
         **({"enable_thinking": thinking} if "enable_thinking" in template else {}),
         **({"date_string": "26 Jul 2024"} if "date_string" in template else {}),

@@ -1,4 +1,4 @@
-"""Encoders and rerankers in folders that others made: loaded without running any code they bring, refused in one line."""
+"""Load encoders and rerankers from folders of third parties, without running any code from them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,17 @@ from pathlib import Path
 
 from dynamicrag.stage import UserError
 
-# transformers asks on the terminal whether code beside the weights may run, where it is not told; it is always told no.
+# Without this option, transformers asks on the terminal whether code from the checkpoint may run. The answer is always
+# no.
 NO_CODE = {"trust_remote_code": False}
 
 
 @contextmanager
 def loading(path: str, what: str) -> Iterator[None]:
-    """Say in one line why `path` cannot be loaded as `what`: in a damaged folder the libraries raise almost any exception."""
+    """Turn any error into a UserError that says why `path` cannot be loaded as `what`.
+
+    Damaged folders cause all kinds of errors.
+    """
     try:
         yield
     except UserError:
@@ -23,21 +27,21 @@ def loading(path: str, what: str) -> Iterator[None]:
 
 
 def load_weights(auto: type, path: str, **options: object) -> object:
-    """The model of an Auto class. Raises ValueError where the folder has no weights for a part of it: they would be noise."""
+    """Load the model of an Auto class. Raises ValueError if weights are missing, because they would be random."""
     model, found = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
     refuse_missing(found)
     return model
 
 
 def refuse_missing(found: dict) -> None:
-    """Raises ValueError where transformers' loading info names weights that a checkpoint does not have."""
+    """Raise ValueError if transformers' loading info lists weights that the checkpoint lacks."""
     missing = sorted(name for name in found["missing_keys"] if "pooler" not in name and not name.endswith("position_ids"))
     if missing:
         raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
 
 
 def load_tokenizer(path: str, model: object) -> object:
-    """The tokenizer of a model. Raises ValueError where it has tokens that the model has not."""
+    """Load the tokenizer of a model. Raises ValueError if it has more tokens than the model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
@@ -46,16 +50,16 @@ def load_tokenizer(path: str, model: object) -> object:
 
 
 def check_tokenizer(tokenizer: object, model: object) -> None:
-    """Raises ValueError where a tokenizer has tokens that the model has not."""
+    """Raise ValueError if a tokenizer has more tokens than its model."""
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {known}")
 
 
 def positions(model: object) -> int | None:
-    """How many tokens a model can read; None where its positions are relative.
+    """Return the maximum number of tokens that a model can read; None if its positions are relative.
 
-    Models of RoBERTa's kind count positions from the one after that of padding: XLM-R has 514, and reads 512 tokens.
+    Models like RoBERTa number positions after the padding index: XLM-R has 514 positions and reads 512 tokens.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit < 1:
@@ -66,7 +70,7 @@ def positions(model: object) -> int | None:
 
 
 def read_json(path: str, name: str) -> object | None:
-    """A JSON file of a checkpoint, or None where it has no such file."""
+    """Read a JSON file of a checkpoint; None if there is no such file. Raises UserError if it is not JSON."""
     import orjson
     from transformers.utils import cached_file
 

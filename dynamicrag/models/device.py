@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision."""
+"""The device that a model runs on, and its precision."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ _GPU = re.compile(r"\d+|(GPU|MIG)-.+")
 
 
 def device_flag(value: str) -> str:
-    """The value of a flag --device, as it is."""
+    """Check the value of a --device flag and return it. Raises ArgumentTypeError."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ArgumentTypeError(f"{value}: expected auto, cpu, cuda or cuda:N")
     return value
 
 
 def pick_device(name: str) -> str:
-    """The device to run on, logged once; `auto` is a GPU if there is one. Without one, `cuda` is the CPU, with a warning."""
+    """Return the device to run on, and log it once. `auto` is a GPU if there is one.
+
+    Without a GPU, `cuda` falls back to the CPU with a warning.
+    """
     import torch
 
     device = name
@@ -38,14 +41,14 @@ def pick_device(name: str) -> str:
         else:
             device = "cpu"
             if name != "auto":
-                log.warning("--device %s: there is no GPU here; running on the CPU", name)
+                log.warning("--device %s: no GPU is available; running on the CPU", name)
             warn_of_unused_gpus(f"torch {torch.__version__}")
     _say(device)
     return device
 
 
 def device_name(device: str) -> str:
-    """What a device is called in logs and manifests: `cpu`, or the GPU's product name."""
+    """Return the name of a device in logs and manifests: `cpu`, or the product name of the GPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
@@ -58,26 +61,29 @@ def _say(device: str) -> None:
 
 @cache
 def warn_of_unused_gpus(who: str) -> None:
-    """Warn if the machine lists GPUs that `who` cannot use: what runs on the CPU instead takes days, not minutes.
+    """Log a warning if the machine lists GPUs that `who` cannot use: work on the CPU takes days instead of minutes.
 
-    Raises UserError if CUDA_VISIBLE_DEVICES names a GPU twice, for which CUDA hides all of them.
+    Raises UserError if CUDA_VISIBLE_DEVICES names a GPU twice: CUDA then hides all GPUs.
     """
     refuse_gpus_named_twice()
     if unused := listed_gpus():
-        log.warning("%s sees none of the %d GPUs that nvidia-smi lists, and runs on the CPU: the driver is too old for its CUDA, or it "
-                    "is a CPU build; run bash scripts/setup.sh gpu, which says what is missing", who, unused)
+        log.warning("%s sees none of the %d GPUs that nvidia-smi lists and runs on the CPU; the driver is too old for "
+                    "its CUDA version, "
+                    "or this is a CPU build; run bash scripts/setup.sh gpu, which reports what is missing", who, unused)
 
 
 def refuse_gpus_named_twice() -> None:
-    """Raises UserError if CUDA_VISIBLE_DEVICES, up to its first entry that is no GPU, names one twice."""
+    """Raise UserError if CUDA_VISIBLE_DEVICES names a GPU twice. Entries after the first invalid one are ignored."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     named = list(takewhile(_GPU.fullmatch, (entry.strip() for entry in visible.split(","))))
     if twice := next((entry for entry in named if named.count(entry) > 1), None):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: names GPU {twice} twice, and CUDA then uses none; name each GPU once")
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: GPU {twice} is named twice, so CUDA uses none; name each "
+                        "GPU once")
 
 
 def listed_gpus() -> int:
-    """How many GPUs nvidia-smi lists; 0 without a driver, or if CUDA_VISIBLE_DEVICES hides all of them."""
+    """Return the number of GPUs that nvidia-smi lists; 0 without a driver or if CUDA_VISIBLE_DEVICES hides all of them.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0
     try:
@@ -88,14 +94,14 @@ def listed_gpus() -> int:
 
 
 def devices_of(device: str) -> tuple[str, ...]:
-    """All GPUs of the machine for `cuda`; otherwise the device itself."""
+    """Return all GPUs of the machine for `cuda`, otherwise the device itself."""
     import torch
 
     return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) if device == "cuda" else (device,)
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """float32 or bfloat16; `auto` is bfloat16 where the hardware multiplies in it (elsewhere it is emulated, slowly)."""
+    """Return the dtype. `auto` is bfloat16 if the hardware supports it (emulation is slow), otherwise float32."""
     import torch
 
     if name != "auto":
@@ -113,6 +119,6 @@ def _multiplies_bfloat16(device: str) -> bool:
 
 
 def place(device: str, dtype: str | None = None) -> dict[str, str]:
-    """What Output.record() notes of flags --device and --dtype: the device's name and, if a dtype is given, that which `auto` stands for."""
+    """Return what Output.record() stores: the device name and, for a --dtype flag, the resolved dtype."""
     picked = pick_device(device)
     return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}

@@ -1,8 +1,8 @@
-"""The dense encoder: a text as one vector.
+"""The dense encoder, which maps a text to one vector.
 
-A sentence-transformers folder is applied as it says, module by module, on batches of our own; a plain folder is pooled by
-the mean, as Contriever (Izacard et al., 2022, arXiv 2112.09118) is, unless a flag says otherwise. Reads a Hugging Face
-folder or name, or a training checkpoint of Contriever's (`checkpoint.pth`). Code in a checkpoint is never executed.
+A sentence-transformers folder is applied module by module, with batches formed here. A plain folder uses mean pooling,
+like Contriever (Izacard et al., 2022, arXiv 2112.09118), unless a flag gives another pooling. The model is a Hugging
+Face folder or name, or a Contriever training checkpoint (`checkpoint.pth`). Code in a checkpoint is never executed.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.pth"
 ENCODER = f"an encoder, or Contriever's {CHECKPOINT}"
-# Names of the query encoder's weights in Contriever's checkpoints: trained with a momentum queue, or in-batch.
+# Prefixes of the query encoder's weights in Contriever checkpoints, trained with a momentum queue or in-batch
+# negatives.
 CHECKPOINT_PREFIXES = ("encoder_q.", "encoder.")
-# More characters than this a token cannot come from a text that matters; a 1 MB text is cut before it is tokenised.
+# A text is cut to this many characters per token of the limit before it is tokenised, because texts of 1 MB occur.
 CHARACTERS_PER_TOKEN = 100
-# Tokens of a text that are read, where neither a flag nor the folder says how many.
+# Maximum tokens of a text if neither a flag nor the folder gives a limit.
 MAX_LENGTH = 512
-UNBOUNDED = 1_000_000  # a tokenizer without a limit says 1e30
+UNBOUNDED = 1_000_000  # a tokenizer without a limit reports 1e30
 
 
 class Encoder:
-    """Encodes texts of one role, queries or passages, into vectors of `hidden_size`.
+    """Encodes texts of one role (queries or passages) as vectors of `hidden_size`.
 
-    `settings` says how. `max_length` is the flag, else what a sentence-transformers folder says, else 512, and never more
-    than the model has positions for. `seen_tokens` and `padded_tokens` count what went through the model, without and
-    with padding.
+    `settings` holds pooling, prompt and normalisation. `max_length` comes from the flag, otherwise from the
+    sentence-transformers folder, otherwise it is 512; it never exceeds the positions of the model. `seen_tokens` and
+    `padded_tokens` count the tokens that were processed, without and with padding.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Encoder:
         self.settings, modules = encoder_settings(path, role, normalize, pooling, prompt)
         self.model, self.tokenizer, says = _load(path, modules, pick_dtype(dtype, self.device))
         self.model.to(self.device).eval()
-        # What follows the model computes in float32: it is little work, and scores are compared closely.
+        # The modules after the model run in float32: they are cheap, and small differences in scores matter.
         self.tail = [module.to(self.device).float().eval() for module in modules.tail]
         self.truncate_dim = modules.truncate_dim
         self.hidden_size = self.settings.width
@@ -68,33 +69,37 @@ class Encoder:
         self.seen_tokens = self.padded_tokens = 0
 
     def said(self) -> str:
-        """What is done with a text, on one line."""
+        """Describe on one line how a text is encoded."""
         return f"{self.settings.said()}, at most {self.max_length} tokens"
 
     def encode(
         self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """Encode texts, in batches of similar length of at most `batch_tokens` padded tokens (by default what suits the device).
+        """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the
+        device).
 
-        Returns float32 of shape [len(texts), hidden_size], in the order of the texts. `progress` is called with the
-        size of every batch.
+        Returns float32 [len(texts), hidden_size] in the order of the texts. `progress` is called with the size of every
+        batch.
         """
         return self.encode_tokens(self.tokenize(texts), batch_tokens, progress)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of the prompt and each text, cut to max_length. The tokenizer works on all cores, outside Python's global lock."""
+        """Return the tokens of prompt and text for each text, cut to max_length.
+
+        The tokenizer uses all cores and releases the GIL.
+        """
         cut = [self.settings.prompt + text[: self.max_length * CHARACTERS_PER_TOKEN] for text in texts]
         return self.tokenizer(cut, truncation=True, max_length=self.max_length, **IDS_ALONE)["input_ids"] if cut else []
 
     def encode_tokens(
         self, tokens: list[list[int]], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """encode() of texts that tokenize() has cut into tokens."""
+        """Encode texts that tokenize() has already split into tokens; otherwise like encode()."""
         import numpy as np
         import torch
 
         vectors = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
-        encoded = []  # fetched at the end: a GPU works on one batch while the next is padded
+        encoded = []  # fetched at the end, so that a GPU works on one batch while the next is padded
         with torch.inference_mode():
             for batch in length_batches(list(map(len, tokens)), batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([tokens[position] for position in batch], self.pad_id, self.device)
@@ -108,10 +113,10 @@ class Encoder:
         return vectors
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The model, then the modules after it, in float32: [batch, length] -> [batch, hidden_size].
+        """Run the model and the modules after it, in float32: [batch, length] -> [batch, hidden_size].
 
-        Texts are padded on the right, whatever the tokenizer prefers: Pooling finds the last token by the mask, and no
-        token of a causal model sees the padding after it.
+        Texts are always padded on the right: Pooling finds the last token by the mask, and in a causal model no token
+        attends to the padding after it.
         """
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": self.prompt_length}
@@ -125,7 +130,7 @@ class Encoder:
 def encoder_settings(
     path: str, role: str = PASSAGE, normalize: bool = False, pooling: str | None = None, prompt: str | None = None
 ) -> tuple[Settings, SentenceModules]:
-    """read_settings() of any encoder, also of a checkpoint of Contriever's training. Raises UserError for what is none."""
+    """Call read_settings() for any encoder, including a Contriever checkpoint. Raises UserError for anything else."""
     checkpoint = _checkpoint(path)
     with loading(path, ENCODER):
         if checkpoint is None:
@@ -135,7 +140,10 @@ def encoder_settings(
 
 
 def _prompt_length(tokenizer: object, prompt: str) -> int:
-    """Tokens of a prompt, without what the tokenizer puts after a text: what a Pooling with include_prompt = false leaves out."""
+    """Return the number of prompt tokens without a trailing special token.
+
+    Pooling with include_prompt = false skips these.
+    """
     if not prompt:
         return 0
     tokens = tokenizer(prompt, **IDS_ALONE)["input_ids"]
@@ -143,7 +151,7 @@ def _prompt_length(tokenizer: object, prompt: str) -> int:
 
 
 def _checkpoint(path: str) -> Path | None:
-    """The Contriever checkpoint at `path`, unless the folder has weights in a safer format too."""
+    """Return the Contriever checkpoint at `path`; None if there is none or the folder also has safetensors weights."""
     given = Path(path)
     if given.suffix == ".pth" and given.is_file():
         return given
@@ -152,12 +160,12 @@ def _checkpoint(path: str) -> Path | None:
 
 
 def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
-    """Model, tokenizer, and the tokens of a text that the folder says are read."""
+    """Return the model, the tokenizer, and the token limit that the folder gives (None: no limit)."""
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it would report the pooling layer of BERT, which no pooling here uses
+    logging.set_verbosity_error()  # suppresses reports about BERT's pooling layer, which is not used
     checkpoint = _checkpoint(path)
     with loading(path, ENCODER):
         if checkpoint is not None:
@@ -169,11 +177,12 @@ def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tup
 
 
 def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
-    """The Transformer module of a sentence-transformers folder, by that library: it knows each kind's encoder and tokenizer."""
+    """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it.
+    """
     from sentence_transformers.base.modules import Transformer
 
     class Checked(Transformer):
-        """Refuses a checkpoint without weights for a part of its model, which would be noise."""
+        """Raises ValueError for a checkpoint with missing weights, which would be random."""
 
         def _load_model(self, *args: object, **kwargs: object) -> PreTrainedModel:
             model, found = super()._load_model(*args, output_loading_info=True, **kwargs)
@@ -183,14 +192,17 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
     module = Checked.load(path, subfolder=folder, model_kwargs={"dtype": dtype}, **NO_CODE)
     text = module.modality_config.get("text", {})
     if (text.get("method"), text.get("method_output_name")) != ("forward", "last_hidden_state") or module.tokenizer is None:
-        raise UserError(f"{path}: its Transformer gives {text or 'nothing'} for a text; an encoder here gives the last hidden states")
+        raise UserError(f"{path}: its Transformer returns {text or 'nothing'} for a text; give an encoder that "
+                        "returns the last hidden states")
     check_tokenizer(module.tokenizer, module.model)
     says = module.max_seq_length
     return module.model, module.tokenizer, says if says and says < UNBOUNDED else None
 
 
 def _read_checkpoint(path: Path) -> tuple[str, dict]:
-    """A checkpoint of Contriever's training, {"model": weights, "opt": its arguments}: the base model they name, and the weights."""
+    """Read a Contriever training checkpoint, {"model": weights, "opt": arguments}. Returns the base model's name and
+    the weights.
+    """
     import pickle
 
     import torch
@@ -199,7 +211,7 @@ def _read_checkpoint(path: Path) -> tuple[str, dict]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, it holds more than weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: refused, as it contains more than weights: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with the weights under 'model'")
     beside = (path.parent / "config.json").is_file()
@@ -208,7 +220,7 @@ def _read_checkpoint(path: Path) -> tuple[str, dict]:
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
-    """The encoder of a checkpoint of Contriever's training."""
+    """Load the encoder and the tokenizer of a Contriever training checkpoint."""
     from transformers import AutoConfig, AutoModel
 
     base, weights = _read_checkpoint(path)

@@ -1,10 +1,10 @@
-"""What an encoder does with a text beside computing hidden states: prompt, pooling, normalisation. Its folder says it.
+"""Prompt, pooling and normalisation of an encoder, as given by its folder.
 
-A sentence-transformers folder (`modules.json`) lists modules: a Transformer, a Pooling (BGE and mxbai take the first
-token, E5 and GTE the mean, Qwen3-Embedding the last token), Dense layers, a Normalize. Its
-`config_sentence_transformers.json` has the prompts that its authors put before a query and before a passage. The library
-sentence-transformers loads these modules. A plain Hugging Face folder says nothing: it is pooled by the mean, unless a
-flag says otherwise; prompts may stand beside its weights too. Shards keep what was used, and a search with other settings is refused.
+A sentence-transformers folder (`modules.json`) lists modules: a Transformer, a Pooling (the first token for BGE and
+mxbai, the mean for E5 and GTE, the last token for Qwen3-Embedding), Dense layers, a Normalize. Its
+`config_sentence_transformers.json` contains the prompts for queries and passages. The library sentence-transformers
+loads these modules. A plain Hugging Face folder gives no pooling: the mean is used unless a flag gives another. It may
+contain prompts. The settings are stored with the shards, and a search with other settings is refused.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 POOLINGS = ("mean", "cls", "lasttoken")
 QUERY, PASSAGE = "query", "passage"
-# The names of prompts in config_sentence_transformers.json, in the order in which sentence-transformers looks for them.
+# Prompt names in config_sentence_transformers.json, in the order in which sentence-transformers looks for them.
 PROMPT_NAMES = {QUERY: ("query",), PASSAGE: ("document", "passage", "corpus")}
-# Modules that may follow the Transformer: each takes and gives one vector a text, or pools the token vectors to one.
+# Modules that may follow the Transformer. Each maps one vector per text to another, or pools the token vectors.
 TAIL_MODULES = {"Pooling", "Normalize", "Dense", "LayerNorm", "Dropout"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the vector of a text, beside the weights and the precision."""
+    """The settings that determine the vector of a text, apart from weights and precision."""
 
-    pooling: str  # mean, cls, lasttoken, max, ...; several that are concatenated are joined by "+"
+    pooling: str  # mean, cls, lasttoken, max, ...; concatenated poolings are joined by "+"
     layers: list[str]  # modules between pooling and normalisation, such as Dense
     normalize: bool
-    prompt: str  # what is put before each text of this role
+    prompt: str  # prefix of each text of this role
     width: int
 
     def said(self) -> str:
-        """The settings on one line, for people."""
+        """Describe the settings on one line."""
         pooling = {"cls": "first token", "lasttoken": "last token"}.get(self.pooling, self.pooling)
         prompt = f"prompt {self.prompt!r}" if self.prompt else "no prompt"
         return ", ".join([f"pooling {pooling}", *self.layers, "normalised" if self.normalize else "not normalised", prompt])
@@ -48,9 +48,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """The modules of a sentence-transformers folder: where its Transformer is, and what follows it, loaded."""
+    """The modules of a sentence-transformers folder: the path of its Transformer, and the loaded modules after it."""
 
-    transformer: str | None  # folder within the checkpoint, "" for the checkpoint itself; None: the folder is a plain one
+    transformer: str | None  # folder within the checkpoint, "" for the checkpoint itself; None for a plain folder
     tail: list[nn.Module]
     truncate_dim: int | None
 
@@ -59,10 +59,11 @@ def read_settings(
     path: str, role: str = PASSAGE, normalize: bool = False, pooling: str | None = None, prompt: str | None = None,
     plain: bool = False,
 ) -> tuple[Settings, SentenceModules]:
-    """The settings of the encoder at `path` (a folder or a hub name) for texts of a role, and the modules after its Transformer.
+    """Return the settings of an encoder for texts of a role, and the modules after its Transformer.
 
-    `prompt` takes the place of the folder's; `pooling` is for plain folders. `normalize` adds a normalisation where the
-    folder asks for none; `plain` says that the folder is a plain one, whatever is in it. Raises UserError where the flags contradict the folder, or it holds a module of another kind.
+    `path` is a folder or a hub name. `prompt` replaces the folder's prompt. `pooling` is for plain folders only.
+    `normalize` adds a normalisation if the folder has none. `plain` treats the folder as a plain one. Raises UserError
+    if the flags contradict the folder or the folder contains an unsupported module.
     """
     from sentence_transformers.base.modules import Normalize
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -80,18 +81,22 @@ def read_settings(
     poolings = [module for module in modules.tail if isinstance(module, Pooling)]
     names = [type(module).__name__ for module in modules.tail]
     if len(poolings) != 1 or names[0] != "Pooling":
-        raise UserError(f"{path}/modules.json: {names} after the Transformer; an encoder here has one Pooling, which comes first")
+        raise UserError(f"{path}/modules.json: {names} follow the Transformer; give an encoder with exactly one "
+                        "Pooling, which comes first")
     pooled = poolings[0].pooling_mode if isinstance(poolings[0].pooling_mode, str) else "+".join(poolings[0].pooling_mode)
     if pooling is not None and pooling != pooled:
-        raise UserError(f"--pooling {pooling}: {path}/modules.json asks for {pooled}; leave the flag out, it is for plain folders")
+        raise UserError(f"--pooling {pooling}: {path}/modules.json specifies {pooled}; omit the flag, which is for "
+                        "plain folders only")
     compared_by = config.get("similarity_fn_name")
     by_folder = listed is not None and (names[-1] == "Normalize" or compared_by == "cosine")
     if normalize and listed is not None and not by_folder:
-        log.warning("--normalize: %s has no Normalize module, and its vectors are compared by %s; they are normalised, as the flag says", path,
-                    compared_by or "a function that it does not name")
+        log.warning("--normalize: %s has no Normalize module, and its vectors are compared by %s; they are normalised "
+                    "because of the flag",
+                    path, compared_by or "an unnamed function")
     elif listed is not None and not by_folder and compared_by not in ("dot", "dot_score"):
-        log.warning("%s: has no Normalize module, and does not say how its vectors are compared; here they are compared by inner "
-                    "product: give --normalize to both stages if its authors use the cosine", path)
+        log.warning("%s: has no Normalize module and does not name its similarity function; the inner product is "
+                    "used; give --normalize "
+                    "to both stages if its authors use the cosine", path)
     for module in modules.tail:
         width = module.get_embedding_dimension() if hasattr(module, "get_embedding_dimension") else width
     width = min(width, modules.truncate_dim or width)
@@ -102,58 +107,62 @@ def read_settings(
 
 
 def _load_tail(path: str, listed: object, truncate_dim: int | None) -> SentenceModules:
-    """The modules that modules.json lists after the Transformer."""
+    """Load the modules that modules.json lists after the Transformer. Raises UserError for an unsupported module."""
     from sentence_transformers.util.misc import import_module_class
 
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise UserError(f"{path}/modules.json: expected a list of modules; this is no sentence-transformers folder")
+        raise UserError(f"{path}/modules.json: expected a list of modules; give a sentence-transformers folder")
     kinds = [(one.get("type"), one.get("path", "")) for one in listed]
     for place, (kind, folder) in enumerate(kinds):
         known = {"Transformer"} if place == 0 else TAIL_MODULES
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers.") or kind.rpartition(".")[2] not in known:
             raise UserError(f"{path}/modules.json: refused: module {place} is {kind!r}, and only {', '.join(sorted(known))} of "
-                            "sentence_transformers are loaded here; code that comes with a model is never run")
+                            "sentence_transformers are supported; code that comes with a model is never run")
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise UserError(f"{path}/modules.json: refused: the path of module {place} is {folder!r}, which is outside the model's folder")
+            raise UserError(f"{path}/modules.json: refused: the path of module {place} is {folder!r}, outside the "
+                            "model folder")
         activation = (read_json(path, f"{folder}/config.json") or {}).get("activation_function", "torch.") if place else "torch."
         if not str(activation).startswith("torch."):
-            raise UserError(f"{path}/{folder}/config.json: refused: its activation function is {activation!r}, which is not one of torch's")
+            raise UserError(f"{path}/{folder}/config.json: refused: the activation function {activation!r} is not one "
+                            "of torch's")
     tail = [import_module_class(kind, path, **NO_CODE).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
     return SentenceModules(kinds[0][1], tail, truncate_dim)
 
 
 def _read_config(path: str) -> dict:
-    """config_sentence_transformers.json: prompts, how vectors are compared, their width. {} where a folder has none."""
+    """Read config_sentence_transformers.json: prompts, similarity function, vector width. {} if the folder has none."""
     config = read_json(path, "config_sentence_transformers.json")
     config = {} if config is None else config
     if not isinstance(config, dict) or not isinstance(config.get("prompts") or {}, dict) or not isinstance(config.get("truncate_dim"), int | None):
-        raise UserError(f"{path}/config_sentence_transformers.json: expected an object with prompts by name, and a whole number as truncate_dim")
+        raise UserError(f"{path}/config_sentence_transformers.json: expected an object with prompts by name and an "
+                        "integer truncate_dim")
     return config
 
 
 def _prompt_of(path: str, config: dict, role: str) -> str:
-    """The prompt of a role; where none is for queries or for passages alone, the default prompt is for both."""
+    """Return the prompt of a role. If no prompt is specific to a role, the default prompt applies to both roles."""
     prompts = {name: prompt for name, prompt in (config.get("prompts") or {}).items() if prompt}
     named = {name for names in PROMPT_NAMES.values() for name in names}
     names = PROMPT_NAMES[role] if named & prompts.keys() else (config.get("default_prompt_name"),)
     prompt = next((prompts[name] for name in names if name in prompts), "")
     if not isinstance(prompt, str):
-        raise UserError(f"{path}/config_sentence_transformers.json: the prompt for each {role} is {prompt!r}, which is no text")
+        raise UserError(f"{path}/config_sentence_transformers.json: the prompt for each {role} is {prompt!r}; "
+                        "expected a string")
     return prompt
 
 
-# ---------------------------------------------------------------- what shards were made with
+# ---------------------------------------------------------------- settings stored with shards
 
 
 def record(settings: Settings, max_length: int) -> dict:
-    """What a shard's manifest keeps, as `summary`."""
+    """Return the `summary` that a shard's manifest stores."""
     return {"encoder": {**asdict(settings), "max_length": max_length}}
 
 
 def refuse_other_settings(shards: Iterable[Path], model: str, settings: Settings) -> None:
-    """Raises UserError, naming both, where shards were made with other settings than those their search would use.
+    """Raise UserError, naming both settings, if shards were made with other settings than the search would use.
 
-    Shards without a record, such as published ones, are accepted, with one line that says so.
+    Shards without stored settings, such as published ones, are accepted, which is logged once.
     """
     unknown, prompts = [], {}
     for shard in shards:
@@ -163,23 +172,27 @@ def refuse_other_settings(shards: Iterable[Path], model: str, settings: Settings
             continue
         prompts.setdefault(made["prompt"], shard)
         now = asdict(settings)
-        other = [f"{key} {made[key]!r} then, {now[key]!r} now" for key in ("pooling", "layers", "normalize") if made[key] != now[key]]
+        keys = [key for key in ("pooling", "layers", "normalize") if made[key] != now[key]]
+        other = [f"{key} {made[key]!r} before, {now[key]!r} now" for key in keys]
         if other:
-            raise UserError(f"{shard}: was embedded with other settings than {model} has here: {'; '.join(other)}; give the same flags to "
-                            "generate_passage_embeddings.py and retriever.py, or embed the corpus again")
+            raise UserError(f"{shard}: was embedded with other settings than those of {model}: {'; '.join(other)}; "
+                            "give the same flags "
+                            "to generate_passage_embeddings.py and retriever.py, or embed the corpus again")
     if len(prompts) > 1:
         (one, first), (two, second), *_ = prompts.items()
-        raise UserError(f"{second}: its passages were embedded after the prompt {two!r}, those of {first} after {one!r}; embed one of them again")
+        raise UserError(f"{second}: was embedded with the prompt {two!r}, but {first} with the prompt {one!r}; embed "
+                        "one of them again")
     if unknown:
-        log.info("%s%s: does not say how it was embedded; questions are encoded with %s", unknown[0],
+        log.info("%s%s: the settings of the embedding are not known; questions are encoded with %s", unknown[0],
                  f" and {len(unknown) - 1} more" if len(unknown) > 1 else "", settings.said())
     if any(prompts) and not settings.prompt:
-        log.warning("%s: its passages were embedded after the prompt %r, and %s has none for questions; give --query_prompt if its authors "
+        log.warning("%s: was embedded with the prompt %r, but %s has no prompt for questions; give --query_prompt if "
+                    "its authors "
                     "use one", prompts[next(filter(None, prompts))], next(filter(None, prompts)), model)
 
 
 def _recorded(shard: Path) -> dict | None:
-    """How a shard was embedded, or None where nothing says it. Shards older than the record were pooled by the mean."""
+    """Return the stored settings of a shard; None if there are none. Shards of earlier versions used mean pooling."""
     manifest = read_manifest(shard)
     if manifest is None:
         return None
@@ -188,5 +201,6 @@ def _recorded(shard: Path) -> dict | None:
         normalize = manifest["arguments"].get("normalize")
         return {"pooling": "mean", "layers": [], "normalize": normalize, "prompt": ""} if isinstance(normalize, bool) else None
     if not isinstance(made, dict) or not {"pooling", "layers", "normalize", "prompt"} <= made.keys() or not isinstance(made["prompt"], str):
-        raise UserError(f"{manifest_path(shard)}: does not say how the shard was embedded; embed this shard again with --overwrite")
+        raise UserError(f"{manifest_path(shard)}: lacks the settings of the embedding; embed this shard again with "
+                        "--overwrite")
     return made

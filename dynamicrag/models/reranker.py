@@ -1,8 +1,8 @@
-"""Pointwise rerankers: the probability that a document is relevant to a question.
+"""Pointwise rerankers, which compute the probability that a document is relevant to a question.
 
-MonoT5 (Nogueira et al., 2020, arXiv 2003.06713): a T5 reads `Query: q Document: d Relevant:` and the first token it
-would write is compared over `true` and `false`. CrossEncoder: a sequence classifier over the pair, the same outputs. A
-causal model that says yes or no is in dynamicrag/models/yes_no.py. Which of the three a checkpoint is, its configuration says.
+MonoT5 (Nogueira et al., 2020, arXiv 2003.06713): a T5 reads `Query: q Document: d Relevant:`; the score is P(true)
+against `false` for the first output token. CrossEncoder: a sequence classifier over the pair. Causal models that answer
+yes or no are in dynamicrag/models/yes_no.py. The configuration of a checkpoint determines which of the three it is.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 Pair = tuple[str, str]  # question, document: title and text
-Tokens = tuple[list[int], list[int]]  # ids of a pair, and their segments (empty: the model has none)
+Tokens = tuple[list[int], list[int]]  # token ids of a pair, and its segments (empty if the model has none)
 
-# A longer text is cut before it is tokenised: no tokenizer here makes one token of more characters than this.
+# A text is cut to this many characters per token of the limit before it is tokenised; no token is longer.
 CHARACTERS_PER_TOKEN = 100
 
 
 def document_text(doc: dict) -> str:
-    """How every reranker reads a document, in training and in use."""
+    """Return the text of a document that every reranker reads, in training and in use."""
     return f"{doc['title']} {doc['text']}".strip()
 
 
 class Pointwise:
-    """What all rerankers share: batches of similar length over many pairs."""
+    """Base class of all rerankers: scores many pairs in batches of similar length."""
 
     left = False  # whether batches are padded on the left
 
@@ -44,22 +44,22 @@ class Pointwise:
     def score(
         self, pairs: list[Pair], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """P(relevant) of each pair, float32 [len(pairs)] in [0, 1], in the order of the pairs.
+        """Return P(relevant) for each pair: float32 [len(pairs)] in [0, 1], in the order of the pairs.
 
-        `batch_tokens` bounds the padded tokens of a batch (by default what suits the device); `progress` is called with
-        the size of every one.
+        `batch_tokens` limits the padded tokens of a batch (default: depends on the device). `progress` is called with
+        the size of every batch.
         """
         return self.score_tokens(self.tokenize(pairs), batch_tokens, progress)
 
     def score_tokens(
         self, inputs: list[Tokens], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """score() of pairs that tokenize() has cut into tokens."""
+        """Score pairs that tokenize() has already split into tokens; otherwise like score()."""
         import numpy as np
         import torch
 
         scores = np.empty(len(inputs), dtype=np.float32)
-        scored = []  # fetched at the end: a GPU works on one batch while the next is padded
+        scored = []  # fetched at the end, so that a GPU works on one batch while the next is padded
         with torch.inference_mode():
             for batch in length_batches([len(tokens) for tokens, _ in inputs], batch_tokens or default_batch_tokens(self.device)):
                 ids, mask = pad([inputs[position][0] for position in batch], self.pad_id, self.device, self.left)
@@ -72,21 +72,21 @@ class Pointwise:
         return scores
 
     def said(self) -> str:
-        """What a score is, on one line."""
+        """Describe on one line how the score is computed."""
         raise NotImplementedError
 
     def _cut(self, text: str) -> str:
         return text[: self.max_length * CHARACTERS_PER_TOKEN]
 
     def _first_tokens(self, text: str, count: int) -> str:
-        """The part of a text that its first `count` tokens cover."""
+        """Return the part of a text that its first `count` tokens cover."""
         text = self._cut(text)
         kept = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
         return text[: kept[-1][1]] if kept else text
 
 
 class MonoT5(Pointwise):
-    """A sequence-to-sequence checkpoint, judged by its first token."""
+    """A sequence-to-sequence checkpoint, scored by its first output token."""
 
     def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
@@ -98,19 +98,22 @@ class MonoT5(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self._tokens(word)
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer writes {word!r} as the tokens {tokens}; monoT5 needs a T5 tokenizer, in which "
-                            "it is a single one")
+            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a monoT5 checkpoint, whose "
+                            "tokenizer has it as a single token")
         return tokens[0]
 
     def _tokens(self, text: str | list[str]) -> list:
         return self.tokenizer(text, add_special_tokens=False, **IDS_ALONE)["input_ids"]
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
-        """Tokens of each prompt. Only the document is cut (and a question beyond half the window): `Relevant:` stays."""
+        """Return the tokens of each prompt.
+
+        Only the document is cut, and a question beyond half the window; `Relevant:` stays.
+        """
         if not pairs:
             return []
         document, relevant = self._tokens("Document:"), [*self._tokens("Relevant:"), self.tokenizer.eos_token_id]
-        questions = list(dict.fromkeys(question for question, _ in pairs))  # each is asked of many documents
+        questions = list(dict.fromkeys(question for question, _ in pairs))  # each occurs with many documents
         starts = dict(zip(questions, self._tokens([f"Query: {self._cut(question)}" for question in questions]), strict=True))
         texts = self._tokens([self._cut(text) for _, text in pairs])
         inputs = []
@@ -121,17 +124,19 @@ class MonoT5(Pointwise):
         return inputs
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Softmax over the logits of true and false for the first token, in float32: [batch, length] -> [batch]."""
+        """Return P(true) by softmax over the first token's logits of true and false, in float32: [batch, length] ->
+        [batch].
+        """
         hidden = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         logits = self._first_token(hidden, mask).float() @ self.model.lm_head.weight[self.true_false].float().T
         return logits.softmax(dim=-1)[:, 0]
 
     def _first_token(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The decoder's output at its first position, for encoder states [batch, length, width]: [batch, width].
+        """Return the decoder output at its first position: encoder states [batch, length, width] -> [batch, width].
 
-        There is one query a document, so its keys and values need not be computed for every token: K h . q is
-        h . K'q, and a weighted sum of values is V of that sum of states. This spares two products a layer with every
-        encoder state, a seventh of the work of a T5-base. The one token attends to itself with weight 1.
+        There is one query per document, so keys and values need not be computed for every token: K h . q equals h .
+        K'q, and a weighted sum of values is V applied to the weighted sum of states. This saves two products with every
+        encoder state per layer, a seventh of the work of a T5-base. The single token attends to itself with weight 1.
         """
         decoder, config = self.model.decoder, self.model.config
         start = mask.new_full((len(hidden),), config.decoder_start_token_id)
@@ -154,13 +159,13 @@ class MonoT5(Pointwise):
 
 
 class CrossEncoder(Pointwise):
-    """A sequence classifier: one label (sigmoid) or two, the second being `relevant` (softmax)."""
+    """A sequence classifier with one label (sigmoid) or two labels, of which the second is `relevant` (softmax)."""
 
     def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
         if model.config.num_labels > 2:
-            raise UserError(f"the classifier has {model.config.num_labels} labels; a reranker has one or two")
-        if getattr(model.config, "pad_token_id", None) is None:  # a causal model's classifier finds the last token by it
+            raise UserError(f"the classifier has {model.config.num_labels} labels; give a reranker with one or two")
+        if getattr(model.config, "pad_token_id", None) is None:  # needed to find the last token of a causal model
             model.config.pad_token_id = self.pad_id
 
     def said(self) -> str:
@@ -168,7 +173,8 @@ class CrossEncoder(Pointwise):
         return f"a sequence classifier, {of}, at most {self.max_length} tokens"
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
-        """Tokens and segments of each pair. Only the document is cut (and a question beyond half the window)."""
+        """Return the tokens and segments of each pair. Only the document is cut, and a question beyond half the window.
+        """
         if not pairs:
             return []
         halves = {question: self._first_tokens(question, self.max_length // 2) for question in dict.fromkeys(question for question, _ in pairs)}
@@ -180,7 +186,7 @@ class CrossEncoder(Pointwise):
         return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Logits to [0, 1], in float32."""
+        """Map the logits to [0, 1], in float32: [batch, length] -> [batch]."""
         segments = {"token_type_ids": types} if "token_type_ids" in self.tokenizer.model_input_names else {}
         logits = self.model(input_ids=ids, attention_mask=mask, **segments).logits.float()
         return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=-1)[:, 1]
@@ -190,9 +196,9 @@ def load_reranker(
     path: str, device: str = "auto", dtype: str = "auto", max_length: int = 512, instruction: str | None = None,
     system_prompt: str | None = None,
 ) -> Pointwise:
-    """The reranker in a Hugging Face folder (or of a hub name), of the kind that its architecture says.
+    """Load the reranker from a Hugging Face folder or hub name. Its architecture determines the class.
 
-    `instruction` and `system_prompt` are for causal models. Raises UserError where it is none of the three kinds.
+    `instruction` and `system_prompt` are for causal models only. Raises UserError for any other kind of model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -212,13 +218,14 @@ def load_reranker(
         elif config.model_type in ("t5", "mt5"):
             kind, auto = MonoT5, AutoModelForSeq2SeqLM
         else:
-            raise UserError(f"{path}: {config.architectures} is no reranker; expected a monoT5, a sequence classifier or a causal model")
+            raise UserError(f"{path}: {config.architectures} is not a reranker; expected monoT5, a sequence "
+                            "classifier or a causal model")
         if kind is not YesNo and (instruction is not None or system_prompt is not None):
-            raise UserError(f"{path}: is a {kind.__name__}, which reads no --instruction and no --system_prompt; leave them out")
+            raise UserError(f"{path}: {kind.__name__} does not use --instruction and --system_prompt; omit them")
         model = load_weights(auto, path, dtype=pick_dtype(dtype, device))
         if kind is CrossEncoder:
             _warn_of_other_uses(path, config)
-        window = positions(model) or max_length  # a T5 has relative positions, no limit
+        window = positions(model) or max_length  # T5 has relative positions and no limit
         tokenizer, max_length = load_tokenizer(path, model), min(max_length, window)
     try:
         return kind(model, tokenizer, device, max_length, **options)
@@ -227,15 +234,16 @@ def load_reranker(
 
 
 def _warn_of_other_uses(path: str, config: object) -> None:
-    """Warn where sentence-transformers' CrossEncoder would compute another score: it may apply another function, or a prompt.
+    """Log a warning if sentence-transformers' CrossEncoder would compute another score, through a function or a prompt.
 
-    An Identity gives the logit itself, of which the sigmoid is the same order and a probability.
+    Identity gives the logit, whose sigmoid gives the same order as a probability.
     """
     shipped = read_json(path, "config_sentence_transformers.json") or {}
     within = getattr(config, "sentence_transformers", None) or {}
     function = within.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or shipped.get("activation_fn")
     if function and str(function).rpartition(".")[2] not in ("Sigmoid", "Identity"):
-        log.warning("%s: its authors apply %s to its logits, and rerank_score is their sigmoid or softmax", path, function)
+        log.warning("%s: its authors apply %s to its logits; here rerank_score is their sigmoid or softmax",
+                    path, function)
     prompt = (shipped.get("prompts") or {}).get(shipped.get("default_prompt_name"))
     if prompt:
-        log.warning("%s: its authors put the prompt %r before each pair, which is not done here", path, prompt)
+        log.warning("%s: its authors put the prompt %r before each pair, which is not supported here", path, prompt)

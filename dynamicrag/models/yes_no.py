@@ -1,9 +1,9 @@
-"""Causal models as pointwise rerankers: P(yes) of yes and no, as the one token after a prompt that asks about a document.
+"""Causal models as pointwise rerankers: P(yes) against no, for the token after a prompt about the document.
 
-This is the form of Qwen3-Reranker (2025, arXiv 2506.05176): a system turn that asks for yes or no, a user turn with
-`<Instruct>:`, `<Query>:` and `<Document>:`, an assistant turn without thinking. The checkpoint's own chat template writes
-the turns. A template that has the roles `query` and `document`, as sentence-transformers' CrossEncoder reads them, writes
-all of the prompt itself.
+This is the form of Qwen3-Reranker (2025, arXiv 2506.05176): a system turn that requests yes or no, a user turn with
+`<Instruct>:`, `<Query>:` and `<Document>:`, and an assistant turn without thinking. The chat template of the checkpoint
+writes the turns. A template with the roles `query` and `document`, as used by sentence-transformers' CrossEncoder,
+writes the whole prompt.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dynamicrag.stage import UserError
 if TYPE_CHECKING:
     import torch
 
-# Words of this project. Those that a model was trained with are on its authors' model card: give them by the flags.
+# Prompts of this project. A model card gives the prompts that a model was trained with; pass those through the flags.
 SYSTEM_PROMPT = 'Decide whether the document is what the instruction asks to find for the query. Reply with one word, "yes" or "no".'
 INSTRUCTION = "Find documents that contain what is needed to answer the query."
-# Stand for question and document while the template is rendered. They are of Unicode's private use.
+# Placeholders for question and document while the template is rendered, from Unicode's private use area.
 QUERY_MARK, DOCUMENT_MARK = "\ue0f0", "\ue0f1"
-# The least that question and document need of the window.
+# Minimum tokens of the window that must remain for question and document.
 LEAST_ROOM = 16
 
 
 class YesNo(Pointwise):
-    """A causal checkpoint with a chat template."""
+    """A causal checkpoint with a chat template, scored by its next token."""
 
-    left = True  # the last position is what is read; texts of a batch end together
+    left = True  # the last position is scored, so all texts of a batch must end there
 
     def __init__(
         self, model: object, tokenizer: object, device: str, max_length: int, path: str = "", instruction: str | None = None,
@@ -43,7 +43,8 @@ class YesNo(Pointwise):
         self.yes_no = _trained_tokens(path) or [self._one_token(word) for word in ("yes", "no")]
         rendered = self._render(path, instruction, system_prompt)
         if rendered.count(QUERY_MARK) != 1 or rendered.count(DOCUMENT_MARK) != 1 or rendered.index(QUERY_MARK) > rendered.index(DOCUMENT_MARK):
-            raise UserError("its chat template does not write the question and then the document, each once; it is no template of a reranker")
+            raise UserError("its chat template does not contain the question followed by the document, once each; "
+                            "give a reranker's template")
         self._divide(rendered)
         self.accepts = inspect.signature(self.model.forward).parameters.keys()
 
@@ -54,19 +55,21 @@ class YesNo(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self.tokenizer(word, add_special_tokens=False, **IDS_ALONE)["input_ids"]
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer writes {word!r} as the tokens {tokens}; a causal reranker needs it as a single one")
+            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a model that has it as a "
+                            "single token")
         return tokens[0]
 
     def _render(self, path: str, instruction: str | None, system_prompt: str | None) -> str:
-        """The prompt of a pair, with marks for question and document."""
+        """Return the prompt of a pair, with placeholders for question and document."""
         template = self.tokenizer.chat_template
         if not isinstance(template, str):
-            raise UserError("has no chat template; a causal reranker needs one, in which its authors wrote how it is asked")
+            raise UserError("has no chat template; give a causal reranker with the chat template of its authors")
         shipped = _shipped_prompt(path)
         instruction = instruction if instruction is not None else shipped
         if all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document")):
             if system_prompt is not None:
-                raise UserError("its chat template has the roles query and document, and writes its system turn itself; leave --system_prompt out")
+                raise UserError("its chat template has the roles query and document and writes the system turn "
+                                "itself; omit --system_prompt")
             messages = [{"role": "query", "content": QUERY_MARK}, {"role": "document", "content": DOCUMENT_MARK}]
             messages = [{"role": "system", "content": instruction}, *messages] if instruction is not None else messages
             self.prompt_said = f"prompt of its chat template, {f'instruction {instruction!r}' if instruction is not None else 'no instruction'}"
@@ -81,8 +84,8 @@ class YesNo(Pointwise):
     def _divide(self, rendered: str) -> None:
         """Cut the prompt at the special tokens around question and document.
 
-        What is between them is tokenised as one text, in which no special token is read, whoever wrote it: a document
-        cannot end its turn. Nor do the tokens at the cuts differ from those of the whole prompt.
+        The part between them is tokenised as one text, without special tokens, so that a document cannot end its turn.
+        The tokens at the cuts are the same as in the whole prompt.
         """
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         query, document = rendered.index(QUERY_MARK), rendered.index(DOCUMENT_MARK)
@@ -95,20 +98,23 @@ class YesNo(Pointwise):
         self.tail = self._tokens(after, split_special_tokens=True) + self._tokens(rendered[end:])
         self.room = self.max_length - len(self.head) - len(self.tail) - len(self._tokens(self.before_query + self.before_document))
         if self.room < LEAST_ROOM:
-            raise UserError(f"--max_length {self.max_length}: the prompt alone takes {self.max_length - self.room} tokens; give more")
+            raise UserError(f"--max_length {self.max_length}: the prompt alone takes {self.max_length - self.room} "
+                            "tokens; give a larger value")
 
     def _tokens(self, text: str | list[str], **options: object) -> list:
         return self.tokenizer(text, add_special_tokens=False, **IDS_ALONE, **options)["input_ids"] if text else []
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
-        """Tokens of each prompt. Only the document is cut (and a question beyond half the room): the end of the prompt stays."""
+        """Return the tokens of each prompt. Only the document is cut, and a question beyond half the room."""
         halves = {question: self._first_tokens(question, self.room // 2) for question in dict.fromkeys(question for question, _ in pairs)}
         texts = [f"{self.before_query}{halves[question]}{self.before_document}{self._cut(text)}" for question, text in pairs]
         most = self.max_length - len(self.head) - len(self.tail)
         return [(self.head + tokens[:most] + self.tail, []) for tokens in self._tokens(texts, split_special_tokens=True)]
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Softmax over the logits of yes and no at the last position, in float32: [batch, length] -> [batch]."""
+        """Return P(yes) by softmax over the logits of yes and no at the last position, in float32: [batch, length] ->
+        [batch].
+        """
         options = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": 1, "use_cache": False}
         options = {name: value for name, value in options.items() if name in self.accepts}
         logits = self.model(input_ids=ids, attention_mask=mask, **options).logits[:, -1, self.yes_no].float()
@@ -116,22 +122,25 @@ class YesNo(Pointwise):
 
 
 def _shipped_prompt(path: str) -> str | None:
-    """The prompt that config_sentence_transformers.json of a CrossEncoder names as its default, or for queries."""
+    """Return the default or query prompt in a CrossEncoder's config_sentence_transformers.json; None if there is none.
+    """
     config = read_json(path, "config_sentence_transformers.json") or {}
     prompts = config.get("prompts") or {}
     prompt = prompts.get(config.get("default_prompt_name") or "query")
     if prompt is not None and not isinstance(prompt, str):
-        raise UserError(f"config_sentence_transformers.json: its prompt is {prompt!r}, which is no text")
+        raise UserError(f"config_sentence_transformers.json: the prompt is {prompt!r}; expected a string")
     return prompt or None
 
 
 def _trained_tokens(path: str) -> list[int] | None:
-    """The two tokens that sentence-transformers' LogitScore compares, where a checkpoint has that module."""
+    """Return the two tokens that sentence-transformers' LogitScore compares; None if the checkpoint lacks that module.
+    """
     for module in read_json(path, "modules.json") or []:
         if str(module.get("type")).rpartition(".")[2] == "LogitScore":
             config = read_json(path, f"{module['path']}/config.json") or {}
             tokens = [config.get("true_token_id"), config.get("false_token_id")]
             if not all(type(token) is int for token in tokens):
-                raise UserError(f"{module['path']}/config.json: true_token_id and false_token_id are {tokens}; P(yes) needs both")
+                raise UserError(f"{module['path']}/config.json: true_token_id and false_token_id are {tokens}; "
+                                "expected two integers")
             return tokens
     return None

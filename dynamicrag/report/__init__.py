@@ -1,1 +1,1 @@
-"""The report: one HTML page of the tables, figures and cases of a results folder."""
+"""The report: an HTML page with the tables, figures and cases of a results folder."""

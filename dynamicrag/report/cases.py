@@ -1,4 +1,4 @@
-"""The questions of the case browser, as the page reads them: each document once an evaluation set, positions 1-based."""
+"""Data of the case browser. Each document is stored once per evaluation set; positions are 1-based."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,18 @@ from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.records import Row
 from dynamicrag.rows.tasks import task_of_row
 
-BINARY = ("em", "match", "accuracy")  # right or wrong; the others are shown as numbers
-RIGHT = 0.5  # from this score a graded answer counts as right in the filters
-DOCUMENTS_SHOWN = 20  # of hundreds; beyond them only those chosen, and the gold ones
+BINARY = ("em", "match", "accuracy")  # shown as right or wrong; other metrics are shown as numbers
+RIGHT = 0.5  # minimum score of an answer that the filters treat as right
+DOCUMENTS_SHOWN = 20  # further documents are shown only if they are chosen or gold
 
 
 def case_sets(systems: Sequence[System], most: int, metric: str | None) -> list[dict]:
-    """The cases of every evaluation set, at most `most` of each."""
+    """Return the cases of every evaluation set, at most `most` of each."""
     return [_case_set(name, members, most, metric) for name, members in by_evaluation_set(list(systems)).items()]
 
 
 def pick(scores: dict[str, float], most: int) -> list[str]:
-    """At most `most` ids: as many right as wrong ones where there are enough, evenly spread, in their own order."""
+    """Pick at most `most` ids, evenly spaced and in order; half of them right and half wrong if there are enough."""
     right = [row_id for row_id, score in scores.items() if score >= RIGHT]
     wrong = [row_id for row_id, score in scores.items() if score < RIGHT]
     of_right = min(len(right), max(most // 2, most - len(wrong)))
@@ -32,9 +32,10 @@ def _spread(values: list[str], count: int) -> list[str]:
 
 
 def _case_set(name: str, systems: list[System], most: int, metric: str | None) -> dict:
-    """One evaluation set: names of the systems, the documents, and the cases that refer to both by number."""
+    """Return one evaluation set: system names, documents, and cases that refer to both by number."""
     reference = max(range(len(systems)), key=lambda number: (systems[number].selector == "dynamic", number))
-    in_order = min(systems, key=lambda system: system.summary["unanswered"]).rows  # questions without an answer stand last in the others
+    # Elsewhere, unanswered questions come last
+    in_order = min(systems, key=lambda system: system.summary["unanswered"]).rows
     scores = systems[reference].scores
     picked = pick({row["id"]: scores[row["id"]] for row in in_order if row["id"] in scores}, most)
     wanted = set(picked)
@@ -52,7 +53,7 @@ def _case_set(name: str, systems: list[System], most: int, metric: str | None) -
 
 
 def _run(row: Row, system: System) -> list:
-    """What one system made of the question: answer, score, positions chosen, and why there is no answer."""
+    """Return one system's answer, score, chosen positions, error and number of documents shown for a question."""
     answered = isinstance(row.get("response"), str)
     score = system.scores.get(row.get("id", ""))
     return [

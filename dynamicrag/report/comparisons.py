@@ -1,4 +1,7 @@
-"""The sections that compare systems: generators, rerankers, fixed and dynamic k, and what is chosen. Captions say what is seen."""
+"""Sections that compare systems: generators, rerankers, fixed and dynamic k, and chosen documents.
+
+Captions state the findings.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from dynamicrag.rows.records import Row
 
 
 def kind_of(row: Row) -> str:
-    """What a question is grouped by: its kind, where rows have one, else its data set."""
+    """Return the group of a question: its kind if rows have one, otherwise its data set."""
     return str(row.get("kind") or row.get("dataset") or "other")
 
 
@@ -21,7 +24,9 @@ def overlap(one: System, other: System) -> bool:
 
 
 def findings(members: Sequence[System]) -> list[str]:
-    """What dynamic selection comes to beside the best fixed number of documents: a sentence a generator of one evaluation set."""
+    """Compare dynamic selection with the best fixed number of documents: one sentence per generator of an evaluation
+    set.
+    """
     sentences = []
     for generator, own in by_generator(members).items():
         dynamic = next((system for system in own if system.selector == "dynamic"), None)
@@ -29,7 +34,7 @@ def findings(members: Sequence[System]) -> list[str]:
         if dynamic and fixed:
             sentences.append(
                 f"On {members[0].evaluation_set}, {generator} with dynamic selection scores {dynamic.score:.1f} from "
-                f"{dynamic.documents:.2f} documents a question; its best fixed number, {fixed.label}, "
+                f"{dynamic.documents:.2f} documents per question; its best fixed selection, {fixed.label}, scores "
                 f"{fixed.score:.1f} from {fixed.documents:.2f}. The intervals "
                 f"{'overlap' if overlap(dynamic, fixed) else 'do not overlap'}."
             )
@@ -37,7 +42,9 @@ def findings(members: Sequence[System]) -> list[str]:
 
 
 def group_tables(systems: Sequence[System]) -> list[Table]:
-    """Score and mean documents by data set and by question kind, of the evaluation sets that have several."""
+    """Return tables of score and mean documents by data set and by question kind, for evaluation sets with several of
+    them.
+    """
     tables = []
     for name, members in by_evaluation_set(list(systems)).items():
         for what, summaries in (("data set", [one.summary for one in members]), ("question kind", [one.kinds for one in members])):
@@ -49,22 +56,23 @@ def group_tables(systems: Sequence[System]) -> list[Table]:
             shown = [[f"{cell['score']:.1f} ({cell['documents']:.1f})" if cell else "" for cell in line] for line in cells]
             rows = [[system.name, *line] for system, line in zip((one for one in members if one.kinds or what == "data set"), shown, strict=True)]
             header = ["system", *(f"{group or 'other'} ({sizes[group]})" for group in groups)]
-            tables.append(Table(f"{name} by {what}", header, rows, "score, and mean documents in brackets; questions in the heading"))
+            tables.append(Table(f"{name} by {what}", header, rows,
+                                "score, with mean documents in brackets; questions in the header"))
     return tables
 
 
 def generators(systems: Sequence[System], folder: Path) -> Section:
-    section = Section("generators", "Generators", "Every model with dynamic selection, on every data set.")
+    section = Section("generators", "Generators", "Each model with dynamic selection, on each data set.")
     found: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
     for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
         for system in members:
             for group, cell in system.summary["groups"].items():
                 found[name, group][system.name.replace(" · dynamic", "")] = cell
     if not found:
-        section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
+        section.missing = "no results with dynamic selection; run scripts/09_infer.sh."
         return section
     sets, data_sets = Counter(name for name, _ in found), Counter(group for _, group in found)
-    groups = {}  # a set of one data set is called by its own name, a data set in several sets by both
+    groups = {}  # a set with one data set gets its own name, a data set in several sets gets both names
     for (name, group), cells in found.items():
         label = name if sets[name] == 1 else group or "other"
         groups[label if sets[name] == 1 or data_sets[group] == 1 else f"{label} of {name}"] = cells
@@ -76,9 +84,10 @@ def generators(systems: Sequence[System], folder: Path) -> Section:
         best[ranked[0]] += cells[ranked[0]]["score"] > cells[ranked[1]]["score"]
     caption = "Score by data set, with 95 % intervals."
     if compared:
-        shares = " and ".join(f"{model} is highest on {count}" for model, count in best.most_common() if count) or "None is highest on any"
+        shares = " and ".join(f"{model} scores highest on {count}" for model, count in best.most_common() if count)
+        shares = shares or "No model scores highest on any"
         caption += f" {shares} of {len(groups)}; "
-        caption += f"on {apart} two intervals do not overlap." if apart else "the intervals overlap on all."
+        caption += f"two intervals do not overlap on {apart}." if apart else "the intervals overlap on all."
     groups = {f"{group}, n = {max(cell['n'] for cell in cells.values())}": cells for group, cells in groups.items()}
     bars = {group: ", ".join(f"{model} {cell['score']:.1f}" for model, cell in cells.items()) for group, cells in groups.items()}
     alt = "Grouped bars: " + "; ".join(f"{group}: {shown}" for group, shown in bars.items())
@@ -87,7 +96,7 @@ def generators(systems: Sequence[System], folder: Path) -> Section:
 
 
 def rerankers(systems: Sequence[System], folder: Path) -> Section:
-    section = Section("rerankers", "Rerankers", "The same model answers from the documents that different selectors choose.")
+    section = Section("rerankers", "Rerankers", "The same model answers from documents chosen by different selectors.")
     for name, members in by_evaluation_set(list(systems)).items():
         compared = [system for own in by_generator(members).values() if len(own) > 1 for system in own]
         if not compared:
@@ -96,22 +105,24 @@ def rerankers(systems: Sequence[System], folder: Path) -> Section:
         for generator, own in by_generator(compared).items():
             choosing = [system for system in own if not system.knows]
             best = max(choosing or own, key=lambda system: system.score)
-            sentences.append(f"With {generator}, {best.label} is highest ({best.score:.1f})")
+            sentences.append(f"With {generator}, {best.label} scores highest ({best.score:.1f})")
             if (dynamic := next((system for system in own if system.selector == "dynamic"), None)) and len(choosing) > 1:
                 within = sum(overlap(dynamic, other) for other in choosing if other is not dynamic)
-                sentences[-1] += f"; the interval of dynamic overlaps those of {within} of the {len(choosing) - 1} others"
+                sentences[-1] += f"; the interval of dynamic overlaps {within} of the {len(choosing) - 1} others"
             sentences[-1] += "."
         alt = "Bars: " + "; ".join(f"{system.name} {system.score:.1f}" for system in compared)
         section.pictures.append(picture(
             folder, f"rerankers_{slug(name)}", lambda width, shown=compared: figures.selector_bars(shown, width), alt, " ".join(sentences),
         ))
     if not section.pictures:
-        section.missing = "no model has results of several selectors; SELECTORS of the settings file and scripts/09_infer.sh make them."
+        section.missing = ("no model has results with several selectors; set SELECTORS in the settings file and run "
+                           "scripts/09_infer.sh.")
     return section
 
 
 def documents(systems: Sequence[System], folder: Path) -> Section:
-    section = Section("k", "Fixed k and dynamic k", "No document, the first K, and all that are shown, against a number chosen for each question.")
+    text = "No document, the first K, or all documents, compared with a number chosen per question."
+    section = Section("k", "Fixed k and dynamic k", text)
     for name, members in by_evaluation_set(list(systems)).items():
         shown = [system for own in by_generator(members).values() if sum(one.fixed for one in own) > 1
                  for system in own if system.fixed or system.selector == "dynamic"]
@@ -121,18 +132,20 @@ def documents(systems: Sequence[System], folder: Path) -> Section:
             f"{one.generator} dynamic: {one.score:.1f} at k = {one.documents:.2f}, {one.said('prompt_tokens')}"
             for one in shown if one.selector == "dynamic"
         ]
-        caption = f"{name}: score with 95 % intervals, and prompt tokens, against k."
+        caption = f"{name}: score with 95 % intervals, and prompt tokens, by k."
         if points:
-            caption += f" {'; '.join(points)} (the call that chooses reads all documents shown, and is counted)."
+            caption += f" {'; '.join(points)} (including the selection call, which reads all documents shown)."
         alt = "Curves: " + "; ".join(f"{one.name} k {one.documents:.2f}, score {one.score:.1f}" for one in shown)
         section.pictures.append(picture(folder, f"k_{slug(name)}", lambda width, shown=shown: figures.k_curves(shown, width), alt, caption))
     if not section.pictures:
-        section.missing = "no model has results of two fixed numbers of documents; SELECTORS of the settings file and scripts/09_infer.sh make them."
+        section.missing = ("no model has results with two fixed numbers of documents; set SELECTORS in the settings "
+                           "file and run scripts/09_infer.sh.")
     return section
 
 
 def chosen(systems: Sequence[System], folder: Path) -> Section:
-    section = Section("chosen", "Documents chosen", "Share of the questions of each kind, in per cent, that get k documents.")
+    text = "Share of the questions of each kind, in percent, with k documents."
+    section = Section("chosen", "Documents chosen", text)
     for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
         needed: dict[str, Counter] = defaultdict(Counter)
         groups: dict[str, dict[str, Counter]] = {}
@@ -155,19 +168,20 @@ def chosen(systems: Sequence[System], folder: Path) -> Section:
             k, most = sum(counted.values(), Counter()).most_common(1)[0]
             sentences.append(f"{system.name} chooses {k} for {100 * most / len(answered):.0f} % of the questions")
             if same := [len(row["id_list"]) == row["needed"] for row in answered if row["needed"] is not None]:
-                sentences[-1] += f", as many as are needed for {100 * sum(same) / len(same):.0f} %"
+                sentences[-1] += f", and as many as needed for {100 * sum(same) / len(same):.0f} %"
         if sentences:
             alt = "Shares by kind and k. " + "; ".join(sentences)
             caption = f"{name}: {'; '.join(sentences)}."
             section.pictures.append(picture(folder, f"chosen_{slug(name)}", lambda width, shown=groups: figures.k_heat(shown, width), alt, caption))
     section.tables = selection_tables(systems)
     if not section.pictures:
-        section.missing = "no results with dynamic selection; scripts/09_infer.sh makes them."
+        section.missing = "no results with dynamic selection; run scripts/09_infer.sh."
     return section
 
 
 def selection_tables(systems: Sequence[System]) -> list[Table]:
-    """How well documents were chosen, where the gold ones are known: evaluate.py's figures, a line a rule and a line a model that chose."""
+    """Return evaluate.py's selection metrics if gold documents are known: one line per rule and per model that selects.
+    """
     columns = {"precision": 1, "recall": 1, "f1": 1, "exact": 1, "needed_k": 2, "chosen_k": 2}
     tables = []
     for name, members in by_evaluation_set(list(systems)).items():
@@ -179,5 +193,6 @@ def selection_tables(systems: Sequence[System]) -> list[Table]:
         if rows:
             header = ["chosen by", "precision", "recall", "F1", "exact", "needed k", "chosen k"]
             lines = [[chooser, *shown] for chooser, shown in rows.items()]
-            tables.append(Table(f"{name}: chosen against gold documents", header, lines, "per cent; exact: those needed and no other"))
+            note = "in percent; exact: exactly the needed documents"
+            tables.append(Table(f"{name}: chosen against gold documents", header, lines, note))
     return tables

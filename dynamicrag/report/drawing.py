@@ -1,7 +1,7 @@
-"""How every figure of the report looks, and how one becomes inline SVG and a PNG file.
+"""The style of all figures, and their conversion to inline SVG and PNG.
 
-Lengths are CSS pixels. Each figure is drawn twice, for a desktop and for a phone, so that its letters are of readable size
-on both. Colours of text and rules are those of the page, which a dark one changes.
+Lengths are CSS pixels. Each figure is drawn for a desktop and for a phone, so that its text is readable on both. Text
+and rules use the colours of the page, which change in dark mode.
 """
 
 import html
@@ -37,7 +37,7 @@ LINE_COLOURS = ("#1f8583", "#b0508c", "#b98a1f", "#5b67c0", "#6f8f3a", "#8a6a58"
 
 @dataclass
 class Picture:
-    """A figure of the page: wide and narrow are SVG, caption and alt plain text."""
+    """A figure of the page: `wide` and `narrow` are SVG; `caption` and `alt` are plain text."""
 
     name: str
     alt: str
@@ -47,7 +47,7 @@ class Picture:
 
 
 def picture(folder: Path, name: str, draw: Callable[[int], Figure], alt: str, caption: str) -> Picture:
-    """Draw a figure at both widths, and write it as folder/name.png at twice the resolution."""
+    """Draw a figure at both widths, and write it to folder/name.png at twice the resolution."""
     drawn = {}
     with rc_context(STYLE):
         for size, width in (("wide", WIDE), ("narrow", NARROW)):
@@ -59,7 +59,7 @@ def picture(folder: Path, name: str, draw: Callable[[int], Figure], alt: str, ca
 
 
 def _inline(figure: Figure, prefix: str, alt: str) -> str:
-    """The figure as an SVG element; its ids are its own, and its colours those of the page."""
+    """Return the figure as an SVG element with unique ids and the colours of the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
@@ -71,7 +71,7 @@ def _inline(figure: Figure, prefix: str, alt: str) -> str:
 
 
 def panels(count: int, width: int, height: int, columns: int, **share: bool) -> tuple[Figure, list[Axes]]:
-    """`count` axes of `height`, in up to `columns` columns on a desktop and one on a phone."""
+    """Create `count` axes of `height`, in up to `columns` columns on a desktop and one column on a phone."""
     columns = min(count, columns) if width > NARROW else 1
     lines = -(-count // columns)
     figure = Figure(figsize=(width / 72, lines * height / 72), layout="constrained")
@@ -83,13 +83,13 @@ def panels(count: int, width: int, height: int, columns: int, **share: bool) -> 
 
 
 def short(label: str, width: int) -> str:
-    """A label that leaves room for what it labels; a longer one loses its middle."""
+    """Shorten a long label by cutting out its middle."""
     most = 42 if width > NARROW else 28
     return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[len(label) - most // 2 :]}"
 
 
 def interval_bars(axes: Axes, labels: Sequence[str], cells: Sequence[dict], colours: Sequence[str]) -> None:
-    """Horizontal bars from 0, the first on top, with their 95 % intervals and their values at the ends."""
+    """Draw horizontal bars from 0, first on top, with 95 % intervals and values at the ends."""
     places = range(len(labels))
     axes.barh(places, [cell["score"] for cell in cells], height=0.62, color=colours)
     for place, cell in zip(places, cells, strict=True):
@@ -103,7 +103,7 @@ def interval_bars(axes: Axes, labels: Sequence[str], cells: Sequence[dict], colo
 
 
 def key(figure: Figure, entries: Sequence[tuple[str, dict]]) -> None:
-    """A legend above the panels: labels, and how each one's mark looks."""
+    """Add a legend above the panels, from labels and marker styles."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=label, **{"linestyle": "none", "marker": "s", "markersize": 8, **look}) for label, look in entries]

@@ -1,4 +1,4 @@
-"""The figures of answers: who scores how much from which documents, and at what cost. Each takes its width in CSS pixels."""
+"""Figures of answers: scores by system and by documents, and costs. `width` is in CSS pixels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ METRICS = {
     "em": "exact match", "match": "match", "accuracy": "accuracy", "f1": "token F1", "rouge": "ROUGE-L",
     "rouge_lsum": "ROUGE-Lsum", "str_em": "STR-EM",
 }
-K_BINS = [*((k, k) for k in range(6)), (6, 8), (9, 11), (12, 14), (15, 10**6)]  # where k goes beyond 8
+K_BINS = [*((k, k) for k in range(6)), (6, 8), (9, 11), (12, 14), (15, 10**6)]  # used if k exceeds 8
 
 
 def score_label(systems: Sequence[System]) -> str:
-    """The axis of scores: the metric, where it is one for all."""
+    """Return the label of the score axis: the metric, if all systems have the same."""
     metrics = {system.summary["metric"] for system in systems}
     return f"{METRICS.get(metrics.pop(), 'score') if len(metrics) == 1 else 'score'}, 0 to 100"
 
 
 def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:
-    """Groups of bars, a group a data set and a bar a generator: {data set: {generator: cell of evaluate.py}}."""
+    """Draw one group of bars per data set and one bar per generator: {data set: {generator: cell of evaluate.py}}."""
     generators = list(dict.fromkeys(name for cells in groups.values() for name in cells))
     colours = dict(zip(generators, LINE_COLOURS * len(generators), strict=False))
     bars = [(group, name, cells[name]) for group, cells in groups.items() for name in generators if name in cells]
@@ -51,7 +51,7 @@ def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:
 
 
 def selector_bars(systems: Sequence[System], width: int) -> Figure:
-    """Bars of every selector, a panel a generator."""
+    """Draw bars of every selector, in one panel per generator."""
     generators = by_generator(systems)
     tallest = max(map(len, generators.values()))
     figure, axes = panels(len(generators), width, 70 + 27 * tallest, 2)
@@ -66,7 +66,7 @@ def selector_bars(systems: Sequence[System], width: int) -> Figure:
 
 
 def k_curves(systems: Sequence[System], width: int) -> Figure:
-    """Score, and prompt tokens, against the documents answered from: lines of fixed k, and the dynamic selector's point."""
+    """Plot score and prompt tokens against the documents used: lines for fixed k, a point for the dynamic selector."""
     figure, (scores, tokens) = panels(2, width, 290, 2)
     colours = {}
     for number, (generator, members) in enumerate(by_generator(systems).items()):
@@ -80,11 +80,11 @@ def k_curves(systems: Sequence[System], width: int) -> Figure:
             k = [system.documents for system in chosen]
             score = [system.score for system in chosen]
             bounds = [[abs(system.summary[side] - system.score) for system in chosen] for side in ("low", "high")]
-            shift = 0.012 * max(system.documents for system in systems) * number  # intervals beside each other
+            shift = 0.012 * max(system.documents for system in systems) * number  # draws intervals next to each other
             scores.errorbar([value + shift for value in k], score, yerr=bounds, elinewidth=1, **look)
             tokens.plot(k, [system.prompt_tokens for system in chosen], **look)
-    for axes, label in ((scores, score_label(systems)), (tokens, "prompt tokens a question")):
-        axes.set_xlabel("documents answered from, mean k")
+    for axes, label in ((scores, score_label(systems)), (tokens, "prompt tokens per question")):
+        axes.set_xlabel("documents used, mean k")
         axes.set_title(label)
         axes.set_ylim(0, None)
     marks = [("fixed k", {"marker": "o", "linestyle": "-", "color": MUTED}), ("dynamic", {"marker": "D", "color": MUTED})]
@@ -93,7 +93,7 @@ def k_curves(systems: Sequence[System], width: int) -> Figure:
 
 
 def k_heat(groups: dict[str, dict[str, Counter]], width: int) -> Figure:
-    """Share of the questions of each kind (a line) that get k documents (a column): {panel: {kind: Counter of k}}."""
+    """Draw the share of questions of each kind (lines) with k documents (columns): {panel: {kind: Counter of k}}."""
     largest = max(k for kinds in groups.values() for counts in kinds.values() for k in counts)
     bins = [(k, k) for k in range(largest + 1)] if largest <= 8 else [edges for edges in K_BINS if edges[0] <= largest]
     names = [str(low) if low == high else f"{low}+" if high > 10**5 else f"{low}–{high}" for low, high in bins]
@@ -118,14 +118,17 @@ def k_heat(groups: dict[str, dict[str, Counter]], width: int) -> Figure:
 
 
 def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System], width: int) -> Figure:
-    """Score, calls and prompt tokens against N, a line a series; `single` is one window of the model of a series, by its name."""
+    """Plot score, calls and prompt tokens against N, one line per series.
+
+    `single` maps a series to its single-window system.
+    """
     figure, axes = panels(3, width, 270, 3)
     colours = dict(zip(series, LINE_COLOURS * len(series), strict=False))
     points = [(name, members, {"marker": "o"}) for name, members in series.items()]
     points += [(name, [system], {"marker": "D", "linestyle": "none", "markersize": 7}) for name, system in single.items()]
     largest = max(system.shown for _, members, _ in points for system in members)
     for name, members, look in points:
-        shift = 0.015 * largest * list(series).index(name)  # intervals beside each other
+        shift = 0.015 * largest * list(series).index(name)  # draws intervals next to each other
         n = [system.shown + shift for system in members]
         bounds = [[abs(system.summary[side] - system.score) for system in members] for side in ("low", "high")]
         axes[0].errorbar(n, [system.score for system in members], yerr=bounds, color=colours[name], elinewidth=1, **look)
@@ -134,7 +137,8 @@ def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System],
     for name, system in single.items():
         axes[0].axhline(system.score, color=colours[name], linewidth=0.9, linestyle=(0, (2, 3)))
     every = [system for members in series.values() for system in members]
-    for panel, title in zip(axes, (score_label(every), "calls a question", "prompt tokens a question"), strict=True):
+    for panel, title in zip(axes, (score_label(every), "calls per question",
+                                   "prompt tokens per question"), strict=True):
         panel.set_title(title)
         panel.set(xlabel="N, documents read", xticks=sorted({system.shown for _, members, _ in points for system in members}))
         panel.set_ylim(0, None)
@@ -144,12 +148,12 @@ def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System],
 
 
 def cost_bars(systems: Sequence[System], width: int) -> Figure:
-    """Calls, tokens and speed of every system of one evaluation set."""
+    """Draw calls, tokens and speed of every system of one evaluation set."""
     costs = {
         "calls": [system.calls for system in systems],
         "prompt tokens": [system.prompt_tokens for system in systems],
         "generated tokens": [system.generated_tokens for system in systems],
-        "questions a second": [system.speed for system in systems],
+        "questions per second": [system.speed for system in systems],
     }
     figure, axes = panels(len(costs), width, 56 + 23 * len(systems), len(costs))
     for number, (panel, (title, values)) in enumerate(zip(axes, costs.items(), strict=True)):
@@ -166,7 +170,7 @@ def cost_bars(systems: Sequence[System], width: int) -> Figure:
 
 
 def line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: object) -> None:
-    """A curve with its points; where they are too many to be told apart it is thin, beside a running mean."""
+    """Draw a curve with its points. A curve of more than 40 points is thin, with a running mean."""
     if len(x) <= 40:
         axes.plot(x, y, marker="o", **{"markersize": 3.5, **look})
         return

@@ -1,11 +1,11 @@
-"""The figure gallery of a paper, made from one's own results: one HTML file that needs no network, and its figures as PNG.
+"""Create a report of a results folder: one HTML file that works offline, with its figures as PNG files.
 
-Results are the files in RESULTS_DIR that have a manifest of inference.py or top_inference.py; the training curves are those
-of the models in the folder above it. A section whose data is missing says in a line which script makes it.
+Results are the files in RESULTS_DIR that have a manifest of inference.py or top_inference.py. Training curves are those
+of the models in the parent folder. If data for a section is missing, one line names the script that creates it.
 
 Reads    RESULTS_DIR/*.json, *.jsonl             answered rows, their remain files and manifests
-         RESULTS_DIR/../DynamicRAG_*/            the trainer's logs; and rounds/ of scripts/iterate.sh
-Writes   RESULTS_DIR/report/index.html           tables, figures, and every case to browse
+         RESULTS_DIR/../DynamicRAG_*/            logs of the trainer; also rounds/ of scripts/iterate.sh
+Writes   RESULTS_DIR/report/index.html           tables, figures and a browser of all cases
          RESULTS_DIR/report/*.png                the figures
 
     python -m dynamicrag.report runs/demo_default/results
@@ -37,14 +37,14 @@ def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("results_dir", help="folder of results files")
     parser.add_argument("--output_dir", help="folder of the report (default: RESULTS_DIR/report)")
-    parser.add_argument("--cases", type=int, default=200, help="questions of each evaluation set in the case browser")
-    parser.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
+    parser.add_argument("--cases", type=int, default=200, help="questions per evaluation set in the case browser")
+    parser.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: that of each data set)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap")
     return parser.parse_args(argv)
 
 
 def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
-    """The lines of the result table, by evaluation set: evaluate.py's figures, and who is best."""
+    """Return the lines of the result table by evaluation set: evaluate.py's numbers, and which system is best."""
     lines = {}
     for name, members in by_evaluation_set(list(systems)).items():
         best = max((system.score for system in members if not system.knows), default=None)
@@ -59,8 +59,9 @@ def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
 
 
 def published(systems: Sequence[System]) -> Section:
-    """Published numbers of the data sets in the report, beside this run's dynamic selection; without a table where there are none."""
-    section = Section("published", "Published numbers", "Published, other models and data: for orientation, not for comparison.")
+    """Return published numbers next to this run's dynamic selection, without a table if no data set has any."""
+    section = Section("published", "Published numbers",
+                                   "Published results with other models and data: for orientation, not for comparison.")
     rows = []
     for entry in orjson.loads((HERE / "published.json").read_bytes()):
         own = []
@@ -76,7 +77,8 @@ def published(systems: Sequence[System]) -> Section:
 
 
 def render(**values: object) -> str:
-    """The page. Everything from the results is escaped: as HTML by the template, as JSON in the script element it is read from."""
+    """Render the page. The template escapes all values from the results as HTML, or as JSON inside the script element.
+    """
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     own = {name: Markup((HERE / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
@@ -87,9 +89,10 @@ def main(argv=None):
     args = parse_args(argv)
     results = Path(args.results_dir)
     if not results.is_dir():
-        raise UserError(f"{results}: no such folder; give the folder that scripts/09_infer.sh wrote, runs/demo_default/results say")
+        raise UserError(f"{results}: no such folder; give the folder written by scripts/09_infer.sh, such as "
+                        "runs/demo_default/results")
     if args.cases < 0:
-        raise UserError("--cases: 0 or more")
+        raise UserError(f"--cases: expected at least 0, found {args.cases}")
     folder = Path(args.output_dir or results / "report")
     systems = read_systems(results, args.metric, args.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The systems of a results folder. What a system is says the manifest of its results file, never its name."""
+"""Read the systems of a results folder. The manifest of a results file identifies its system; the file name does not.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,14 +14,14 @@ from dynamicrag.rows.records import Row
 from dynamicrag.stage import UserError, log
 
 STAGES = {"sft": 0, "dpo": 1, "best": 2}
-# What the case browser alone needs, and reads itself.
+# Keys that only the case browser needs; it reads them itself.
 HEAVY_KEYS = {"docs", "candidates", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"}
 
 
 def read_systems(folder: Path, metric: str | None, seed: int) -> list[System]:
-    """Every system of a results folder: by evaluation set, then model, then selector.
+    """Return every system of a results folder, by evaluation set, then model, then selector.
 
-    A results file without any gold answer is left out. Raises UserError where no other is there, or where a results file
+    A results file without any gold answer is left out. Raises UserError if no other file remains, or if a results file
     or its remain file cannot be read.
     """
     manifests, others = {}, []
@@ -33,7 +34,7 @@ def read_systems(folder: Path, metric: str | None, seed: int) -> list[System]:
         elif {"selector", "max_context_window"} & manifest["arguments"].keys() and Path(manifest["outputs"][0]).name == path.name:
             manifests[path] = manifest
     if others:
-        log.info("left out, without the manifest of a stage: %s", ", ".join(others))
+        log.info("left out, because they have no manifest of a stage: %s", ", ".join(others))
     sets = _evaluation_sets(manifests)
     models = {str(value) for manifest in manifests.values() for value in _models(manifest["arguments"])}
     names = short_names(models)
@@ -42,7 +43,8 @@ def read_systems(folder: Path, metric: str | None, seed: int) -> list[System]:
         if (system := _read_system(path, manifest, sets[path], names, metric, seed)) is not None
     ]
     if not systems:
-        raise UserError(f"{folder}: holds no results of inference.py that can be scored; make them with: bash scripts/09_infer.sh")
+        raise UserError(f"{folder}: contains no results of inference.py that can be scored; create them with bash "
+                        "scripts/09_infer.sh")
     _tell_apart(systems)
     places = {name: place for place, name in enumerate(dict.fromkeys(sets.values()))}
     stages = {system.generator: STAGES.get(Path(system.arguments["llm_model"]).name, len(STAGES)) for system in systems}
@@ -69,7 +71,7 @@ def _read_system(
     try:
         summary, scores = summarise(read(), metric, "dataset", seed, str(path))
     except UserError as error:
-        if not whole:  # it cannot be read
+        if not whole:  # the file cannot be read
             raise
         log.warning("left out: %s", error)
         return None
@@ -85,7 +87,7 @@ def _read_system(
 
 
 def answered_rows(path: Path, manifest: dict | None = None) -> Iterator[Row]:
-    """evaluate.py's rows of a results file, with the remain file that lies beside it wherever the run was made."""
+    """Yield evaluate.py's rows of a results file, with the remain file next to it, even if the folder was moved."""
     outputs = (manifest or read_manifest(path))["outputs"]
     beside = [path.with_name(Path(output).name) for output in outputs[1:]]
     yield from result_rows(str(path), next((str(remain) for remain in beside if remain.exists()), None), None, None)
@@ -96,7 +98,7 @@ def _models(arguments: dict) -> list[str]:
 
 
 def _evaluation_sets(manifests: dict[Path, dict]) -> dict[Path, str]:
-    """The evaluation set of each results file: its questions' file, known by content; a second one of a name is numbered."""
+    """Return the evaluation set of each results file, identified by content. Sets with the same name are numbered."""
     versions: dict[str, list[str]] = defaultdict(list)
     names = {}
     for path, manifest in manifests.items():
@@ -110,7 +112,7 @@ def _evaluation_sets(manifests: dict[Path, dict]) -> dict[Path, str]:
 
 
 def _tell_apart(systems: list[System]) -> None:
-    """Say of systems that read another number of documents how many; of others that seem the same the name of their file."""
+    """Add the number of documents to the label of wider systems, and the file name to labels that would be equal."""
     for members in by_evaluation_set(systems).values():
         shown = Counter(system.shown for system in members if system.selector != "windows")
         usual = max(shown, key=lambda number: (shown[number], -number), default=0)
@@ -124,7 +126,7 @@ def _tell_apart(systems: list[System]) -> None:
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """The shortest ends of the paths that tell them apart: .../sft and .../dpo are sft and dpo."""
+    """Return the shortest distinct path endings: .../sft and .../dpo become sft and dpo."""
     parts = {path: Path(path).parts for path in paths}
     for length in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {path: "/".join(part[-length:]) for path, part in parts.items()}

@@ -1,4 +1,4 @@
-"""What the page consists of."""
+"""Tables and sections of the page."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from dynamicrag.report.drawing import Picture
 
 @dataclass
 class Table:
-    """Cells are text; the first column names the line."""
+    """A table of text cells; the first column names the line."""
 
     caption: str
     header: list[str]
@@ -16,13 +16,13 @@ class Table:
     note: str = ""
 
     def numeric_columns(self) -> list[int]:
-        """The columns of numbers, which stand to the right."""
+        """Return the indices of columns with numbers, which are right-aligned."""
         return [column for column in range(1, len(self.header)) if all(row[column][:1].isdigit() or not row[column] for row in self.rows)]
 
 
 @dataclass
 class Section:
-    """A part of the page; `missing` says in a line what could not be shown and what makes it."""
+    """A part of the page. `missing` says in one line which data is missing and which script creates it."""
 
     anchor: str
     title: str
@@ -33,6 +33,6 @@ class Section:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name."""
+    """Convert a name to a part of a file name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "set"
 

@@ -1,4 +1,4 @@
-"""A system of the report: who answered, from whose documents, which questions, how well and at what cost."""
+"""A system of the report: a generator with a selector on an evaluation set, with its scores and costs."""
 
 import math
 from collections import defaultdict
@@ -15,10 +15,11 @@ BY_LLM = ("pointwise", "dynamic", "windows")
 class System:
     """One results file.
 
-    selector is inference.py's, or "windows" of top_inference.py; label is the same for people. rows are without their
-    documents, and `needed` is how many a question needs, None where not known; scores are in [0, 1], by id; summary and
-    kinds are evaluate.py's, on 0 to 100, with groups by data set and by kind (kinds is None where the rows have none).
-    wider is whether it read more, or fewer, documents than most systems of its evaluation set, or window by window.
+    `selector` is inference.py's, or "windows" for top_inference.py; `label` is its display name. `rows` lack their
+    documents, and their key `needed` is the number of documents a question needs, or None. `scores` are in [0, 1], by
+    id. `summary` and `kinds` are evaluate.py's, from 0 to 100, grouped by data set and by kind (None if rows have no
+    kind). `wider` means that it reads another number of documents than most systems of its evaluation set, or reads by
+    windows.
     """
 
     path: Path
@@ -36,7 +37,7 @@ class System:
 
     @property
     def knows(self) -> bool:
-        """Whether it was told which documents are needed: a bound, not a competitor."""
+        """Whether the system was given the needed documents, so that it is a bound and not a competitor."""
         return self.selector == "gold"
 
     @property
@@ -45,7 +46,7 @@ class System:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The selector's place among others, in tables and figures."""
+        """Position of the selector in tables and figures."""
         number = self.selector.partition(":")[2]
         place = SELECTORS.index(self.family) if self.family in SELECTORS else len(SELECTORS)
         return place, int(number) if self.family == "top" else self.shown
@@ -62,7 +63,7 @@ class System:
 
     @property
     def shown(self) -> int:
-        """How many documents of a question it read."""
+        """Number of documents per question that the system reads."""
         return int(self.arguments["topn"])
 
     @property
@@ -71,12 +72,12 @@ class System:
 
     @property
     def documents(self) -> float:
-        """Documents answered from, mean of the questions answered."""
+        """Mean number of documents used, over the answered questions."""
         return self.summary["documents"]
 
     @property
     def calls(self) -> float:
-        """Calls a question, as the tokens below; not a number (nan) if they are not known."""
+        """Mean calls per question; nan if not known. The token counts below are defined alike."""
         return self._cost("calls")
 
     @property
@@ -92,18 +93,18 @@ class System:
         return math.nan if value is None else value
 
     def said(self, key: str, digits: int = 0) -> str:
-        """A cost in words: 12 prompt tokens, or prompt tokens not known."""
+        """Format a cost as text: "12 prompt tokens" or "prompt tokens not known"."""
         value, what = self._cost(key), key.replace("_", " ")
         return f"{what} not known" if math.isnan(value) else f"{value:.{digits}f} {what}"
 
     @property
     def speed(self) -> float:
-        """Questions a second."""
+        """Questions per second."""
         return len(self.rows) / max(self.seconds, 0.1)
 
 
 def by_evaluation_set(systems: list[System]) -> dict[str, list[System]]:
-    """The systems of each evaluation set, in order."""
+    """Group systems by evaluation set, in order."""
     sets: dict[str, list[System]] = defaultdict(list)
     for system in systems:
         sets[system.evaluation_set].append(system)
@@ -111,7 +112,7 @@ def by_evaluation_set(systems: list[System]) -> dict[str, list[System]]:
 
 
 def by_generator(systems: list[System]) -> dict[str, list[System]]:
-    """The systems of each model that answers, in order."""
+    """Group systems by generator, in order."""
     generators: dict[str, list[System]] = defaultdict(list)
     for system in systems:
         generators[system.generator].append(system)

@@ -1,4 +1,4 @@
-"""What training left behind: the trainer's log of each model, and the rounds of scripts/iterate.sh."""
+"""Training curves: the trainer's log of each model, and the rounds of scripts/iterate.sh."""
 
 import statistics
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from dynamicrag.report.figures import line
 from dynamicrag.report.sections import Section
 from dynamicrag.stage import UserError
 
-Logs = dict[str, list[dict]]  # of each training, what the trainer logged, step by step
-DPO_CURVES = {  # title: what the trainer calls the solid line, and the dashed one
+Logs = dict[str, list[dict]]  # the trainer's log entries by name of the model
+DPO_CURVES = {  # title: the trainer's names of the solid and the dashed line
     "DPO loss": ("loss",), "reward accuracy": ("rewards/accuracies",), "reward margin": ("rewards/margins",),
     "reward of the chosen (solid) and rejected (dashed)": ("rewards/chosen", "rewards/rejected"),
 }
@@ -27,14 +27,16 @@ def _read(path: Path) -> dict:
 
 
 def read_logs(work: Path) -> dict[str, Logs]:
-    """The logs of the models under `work`, by stage: {"sft": {name: log}, "dpo": {name: log}}; rounds by their number."""
+    """Return the logs of the models under `work` by stage: {"sft": {name: log}, "dpo": {name: log}}. Rounds are named
+    by number.
+    """
     found: dict[str, Logs] = {"sft": {}, "dpo": {}}
     states = [*sorted(work.glob("DynamicRAG_*/*/trainer_state.json")), *sorted(work.glob("rounds/*/DynamicRAG_*/dpo/trainer_state.json"), key=_round)]
     models = {path.parent.parent.name for path in states}
     for path in states:
         stage, model = path.parent.name, path.parent.parent.name
         log = [entry for entry in _read(path).get("log_history", []) if "loss" in entry and "step" in entry]
-        if stage not in found or not log:  # best is a link to one of the others
+        if stage not in found or not log:  # best is a link to another folder
             continue
         name = stage.upper() if _round(path) is None else f"round {_round(path)}"
         found[stage][name if len(models) == 1 else f"{model.removeprefix('DynamicRAG_')}, {name}"] = log
@@ -47,13 +49,13 @@ def _round(path: Path) -> int | None:
 
 
 def read_rounds(work: Path) -> list[dict]:
-    """The summaries of each round, round 0 (the SFT model) first; empty where there are none."""
+    """Return the summaries of all rounds, starting with round 0 (the SFT model); an empty list if there are none."""
     path = work / "rounds" / "rounds.json"
     return _read(path)["rounds"] if path.is_file() else []
 
 
 def sft_curves(logs: Logs, width: int) -> Figure:
-    """Loss against steps, a line a model."""
+    """Plot loss against steps, one line per model."""
     figure, [axes] = panels(1, width, 230, 1)
     for (name, log), colour in zip(logs.items(), LINE_COLOURS * len(logs), strict=False):
         line(axes, [entry["step"] for entry in log], [entry["loss"] for entry in log], color=colour, label=name)
@@ -65,7 +67,7 @@ def sft_curves(logs: Logs, width: int) -> Figure:
 
 
 def dpo_curves(logs: Logs, width: int) -> Figure:
-    """Loss, reward accuracy, margin, and the rewards of both sides against steps, a colour a round."""
+    """Plot loss, reward accuracy, margin and both rewards against steps, one colour per round."""
     logged = {name for log in logs.values() for entry in log for name in entry}
     curves = {title: names for title, names in DPO_CURVES.items() if logged.issuperset(names)}
     colours = dict(zip(logs, LINE_COLOURS * len(logs), strict=False))
@@ -87,10 +89,12 @@ def dpo_curves(logs: Logs, width: int) -> Figure:
 
 
 def round_curves(rounds: list[dict], width: int) -> Figure:
-    """By round: the score on the held-out questions with its interval, and the mean reward of what was sampled."""
+    """Plot, by round, the score on held-out questions with its interval, the mean reward and the documents per
+    question.
+    """
     shown: list[tuple[str, Callable[[dict], float | None]]] = [
         ("mean reward of the samples", lambda one: one.get("reward", {}).get("reward", {}).get("mean")),
-        ("documents a question", lambda one: one["dev"]["documents"]),
+        ("documents per question", lambda one: one["dev"]["documents"]),
     ]
     figure, axes = panels(1 + len(shown), width, 240, 3)
     scores = [one["dev"] for one in rounds]
@@ -108,17 +112,17 @@ def round_curves(rounds: list[dict], width: int) -> Figure:
 
 
 def quarter(log: list[dict]) -> int:
-    """How many entries are a quarter of a log, at least one."""
+    """Return a quarter of the number of log entries, at least 1."""
     return max(1, len(log) // 4)
 
 
 def mean(log: list[dict], name: str) -> float:
-    """Of what the trainer calls `name`: a single batch says little."""
+    """Return the mean of the trainer's value `name` over log entries, because single batches vary."""
     return statistics.fmean(entry[name] for entry in log if name in entry)
 
 
 def trained(work: Path, folder: Path) -> Section:
-    """Losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
+    """Return the section with losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
     text = "What the trainer logged for each model, step by step, and the rounds of preference optimisation."
     section = Section("training", "Training", text)
     logs, rounds = read_logs(work), read_rounds(work)
@@ -127,7 +131,7 @@ def trained(work: Path, folder: Path) -> Section:
             f"{name}, mean loss {mean(log[:quarter(log)], 'loss'):.2f} over the first quarter of the steps, "
             f"{mean(log[-quarter(log):], 'loss'):.2f} over the last" for name, log in sft.items()
         ]
-        caption = f"Behaviour cloning: {'; '.join(ends)}. Thin as logged, thick a running mean, where there are many points."
+        caption = f"Behaviour cloning: {'; '.join(ends)}. If points are dense, the thick line is a running mean."
         section.pictures.append(picture(folder, "sft", lambda width: sft_curves(sft, width), caption, caption))
     if dpo := logs["dpo"]:
         ends = []
@@ -140,11 +144,12 @@ def trained(work: Path, folder: Path) -> Section:
     if rounds:
         best = max(range(len(rounds)), key=lambda number: (rounds[number]["dev"]["score"], -number))
         scores = ", ".join(f"{one['dev']['score']:.1f}" for one in rounds)
-        caption = f"Rounds: {scores} on the held-out questions, from the SFT model on; round {best} is highest."
+        caption = f"Rounds: {scores} on held-out questions, starting with the SFT model; round {best} scores highest."
         section.pictures.append(picture(folder, "rounds", lambda width: round_curves(rounds, width), caption, caption))
     missing = [
         what for what, there in (
-            ("no trainer's log of an SFT model (scripts/05_sft.sh)", sft), ("none of a DPO model (scripts/08_dpo.sh)", dpo),
+            ("no trainer log of an SFT model (scripts/05_sft.sh)", sft),
+            ("no trainer log of a DPO model (scripts/08_dpo.sh)", dpo),
             ("no rounds (scripts/iterate.sh)", rounds),
         ) if not there
     ]

@@ -1,1 +1,1 @@
-"""Reward: what a trajectory is worth, and the preference pairs that follow."""
+"""Rewards of trajectories, and the preference pairs derived from them."""

@@ -1,8 +1,9 @@
 """BERTScore F1 (Zhang et al. 2020, arXiv 1904.09675) of many answers at once.
 
-Models, tokenisation, layers and baselines are the bert-score package's. The batches are ours: its own follow the order
-of a set, which differs from one process to the next, and pad with a similarity of 0, which a negative one loses to; so
-its scores depend on what else is scored. These do not, beyond the last digits of the encoder.
+Models, tokenisation, layers and baselines are those of the bert-score package. Batching is implemented here, because
+the package's scores depend on what else is scored: its batches follow the order of a set, which differs between
+processes, and its padding has a similarity of 0, which beats a negative one. The scores here do not depend on the
+batch, apart from the last digits of the encoder.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     import torch
 
 UNLIMITED = 1_000_000
-# Embeddings of this many tokens are in memory at a time: 0.8 GB at a width of 1024.
+# Maximum tokens whose embeddings are in memory: 0.8 GB at a width of 1024.
 BLOCK_TOKENS = 200_000
 
 
 class BertScore:
-    """One encoder, loaded once. Only unique texts are encoded and unique pairs compared."""
+    """One encoder, loaded once. Only distinct texts are encoded and only distinct pairs are compared."""
 
     def __init__(self, model: str, layer: int | None, device: str, baseline: str = "auto", batch_tokens: int | None = None):
         """`model` is an encoder folder or a hub name. `baseline` rescales F1 so that unrelated texts score about 0.
 
-        It is the name of a model bert-score has a baseline of; auto takes the one called like `model` or its folder,
-        where there is one; none leaves scores as they are. Raises UserError for a model or baseline that is not there.
+        It is the name of a model for which bert-score has a baseline. "auto" takes the baseline named like `model` or
+        its folder, if there is one; "none" disables rescaling. Raises UserError for an unknown model or baseline.
         """
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
@@ -41,9 +42,11 @@ class BertScore:
         called = names.get(model) or (names.get(Path(model).name) if Path(model).is_dir() else None)
         path = _baseline_path(called or "" if baseline == "auto" else baseline)
         if path is None and baseline not in ("auto", "none"):
-            raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline of that model")
-        logging.set_verbosity_error()  # it would report the pooling layer, which BERTScore does without
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # bert-score does not say no to code beside the weights: refused, nobody is asked
+            raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline for this model; give "
+                            "another, or none")
+        logging.set_verbosity_error()  # suppresses reports about the pooling layer, which BERTScore does not use
+        # bert-score does not forbid code next to the weights. With this setting it is refused without a question.
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             config = AutoConfig.from_pretrained(model, **NO_CODE)
             layer = model2layers.get(called, config.num_hidden_layers) if layer is None else layer
@@ -52,23 +55,29 @@ class BertScore:
                 baseline_path=path and str(path),
             )
             self.baseline = float(scorer.baseline_vals[2]) if path else 0.0
-        except Exception as error:  # in a damaged folder the libraries raise almost any
+        except Exception as error:  # a damaged folder can cause almost any exception
             if path and isinstance(error, IndexError):
-                raise UserError(f"--bert_layer {layer}: the baseline of {path.stem} has no such layer; give another, or --bert_baseline none") from error
-            raise UserError(f"--bert_model {model}: no encoder could be loaded: {error}") from error
+                raise UserError(f"--bert_layer {layer}: the baseline of {path.stem} lacks this layer; give another, "
+                                "or --bert_baseline none") from error
+            raise UserError(f"--bert_model {model}: the encoder cannot be loaded: {error}; give another "
+                            "model") from error
         self.layer = layer
         self._model, self._tokenizer, self._device = scorer._model, scorer._tokenizer, device
-        if self._tokenizer.model_max_length > UNLIMITED:  # not in its files; RoBERTa does not use two of its positions
+        # No limit in its files; RoBERTa cannot use two of its positions
+        if self._tokenizer.model_max_length > UNLIMITED:
             self._tokenizer.model_max_length = getattr(config, "max_position_embeddings", 514) - 2
         self._unweighted = {self._tokenizer.cls_token_id, self._tokenizer.sep_token_id}
         self._pad_id = self._tokenizer.pad_token_id or 0
-        # Answers are of very different lengths: a quarter of the usual batch keeps the padding beside a long one small.
+        # The lengths of answers vary widely. A quarter of the usual batch keeps the padding next to long answers small.
         self._batch_tokens = batch_tokens or default_batch_tokens(device) // 4
         if path:
-            log.info("BERTScore is rescaled by bert-score's baseline of %s, layer %d: %.3f becomes 0", path.stem, layer, self.baseline)
+            log.info("BERTScore is rescaled with bert-score's baseline for %s, layer %d: %.3f becomes 0",
+                     path.stem, layer, self.baseline)
 
     def score(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
-        """F1 of each (response, gold answers), best gold answer, clipped to [0, 1]; an empty response scores 0."""
+        """Return F1 for each (response, gold answers), with the best gold answer, clipped to [0, 1]; 0 for an empty
+        response.
+        """
         unique = dict.fromkeys(
             (response.strip(), gold.strip())
             for response, golds in pairs for gold in golds if response.strip() and gold.strip()
@@ -79,7 +88,7 @@ class BertScore:
         ]
 
     def _rescaled(self, pairs: list[tuple[str, str]]) -> list[float]:
-        """F1 of unique pairs, in their order, rescaled and clipped."""
+        """Return F1 of distinct pairs, in order, rescaled and clipped."""
         tokens = self._tokens(list(dict.fromkeys(text for pair in pairs for text in pair)))
         f1: list[float] = []
         for block in _blocks(pairs, tokens):
@@ -87,7 +96,9 @@ class BertScore:
         return [min(max((value - self.baseline) / (1 - self.baseline), 0.0), 1.0) for value in f1]
 
     def _tokens(self, texts: list[str]) -> dict[str, list[int]]:
-        """As the package encodes them: one by one where its tokenizer wants a space before, else all at once, which is faster."""
+        """Encode texts like the package: one by one if the tokenizer needs a leading space, otherwise all at once,
+        which is faster.
+        """
         from bert_score.utils import GPT2Tokenizer, RobertaTokenizer, sent_encode
 
         if not texts or isinstance(self._tokenizer, GPT2Tokenizer | RobertaTokenizer):
@@ -96,7 +107,9 @@ class BertScore:
         return dict(zip(texts, encoded, strict=True))
 
     def _embed(self, tokens: dict[str, list[int]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of each text: its tokens' vectors of length 1, float32 [length, width], and their weights [length], which sum to one."""
+        """Return, for each text, unit vectors of its tokens, float32 [length, width], and weights [length] that sum to
+        one.
+        """
         import torch
 
         texts, embedded = list(tokens), {}
@@ -107,12 +120,14 @@ class BertScore:
                 for position, of_text in zip(batch, vectors, strict=True):
                     length = len(tokens[texts[position]])
                     weights = [float(token not in self._unweighted) for token in tokens[texts[position]]]
-                    total = max(sum(weights), 1.0)  # nothing but the two special tokens: a text in none of the vocabulary's characters
+                    # Only the two special tokens: the vocabulary has none of the characters of the text.
+                    total = max(sum(weights), 1.0)
                     embedded[texts[position]] = of_text[:length], torch.tensor(weights, device=self._device) / total
         return embedded
 
     def _f1(self, pairs: list[tuple[str, str]], embedded: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
-        """Each token is matched with the most similar one of the other text: P over the response, R over the gold answer."""
+        """Match each token with the most similar token of the other text: P over the response, R over the gold answer.
+        """
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -125,7 +140,7 @@ class BertScore:
                     for side in (0, 1)
                 )
                 similarity = torch.bmm(given, gold.transpose(1, 2))
-                for row, position in enumerate(batch):  # padding is matched last
+                for row, position in enumerate(batch):  # padding never matches
                     similarity[row, len(embedded[pairs[position][0]][1]) :] = -1.0
                     similarity[row, :, len(embedded[pairs[position][1]][1]) :] = -1.0
                 precision = (similarity.amax(dim=2) * given_weights).sum(dim=1)
@@ -137,7 +152,7 @@ class BertScore:
 
 
 def _blocks(pairs: list[tuple[str, str]], tokens: dict[str, list[int]]) -> Iterator[list[tuple[str, str]]]:
-    """Cut pairs where their distinct texts reach BLOCK_TOKENS."""
+    """Cut pairs into blocks whose distinct texts have about BLOCK_TOKENS tokens."""
     block, texts, size = [], set(), 0
     for pair in pairs:
         size += sum(len(tokens[text]) for text in set(pair) - texts)
@@ -151,7 +166,7 @@ def _blocks(pairs: list[tuple[str, str]], tokens: dict[str, list[int]]) -> Itera
 
 
 def _baseline_path(model: str) -> Path | None:
-    """bert-score's English baseline of a model, by layer, or None where it has none."""
+    """Return the path of bert-score's English baseline for a model; None if there is none."""
     import bert_score
 
     path = Path(bert_score.__file__).parent / "rescale_baseline/en" / f"{model}.tsv"

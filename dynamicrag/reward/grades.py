@@ -1,4 +1,4 @@
-"""What a judge is asked for, five grades of 0 to 20 points, and how its reply is read: strictly, in whatever form it was asked for."""
+"""The judge's grades: five criteria of 0 to 20 points each, the reply formats that ask for them, and a strict reader of the reply."""
 
 import orjson
 
@@ -6,8 +6,8 @@ from dynamicrag.llm.endpoint import UnreadableReply
 
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 POINTS = 20
-# Points are enumerated: a range (minimum, maximum) is refused by OpenAI for fine-tuned models and by other vendors'
-# strict modes always, while an endpoint that takes a schema takes an enumeration.
+# Points are enumerated, because OpenAI refuses a range (minimum, maximum) for fine-tuned models, and strict modes of
+# other vendors refuse it always. Every endpoint that accepts a schema accepts an enumeration.
 SCHEMA = {
     "type": "object", "properties": {name: {"type": "integer", "enum": list(range(POINTS + 1))} for name in CRITERIA},
     "required": list(CRITERIA), "additionalProperties": False,
@@ -20,11 +20,11 @@ REPLY_FORMATS = {
 
 
 class UnreadableGrade(UnreadableReply):
-    """The judge's reply is not five numbers in range."""
+    """The judge's reply does not contain five numbers in range."""
 
 
 def parse_grade(reply: str) -> float:
-    """Five grades of 0 to 20 as their sum over 100. Raises UnreadableGrade."""
+    """Return the sum of five grades of 0 to 20, divided by 100. Raises UnreadableGrade."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
         grades = orjson.loads(reply[start : end + 1])
@@ -33,5 +33,5 @@ def parse_grade(reply: str) -> float:
         raise UnreadableGrade(f"not a JSON object with {', '.join(CRITERIA)}: {reply!r}") from error
     for criterion, value in zip(CRITERIA, points, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= POINTS:
-            raise UnreadableGrade(f"{criterion} is {value!r}, expected a number from 0 to {POINTS}")
+            raise UnreadableGrade(f"{criterion} is {value!r}; expected a number from 0 to {POINTS}")
     return sum(points) / (POINTS * len(CRITERIA))

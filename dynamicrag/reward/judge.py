@@ -1,9 +1,9 @@
-"""The LLM judge: five grades of 0 to 20 points from any OpenAI-compatible endpoint, as one number in [0, 1].
+"""The LLM judge: five grades of 0 to 20 points from an OpenAI-compatible endpoint, summed to one number in [0, 1].
 
-Calls are concurrent, retried with exponential backoff and cached on disk by what decides the grade. An answer is not asked
-about again after three replies that cannot be read as grades: they are paid for. A judge that keeps failing is an error
-that names the row, never a grade of 0. The key comes from the environment (JUDGE_API_KEY, else OPENAI_API_KEY) alone and is
-written nowhere; if a server repeats it, it is taken out of the error.
+Calls are concurrent, retried with exponential backoff, and cached on disk by everything that determines the grade.
+After three replies without readable grades, an answer is not sent again, because each reply costs money. A judge that
+keeps failing causes an error that names the row, never a grade of 0. The key comes only from the environment
+(JUDGE_API_KEY, or else OPENAI_API_KEY) and is never written; if a server repeats it in an error, it is removed.
 """
 
 import asyncio
@@ -35,17 +35,17 @@ from dynamicrag.reward.grades import CRITERIA, POINTS, REPLY_FORMATS, Unreadable
 from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError, log
 
-TIMEOUT_SECONDS = 60  # for the whole of a call, however its bytes trickle
-MOST_REPLIES = 3  # paid for one answer: a judge whose replies cannot be read is not asked as often as one that is busy
-MAX_TOKENS = 1024  # the grades are about 50; a model that reasons first needs more
-MAX_REASONING_TOKENS = 16384  # what it may get in the end
-_LIMITS = {"max_tokens", "max_completion_tokens"}  # the names servers have for it
-# What cannot be read (spaces up to MAX_TOKENS, say, which any JSON schema allows) comes back the same at temperature 0.
+TIMEOUT_SECONDS = 60  # for a whole call, however slowly its bytes arrive
+MOST_REPLIES = 3  # maximum paid replies per answer: unreadable replies are retried less often than a busy server
+MAX_TOKENS = 1024  # the grades take about 50 tokens; a model that reasons first needs more
+MAX_REASONING_TOKENS = 16384  # maximum after the limit was raised
+_LIMITS = {"max_tokens", "max_completion_tokens"}  # the servers' names of this option
+# At temperature 0 an unreadable reply would repeat (such as spaces up to MAX_TOKENS, which any JSON schema allows).
 RETRY_TEMPERATURE = 0.7
 
 
 class _CutOffReasoning(UnreadableGrade):
-    """The judge's reply ended at `limit` tokens while it was reasoning."""
+    """The judge's reply was cut off at `limit` tokens, during its reasoning."""
 
     def __init__(self, reason: str, limit: int):
         super().__init__(reason)
@@ -53,12 +53,12 @@ class _CutOffReasoning(UnreadableGrade):
 
 
 class _LimitReached(Exception):
-    """No further call may be sent."""
+    """The limit of calls is reached."""
 
 
 @dataclass
 class JudgeUsage:
-    """Calls answered with HTTP 200, readable or not, prompts found in the cache, and tokens where the replies give them."""
+    """Counts of calls answered with HTTP 200, of cached prompts, and of tokens as far as replies report them."""
 
     calls: int = 0
     cached: int = 0
@@ -66,22 +66,24 @@ class JudgeUsage:
     generated_tokens: int = 0
 
     def counts(self) -> dict[str, int | None]:
-        """All of it; the tokens are None if no reply gave them."""
+        """Return all counts. Token counts are None if no reply reported them."""
         tokens = ("prompt_tokens", "generated_tokens")
         return {name: None if name in tokens and self.calls and not value else value for name, value in vars(self).items()}
 
 
 class Judge:
-    """Grades answers. `usage` is what that has cost so far; at most `limit` calls are sent, retries included."""
+    """Grades answers. `usage` is the cost so far. At most `limit` calls are sent, including retries."""
 
     def __init__(
         self, base_url: str, model: str, cache: str | Path, concurrency: int = 16, limit: int | None = None, reply_format: str = "json_schema",
     ):
-        """Raises UserError for a base URL with more than host and path, a key no header can hold, or an unusable cache."""
+        """Raises UserError for a base URL with more than host and path, a key that is not printable ASCII, or an
+        unusable cache.
+        """
         self._secret = read_key("JUDGE_API_KEY", "OPENAI_API_KEY")
         self._base_url = check_url("--judge-base-url", base_url, "JUDGE_API_KEY")
         if concurrency < 1:
-            raise UserError(f"--judge-concurrency: expected at least 1, got {concurrency}")
+            raise UserError(f"--judge-concurrency: expected at least 1, found {concurrency}")
         self._model, self._concurrency = model, concurrency
         self._format_name, self._format = reply_format, REPLY_FORMATS[reply_format]
         self._options = {"temperature": 0, "max_tokens": MAX_TOKENS}
@@ -90,10 +92,10 @@ class Judge:
         self._cache = GradeCache(cache)
 
     def grade(self, answers: Sequence[tuple[str, Messages]]) -> list[float]:
-        """A grade in [0, 1] for the prompt of each (row, prompt), in order; equal prompts are graded once.
+        """Return a grade in [0, 1] for each (row, prompt), in order. Equal prompts are graded once.
 
-        Raises UserError for the first row at which the judge refuses or keeps failing, and where the limit leaves grades
-        missing. Rows that were begun are finished before, and what was graded is cached.
+        Raises UserError for the first row that the judge refuses or keeps failing on, and if the limit is reached
+        before all grades are known. Calls in progress are finished first, and all grades are cached.
         """
         keys = [self._key(messages) for _, messages in answers]
         prompts: dict[str, tuple[str, Messages]] = {}
@@ -107,17 +109,21 @@ class Judge:
             asyncio.run(self._grade_all(missing, grades))
         if len(grades) < len(prompts):
             raise UserError(
-                f"--judge-limit: all {self._limit} calls are used up; {len(grades)} distinct answers of this batch are graded and cached, "
-                f"{len(prompts) - len(grades)} are missing. Run again with a higher --judge-limit: cached grades cost nothing"
+                f"--judge-limit: all {self._limit} calls are used; {len(grades)} distinct answers of this batch are "
+                f"graded and cached, {len(prompts) - len(grades)} are missing; run again with a higher --judge-limit "
+                "(cached grades cost nothing)"
             )
         return [grades[key] for key in keys]
 
     def _key(self, messages: Messages) -> str:
-        """Of what decides a grade: the judge by its model's name, not by where it listens, which changes with every cluster job."""
+        """Return the cache key of everything that determines a grade.
+
+        The judge is identified by model name, not by address.
+        """
         return hashlib.sha256(orjson.dumps([self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
 
     def _keep_earlier(self, key: str, messages: Messages) -> None:
-        """Keep a grade under its key that an earlier version kept under one with the address: it was paid for."""
+        """Copy a grade that an earlier version stored under a key with the address."""
         earlier = hashlib.sha256(orjson.dumps([self._base_url, self._model, messages, self._format, CRITERIA, POINTS])).hexdigest()
         if (grade := self._cache.get(earlier)) is not None:
             self._cache.put(key, grade)
@@ -128,11 +134,12 @@ class Judge:
         return grade
 
     async def _grade_all(self, missing: dict[str, tuple[str, Messages]], grades: dict[str, float]) -> None:
-        """Adds the missing grades. Raises the UserError of the first row that failed."""
+        """Add the missing grades. Raises the UserError of the first row that failed."""
         import openai
         from tqdm import tqdm
 
-        async def count_call(response) -> None:  # before the body is read: one that is cut off may be paid for too
+        # Counted before the body is read, because incomplete replies may cost too
+        async def count_call(response) -> None:
             self.usage.calls += response.status_code == 200
 
         client = open_client(
@@ -147,7 +154,7 @@ class Judge:
                 if failures:
                     return
                 try:
-                    grade = self._cached(key)  # by another process, since grade() looked
+                    grade = self._cached(key)  # another process may have added it in the meantime
                     grades[key] = self._cache.put(key, await self._ask(client, row, messages)) if grade is None else grade
                 except _LimitReached:
                     return
@@ -162,7 +169,8 @@ class Judge:
             raise failures[min(failures)]
 
     async def _ask(self, client, row: str, messages: Messages) -> float:
-        """The grade, after up to ATTEMPTS calls, MOST_REPLIES of which may give a reply. Raises UserError, or _LimitReached."""
+        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached.
+        """
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
@@ -185,14 +193,17 @@ class Judge:
                         raise
         except (openai.OpenAIError, UnreadableReply, OSError) as error:
             failure = self._explained(row, error, attempt.retry_state.attempt_number)
-        raise failure  # here, so that the error, which may repeat the key, is no part of it
+        raise failure  # raised here, so that the original error, which may contain the key, is not attached
 
     def _allow_more_tokens(self, limit: int) -> None:
-        """Raise the limit for the rest of the run, unless another call has done so: what this judge reasons does not fit."""
+        """Raise the token limit for the rest of the run, because the judge's reasoning does not fit, unless it was
+        raised already.
+        """
         [name] = _LIMITS & self._options.keys()
         if self._options[name] == limit < MAX_REASONING_TOKENS:
             self._options[name] = min(limit * 4, MAX_REASONING_TOKENS)
-            log.warning("the judge %s reasons for more than %d tokens; it may now write %d", self._model, limit, self._options[name])
+            log.warning("the judge %s reasons for more than %d tokens; the limit is now %d",
+                        self._model, limit, self._options[name])
 
     async def _call(self, client, messages: Messages, changed: dict[str, float]) -> float:
         import openai
@@ -214,7 +225,7 @@ class Judge:
             sample = Sample(usable(choice.message.content), choice.finish_reason, gave_reasoning(choice.message))
             self._answered = True
         except openai.BadRequestError as error:
-            # OpenAI's newer models refuse a temperature and have another name for max_tokens: neither is sent again.
+            # OpenAI's newer models refuse temperature and rename max_tokens. The refused option is not sent again.
             if error.param not in ("temperature", "max_tokens") or error.param not in options or "unsupported" not in str(error.code):
                 raise
             self._options.pop(error.param, None)
@@ -224,7 +235,7 @@ class Judge:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIResponseValidationError) as error:
             if not self._answered:
                 refuse_foreign("--judge-base-url", self._base_url, error, reply, self._secret)
-            # What has choices is paid for; an error that a server sends with status 200, or a gateway's page, passes.
+            # A reply with choices costs money. An error with status 200, or a gateway's page, is temporary.
             failure = UnreadableGrade if getattr(reply, "choices", None) else UnreadableReply
             raise failure(f"not a chat completion: {error!r}") from error
         [limit] = _LIMITS & options.keys()
@@ -238,12 +249,12 @@ class Judge:
     def _explained(self, row: str, error: Exception, calls: int) -> UserError:
         import openai
 
-        advice = "The grades so far are cached: run again to continue"
+        advice = "Grades so far are cached: run again to continue"
         reason = reason_of(error, self._secret, TIMEOUT_SECONDS)
         malformed = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
         if malformed and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
             others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
-            advice = f"If the endpoint cannot do response_format {self._format_name}, try --judge-format {others}"
+            advice = f"If the server does not support response_format {self._format_name}, try --judge-format {others}"
         how = f"failed {calls} times" if passes(error) else "refused"
         return UserError(f"row {row}: the judge {self._model} {how}: {reason}. {advice}")
 

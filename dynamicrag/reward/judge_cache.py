@@ -1,4 +1,4 @@
-"""The grades a judge has given, on disk: what was paid for once is not paid for again."""
+"""A cache of the judge's grades on disk, so that no grade is paid for twice."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -11,7 +11,10 @@ LOCK_SECONDS = 60
 
 
 class GradeCache:
-    """Grades by key in an SQLite file that processes may share and a kill does not harm. UserErrors name the file."""
+    """Grades by key in an SQLite file that processes can share and that survives kills.
+
+    Raises UserError, naming the file.
+    """
 
     def __init__(self, path: str | Path):
         self._path = path
@@ -19,13 +22,13 @@ class GradeCache:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
             if self._db.execute("SELECT 1 FROM sqlite_master WHERE tbl_name != 'judge_grades' OR type NOT IN ('table', 'index')").fetchone():
-                raise sqlite3.DatabaseError("it is a database of something else")
-            # IMMEDIATE: a file that cannot be written is found here, before a call is paid for.
+                raise sqlite3.DatabaseError("the database belongs to another program")
+            # IMMEDIATE reports a file that cannot be written here, before a call is paid for.
             self._db.executescript(
                 "BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS judge_grades "
                 "(key TEXT PRIMARY KEY, grade REAL NOT NULL CHECK (grade BETWEEN 0 AND 1)) WITHOUT ROWID; COMMIT"
             )
-            with suppress(sqlite3.OperationalError):  # another process is at it
+            with suppress(sqlite3.OperationalError):  # another process is changing it
                 self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
 
@@ -34,17 +37,18 @@ class GradeCache:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"{self._path}: cannot hold the judge's grades: {error}; give another file as --judge-cache") from error
+            raise UserError(f"{self._path}: cannot store the judge's grades: {error}; give another file as "
+                            "--judge-cache") from error
 
     def get(self, key: str) -> float | None:
         with self._errors_named():
             found = self._db.execute("SELECT grade FROM judge_grades WHERE key = ?", (key,)).fetchone()
         if found and not (isinstance(found[0], float) and 0 <= found[0] <= 1):
-            raise UserError(f"{self._path}: holds {found[0]!r} as a grade; give another file as --judge-cache")
+            raise UserError(f"{self._path}: contains the grade {found[0]!r}; give another file as --judge-cache")
         return found[0] if found else None
 
     def put(self, key: str, grade: float) -> float:
-        """The grade that counts: this one, or the one another process has put there first."""
+        """Store a grade and return the stored one, which another process may have stored first."""
         with self._errors_named():
             self._db.execute("INSERT INTO judge_grades VALUES (?, ?) ON CONFLICT DO NOTHING", (key, grade))
         return self.get(key)

@@ -1,4 +1,4 @@
-"""Preferences among the trajectories of a question: which selection is better than which, and which answer (DynamicRAG, DPO)."""
+"""Preferences among the trajectories of a question: pairs of selections and pairs of answers (DynamicRAG, DPO)."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")
 
 
 class Pair(NamedTuple):
-    """Two trajectories of a row, by their 0-based positions; the chosen one has the higher reward."""
+    """Two trajectories of a row by 0-based position. The chosen one has the higher reward."""
 
     chosen: int
     rejected: int
@@ -20,9 +20,9 @@ class Pair(NamedTuple):
 
 
 def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = None, by: str = "order") -> list[Pair]:
-    """The reranker pairs of a row, widest margin first; equal selections are one trajectory, equal rewards no pair.
+    """Return the reranker pairs of a row, widest margin first. Equal selections count once; equal rewards form no pair.
 
-    `by` set: selections of the same documents in another order are equal, too. The first trajectory stands for them.
+    With `by` set, selections of the same documents in another order are equal too. The first such trajectory is used.
     """
     scores = row["response_scores"]
     key = frozenset if by == "set" else tuple
@@ -40,10 +40,10 @@ def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = N
 
 
 def generator_pair(row: Row, chosen_from: str, reject_first: bool = False) -> tuple[int, str, str] | None:
-    """(trajectory whose documents are shown, chosen answer, rejected answer); None if no response is wrong.
+    """Return (trajectory whose documents are shown, chosen answer, rejected answer); None if no response is wrong.
 
-    The best trajectory's documents, its answer (`chosen_from` best) or the gold one, and the lowest-scoring wrong response
-    (`reject_first`: the first one).
+    The documents are those of the best trajectory. The chosen answer is its answer (`chosen_from` best) or the gold
+    answer. The rejected one is the wrong response with the lowest reward, or the first one (`reject_first`).
     """
     scores, responses = row["response_scores"], row["responses"]
     wrong = [t for t, terms in enumerate(row["score_terms"]) if terms["em"] < 1 and responses[t].strip()]
@@ -60,9 +60,9 @@ def generator_pair(row: Row, chosen_from: str, reject_first: bool = False) -> tu
 
 
 def worth_learning_from(row: Row, keep_mean: tuple[float, float]) -> bool:
-    """Whether the row's trajectories are right, on average, as often as asked.
+    """Return whether the mean correctness of the row's trajectories is in the interval `keep_mean`.
 
-    Where the data set scores by ROUGE no answer is right or wrong, and every row is kept.
+    If the data set is scored by ROUGE, no answer is right or wrong, and every row is kept.
     """
     if not row["score_terms"] or task_of_row(row).metric == "rouge":
         return bool(row["score_terms"])

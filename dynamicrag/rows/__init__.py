@@ -1,1 +1,1 @@
-"""Rows: the questions, documents, selections and scores that the stages hand to each other."""
+"""Rows: the questions, documents, selections and scores that one stage writes and the next one reads."""

@@ -1,4 +1,4 @@
-"""Multiple choice: the choices of a row, how its question shows them, and which one a response names.
+"""Multiple choice: read the choices of a row, add them to its question, and find the choice that a response names.
 
 ARC (Clark et al. 2018) labels choices A to E, and those of some questions 1 to 4.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dynamicrag.rows.text import composed
 
-# Words that a sentence begins with too: "A" before another word is an article, "I" a pronoun, unless a reason follows.
+# Labels that are also words: "A" before another word is an article, and "I" is a pronoun, unless a reason follows.
 AMBIGUOUS = ("A", "I")
 _OPEN, _CLOSE = r"[\s\"'(\[{*_$]*", r"(?![\w']|[-.,]\w)"
 _REASON = re.compile(r"\s+(?:because|since|as|is)\b", re.IGNORECASE)
@@ -27,10 +27,10 @@ class Choice(NamedTuple):
 
 
 def choices_of(row: Mapping) -> list[Choice]:
-    """The choices in the row's key `choices`; none if it has no such key.
+    """Return the choices in the row's key `choices`; an empty list if the row has no such key.
 
-    Read are ARC's {"text": [...], "label": [...]}, a list of texts, a list of {"text", "label"}, and {label: text}. Choices
-    without labels get A, B, C, ... Raises ValueError for any other form.
+    Accepted forms are ARC's {"text": [...], "label": [...]}, a list of texts, a list of {"text", "label"}, and
+    {label: text}. Choices without labels get A, B, C, ... Raises ValueError for any other form.
     """
     found = row.get("choices")
     if found is None:
@@ -54,7 +54,9 @@ def choices_of(row: Mapping) -> list[Choice]:
 
 
 def shown_choices(row: Mapping) -> list[Choice]:
-    """The choices of a row: of its key `choices`, else those that its question lists line by line ("A: iron", "(B) wood")."""
+    """Return the choices in the row's key `choices`, or else those that its question lists, one per line ("A: iron",
+    "(B) wood").
+    """
     try:
         if choices := choices_of(row):
             return choices
@@ -67,7 +69,10 @@ def shown_choices(row: Mapping) -> list[Choice]:
 
 
 def with_choices(question: str, choices: Sequence[Choice]) -> str:
-    """The question with its choices below it, one a line, "A: iron"; as it is if it shows them under their labels already."""
+    """Append the choices to the question, one per line ("A: iron").
+
+    A question that already shows all of them is returned unchanged.
+    """
     shown = " ".join(question.split()).casefold()
 
     def is_shown(choice: Choice) -> bool:
@@ -80,9 +85,9 @@ def with_choices(question: str, choices: Sequence[Choice]) -> str:
 
 
 def gold_label(answer: str, choices: Sequence[Choice]) -> str | None:
-    """The label that a gold answer is, or whose choice it is the text of; None for an answer that is no choice.
+    """Return the label that a gold answer gives, directly or as the text of a choice; None if it matches no choice.
 
-    Without known choices, a single letter or digit is a label.
+    If the choices are not known, a single letter or digit counts as a label.
     """
     bare = _bare(answer)
     by_label = {choice.label.casefold(): choice.label for choice in choices}
@@ -93,12 +98,14 @@ def gold_label(answer: str, choices: Sequence[Choice]) -> str | None:
 
 
 def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | None:
-    """The label of the choice that a response names, or None. `gold` says what labels look like if no choice is known.
+    """Return the label of the choice that a response names, or None.
 
-    In this order: a label that the response begins with and marks as one ("(C)", "C.", "C"); the last one it states ("the
-    answer is C"); the whole response as the text of a choice; a label before other words, but not the article "A"; the one
-    choice whose text is in the response; the one label in brackets. A letter alone stands for the number of its place, and
-    the other way round if the choices are known.
+    If no choices are known, `gold` gives the kind of label.
+
+    The rules apply in this order: a label at the start of the response that is marked as one ("(C)", "C.", "C"); the
+    last label that the response states ("the answer is C"); a response that equals the text of a choice; a label before
+    other words, except the article "A"; the only choice whose text occurs in the response; the only label in brackets.
+    If the choices are known, a lone letter or digit of the other kind stands for a position: C is 3, and 3 is C.
     """
     text = composed(response).strip()
     bare = _bare(text)
@@ -110,7 +117,7 @@ def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | N
         return labels.get(match["label"].casefold(), match["label"].upper())
 
     def is_word(match: re.Match) -> bool:
-        """Whether "A", "a" or "I" is a word of the sentence: another word follows, and nothing marks it as a label."""
+        """Return whether "A", "a" or "I" is an ordinary word: another word follows and nothing marks it as a label."""
         after = text[match.end() :]
         return match["label"].upper() in AMBIGUOUS and re.match(r"\s+\w", after) is not None and (
             match["label"].islower() or not _REASON.match(after)
@@ -142,7 +149,9 @@ def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | N
 
 
 def _same_place(bare: str, choices: Sequence[Choice], gold: str = "") -> str | None:
-    """The label in the place that a lone letter or digit of the other kind names: C is 3 if the labels are 1 to 4."""
+    """Return the label at the position that a lone letter or digit of the other kind names: C is 3 if the labels are 1
+    to 4.
+    """
     if not re.fullmatch(r"[a-z]|[1-9]", bare):
         return None
     place = int(bare) if bare.isdigit() else ord(bare) - ord("a") + 1
@@ -152,6 +161,6 @@ def _same_place(bare: str, choices: Sequence[Choice], gold: str = "") -> str | N
 
 
 def _bare(text: str) -> str:
-    """Lower case, no ASCII punctuation, single spaces."""
+    """Return the text in lower case, without ASCII punctuation and with single spaces."""
     text = composed(text).casefold().translate(dict.fromkeys(map(ord, string.punctuation)))
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""What retrieval is scored against, beside what was found: gold documents, gold answers and documents of each question."""
+"""Gold documents, gold answers and retrieved documents of each question, as the retrieval metrics need them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,27 +8,29 @@ from dynamicrag.rows.records import Doc, Row, read_rows
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
-Qrels = dict[str, dict[str, int]]  # as trec.read_qrels gives them
-GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # in positive_ctxs; DPR's NQ has the first, its TriviaQA the second
-WIKIPEDIA = "wiki:"  # which DPR puts before the ids of its passages in some of its files and not in others
+Qrels = dict[str, dict[str, int]]  # as returned by trec.read_qrels
+GOLD_ID_KEYS = ("passage_id", "psg_id", "id")  # keys in positive_ctxs: DPR's NQ uses the first, its TriviaQA the second
+WIKIPEDIA = "wiki:"  # prefix that DPR adds to passage ids in some of its files only
 
 
 class Question(NamedTuple):
-    """What the documents of a question are scored against; empty where not known."""
+    """The gold data that the documents of a question are scored against; fields are empty if not known."""
 
     group: str
-    gold: dict[str, int]  # relevance, 1 or more, by document id
+    gold: dict[str, int]  # relevance (at least 1) by document id
     answers: list[str]  # none blank
     text: str = ""
 
 
-Ranked = tuple[str, Question, list[Doc]]  # the question's id, what its documents are scored against, its documents
+Ranked = tuple[str, Question, list[Doc]]  # question id, gold data, ranked documents
 
 
 def gold_documents(row: Row, path: str) -> dict[str, int]:
-    """Relevance 1 for each of the row's gold_docs, else of DPR's positive_ctxs; ids become strings, as documents' do.
+    """Return relevance 1 for each id in the row's gold_docs or, without that key, in DPR's positive_ctxs.
 
-    They are spelled as those of the row's documents (as_documents). Raises UserError naming file, row and key.
+    Ids become strings.
+
+    The ids are spelled as in the row's documents (see as_documents). Raises UserError naming file, row and key.
     """
     key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
     found, expected = row.get(key) or [], "document ids"
@@ -42,13 +44,13 @@ def gold_documents(row: Row, path: str) -> dict[str, int]:
 
 
 def document_ids(row: Row) -> set[str]:
-    """The ids of the row's documents, and of those it was answered from."""
+    """Return the ids of the row's documents and of the documents that its answer was generated from."""
     chosen = row.get("final_docs")
     return {doc["id"] for doc in row.get("docs", ())} | {str(doc_id) for doc_id in (chosen if isinstance(chosen, list) else ())}
 
 
 def as_documents(gold: dict[str, int], doc_ids: set[str]) -> dict[str, int]:
-    """The gold documents under the ids that `doc_ids` has for them: with or without DPR's prefix `wiki:`."""
+    """Return the gold documents with ids spelled as in `doc_ids`: with or without DPR's prefix `wiki:`."""
     if not gold or gold.keys() <= doc_ids:
         return gold
     found: dict[str, int] = {}
@@ -59,7 +61,7 @@ def as_documents(gold: dict[str, int], doc_ids: set[str]) -> dict[str, int]:
 
 
 class Matches:
-    """Counts, by group, how many gold documents there are and how many of them are among the documents of their rows."""
+    """Count, per group, the gold documents and how many of them are among the documents of their rows."""
 
     def __init__(self):
         self._gold: Counter[str] = Counter()
@@ -70,24 +72,29 @@ class Matches:
         self._matched[group] += matched
 
     def warn(self, path: str) -> None:
-        """Say once which groups have gold ids none of which is the id of a document: ids of another corpus look like poor retrieval."""
+        """Log a warning for the groups none of whose gold ids match a document: ids of another corpus look like poor
+        retrieval.
+        """
         foreign = {group: count for group, count in self._gold.items() if count and not self._matched[group]}
         if foreign:
             where = ", ".join(f"{count} of {group or 'rows without a group'}" for group, count in sorted(foreign.items()))
-            log.warning("%s: %d gold document ids match no document of any row (%s); give the ids that the corpus searched has", path, sum(foreign.values()), where)
+            log.warning("%s: %d gold document ids match no document of any row (%s); use the ids of the searched "
+                        "corpus",
+                        path, sum(foreign.values()), where)
 
 
 def needed_documents(row: Row, path: str) -> set[str] | None:
-    """The ids of the documents a question needs. An empty gold_docs says it needs none; an empty positive_ctxs says nothing: None.
+    """Return the ids of the documents that a question needs; None if the row does not say.
 
-    Raises UserError as gold_documents does.
+    An empty gold_docs means that the question needs no document. An empty positive_ctxs says nothing. Raises UserError
+    as gold_documents does.
     """
     known = row.get("gold_docs") is not None or row.get("positive_ctxs")
     return set(gold_documents(row, path)) if known else None
 
 
 def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: Question | None = None) -> Question:
-    """What a row is scored against; what it does not say is as `asked`, the same question in the evaluation file."""
+    """Return the gold data of a row. Missing parts come from `asked`, the same question in the evaluation file."""
     asked = asked or Question("", {}, [])
     gold = gold_documents(row, path) if qrels is None else qrels.get(row["id"], {})
     answers = [answer for answer in row.get("answers") or () if answer.strip()]
@@ -98,17 +105,21 @@ def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: 
 
 
 def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> dict[str, Question]:
-    """The questions of an evaluation file by id, in its order. Raises UserError as read_rows and gold_documents do."""
+    """Return the questions of an evaluation file by id, in file order.
+
+    Raises UserError as read_rows and gold_documents do.
+    """
     return {row["id"]: question_of(row, path, group_by, qrels) for row in read_rows(path, dataset=dataset)}
 
 
 def ranked_questions(
     path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: dict[str, Question] | None, asked_in: str | None
 ) -> Iterator[Ranked]:
-    """Every question of a file of results with its documents, and, without documents, what else was `asked`.
+    """Yield every question of a results file with its documents, then the remaining questions of `asked` without
+    documents.
 
-    `asked` are the questions of the evaluation file `asked_in`, None where there is none. Raises UserError for a run
-    without them, and for a row that is not among them: results of another file would look like missing ones.
+    `asked` holds the questions of the evaluation file `asked_in`; both are None if there is no evaluation file. Raises
+    UserError for a TREC run without an evaluation file, and for a row that is not in `asked`.
     """
     seen = set()
     matches = Matches()
@@ -120,12 +131,12 @@ def ranked_questions(
 
     def note(row_id: str) -> None:
         if asked is not None and row_id not in asked:
-            raise UserError(f"{path}: row {row_id} is not in {asked_in}; these documents are of other questions")
+            raise UserError(f"{path}: row {row_id} is not in {asked_in}; give the results of the same questions")
         seen.add(row_id)
 
     if is_run(path):
         if asked is None:
-            raise UserError(f"{path}: is a TREC run, which holds no questions; give them as --eval_file")
+            raise UserError(f"{path}: is a TREC run, which contains no questions; give them with --eval_file")
         run = Run(path)
         for row_id in run.query_ids:
             note(row_id)
@@ -140,7 +151,9 @@ def ranked_questions(
         means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
         log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
     for row_id, question in (asked or {}).items():
-        if run is not None:  # in the order asked, so that runs are resampled alike; it holds no text to find answers in
+        # Runs are read in the order of the evaluation file, so that all are resampled alike. They have no text to
+        # search for answers.
+        if run is not None:
             docs = [{"id": doc_id, "score": score} for doc_id, score in run.ranking(row_id)]
             yield ranked(row_id, question._replace(answers=[], gold=as_documents(question.gold, {doc["id"] for doc in docs})), docs)
         elif row_id not in seen:

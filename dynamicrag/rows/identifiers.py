@@ -1,8 +1,8 @@
-"""Identifiers: how a selection of documents is written, and how what a model wrote is read.
+"""Identifiers: how a selection of documents is written, and how a model's output is parsed.
 
 A selection is an ordered list of 1-based positions into the documents shown: `[3], [1]`, or `None` for no document.
-Models are trained to write it so, and a prompts file may ask for another Notation; what is written in other forms is read
-by parse_ids, which says which forms count.
+Models are trained to write this form. A prompts file may define another Notation. parse_ids also reads other common
+forms and documents which ones.
 """
 
 import re
@@ -14,14 +14,15 @@ import regex
 
 from dynamicrag.rows.records import Doc, Row
 
-EXPERT_LENGTH = 14  # longest expert sequence, as published
-# The words of a list besides its numbers. Anything else makes a text prose.
+EXPERT_LENGTH = 14  # maximum length of an expert sequence in the paper
+# Tokens of a list. A text with anything else is prose.
 _TOKEN = re.compile(
     r"\s*(?:(?P<n>\d+)|(?P<o>\[)|(?P<c>\])|(?P<s>[,;>&]|and\b)|(?P<r>[-\u2013\u2014]|to\b)|(?P<x>none\b)"
     r"|(?P<w>(?:documents?|docs?|passages?|identifiers?|ids?|no\.|\#)(?![a-z])))",
     re.IGNORECASE | re.ASCII,
 )
-# A list by the kinds of its tokens, brackets aside: numbers and ranges, each perhaps after a word, with separators between.
+# A list by the kinds of its tokens, ignoring brackets: numbers and ranges, each after an optional word, with
+# separators.
 _LIST = re.compile(r"w?n(?:rw?n)?(?:s+w?n(?:rw?n)?)*s*")
 _LEAD_IN = re.compile(
     r"\s*(?:(?:so|the|my|final|best|most|important|relevant|needed|required|necessary|useful|selected|chosen|selection|answer|output|"
@@ -35,13 +36,16 @@ _OTHER_FORMS = str.maketrans({
 })
 _BULLET = re.compile(r"^[ \t]*[-\u2022][ \t]+", re.MULTILINE)
 _MOST_SAID = 200
-# The engines' regular expressions do not know an escaped space, which re.escape writes.
+# The engines' regular expressions do not support an escaped space, which re.escape writes.
 _SPECIAL = re.compile(r"[\\.^$*+?{}\[\]|()]")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was read from a model's output. If it is not `valid`, `reason` says why: no list, or a list of no document shown."""
+    """A selection parsed from a model's output.
+
+    If it is not `valid`, `reason` says why: no list, or no position in range.
+    """
 
     ids: list[int]
     valid: bool
@@ -52,9 +56,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Notation:
-    """How a model writes a selection: each document, with {n} once in its place; what stands between two; and no document.
+    """How a model writes a selection: one identifier (with {n} for the position), the separator, and the word for no
+    document.
 
-    Raises ValueError for a notation that cannot be read back.
+    Raises ValueError for a notation that cannot be parsed unambiguously.
     """
 
     identifier: str = "[{n}]"
@@ -63,16 +68,16 @@ class Notation:
 
     def __post_init__(self):
         if len(self.identifier.format(n="\0").split("\0")) != 2:
-            raise ValueError("expected {n} once in an identifier")
+            raise ValueError("an identifier must contain {n} exactly once")
         before, after = self.around
         if not (after + self.separator + before).strip("0123456789"):
             raise ValueError(f"two identifiers run together: {self.write([1, 2])!r}")
         if self._exact.fullmatch(self.none):
-            raise ValueError(f"{self.none!r} is no document and an identifier at once")
+            raise ValueError(f"{self.none!r} means no document but is also an identifier")
 
     @property
     def around(self) -> tuple[str, str]:
-        """The texts before and after the number of an identifier."""
+        """The texts before and after the number in an identifier."""
         before, after = self.identifier.format(n="\0").split("\0")
         return before, after
 
@@ -85,9 +90,9 @@ class Notation:
         return self.separator.join(self.identifier.format(n=position) for position in ids) or self.none
 
     def read(self, text: str, cut_off: bool = False) -> list[int] | None:
-        """The numbers of a text that write() could have written, [] for no document; None for any other text.
+        """Return the positions if write() could have written the text, [] for no document, and None for any other text.
 
-        With `cut_off` the text may be the beginning of one, and a last number that may be half of one is left out.
+        With `cut_off`, the text may be the beginning of a selection; a last number that may be incomplete is dropped.
         """
         text = text.strip()
         if text == self.none:
@@ -99,7 +104,7 @@ class Notation:
         numbers = complete.captures(1) + complete.captures(2)
         if cut_off and not self.around[1] and complete.end() == len(text):
             numbers = numbers[:-1]
-        # int() refuses thousands of digits
+        # int() refuses thousands of digits.
         return [int(digits) if len(digits) < 10 else 10**9 for digits in numbers] or None
 
 
@@ -107,22 +112,23 @@ DEFAULT_NOTATION = Notation()
 
 
 def format_ids(ids: Sequence[int], notation: Notation = DEFAULT_NOTATION) -> str:
-    """Write a selection the way models are trained to write it."""
+    """Write a selection in the form that models are trained to write."""
     return notation.write(ids)
 
 
 def parse_ids(text: str, n_docs: int, cut_off: bool = False, notation: Notation = DEFAULT_NOTATION) -> Selection:
-    """Read a selection among `n_docs` documents from a model's output; the inverse of format_ids on what that writes.
+    """Parse a selection among `n_docs` documents from a model's output. This inverts format_ids.
 
-    The output is as `notation` has it, or else a list in one of the usual forms. The output is a list, or ends with one: it is the list, or its last paragraph is, or its last line is one after a lead-in
-    with a colon ("Answer:", "The needed documents are:"), which the other two may have as well. A list is `None`, or numbers
-    as `[3], [1]`, `[3, 1]`, `[3][1]`, `3, 1`, `Doc 3` or `[3] > [1]`, one a line if need be, with full-width brackets and
-    commas, Markdown's marks and bullets, and ascending ranges (`[1]-[3]`, `1-3`). In prose nothing is read: "Document 3 is needed,
-    none of the others" is no list, and so is a list with prose after it.
+    The output either follows `notation` or is a list in a common form. The list is the whole output, the last
+    paragraph, or the last line after a lead-in with a colon ("Answer:", "The needed documents are:"). The first two may
+    have a lead-in too. A list is `None`, or numbers such as `[3], [1]`, `[3, 1]`, `[3][1]`, `3, 1`, `Doc 3` or `[3] >
+    [1]`. It may have one item per line, full-width brackets and commas, Markdown marks and bullets, and ascending
+    ranges (`[1]-[3]`, `1-3`). Prose is not parsed: "Document 3 is needed, none of the others" is not a list, nor is a
+    list that prose follows.
 
-    Identifiers are taken in order; repeats and anything outside 1..n_docs are dropped and counted. `None` alone is the empty
-    selection. Everything else is invalid, which is not the same as None. With `cut_off` the output ends where a limit was
-    reached: a last number without its bracket or comma may be half of one, and is not read.
+    Identifiers are taken in order; repeats and positions outside 1..n_docs are dropped and counted. `None` alone is the
+    empty selection. Any other output is invalid, which differs from None. `cut_off` means that the output ends at the
+    token limit: a last number without its bracket or comma may be incomplete and is dropped.
     """
     ids: dict[int, None] = {}
     out_of_range = repeated = 0
@@ -134,12 +140,14 @@ def parse_ids(text: str, n_docs: int, cut_off: bool = False, notation: Notation 
         repeated += sum(position in ids for position in inside)
         ids.update(dict.fromkeys(inside))
     valid = bool(ids) or numbers == []
-    said = f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {notation.write([1, 2])} or {notation.none}, among {n_docs} documents"
+    said = (f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {notation.write([1, 2])} or "
+            f"{notation.none}, among {n_docs} documents")
     return Selection(list(ids), valid, out_of_range, repeated, "" if valid else said)
 
 
 def _final_list(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
-    """The ranges of the list that a text is or ends with, [] for None, or None if there is no list."""
+    """Return the (first, last) ranges of the list that a text is or ends with, [] for `None`; None if there is no list.
+    """
     text = _BULLET.sub("", text.translate(_OTHER_FORMS).strip())
     whole = _ranges(_without_lead_in(text), cut_off)
     if whole is not None:
@@ -150,7 +158,8 @@ def _final_list(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
         return _ranges(last[lead_in.end() :], cut_off)
     before, gap, paragraph = text.rpartition("\n\n")
     heading = before.rstrip().rpartition("\n")[2].rstrip()
-    if not gap or (heading.endswith(":") and not _LEAD_IN.fullmatch(heading)):  # "Not needed:", and its list
+    # A list under a heading such as "Not needed:" is not a selection.
+    if not gap or (heading.endswith(":") and not _LEAD_IN.fullmatch(heading)):
         return None
     return _ranges(_without_lead_in(paragraph), cut_off)
 
@@ -161,7 +170,8 @@ def _without_lead_in(text: str) -> str:
 
 
 def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
-    """A text that is a list as (first, last) of each of its items, [] for None; None for a text that is no list."""
+    """Return (first, last) for each item of a text that is a list, [] for `None`; None for a text that is not a list.
+    """
     if cut_off:
         text = text.rstrip("0123456789")
     kinds, numbers, depth, at = [], [], 0, 0
@@ -181,7 +191,7 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
         kinds.append(kind)
         if kind == "n":
             digits = token[kind].lstrip("0")
-            # int() refuses thousands of digits
+            # int() refuses thousands of digits.
             numbers.append(int(digits or 0) if len(digits) < 10 else 10**9)
     shape = "".join(kinds)
     if text[at:].strip() or (depth and not cut_off):
@@ -194,12 +204,15 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
     for item in shape.replace("w", "").replace("nrn", "r").replace("s", ""):
         first = next(taken)
         ranges.append((first, next(taken) if item == "r" else first))
-    # [3]-[1] may mean the two as well as the three.
+    # [3]-[1] is ambiguous: it may mean two documents or three.
     return ranges if all(first <= last for first, last in ranges) else None
 
 
 def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | None:
-    """The first of `positions` whose document was not judged as the others were: it has no rerank score and another has one, or no label either."""
+    """Return the first of `positions` whose document lacks a rerank score; None if all are judged alike.
+
+    If no document has a score, a rerank_label is enough.
+    """
     unscored = [position for position in positions if docs[position - 1].get("rerank_score") is None]
     if 0 < len(unscored) < len(positions):
         return unscored[0]
@@ -207,9 +220,10 @@ def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | No
 
 
 def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
-    """Positions by rerank score, best first; equal scores keep their order.
+    """Return the positions by rerank score, best first; equal scores keep their order.
 
-    Without scores the order of the documents stands for them: published training data has labels alone.
+    If a score is missing, the positions are sorted instead: published training data has labels only, with the documents
+    in order.
     """
     if any(docs[position - 1].get("rerank_score") is None for position in positions):
         return sorted(positions)
@@ -217,14 +231,15 @@ def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
 
 
 def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:
-    """What the reranker would select: its relevant documents, best first."""
+    """Return the selection of the reranker: its relevant documents, best first, at most `max_length`."""
     return best_first(docs, true_id)[:max_length]
 
 
 def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:
-    """A regular expression of every well-formed selection among `n_docs` documents, for constrained decoding.
+    """Return a regular expression that matches every well-formed selection among `n_docs` documents, for constrained
+    decoding.
 
-    Repeats are not excluded (a regular expression that does is exponential in n_docs); parse_ids drops them.
+    It allows repeats, because an expression that excludes them is exponential in n_docs. parse_ids drops repeats.
     """
     none, separator, before, after = (_SPECIAL.sub(r"\\\g<0>", text) for text in (notation.none, notation.separator, *notation.around))
     if n_docs == 0:
@@ -234,7 +249,9 @@ def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:
 
 
 def summarise_selections(rows: Iterable[Row], notation: Notation = DEFAULT_NOTATION) -> dict[str, float]:
-    """What the model wrote, over all its samples: counts of malformed ones, and the mean and spread of k, shares, variety."""
+    """Summarise the sampled selections: counts of malformed ones, share of None, mean and variance of the length,
+    variety.
+    """
     seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
     valid = none = k = k_squared = distinct = answers = 0
     for row in rows:

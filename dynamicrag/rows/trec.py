@@ -1,7 +1,7 @@
-"""TREC files and fusion: runs, the exchange format of retrieval systems (`query_id Q0 doc_id rank score tag`), and their qrels.
+"""TREC files: runs (`query_id Q0 doc_id rank score tag`), which retrieval systems exchange, and qrels; rank fusion.
 
-Fields are separated by white space, a document a line. trec_eval and ir_measures read no rank: they sort by score and
-break ties by document id, each in its own direction. Here equal scores are in the order of the rank field.
+Fields are separated by white space, with one document per line. trec_eval and ir_measures ignore the rank: they sort by
+score and break ties by document id, each in its own direction. Here the rank field breaks ties.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
-FUSION_CONSTANT = 60  # a document at rank r of a ranking is worth 1 / (60 + r)
-MOST = {int: 2**31 - 1, float: 3.402823466385289e38}  # what trec_eval, and a score in float32, can hold
+FUSION_CONSTANT = 60  # a document at rank r of a ranking contributes 1 / (60 + r)
+MOST = {int: 2**31 - 1, float: 3.402823466385289e38}  # the largest values of trec_eval's integers and of float32
 QRELS_FIELDS = "query_id iteration doc_id relevance"
 
 
 class Run:
-    """A run file, left on disk: of each query only the places of its lines are kept.
+    """A run file that stays on disk. Memory holds only the positions of each query's lines in the file.
 
-    Raises UserError naming file and line for a missing or empty file, a line without six fields, invalid UTF-8, a rank
-    that is no integer and a score that is no finite number. That a query names a document twice shows in ranking().
+    Raises UserError, naming file and line, for a missing or empty file, a line without six fields, invalid UTF-8, a
+    rank that is not an integer and a score that is not a finite number. A document that is listed twice for a query is
+    reported by ranking().
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._places: dict[str, array] = {}  # first line, offset, bytes of each stretch of lines, one after the other
+        self._places: dict[str, array] = {}  # (first line, offset, bytes) of each block of lines, concatenated
         query_id = None
         for number, offset, line, fields in _lines(self.path, RUN_FIELDS):
             _rank_and_score(self.path, number, fields)
@@ -49,22 +50,25 @@ class Run:
         return self._places.keys()
 
     def check_questions(self, query_ids: Iterable[str], asked_in: str, without: str) -> None:
-        """Check once that these, the questions of the file `asked_in`, are the run's; only their number is kept.
+        """Check that the run has rankings for the questions of the file `asked_in`. The ids are streamed, not stored.
 
-        Raises UserError where it has none of them. Where it lacks some, how many is logged, and what becomes of those
-        `without` a ranking.
+        Raises UserError if the run has a ranking for none of them. If some are missing, a warning gives their number
+        and `without`, which says what happens to questions without a ranking.
         """
         count = missing = 0
         for query_id in query_ids:
             count += 1
             missing += query_id not in self._places
         if missing == count:
-            raise UserError(f"{self.path}: has none of the {count} questions of {asked_in}; it is a run of others")
+            raise UserError(f"{self.path}: has none of the {count} questions of {asked_in}; give the run of this file")
         if missing:
             log.warning("%s: %d of %d questions have no ranking in it; %s", self.path, missing, count, without)
 
     def ranking(self, query_id: str) -> list[tuple[str, float]]:
-        """(document id, score) best first, equal scores by rank, then as in the file; empty for an unknown query."""
+        """Return (document id, score) pairs, best first; an empty list for an unknown query.
+
+        Equal scores are ordered by rank, then by their order in the file. Raises UserError for a document listed twice.
+        """
         found: dict[str, int] = {}
         ranked = []
         place = self._places.get(query_id, ())
@@ -77,7 +81,7 @@ class Run:
                     doc_id = fields[2]
                     if doc_id in found:
                         raise UserError(f"{self.path}:{number}: document {doc_id!r} of query {query_id!r} is already "
-                                        f"on line {found[doc_id]}; a run names a document once a query")
+                                        f"on line {found[doc_id]}; remove one of the lines")
                     found[doc_id] = number
                     ranked.append((doc_id, *_rank_and_score(self.path, number, fields)))
         ranked.sort(key=lambda entry: (-entry[2], entry[1]))
@@ -85,7 +89,7 @@ class Run:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a file is a TREC run and not rows, which begin with { or [. Missing and empty files read_rows refuses."""
+    """Return whether a file is a TREC run, not rows, which begin with { or [. False for a missing or an empty file."""
     if not Path(path).is_file():
         return False
     with open(path, "rb") as file:
@@ -94,9 +98,10 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Relevance (1 or more) by query id and document id; a document judged irrelevant is as one that was not judged.
+    """Return the relevance by query id and document id. Documents judged irrelevant (0 or less) are left out.
 
-    Raises UserError naming file and line for what is not a qrels file, and for a document with two relevances.
+    Raises UserError, naming file and line, for a file that is not in qrels format and for a document with two different
+    relevances.
     """
     path = Path(path)
     judged: dict[str, dict[str, int]] = {}
@@ -113,10 +118,13 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 
 
 def write_run(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> int:
-    """Write the documents of all rows by falling `key`, atomically; returns how many there were.
+    """Write the documents of all rows as a run, ordered by descending `key`, atomically.
 
-    Ranks count from 1; equal scores stay in the row's order, which Run reads back and other readers may not keep.
-    Raises UserError naming the row for an id with white space, a document twice or without `key`; and for no document.
+    Returns the number of documents.
+
+    Ranks start at 1. Equal scores keep the row's order; Run preserves this order, other readers may not. Raises
+    UserError, naming the row, for an id that contains white space, a repeated document and a document without `key`.
+    Raises UserError if no row has a document.
     """
     count = 0
     with atomic_writer(path) as file:
@@ -124,7 +132,7 @@ def write_run(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> int
             file.write(line.encode())
             count += 1
         if not count:
-            raise UserError(f"{path}: no row has a document, and a run without a line is none")
+            raise UserError(f"{path}: no row has a document, so the run would be empty; give rows with documents")
     return count
 
 
@@ -132,8 +140,8 @@ def _run_lines(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> It
 
     def one_word(what: str, text: str, remedy: str) -> None:
         if text.split() != [text]:
-            raise UserError(f"{path}: {what} {text!r}: is empty or holds white space, which separates the fields of a "
-                            f"TREC run; {remedy}")
+            raise UserError(f"{path}: {what} {text!r}: is empty or contains white space, which separates the fields of "
+                            f"a TREC run; {remedy}")
 
     one_word("tag", tag, "give another")
     for row in rows:
@@ -143,11 +151,10 @@ def _run_lines(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> It
         for doc in row["docs"]:
             one_word(f"{where}, document", doc["id"], "give it another id in the corpus")
             if doc.get(key) is None:
-                raise UserError(f"{path}: {where}, document {doc['id']!r}: has no {key}, by which a run is ranked; "
-                                "retriever.py writes score, reranker.py rerank_score")
+                raise UserError(f"{path}: {where}, document {doc['id']!r}: has no {key}, which determines the rank; "
+                                "retriever.py writes score, reranker.py writes rerank_score")
             if doc["id"] in seen:
-                raise UserError(f"{path}: {where}, document {doc['id']!r}: is there twice; a run names a document once "
-                                "a query")
+                raise UserError(f"{path}: {where}, document {doc['id']!r}: is listed twice; remove one of the two")
             seen.add(doc["id"])
         for rank, doc in enumerate(sorted(row["docs"], key=lambda doc: -doc[key]), start=1):
             yield f"{row['id']} Q0 {doc['id']} {rank} {float(doc[key])!r} {tag}\n"
@@ -161,7 +168,8 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path, form: str) -> Iterator[tuple[int, int, bytes, list[str]]]:
-    """(line number from 1, offset, line, fields) of every line that is not blank, of as many fields as `form` has."""
+    """Yield (1-based line number, offset, line, fields) for every non-blank line. Each must have the fields of `form`.
+    """
     offset, wanted, empty = 0, len(form.split()), True
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
@@ -170,7 +178,7 @@ def _lines(path: Path, form: str) -> Iterator[tuple[int, int, bytes, list[str]]]
             try:
                 fields = line.decode().split()
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason}); TREC is plain text") from error
+                raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason}); save it as UTF-8") from error
             if fields:
                 if len(fields) != wanted:
                     raise UserError(f"{path}:{number}: expected the {wanted} fields `{form}`, found {len(fields)}")
@@ -188,19 +196,21 @@ def _rank_and_score(path: Path, number: int, fields: list[str]) -> tuple[int, fl
 def _parse(kind: type, path: Path, number: int, field: str, text: str) -> float:
     try:
         value = kind(text)
-    except ValueError:  # of an integer, also where it has thousands of digits
+    except ValueError:  # int() also refuses thousands of digits
         value = math.nan
     if not abs(value) <= MOST[kind]:
         expected = "an integer" if kind is int else "a finite number"
-        raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}{'' if value != value else ', which is too large'}")
+        reason = "" if value != value else ", which is too large"
+        raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}{reason}")
     return value
 
 
 def fuse(rankings: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reciprocal-rank fusion (Cormack et al., 2009) of rankings, [rows, any] positions each, -1 for none.
+    """Fuse rankings by reciprocal rank (Cormack et al., 2009).
 
-    Returns scores float32 and positions int64 [rows, k], best first, equal scores in the order of the corpus; -1
-    where there are fewer than k documents.
+    `rankings` holds one array of positions [rows, any] per ranking, with -1 for no document. Returns scores (float32)
+    and positions (int64), both [rows, k], best first; equal scores are in corpus order. The position is -1 if there are
+    fewer than k documents.
     """
     import numpy as np
 

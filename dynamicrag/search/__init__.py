@@ -1,1 +1,1 @@
-"""Search: passages, their embeddings, and the indexes that are searched."""
+"""Search: passages, their embeddings, and the dense and BM25 indexes."""

@@ -1,9 +1,9 @@
-"""BM25, the lexical baseline (Robertson and Zaragoza, 2009), over a passage store, by bm25s.
+"""BM25 (Robertson and Zaragoza, 2009), the lexical baseline, over a passage store; implemented with bm25s.
 
-Lucene's variant with k1 = 0.9 and b = 0.4, as Anserini searches Wikipedia; lower case, words of two letters and more,
-English stop words left out, Snowball stems. Scripts that write no spaces between words (Chinese, Japanese, Thai and
-others) are cut into pairs of neighbouring characters, as Lucene's CJKAnalyzer does. The index is built once, kept in the
-store's folder and memory-mapped.
+The variant is Lucene's with k1 = 0.9 and b = 0.4, Anserini's settings for Wikipedia. Words are lower-cased, have at
+least two letters, are not English stop words, and are reduced to Snowball stems. Scripts without spaces between words
+(Chinese, Japanese, Thai and others) are cut into pairs of neighbouring characters, like in Lucene's CJKAnalyzer. The
+index is built once, stored in the store's folder and memory-mapped.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 K1, B = 0.9, 0.4
-# What cuts texts into words; an index that another version built is built again.
+# Version of the word splitting. An index of another version is built again.
 WORDS_VERSION = b"2"
 WORD = re.compile(r"\b\w\w+\b")
-# Han, Hiragana, Katakana, Bopomofo, Yi; Hangul, whose words take endings; Thai, Lao, Myanmar, Khmer, Tibetan.
+# Han, Hiragana, Katakana, Bopomofo, Yi; Hangul, whose words have endings; Thai, Lao, Myanmar, Khmer, Tibetan.
 UNSPACED = (
     "\u0e01-\u0e7f\u0e81-\u0eff\u0f40-\u0fbc\u1000-\u109f\u1780-\u17d3\u1100-\u11ff\u3005-\u3007\u3041-\u312f\u3131-\u318e\u31a0-\u31bf"
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # the Latin letters and digits of East Asian fonts
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width Latin letters and digits
 ROWS_READ = 1000
 
 
 class Bm25Index:
-    """Search by words over every passage of a store."""
+    """BM25 search over every passage of a store."""
 
     def __init__(self, folder: Path):
-        """Raises UserError where its files are damaged."""
+        """Open the index in `folder`. Raises UserError if its files are damaged."""
         import bm25s
         import numpy as np
 
@@ -49,15 +49,16 @@ class Bm25Index:
             self.count: int = self._bm25.scores["num_docs"]
             arrays = [self._bm25.scores[name] for name in ("data", "indices", "indptr")]
             if type(self.count) is not int or not all(isinstance(array, np.ndarray) for array in arrays):
-                raise ValueError("its files are others")
+                raise ValueError("its files do not belong together")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
-            raise UserError(f"{folder}: the BM25 index is damaged ({error}); remove it, it is built anew") from error
+            raise UserError(f"{folder}: the BM25 index is damaged ({error}); remove it and run the stage "
+                            "again") from error
 
     def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best passages for each text, best first: scores float32 and positions int64, both [n, k].
+        """Return the k best passages for each text, best first: scores float32 and positions int64, both [n, k].
 
-        Equal scores are in the order of the corpus. A passage without any word of the text is no hit: the last
-        positions are -1.
+        Equal scores are in corpus order. A passage that contains no word of the text is not returned; missing positions
+        are -1, at the end.
         """
         import numpy as np
 
@@ -78,14 +79,14 @@ class Bm25Index:
 
 
 def words(text: str) -> list[str]:
-    """What of a text is indexed and searched, in order, repeats included."""
+    """Return the words of a text that are indexed and searched, in order and with repeats."""
     if text.isascii() or not _patterns()["special"].search(text):
         return [_stem(word) for word in WORD.findall(text.lower()) if word not in _stop_words()]
     return _words_of_any_script(unicodedata.normalize("NFC", text).translate(FULL_WIDTH).lower())
 
 
 def _words_of_any_script(text: str) -> list[str]:
-    """words() of a text that has marks, or characters of an unspaced script."""
+    """words() for a text that contains marks or characters of an unspaced script."""
     patterns = _patterns()
     found = []
     for run in patterns["run"].findall(text):
@@ -100,9 +101,10 @@ def _words_of_any_script(text: str) -> list[str]:
 
 @cache
 def _patterns() -> dict[str, re.Pattern]:
-    """By what they match. Marks, such as vowel signs, belong to the letter before them, and are not in \\w.
+    """Return the patterns by name. Marks, such as vowel signs, belong to the preceding letter but are not part of \\w.
 
-    Only those of the Basic Multilingual Plane: a class with several hundred characters beyond it is ten times as slow.
+    Only marks of the Basic Multilingual Plane are included, because several hundred more make a pattern ten times
+    slower.
     """
     marks = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
     return {name: re.compile(pattern) for name, pattern in {
@@ -131,7 +133,7 @@ def _stemmer():
 
 
 def open_bm25(store: PassageStore) -> Bm25Index:
-    """The index of a store, built first where there is none. A store made anew for another corpus has none."""
+    """Open the BM25 index of a store. Build it first if it does not exist. A rebuilt store has no index."""
     folder, version = store.folder / "bm25", store.folder / "bm25.version"
     try:
         with exclusive(folder):
@@ -162,7 +164,7 @@ def _build(store: PassageStore) -> object:
                 tokens.append([vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{title} {text}")])
             progress.update(len(columns["text"]))
     if not vocabulary:
-        raise UserError(f"{store.folder}: no passage holds a word that BM25 could search")
+        raise UserError(f"{store.folder}: no passage contains a word that BM25 can search; check the corpus")
     _stem.cache_clear()
     bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
     bm25.index((tokens, vocabulary), show_progress=False)

@@ -1,13 +1,13 @@
-"""Exact search: the k vectors of largest inner product, identical to brute force and several times faster.
+"""Exact search for the k vectors of largest inner product: the result of brute force, several times faster.
 
-Every vector is compared in bfloat16 first, where the hardware multiplies in it (else in float32). It has the range of
-float32, so nothing overflows, and the rounding error of that comparison is bounded by Cauchy-Schwarz,
+Every vector is first compared in bfloat16 if the hardware supports it, otherwise in float32. bfloat16 has the range of
+float32, so nothing overflows, and Cauchy-Schwarz bounds the rounding error of this comparison:
 
-    |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector,
+    |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector.
 
-so every vector that may still be among the k best is known, and only these, a few for each document wanted, are
-compared again in float64. Scores are those float64 inner products, rounded to float32; equal scores are in the order
-of the vectors. The result therefore depends on neither batches, blocks, shards nor the device.
+The bound gives all vectors that may be among the k best. Only these, a few per requested document, are compared again
+in float64. Scores are the float64 inner products rounded to float32; equal scores are in the order of the vectors. The
+result therefore does not depend on batches, blocks, shards or the device.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Vectors compared in one multiplication: the scores of a tile stay in the cache of a CPU, and fill a GPU.
+# Vectors per matrix multiplication. The scores of a tile fit into a CPU's cache, and keep a GPU busy.
 TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
-# Scores in memory at a time, at most: a gigabyte.
+# Maximum number of scores in memory: a gigabyte.
 MOST_SCORES = 1 << 29
-# Scores are looked at this many at once: only where their maximum may be among the best is each of them compared.
+# Scores are checked in groups of this size. Single scores are compared only if the group's maximum may be among the
+# best.
 GROUP = 64
-# Vectors whose rounding error is bounded together, and after which no candidate is left waiting.
+# Vectors that share one bound of the rounding error. All candidates of a block are settled at its end.
 BLOCK_VECTORS = 1 << 20
-# Of the memory of a GPU, so many bytes are left to the scores and to a block that does not stay there.
+# Bytes of GPU memory that are reserved for scores and for a block that is not kept on the GPU.
 GPU_RESERVE = 6 << 30
-# Candidates that may wait to be compared again, in documents wanted.
+# Maximum number of candidates waiting for exact comparison, per requested document.
 WAITING = 8
 
 
 class ExactIndex:
-    """Inner-product search over every vector, on a CPU or spread over GPUs.
+    """Inner-product search over every vector, on a CPU or distributed over GPUs.
 
-    On the CPU the vectors are only ever mapped, so that workers on a machine share one copy. On GPUs they are kept
-    there in their own precision, blocks in turn on each GPU.
+    On the CPU the vectors are memory-mapped, so that the workers on a machine share one copy. On GPUs they are kept in
+    GPU memory in their own precision; blocks are assigned to the GPUs in turn.
     """
 
     def __init__(self, arrays: list[np.ndarray], devices: tuple[str, ...] = ("cpu",)):
-        """`arrays` are [n, width] each, float16 or float32; positions count over all of them."""
+        """`arrays` are float16 or float32, [n, width] each. Positions count through all of them."""
         self.count = sum(map(len, arrays))
         self._parts = [_Part(device) for device in devices]
         parts = cycle(self._parts)
@@ -58,9 +59,9 @@ class ExactIndex:
             offset += len(array)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of all vectors for each query, best first: scores float32 and positions int64, both [n, k].
+        """Return the k best vectors for each query, best first: scores float32 and positions int64, both [n, k].
 
-        `queries` is float32 [n, width]. With fewer than k vectors, k is their number. Raises NotFiniteError.
+        `queries` is float32 [n, width]. If there are fewer than k vectors, k is their number. Raises NotFiniteError.
         """
         import numpy as np
 
@@ -75,11 +76,11 @@ class ExactIndex:
 
 @dataclass
 class _Block:
-    """Up to BLOCK_VECTORS vectors, the first of which is number `offset`."""
+    """Up to BLOCK_VECTORS vectors; the first one has the number `offset`."""
 
     vectors: torch.Tensor
     offset: int
-    bounds: tuple[float, float] | None = None  # the largest length of a vector, and of what rounding takes from one
+    bounds: tuple[float, float] | None = None  # the largest norm of a vector, and of the rounding error of a vector
 
 
 class _Part:
@@ -93,7 +94,8 @@ class _Part:
         self.device, self.blocks = device, []
         self.dtype = pick_dtype("auto", device)
         self.tile = TILE_VECTORS[device.split(":")[0]]
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the bound is that of sums in float32
+        # The error bound assumes sums in float32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def add(self, vectors: np.ndarray, offset: int) -> None:
         import torch
@@ -102,7 +104,7 @@ class _Part:
         if self.device == "cpu" or torch.cuda.mem_get_info(self.device)[0] > GPU_RESERVE + mapped.nbytes:
             mapped = mapped.to(self.device)
         elif all(block.vectors.device.type != "cpu" for block in self.blocks):
-            log.warning("%s is full: vectors from number %d on are sent there anew for every pass", self.device, offset)
+            log.warning("%s is full; vectors from number %d on are sent to it again in every pass", self.device, offset)
         self.blocks.append(_Block(mapped, offset))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,11 +126,14 @@ class _Part:
                     into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
                     best.consider(torch.mm(best.rough, tile.T, out=into), start)
                 best.settle()
-                del block, best._block  # where it was sent to the GPU, it makes room for the next
+                del block, best._block  # frees the memory for the next block if this one was sent to the GPU
             return best.scores.cpu().numpy(), best.positions.cpu().numpy()
 
     def _round(self, block: _Block, start: int, exact: torch.Tensor, rough: torch.Tensor) -> torch.Tensor:
-        """A tile of the block in low precision, through the two buffers: float16 to bfloat16 directly is slower."""
+        """Return a tile of the block in low precision, through two buffers.
+
+        Direct conversion of float16 to bfloat16 is slower.
+        """
         tile = block.vectors[start : start + len(exact)]
         return rough[: len(tile)].copy_(exact[: len(tile)].copy_(tile))
 
@@ -146,7 +151,7 @@ class _Part:
 
 
 class _Best:
-    """The k best so far of each query, and the candidates not compared exactly yet."""
+    """The k best vectors so far for each query, and the candidates that were not yet compared exactly."""
 
     def __init__(self, queries: torch.Tensor, dtype: torch.dtype, k: int):
         import torch
@@ -154,26 +159,26 @@ class _Best:
         self.exact, self.rough = queries.double(), queries.to(dtype)
         self.scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
         self.positions = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
-        self.least = self.scores[:, -1]  # no score below it is among the best
+        self.least = self.scores[:, -1]  # lower bound: scores below it are not among the best
         self._rough_length = self.rough.float().norm(dim=1)
         self._lost_length = (queries - self.rough.float()).norm(dim=1)
         self._waiting: list[tuple[torch.Tensor, ...]] = []  # query, row in the block, rough score
         self._count = 0
 
     def enter(self, block: _Block) -> None:
-        """From here on the candidates are of this block."""
+        """Start a block: later candidates belong to it."""
         longest, lost = block.bounds
-        summation = 2 * self.exact.shape[1] * 2.0**-24  # of a sum in float32, in any order
+        summation = 2 * self.exact.shape[1] * 2.0**-24  # error of a sum in float32, in any order
         self._error = self._lost_length * longest + self._rough_length * (lost + summation * longest)
         self._block = block
 
     def consider(self, rough: torch.Tensor, start: int) -> None:
-        """Note what may be among the best of the rough scores [n, tile] of the vectors from row `start` on."""
+        """Collect candidates from the rough scores [n, tile] of the vectors that start at row `start`."""
         n, size = rough.shape
         k = self.scores.shape[1]
-        if self.least[0].isinf() and k <= size:  # the first tile: its own k-th best is the bound
+        if self.least[0].isinf() and k <= size:  # first tile: its k-th best score is the bound
             self.least = self._at_least(rough.topk(k).values[:, -1].float(), self._error)
-        # rounded like the scores are, which keeps their order: here nothing is lost to the precision of the scores
+        # Rounded like the scores, which preserves their order, so that no candidate is lost.
         least = (self.least - self._error).to(rough.dtype)[:, None]
         if size % GROUP:
             query, row = (rough >= least).nonzero(as_tuple=True)
@@ -191,7 +196,7 @@ class _Best:
                     self.settle()
 
     def _sift(self) -> tuple[torch.Tensor, ...]:
-        """Raise the bound by what the waiting candidates are worth at least, and drop those below it."""
+        """Raise the lower bound by the guaranteed scores of the waiting candidates, and drop candidates below it."""
         import torch
 
         query, row, rough = map(torch.cat, zip(*self._waiting, strict=True))
@@ -206,13 +211,13 @@ class _Best:
         return self._waiting[0]
 
     def _at_least(self, rough: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        """What the exact score is at least: the rough one is off by the error, and was then rounded itself."""
+        """Return a lower bound of the exact score. The rough score has the given error and was then rounded."""
         import torch
 
         return rough - error - torch.finfo(self.rough.dtype).eps * rough.abs()
 
     def _by_query(self, query: torch.Tensor, values: torch.Tensor, filler: float) -> torch.Tensor:
-        """Values [m], sorted by query, as [n, most of a query]."""
+        """Arrange values [m], sorted by query, as a table [n, maximum per query], filled with `filler`."""
         import torch
 
         counts = torch.bincount(query, minlength=len(self.scores))
@@ -222,14 +227,15 @@ class _Best:
         return table
 
     def settle(self) -> None:
-        """Compare the waiting candidates exactly, and keep the k best."""
+        """Compare the waiting candidates exactly and keep the k best."""
         import torch
 
         if not self._waiting:
             return
         query, row, _ = self._sift()
         exact = inner_products(self._block.vectors, row, self.exact, query)
-        # what is new lies behind what is kept, so a stable sort leaves equal scores in the order of the vectors
+        # New candidates come after those already kept, so a stable sort leaves equal scores in the order of the
+        # vectors.
         scores = torch.cat([self.scores, self._by_query(query, exact, -torch.inf)], dim=1)
         positions = torch.cat([self.positions, self._by_query(query, row + self._block.offset, -1)], dim=1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""The index over embedding shards: exact, or a compressed faiss index that is trained once and kept."""
+"""The index over embedding shards: exact, or a compressed faiss index that is trained once and stored."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 ADDED_AT_ONCE = 65536
 ANY_WIDTH = 768
-# Training a faiss index: this many vectors a cluster, and at least so many in all.
+# Training a faiss index: vectors per cluster, and the minimum number of vectors.
 TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
-# What faiss has for GPUs, and how many documents or clusters it looks for there at most.
+# Index types that faiss supports on GPUs, and its limit there for documents and clusters per query.
 ON_GPUS, GPU_MOST = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"), 2048
-# How hard an approximate index looks, unless told: clusters (IVF), nodes (HNSW), and candidates a document wanted.
+# Defaults of approximate search: clusters (IVF), nodes (HNSW), and candidates per requested document.
 NPROBE, EF_SEARCH, CANDIDATES = 64, 256, 4
 
 
 class FaissIndex:
-    """Approximate search through any index of faiss's factory, memory-mapped.
+    """Approximate search with any index of faiss's factory, memory-mapped.
 
-    The index proposes `candidates` times the documents wanted; which of them are best, the vectors themselves decide.
-    A score is therefore the exact inner product, whichever index found the document.
+    The index proposes `candidates` times the number of requested documents. The vectors themselves determine the best
+    of them, so scores are exact inner products whichever index is used.
     """
 
     def __init__(self, index: object, vectors: list[np.ndarray], candidates: int):
@@ -42,15 +42,16 @@ class FaissIndex:
         self.count = index.ntotal
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As ExactIndex.search; where the index finds fewer than k, the last positions are -1."""
+        """Like ExactIndex.search; if the index finds fewer than k vectors, the last positions are -1."""
         k = min(k, self.count)
         wanted = min(k * self.candidates, self.count)
-        if type(self.index).__name__.startswith(("IndexShards", "GpuIndex")):  # on several GPUs, and on one
+        if type(self.index).__name__.startswith(("IndexShards", "GpuIndex")):  # on several GPUs, or on one
             wanted = min(wanted, max(GPU_MOST, k))
         try:
             _, positions = self.index.search(queries, wanted)
         except RuntimeError as error:
-            raise UserError(f"the index cannot be searched for {wanted} documents ({_reason(error)}); give fewer --n_docs") from error
+            raise UserError(f"the index cannot be searched for {wanted} documents ({_reason(error)}); reduce "
+                            "--n_docs") from error
         return rescore(self.vectors, queries, positions, k)
 
 
@@ -58,10 +59,11 @@ def open_index(
     shards: list[Shard], factory: str, path: str | None = None, device: str = "cpu", seed: int = 42, part: str = "0/1",
     nprobe: int = NPROBE, candidates: int = CANDIDATES,
 ) -> ExactIndex | FaissIndex:
-    """The index over these shards: `flat` is exact; anything else is a faiss factory string (`IVF1024,SQ8`, `HNSW32`).
+    """Open the index over these shards. `flat` is exact; any other factory is a faiss string (`IVF1024,SQ8`, `HNSW32`).
 
-    A faiss index is trained on a seeded sample, filled, and kept at `path` (by default beside the shards) with a
-    manifest of the shards it holds, or of the part of them. Raises UserError where the one at `path` holds others.
+    A faiss index is trained on a seeded sample, filled, and stored at `path` (default: next to the shards), with a
+    manifest of the shards, or the part of them, that it contains. Raises UserError if the index at `path` contains
+    others.
     """
     if factory.lower() == "flat":
         return ExactIndex([shard.vectors for shard in shards], devices_of(device))
@@ -77,16 +79,19 @@ def open_index(
         with exclusive(kept):
             if not (manifest.is_file() and kept.is_file()):
                 _save(_build(shards, factory, seed), kept, manifest, holds)
-    except (OSError, RuntimeError) as error:  # faiss reports a full disk as the latter
+    except (OSError, RuntimeError) as error:  # faiss reports a full disk as a RuntimeError
         raise UserError(f"{kept}: the index cannot be written ({error}); give --index_path") from error
     if not _holds(_made_from(manifest), holds, shards):
         raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
-                        "to build it anew, or give another --index_path")
+                        "to build it again, or give another --index_path")
     return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
 
 
 def faiss_can_read(factory: str) -> bool:
-    """Whether faiss can read a factory string. What it needs of the width of the vectors, their embeddings show later."""
+    """Return whether faiss can parse a factory string.
+
+    Conflicts with the vector width show only when the index is built.
+    """
     import faiss
 
     try:
@@ -97,7 +102,7 @@ def faiss_can_read(factory: str) -> bool:
 
 
 def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:
-    """Whether an index was made for this, by this version or by one that knew large shards by samples."""
+    """Return whether an index was made for this, by this version or by one that identified large shards by samples."""
     if made == holds or not isinstance(made, dict):
         return made == holds
     kept = made.get("shards")
@@ -108,7 +113,7 @@ def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:
 
 
 def _made_from(manifest: Path) -> object:
-    """What the index was built from; None where its manifest is none."""
+    """Return what the index was built from; None if its manifest is not JSON."""
     try:
         return orjson.loads(manifest.read_bytes())
     except orjson.JSONDecodeError:
@@ -124,8 +129,8 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise UserError(f"--index {factory}: not a factory string faiss knows for {width} dimensions "
-                        f"({_reason(error)})") from error
+        raise UserError(f"--index {factory}: faiss does not accept this factory string for {width} dimensions "
+                        f"({_reason(error)}); give another one, or --index flat") from error
     count = sum(len(shard.vectors) for shard in shards)
     if not index.is_trained:
         clusters = getattr(faiss.try_extract_index_ivf(index), "nlist", 0)
@@ -156,7 +161,8 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
 
 
 def _require_finite(shards: list[Shard], vectors: np.ndarray, positions: np.ndarray) -> None:
-    """Raises UserError naming the first of these vectors, at these positions, with NaN or infinity: it would spoil the others' codes."""
+    """Raise UserError naming the first vector with NaN or infinity, which would spoil the codes of the other vectors.
+    """
     import numpy as np
 
     wrong = ~np.isfinite(vectors).all(axis=1)
@@ -181,7 +187,8 @@ def _load(path: Path, device: str, nprobe: int) -> object:
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read as a faiss index ({_reason(error)}); remove it") from error
+        raise UserError(f"{path}: cannot be read as a faiss index ({_reason(error)}); remove it to build it "
+                        "again") from error
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = min(nprobe, inverted.nlist)
@@ -193,12 +200,16 @@ def _load(path: Path, device: str, nprobe: int) -> object:
 
 
 def _on_gpus(index: object, device: str) -> object:
-    """The inverted lists divided over the GPUs. Those of IVF,Flat are in float32 there, whatever useFloat16 says (GpuClonerOptions.h)."""
+    """Distribute the inverted lists over the GPUs.
+
+    IVF,Flat lists are float32 there, whatever useFloat16 is (GpuClonerOptions.h).
+    """
     import faiss
 
     kind = type(faiss.downcast_index(index)).__name__
     if not hasattr(faiss, "GpuMultipleClonerOptions") or kind not in ON_GPUS:
-        log.warning("faiss searches this index on the CPU: %s, which GPUs and faiss-gpu have only for %s", kind, ", ".join(ON_GPUS))
+        log.warning("%s: faiss searches this index on the CPU; it supports GPUs only with faiss-gpu and for %s",
+                    kind, ", ".join(ON_GPUS))
         return index
     inverted = faiss.extract_index_ivf(index)
     inverted.nprobe = min(inverted.nprobe, GPU_MOST)

@@ -1,6 +1,6 @@
-"""Candidates compared exactly: inner products in float64, rounded to float32, and their order.
+"""Exact comparison of candidates: inner products in float64, rounded to float32, and their order.
 
-Whatever proposed a candidate, a first comparison in low precision or a compressed index, this is what decides.
+These scores are final, whether a candidate was proposed by a low-precision comparison or by a compressed index.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Compared at once: on a CPU their vectors in float64 stay in its cache (3 MB at 768 dimensions); a GPU needs more to be busy (100 MB).
+# Candidates per step. On a CPU their float64 vectors fit into the cache (3 MB at 768 dimensions); a GPU needs more (100
+# MB).
 RESCORED = {"cpu": 512, "cuda": 16384}
 
 
 class NotFiniteError(ValueError):
-    """A vector that cannot be compared: NaN, infinity, or longer than float32 can say. `position` is its number."""
+    """A vector with NaN, infinity, or a norm beyond float32. `position` is its number."""
 
     def __init__(self, position: int):
         super().__init__(f"vector {position} is not finite")
@@ -25,7 +26,7 @@ class NotFiniteError(ValueError):
 
 
 def best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row; equal scores by position."""
+    """Return the k best scores of each row and their positions; equal scores are ordered by position."""
     import numpy as np
 
     order = np.lexsort((positions, -scores), axis=1)[:, :k]
@@ -33,9 +34,10 @@ def best_first(scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.nd
 
 
 def rescore(arrays: list[np.ndarray], queries: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the candidates an approximate index found, [n, any] positions (-1 for none), by their exact scores.
+    """Return the k best candidates of an approximate index by their exact scores; `positions` is [n, any], -1 for none.
 
-    As ExactIndex.search; where there are fewer than k candidates, the last positions are -1. Raises NotFiniteError.
+    The result has the form of ExactIndex.search. With fewer than k candidates, the last positions are -1. Raises
+    NotFiniteError.
     """
     import numpy as np
     import torch
@@ -56,10 +58,11 @@ def rescore(arrays: list[np.ndarray], queries: np.ndarray, positions: np.ndarray
 
 
 def inner_products(vectors: torch.Tensor, row: torch.Tensor, exact: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """vectors[row] . exact[query], summed in float64: float32 of the length of row and query."""
+    """Return vectors[row] . exact[query], summed in float64, as float32; `row` and `query` have the same length."""
     import torch
 
-    scores = torch.empty(len(row), device=vectors.device)  # made first: kept results between freed vectors would spread them over memory
+    # Allocated first: results between freed vectors would fragment the memory.
+    scores = torch.empty(len(row), device=vectors.device)
     size = RESCORED[vectors.device.type]
     for of_some, rows, queries in zip(scores.split(size), row.split(size), query.split(size), strict=True):
         of_some.copy_((vectors[rows].double() * exact[queries]).sum(dim=1))
@@ -70,5 +73,5 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     import torch
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the tensor is only read
         return torch.from_numpy(array)

@@ -1,9 +1,8 @@
-"""The corpus: reading it, and a memory-mapped store of it.
+"""Read the corpus, and store it as a memory-mapped file.
 
-Retrieval needs the text of a few passages out of 21 million. The corpus is therefore converted once into an Arrow
-file, memory-mapped through HF `datasets` and shared by all workers of a machine, with a sorted table of hashed ids
-beside it (12 bytes a passage) instead of a dictionary. The store lies in `<corpus>.store/` and is made anew when the
-corpus changes.
+Retrieval needs the text of a few passages out of 21 million. The corpus is therefore converted once into an Arrow file,
+which HF `datasets` memory-maps and all workers on a machine share. A sorted table of hashed ids (12 bytes per passage)
+replaces a dictionary. The store is in `<corpus>.store/` and is built again when the corpus changes.
 """
 
 from __future__ import annotations
@@ -30,29 +29,29 @@ from dynamicrag.stage import UserError, log
 if TYPE_CHECKING:
     import numpy as np
 
-COMPARED = 1 << 16  # ids compared with those of the corpus at a time
+COMPARED = 1 << 16  # ids compared with the corpus per step
 ID_KEYS = ("id", "_id", "docid")
 TEXT_KEYS = ("text", "contents")
 TSV, JSON, PARQUET = (".tsv",), (".jsonl", ".json"), (".parquet",)
-# A record batch of the store: small enough to read a passage from, far below the 2 GB that Arrow's strings allow.
+# Maximum size of a record batch: small enough to read one passage from, far below Arrow's limit of 2 GB for strings.
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 24
 
 Passage = tuple[str, str, str]  # id, title, text
 
 
 def read_passages(path: str | Path) -> Iterator[Passage]:
-    """Stream (id, title, text) from a TSV, JSONL, JSON or Parquet file, or from a folder of them in sorted order.
+    """Yield (id, title, text) from a TSV, JSONL, JSON or Parquet file, or from a folder of such files in sorted order.
 
-    Files named .tsv.gz, .jsonl.gz and .json.gz are decompressed as they are read, as DPR's psgs_w100.tsv.gz is published.
-    TSV is DPR's: a header with id, text and title, fields quoted where they hold a tab, a newline or a quote. JSON
-    has id (or _id, docid), text (or contents) and title; `contents` without a title has it in its first line.
-    Raises UserError naming file and line.
+    Files named .tsv.gz, .jsonl.gz and .json.gz are decompressed on the fly, such as DPR's psgs_w100.tsv.gz. TSV has
+    DPR's form: a header with id, text and title, and quotes around fields that contain a tab, a newline or a quote.
+    JSON has id (or _id, docid), text (or contents) and title; without a title, the first line of `contents` is the
+    title. Raises UserError naming file and line.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _kind(file) in TSV + JSON + PARQUET)
         if not files:
-            raise UserError(f"{path}: holds no .tsv, .jsonl or .parquet file")
+            raise UserError(f"{path}: contains no .tsv, .jsonl or .parquet file; give the folder of the corpus")
         yield from chain.from_iterable(map(read_passages, files))
     elif _kind(path) in TSV:
         yield from _read_tsv(path)
@@ -62,11 +61,13 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
         for line, record in read_json(path):
             yield _passage(record, f"{path}:{line}")
     else:
-        raise UserError(f"{path}: expected a corpus named .tsv, .jsonl or .json (also with .gz), or .parquet")
+        raise UserError(f"{path}: unknown corpus format; give a .tsv, .jsonl or .json file (optionally .gz), or a "
+                        ".parquet file")
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how a file is read; Parquet is compressed inside, never as a whole."""
+    """Return the suffix that determines how a file is read. Parquet is compressed inside; .parquet.gz is not supported.
+    """
     inner = Path(path.name.removesuffix(".gz")).suffix
     return inner if path.suffix != ".gz" or inner not in PARQUET else path.suffix
 
@@ -80,9 +81,10 @@ def _read_tsv(path: Path) -> Iterator[Passage]:
                 try:
                     yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason})") from error
+                    raise UserError(f"{path}:{number}: invalid UTF-8 ({error.reason}); save the file as "
+                                    "UTF-8") from error
 
-        # strict: a lone quotation mark is an error here, instead of swallowing the passages that follow it
+        # strict: a lone quotation mark is an error; otherwise the reader would swallow the following passages.
         reader = csv.reader(lines(), delimiter="\t", strict=True)
         line = 1
         try:
@@ -90,7 +92,7 @@ def _read_tsv(path: Path) -> Iterator[Passage]:
             if "id" not in header or "text" not in header:
                 raise UserError(f"{path}:1: expected the header id, text, title (separated by tabs), found {header[:4]}")
             if twice := next((name for name in header if header.count(name) > 1), None):
-                raise UserError(f"{path}:1: the header has {twice!r} twice; which of the columns counts?")
+                raise UserError(f"{path}:1: the header has the column {twice!r} twice; rename one of them")
             line = reader.line_num + 1
             for fields in reader:
                 if fields:
@@ -115,7 +117,7 @@ def _read_parquet(path: Path) -> Iterator[Passage]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _passage(record, f"{path}: row {number}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where its compressed pages are broken
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: compressed pages are broken
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
@@ -126,7 +128,7 @@ def _passage(record: object, where: str) -> Passage:
     if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
         raise UserError(f"{where}: key 'id': expected a non-empty string or an integer, found {passage_id!r}")
     if "\0" in str(passage_id):
-        raise UserError(f"{where}: key 'id': {passage_id!r} has a NUL, which no file of ids can hold; give it another")
+        raise UserError(f"{where}: key 'id': {passage_id!r} contains NUL, which an id cannot contain; give another id")
     key = next((key for key in TEXT_KEYS if record.get(key) is not None), "text")
     text, title = record.get(key), record.get("title")
     if not isinstance(text, str):
@@ -139,10 +141,10 @@ def _passage(record: object, where: str) -> Passage:
 
 
 class PassageStore:
-    """The passages of a corpus by position, and the position of a passage by its id (always a string)."""
+    """The passages of a corpus by position, and the positions of passages by id (always a string)."""
 
     def __init__(self, folder: str | Path):
-        """Raises UserError where the files of the store are damaged."""
+        """Open the store in `folder`. Raises UserError if its files are damaged."""
         import numpy as np
         import pyarrow
         from datasets import Dataset
@@ -152,23 +154,24 @@ class PassageStore:
             self.table = Dataset.from_file(str(self.folder / "passages.arrow"))
             self._keys, self._order = (np.lib.format.open_memmap(self.folder / name, mode="r") for name in ("keys.npy", "order.npy"))
             if not len(self.table) == len(self._keys) == len(self._order):
-                raise ValueError("its files are of different lengths")
+                raise ValueError("its files have different lengths")
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
-            raise UserError(f"{folder}: the passage store is damaged ({error}); remove it, it is built anew") from error
+            raise UserError(f"{folder}: the passage store is damaged ({error}); remove it and run the stage "
+                            "again") from error
 
     def __len__(self) -> int:
         return len(self.table)
 
     def slice(self, start: int, stop: int) -> dict[str, list[str]]:
-        """The columns id, title and text of the passages at start..stop-1."""
+        """Return the columns id, title and text of the passages at start..stop-1."""
         return self.table[start:stop]
 
     def ids(self, start: int, stop: int) -> list[str]:
-        """The ids alone of the passages at start..stop-1: no text of a whole shard is read for them."""
+        """Return the ids of the passages at start..stop-1, without reading their text."""
         return self.table.select_columns("id")[start:stop]["id"]
 
     def docs(self, positions: list[int]) -> list[dict[str, str]]:
-        """The passages at these positions, as documents of a row."""
+        """Return the passages at these positions as documents of a row."""
         columns = self.table[positions] if positions else {"id": [], "title": [], "text": []}
         return [
             {"id": doc_id, "title": title, "text": text}
@@ -176,7 +179,7 @@ class PassageStore:
         ]
 
     def positions(self, ids: Iterable[str]) -> np.ndarray:
-        """The position of each id, int64 [n]; -1 for an id the corpus does not have."""
+        """Return the position of each id, int64 [n]; -1 for an id that is not in the corpus."""
         import numpy as np
 
         keys = np.array([_key(passage_id) for passage_id in ids], dtype=np.uint64)
@@ -186,7 +189,9 @@ class PassageStore:
         return np.where(self._keys[found] == keys, self._order[found].astype(np.int64), -1)
 
     def follow(self, ids: np.ndarray) -> int | None:
-        """The position from which on the corpus has exactly these ids, bytes [n], in this order; None where it does not."""
+        """Return the position at which the corpus has exactly these ids (bytes [n]) in this order; None if there is
+        none.
+        """
         import pyarrow
         import pyarrow.compute
 
@@ -194,7 +199,7 @@ class PassageStore:
         column = self.table.data.column("id").slice(max(start, 0), len(ids))
         if start < 0 or len(column) < len(ids):
             return None
-        for offset in range(0, len(ids), COMPARED):  # what is compared at once stays in the allocator's pool
+        for offset in range(0, len(ids), COMPARED):  # small steps, so that memory stays in the allocator's pool
             some = column.slice(offset, COMPARED).cast(pyarrow.binary())
             same = pyarrow.compute.equal(some, pyarrow.array(ids[offset : offset + COMPARED], pyarrow.binary()))
             if not pyarrow.compute.all(same).as_py():
@@ -203,15 +208,15 @@ class PassageStore:
 
 
 def _key(passage_id: str) -> int:
-    """64 bits of an id: among 21 million, two different ids share them with a probability of 1 in 80,000."""
+    """Return a 64-bit hash of an id. Among 21 million ids, the probability of a collision is 1 in 80,000."""
     return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
 
 
 def open_passages(path: str | Path, store: str | Path | None = None) -> PassageStore:
-    """The store of a corpus, built first where there is none or the corpus has changed since."""
+    """Open the store of a corpus. Build it first if it does not exist or the corpus has changed."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such corpus")
+        raise UserError(f"{path}: the corpus does not exist; check the path")
     folder = written_at(store or f"{path}.store")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +229,7 @@ def open_passages(path: str | Path, store: str | Path | None = None) -> PassageS
 
 
 def _made_from(folder: Path) -> object:
-    """The content of the corpus a store holds; None where there is no whole store."""
+    """Return the fingerprint of the corpus that a store was built from; None if there is no complete store."""
     try:
         found = orjson.loads((folder / "store.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
@@ -262,7 +267,7 @@ def _build(path: Path, folder: Path, content: str) -> None:
         if batch:
             flush()
     if not keys:
-        raise UserError(f"{path}: holds no passage")
+        raise UserError(f"{path}: contains no passage; check the corpus")
     unsorted = np.frombuffer(keys, dtype=np.uint64)
     order = np.argsort(unsorted, kind="stable").astype(np.uint32 if len(unsorted) < 1 << 32 else np.uint64)
     np.save(building / "keys.npy", unsorted[order])

@@ -1,8 +1,8 @@
-"""Embedding shards: the vectors of a part of the corpus, float16, in the order of their ids.
+"""Embedding shards: the vectors of a part of the corpus in float16, in the order of their ids.
 
-Own shards are `passages_00.npy` ([n, width]) with `passages_00.ids.npy` (UTF-8 bytes, [n]) beside it, both
-memory-mapped, so that the workers of a machine share one copy. Published Contriever shards are pickles of
-(list of ids, float16 array); they are converted once to the same form, through an unpickler that admits nothing else.
+A shard of this project is `passages_00.npy` ([n, width]) with `passages_00.ids.npy` (UTF-8 bytes, [n]) next to it. Both
+are memory-mapped, so that the workers on a machine share one copy. Published Contriever shards are pickles of (list of
+ids, float16 array). They are converted once to the same form by an unpickler that accepts nothing else.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 PICKLED = ("", ".pkl", ".pickle")
 NUMPY_TYPES = {"f2": "<f2", "f4": "<f4"}
-# What numpy raises for a file that is no .npy, has objects in it, or is shorter than its header says.
+# Exceptions of numpy for a file that is not .npy, contains objects, or is shorter than its header says.
 NPY_ERRORS = (OSError, ValueError, TypeError, OverflowError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError)
 
 
 @dataclass
 class Shard:
-    """One file of embeddings: ids as bytes [n], vectors float16 or float32 [n, width]."""
+    """One file of embeddings: ids as bytes [n] and vectors as float16 or float32 [n, width]."""
 
     path: Path
     ids: np.ndarray
@@ -45,7 +45,8 @@ def ids_path(shard: str | Path) -> Path:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The shards a glob (or folder) names, sorted. Raises UserError where one is unfinished or its numbering has a gap."""
+    """Return the shards that match a glob or are in a folder, sorted. Raises UserError if one is unfinished or missing.
+    """
     names = [file for path in matching(pattern) for file in (matching(path / "*") if path.is_dir() and path == Path(pattern) else [path])]
     partial = next((name for name in names if name.suffix == ".partial"), None)
     if partial is not None:
@@ -55,15 +56,16 @@ def find_shards(pattern: str) -> list[Path]:
     converted = {name.with_suffix(".npy") for name in pickled}
     shards = sorted([*pickled, *(name for name in own if name not in converted)])
     if not shards:
-        raise UserError(f"{pattern}: no embedding shards; make them with generate_passage_embeddings.py")
+        raise UserError(f"{pattern}: no embedding shards; create them with generate_passage_embeddings.py")
     made: set[int] = set()
-    expected = 0  # of published shards, which have no manifests
+    expected = 0  # stays 0 for published shards, which have no manifests
     for shard in shards:
         if manifest := read_manifest(shard):
             part, parts = (manifest["arguments"].get(key, default) for key, default in (("shard_id", 0), ("num_shards", 1)))
             if type(part) is not int or type(parts) is not int:
-                raise UserError(f"{manifest_path(shard)}: not a manifest of generate_passage_embeddings.py: it is shard {part!r} of "
-                                f"{parts!r}; embed this shard again with --overwrite")
+                raise UserError(f"{manifest_path(shard)}: not a manifest of generate_passage_embeddings.py (shard "
+                                f"{part!r} of "
+                                f"{parts!r}); embed this shard again with --overwrite")
             made.add(part)
             expected = max(expected, parts)
     missing = next((part for part in range(expected) if part not in made), None)
@@ -74,7 +76,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def open_shards(paths: list[Path]) -> list[Shard]:
-    """Memory-map shards, converting pickled ones first."""
+    """Memory-map the shards; pickled ones are converted first."""
     return [_open_npy(path if path.suffix == ".npy" else _convert(path), path) for path in paths]
 
 
@@ -82,11 +84,11 @@ def _open_npy(path: Path, named: Path) -> Shard:
     import numpy as np
 
     try:
-        with np.errstate(over="ignore"):  # of a shape that no file could have
-            # Not np.load: it would open archives, too.
+        with np.errstate(over="ignore"):  # the header may give an impossible shape
+            # Not np.load, which would also open archives.
             vectors, ids = (np.lib.format.open_memmap(name, mode="r") for name in (path, ids_path(path)))
     except NPY_ERRORS as error:
-        raise UserError(f"{named}: not a shard of embeddings ({error})") from error
+        raise UserError(f"{named}: not a shard of embeddings ({error}); embed or download it again") from error
     if vectors.ndim != 2 or vectors.dtype.str not in NUMPY_TYPES.values() or ids.dtype.kind != "S" or ids.shape != vectors.shape[:1]:
         raise UserError(f"{named}: expected float16 or float32 vectors [n, width] and n ids, found {vectors.dtype} "
                         f"{list(vectors.shape)} and {ids.dtype} {list(ids.shape)}")
@@ -94,7 +96,7 @@ def _open_npy(path: Path, named: Path) -> Shard:
 
 
 def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
-    """The vectors of one of `parts` contiguous parts of all shards, which differ by one vector at most."""
+    """Return the vectors of one of `parts` contiguous parts of all shards. Part sizes differ by at most one."""
     count = sum(len(shard.ids) for shard in shards)
     start, stop = shard_bounds(count, part, parts)
     chosen, offset = [], 0
@@ -104,12 +106,12 @@ def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
             chosen.append(Shard(shard.path, shard.ids[inside], shard.vectors[inside]))
         offset += len(shard.ids)
     if not chosen:
-        raise UserError(f"{shards[0].path}: {count} vectors cannot fill {parts} corpus shards")
+        raise UserError(f"{shards[0].path}: {count} vectors cannot fill {parts} corpus shards; use fewer")
     return chosen
 
 
 def name_of(shards: list[Shard], position: int) -> str:
-    """What an error calls the vector at `position`, counted over all shards."""
+    """Return how errors name the vector at `position`, counted through all shards."""
     for shard in shards:
         if position < len(shard.ids):
             return f"{shard.path}: the vector of passage {shard.ids[position].decode()!r}"
@@ -118,14 +120,17 @@ def name_of(shards: list[Shard], position: int) -> str:
 
 
 def shard_bounds(count: int, shard_id: int, num_shards: int) -> tuple[int, int]:
-    """The first row of a shard and the one after its last: contiguous parts that differ by one at most."""
+    """Return the first row of a shard and the row after its last.
+
+    Shards are contiguous; their sizes differ by at most one.
+    """
     return count * shard_id // num_shards, count * (shard_id + 1) // num_shards
 
 
 def check_shards(shards: list[Shard], width: int, store: PassageStore, model: str) -> np.ndarray | range:
-    """The position in the corpus of every vector of all shards, int64 [total]; a range where all follow each other.
+    """Return the corpus position of every vector of all shards, int64 [total], or a range if they are consecutive.
 
-    Raises UserError, naming the shard, where its width is not the model's or it has an id the corpus has not.
+    Raises UserError, naming the shard, if its width differs from the model's or it has an id that is not in the corpus.
     """
     import numpy as np
 
@@ -135,7 +140,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
             raise UserError(f"{shard.path}: its vectors have {shard.vectors.shape[1]} dimensions, those of {model} "
                             f"have {width}; give the model that made the shards")
         try:
-            start = store.follow(shard.ids)  # the usual case, ten times faster than a look-up each
+            start = store.follow(shard.ids)  # the usual case; ten times faster than one lookup per id
             if start is not None:
                 found = range(start, start + len(shard.ids))
             else:
@@ -148,9 +153,10 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         positions.append(found)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
-            log.warning("%s was made by another model than %s", shard.path, model)
+            log.warning("%s was made with another model than %s", shard.path, model)
     if all(isinstance(found, range) for found in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
-        together = range(positions[0].start, positions[-1].stop)  # the usual case: 168 MB less a worker, for Wikipedia
+        # The usual case; saves 168 MB per worker for Wikipedia
+        together = range(positions[0].start, positions[-1].stop)
         distinct = len(together)
     else:
         together = np.concatenate(positions)
@@ -160,7 +166,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
                         "more than once; give each shard once")
     if distinct < len(store):
-        log.warning("%d of %d passages have no embedding and are never found", len(store) - distinct, len(store))
+        log.warning("%d of %d passages have no embedding and cannot be retrieved", len(store) - distinct, len(store))
     return together
 
 
@@ -168,7 +174,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
 
 
 class _Type:
-    """Stands in for numpy.dtype while unpickling: keeps the code, admits nothing but float16 and float32."""
+    """Replaces numpy.dtype during unpickling: stores the type code and accepts only float16 and float32."""
 
     def __init__(self, code: str, *_: object):
         if code not in NUMPY_TYPES:
@@ -181,7 +187,7 @@ class _Type:
 
 
 class _Array:
-    """Stands in for numpy.ndarray while unpickling: keeps shape and bytes."""
+    """Replaces numpy.ndarray during unpickling: stores shape and bytes."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.type, self.fortran, self.raw = state
@@ -199,7 +205,10 @@ def _reconstruct(*_: object) -> _Array:
 
 
 def _frombuffer(raw: object, of_type: object, shape: object, order: object, *axes: object) -> _Array:
-    """How pickle protocol 5 writes a contiguous array; `axes` is None or absent unless its axes are permuted."""
+    """Replaces the function by which pickle protocol 5 restores a contiguous array.
+
+    `axes` is None or absent unless permuted.
+    """
     if order not in ("C", "F") or any(axis is not None for axis in axes):
         raise pickle.UnpicklingError(f"an array in order {order!r}")
     array = _Array()
@@ -208,7 +217,7 @@ def _frombuffer(raw: object, of_type: object, shape: object, order: object, *axe
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocols 0 to 2 write bytes."""
+    """Replaces the function by which pickle protocols 0 to 2 restore bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
     return text.encode("latin1")
@@ -226,12 +235,12 @@ ADMITTED = {
 
 
 class _ShardUnpickler(pickle._Unpickler):
-    """Admits strings, numbers, lists, tuples and float arrays. No name in the file ever reaches an import.
+    """Accepts strings, numbers, lists, tuples and float arrays. No name in the file is ever imported.
 
-    In Python, a second a million ids: the one in C reserves what memory a few bytes of the file tell it to.
+    It is written in Python (one second per million ids), because the C version allocates whatever size the file claims.
     """
 
-    # Protocol 5 writes what may be changed as a bytearray: read as bytes are, which reserves nothing that is not in the file.
+    # Protocol 5 writes mutable data as a bytearray. It is read like bytes, which allocates only what the file contains.
     dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     def find_class(self, module: str, name: str) -> object:
@@ -242,31 +251,37 @@ class _ShardUnpickler(pickle._Unpickler):
 
 
 def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
-    """Ids and vectors of a published shard. Raises UserError for anything else, without executing any of it."""
+    """Return ids and vectors of a published shard.
+
+    Raises UserError for any other file, without executing anything in it.
+    """
     try:
         with path.open("rb") as file:
             ids, vectors = _ShardUnpickler(file).load()
         if not isinstance(ids, list) or not all(isinstance(passage_id, str | int) for passage_id in ids):
             raise pickle.UnpicklingError("no list of ids")
         if b"\0" in "".join(map(str, ids)).encode():
-            raise pickle.UnpicklingError("an id with a NUL")
+            raise pickle.UnpicklingError("an id that contains NUL")
         if not isinstance(vectors, _Array):
             raise pickle.UnpicklingError("no array of vectors")
         return [str(passage_id) for passage_id in ids], vectors.array()
     except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError, struct.error) as error:
-        raise UserError(f"{path}: not a shard of embeddings, a pickle of (list of ids, float16 array); "
+        raise UserError(f"{path}: not a shard of embeddings (a pickle of a list of ids and a float16 array); "
                         f"refused: {error}") from error
 
 
 def _convert(path: Path) -> Path:
-    """Write a pickled shard as .npy beside itself, once; the ids mark it complete, and a file `.from` says of what content it is."""
+    """Convert a pickled shard to .npy next to it, once.
+
+    The ids file marks it complete; a file `.from` stores the fingerprint.
+    """
     converted = path.with_suffix(".npy")
     done, note = ids_path(converted), Path(f"{converted}.from")
     try:
         with exclusive(path):
             content = fingerprint(path)
             noted = note.read_text() if note.is_file() else None
-            # Earlier versions made no note.
+            # Earlier versions wrote no such file.
             current = noted == content if noted else done.is_file() and done.stat().st_mtime >= path.stat().st_mtime
             if not (done.is_file() and current):
                 ids, vectors = read_pickled(path)
@@ -284,7 +299,7 @@ def _convert(path: Path) -> Path:
 
 
 def save_ids(path: Path, ids: list[str]) -> None:
-    """Write ids as UTF-8 bytes of one width, [n], to be memory-mapped."""
+    """Write ids as an array [n] of UTF-8 bytes of equal width, for memory-mapping."""
     import numpy as np
 
     save_array(path, np.array([passage_id.encode() for passage_id in ids], dtype=np.bytes_))
