@@ -1,4 +1,4 @@
-"""The whole chain, end to end, by the README's own commands: real faiss, real vLLM, real LLaMA-Factory, tiny models."""
+"""The whole chain, end to end, by the commands of docs/pipeline.md: real faiss, real vLLM, real LLaMA-Factory, tiny models."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 
 REPO = Path(__file__).parents[1]
-# What a machine with two cores and no hub adds to a command of the README.
+# What a machine with two cores and no hub adds to a command of the page.
 TRAIN_ON_CPU = (
     "deepspeed=null use_cpu=true flash_attn=sdpa disable_gradient_checkpointing=true preprocessing_num_workers=1 "
     "max_steps=2 gradient_accumulation_steps=1 cutoff_len=2048 plot_loss=false"
@@ -27,16 +27,16 @@ ADDED = {
 }
 
 
-def readme_commands() -> list[str]:
-    """The stage commands of the README, in order, backslash-newlines joined."""
-    stages = (REPO / "README.md").read_text(encoding="utf-8").split("## The stages")[1].split("\n## ")[0]
+def stage_commands() -> list[str]:
+    """The stage commands of docs/pipeline.md, in order, backslash-newlines joined."""
+    stages = (REPO / "docs/pipeline.md").read_text(encoding="utf-8").split("\n## The stages\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", stages, re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
-    """A folder in which every stage command of the README has been run as printed, plus ADDED."""
+    """A folder in which every stage command of docs/pipeline.md has been run as printed, plus ADDED."""
     import random
 
     folder = tmp_path_factory.mktemp("chain")
@@ -61,8 +61,8 @@ def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
         **os.environ, "PATH": f"{REPO}/.venv/bin:{train_bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
         "DISABLE_VERSION_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    for command in readme_commands():
-        if command.startswith("python retriever.py"):  # once for every part, as the README says
+    for command in stage_commands():
+        if command.startswith("python retriever.py"):  # once for every part, as the page says
             for part in range(1, 8):
                 _run(command.replace("split_0", f"split_{part}"), folder, environment)
         if command.startswith("python inference.py"):  # evaluation files are retrieved and reranked like any other
