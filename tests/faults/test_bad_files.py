@@ -19,7 +19,7 @@ import pytest
 from conftest import at, write_jsonl
 from running import assert_refused, flags_of, make_good, retriever_manifest, row, run
 
-from dynamicrag.llm import templates
+from dynamicrag.models import chat_templates
 from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError
 
@@ -457,7 +457,7 @@ BAD_TEMPLATES = {
 
 @pytest.mark.parametrize("case", BAD_TEMPLATES)
 def test_a_chat_template_that_is_none(case, good, out, monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 2)
+    monkeypatch.setattr(chat_templates, "SECONDS", 2)
     check(Case("inference", "--template {bad}", "t.jinja", *BAD_TEMPLATES[case]), good, out, monkeypatch)
 
 
