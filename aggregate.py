@@ -1,14 +1,14 @@
-"""Put the workers' files together: retrieval shards -> one file, in the order of the questions before splitting.
+"""Combine the output files of workers into one file, in the order of the questions before splitting.
 
-Every shard must be there and complete; where the parts that split_data.py wrote are still there, each shard must have
-been made from its part. Rows are never merged, and an id that occurs twice is refused. The one exception are files of
-`retriever.py --corpus_shard i/n`, which hold the same questions: their documents are merged by score, to what one
-search of the whole corpus finds (exactly so for `--index flat`).
+Every shard must exist and be complete. If the parts written by split_data.py still exist, each shard must have been
+made from its part. Rows are never merged, and an id that occurs twice is refused. The exception are files of
+`retriever.py --corpus_shard i/n`, which contain the same questions. Their documents are merged by score, which gives
+the result of one search of the whole corpus (exactly so for `--index flat`).
 
-With --questions the shards are the answers of inference.py or top_inference.py to the parts of that file. Their remain
-files are put together too, and the manifest is the one that a single run over all questions would have written.
+With --questions, the shards are the answers of inference.py or top_inference.py to the parts of that file. Their remain
+files are combined too, and the manifest is the one that a single run over all questions would have written.
 
-Reads    output/retrieval_split_0.json, _1, ...          what the workers wrote
+Reads    output/retrieval_split_0.json, _1, ...          output files of the workers
 Writes   output/retrieval_data.jsonl                     the same rows in one file
 
     python aggregate.py
@@ -27,44 +27,46 @@ from dynamicrag.rows.output import Output
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
-# What the machines that searched parts of a corpus need not have in common: where their files lie, they may choose.
+# Arguments that may differ between machines that search parts of a corpus, because each may store its files elsewhere.
 MAY_DIFFER = {"corpus_shard", "index_path", "passage_store", "passages", "passages_embeddings", "query", "model_name_or_path"}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, a quoted glob")
+    group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, as a quoted glob")
     group.add_argument("--output_file", default="output/retrieval_data.jsonl", help="all rows")
-    group.add_argument("--splits_dir", default="data/splits", help="split_data.py's folder, checked where it exists")
-    group.add_argument("--questions", default=None, help="for answered shards: the file that split_data.py divided")
+    group.add_argument("--splits_dir", default="data/splits",
+                       help="folder written by split_data.py; checked if it exists")
+    group.add_argument("--questions", default=None, help="the file that split_data.py divided, for shards with answers")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def numbered(pattern: str | Path, suffix: str = "") -> dict[int, Path]:
-    """The files of a glob by the last number in their name, in numerical order: 10 follows 9, not 1."""
+    """Return the files that match a glob by the last number in their name, in numerical order (10 follows 9, not 1)."""
     found: dict[int, Path] = {}
     for path in matching(pattern, suffix):
         if path.name.endswith((".manifest.json", ".rejected.jsonl", ".retrieval.json")):
             continue
         numbers = re.findall(r"\d+", path.stem)
         if not numbers:
-            raise UserError(f"{path}: has no shard number in its name; narrow --input_files")
+            raise UserError(f"{path}: has no shard number in its name; restrict --input_files")
         other = found.setdefault(int(numbers[-1]), path)
         if other != path:
-            raise UserError(f"{path}: has the same shard number as {other}; narrow --input_files")
+            raise UserError(f"{path}: has the same shard number as {other}; restrict --input_files")
     return dict(sorted(found.items()))
 
 
 def find_shards(pattern: str, splits_dir: str) -> list[Path]:
-    """All shards in order. Raises UserError naming the first that is missing, unfinished or of another split."""
+    """Return all shards in order. Raises UserError naming the first that is missing, unfinished or from another split.
+    """
     unfinished = {number: path for number, path in numbered(pattern, ".partial").items()}
     for path in unfinished.values():
-        raise UserError(f"{path}: this shard is unfinished; run its command again, it continues")
+        raise UserError(f"{path}: this shard is unfinished; run its command again to continue it")
     shards, splits = numbered(pattern), numbered(Path(splits_dir) / "split_*.json")
     if not shards:
-        raise UserError(f"{pattern}: no shards; make them with retriever.py")
+        raise UserError(f"{pattern}: no shards; create them with retriever.py")
     example = next(iter(shards.values()))
     if any(corpus_shard(path) for path in shards.values()):
         splits = {}
@@ -74,36 +76,42 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
             raise UserError(f"{example.with_name(name)}: this shard is missing; run retriever.py for it")
         manifest = read_manifest(shards[number])
         if manifest is None:
-            raise UserError(f"{shards[number]}: has no manifest, so it is incomplete; run its retriever.py again")
+            raise UserError(f"{shards[number]}: has no manifest and is therefore incomplete; run its retriever.py "
+                            "again")
         if not splits:
             continue
         if number not in splits:
-            raise UserError(f"{shards[number]}: there is no split_{number}.json in {splits_dir}; remove the shard if it is "
-                            "of an earlier run, or give --splits_dir")
+            raise UserError(f"{shards[number]}: there is no split_{number}.json in {splits_dir}; remove the shard if "
+                            "it belongs to an earlier run, or give --splits_dir")
         if not any(is_content(made_from, splits[number]) for made_from in manifest["inputs"].values()):
-            raise UserError(f"{shards[number]}: was not made from {splits[number]} as it is now; run its retriever.py "
+            raise UserError(f"{shards[number]}: was not made from the current {splits[number]}; run its retriever.py "
                             "again with --overwrite")
     return list(shards.values())
 
 
 def corpus_shard(path: Path) -> tuple[int, int] | None:
-    """(i, n) where the file holds part i of n of a corpus searched for all questions; None where it was searched whole."""
+    """Return (i, n) if the file holds the search of part i of n of a corpus; None if the whole corpus was searched."""
     named = (read_manifest(path) or {}).get("arguments", {}).get("corpus_shard", "0/1")
     if not isinstance(named, str) or not re.fullmatch(r"\d{1,6}/\d{1,6}", named):
-        raise UserError(f"{manifest_path(path)}: not a manifest of retriever.py: its corpus_shard is {named!r}; run retriever.py again with --overwrite")
+        raise UserError(f"{manifest_path(path)}: not a manifest of retriever.py (corpus_shard is {named!r}); run "
+                        "retriever.py again with --overwrite")
     part, parts = map(int, named.split("/"))
     return (part, parts) if parts > 1 else None
 
 
 def in_corpus_order(paths: list[Path]) -> list[Path]:
-    """The files of all parts of one corpus. Raises UserError where one is missing or was made in another way."""
+    """Return the files of all parts of one corpus, in order.
+
+    Raises UserError if one is missing or was made differently.
+    """
     by_part = {corpus_shard(path): path for path in paths}
     parts = max(found[1] for found in by_part if found)
     missing = [f"{part}/{parts}" for part in range(parts) if (part, parts) not in by_part]
     if missing:
-        raise UserError(f"{paths[0].parent}: there is no file of corpus shard {missing[0]}; run retriever.py --corpus_shard {missing[0]}")
+        raise UserError(f"{paths[0].parent}: the file of corpus shard {missing[0]} is missing; run retriever.py "
+                        f"--corpus_shard {missing[0]}")
     if len(by_part) != parts or len(paths) != parts:
-        raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; narrow --input_files")
+        raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; restrict --input_files")
     made = [read_manifest(by_part[part, parts]) for part in range(parts)]
     for part, manifest in enumerate(made):
         changed = [key for key in manifest["arguments"].keys() | made[0]["arguments"].keys()
@@ -112,19 +120,21 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
             changed.append("question file, corpus, encoder or embeddings")
         if changed:
             raise UserError(f"{by_part[part, parts]}: was made with another {min(changed)} than {by_part[0, parts]}; "
-                            "run its retriever.py again with the same")
+                            "run its retriever.py again with the same one")
     return [by_part[part, parts] for part in range(parts)]
 
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
-    """The rows of files that hold the same questions, each with the n_docs best documents of all; ties keep the corpus's order."""
+    """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order.
+    """
     from dynamicrag.rows.records import read_rows
 
     for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
         for path, row in zip(paths, rows, strict=True):
             if row is None or row["id"] != (rows[0] or row)["id"]:
                 found = "no further row" if row is None else f"row {row['id']!r}"
-                raise UserError(f"{path}: has {found} where another corpus shard has another; run retriever.py again for all of them")
+                raise UserError(f"{path}: has {found}, unlike another corpus shard; run retriever.py again for all of "
+                                "them")
             if any(doc.get("score") is None for doc in row["docs"]):
                 raise UserError(f"{path}: row {row['id']!r}: a document has no score; run retriever.py again for this corpus shard")
         docs = chain.from_iterable(row["docs"] for row in rows)
@@ -132,7 +142,7 @@ def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
 
 
 def read_shards(paths: list[Path]) -> Iterator[dict]:
-    """The rows of all shards, one file after the other; an id in two of them is refused."""
+    """Yield the rows of all shards, one file after the other. Raises UserError for an id that occurs in two of them."""
     from dynamicrag.rows.records import read_rows
 
     seen: dict[str, int] = {}
@@ -145,22 +155,27 @@ def read_shards(paths: list[Path]) -> Iterator[dict]:
 
 
 def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
-    """The identity that the answered shards share, as of one run over `questions`: stage, arguments, and inputs with their hashes.
+    """Return the identity of one run over `questions` that the answered shards share: stage, arguments, and input
+    hashes.
 
-    Raises UserError if a shard was made in another way than the first, or the parts are not of `questions` as it is now.
+    Raises UserError if a shard was made differently from the first one, or the parts are not from the current
+    `questions`.
     """
     split = read_manifest(Path(splits_dir) / "split_0.json")
     if split is None:
-        raise UserError(f"{splits_dir}: has no finished split of {questions}; run split_data.py, or give --splits_dir")
+        raise UserError(f"{splits_dir}: contains no finished split of {questions}; run split_data.py, or give "
+                        "--splits_dir")
     whole = fingerprint(questions)
     if not any(is_content(made_from, questions) for made_from in split["inputs"].values()):
-        raise UserError(f"{splits_dir}: is not a split of {questions} as it is now; run split_data.py and the shards again with --overwrite")
+        raise UserError(f"{splits_dir}: is not a split of the current {questions}; run split_data.py and the shards "
+                        "again with --overwrite")
     first = None
     for path in shards:
         manifest = read_manifest(path)
         part = manifest["arguments"].get("input_json")
         if not isinstance(part, str) or len(manifest["outputs"]) != 2 or not isinstance(manifest.get("seconds"), int | float):
-            raise UserError(f"{manifest_path(path)}: not a manifest of inference.py or top_inference.py; leave out --questions")
+            raise UserError(f"{manifest_path(path)}: not a manifest of inference.py or top_inference.py; omit "
+                            "--questions")
         made = {
             "stage": manifest.get("stage"),
             "arguments": {**manifest["arguments"], "input_json": questions},
@@ -172,12 +187,13 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
             here, there = made.get(what, {}), first.get(what, {})
             changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
             if changed:
-                raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its {made['stage']}.py again with the same")
+                raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its "
+                                f"{made['stage']}.py again with the same one")
     return first
 
 
 def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
-    """Put answered shards and their remain files together; what one run would have written, its manifest included."""
+    """Combine answered shards and their remain files, and write the manifest that a single run would have written."""
     from dynamicrag.files.jsonio import read_json
     from dynamicrag.llm.answering import remain_path
 
@@ -190,12 +206,13 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
         return
     changed = sorted(name for name, content in made["inputs"].items() if output.identity["inputs"][name] != content)
     if changed:
-        raise UserError(f"{changed[0]}: has changed since {shards[0]} was made from it; run its {made['stage']}.py again with --overwrite")
+        raise UserError(f"{changed[0]}: has changed since {shards[0]} was made; run its {made['stage']}.py again with "
+                        "--overwrite")
     output.identity["stage"] = made["stage"]
     if "resolved" in made:
         devices = dict.fromkeys(manifest["device"] for manifest in manifests if "device" in manifest)
         output.record(", ".join(devices) or None, **made["resolved"])
-    output.started -= sum(manifest["seconds"] for manifest in manifests)  # of all workers, as if one had answered everything
+    output.started -= sum(manifest["seconds"] for manifest in manifests)  # the total of all workers
     remains = [path.with_name(Path(manifest["outputs"][1]).name) for path, manifest in zip(shards, manifests, strict=True)]
     counts = {
         what: output.publish(target, (row for path in paths for _, row in read_json(path)))
@@ -203,7 +220,8 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     }
     written, rows = sum(counts.values()), sum(manifest["counts"].get("rows", 0) for manifest in manifests)
     if written != rows:
-        raise UserError(f"{args.input_files}: the shards and their remain files hold {written} rows, their manifests say {rows}; run inference.py again with --overwrite")
+        raise UserError(f"{args.input_files}: the shards and their remain files contain {written} rows, but their "
+                        f"manifests give {rows}; run inference.py again with --overwrite")
     output.finish(rows=rows, **counts, shards=len(shards))
 
 
@@ -223,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         shards = in_corpus_order(shards)
         n_docs = read_manifest(shards[0])["arguments"].get("n_docs")
         if type(n_docs) is not int or n_docs < 1:
-            raise UserError(f"{manifest_path(shards[0])}: not a manifest of retriever.py: its n_docs is {n_docs!r}; run retriever.py again with --overwrite")
+            raise UserError(f"{manifest_path(shards[0])}: not a manifest of retriever.py (n_docs is {n_docs!r}); run "
+                            "retriever.py again with --overwrite")
         rows = merge_by_score(shards, n_docs)
     else:
         rows = read_shards(shards)
@@ -232,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
             output.write(chunk)
             progress.update(len(chunk))
     if not output.rows:
-        raise UserError(f"{args.input_files}: holds no row")
+        raise UserError(f"{args.input_files}: contains no row; check the shards")
     output.finish(shards=len(shards))
 
 

@@ -1,10 +1,11 @@
-"""Make preference pairs from rewarded trajectories, for the reranker and for the generator (DynamicRAG, DPO stage).
+"""Construct preference pairs from rewarded trajectories, for the reranker and the generator (DynamicRAG, DPO stage).
 
-Reranker: the question and its documents -> a trajectory against one of lower reward (--pairs says which). Generator:
-the question and the best trajectory's documents -> the gold answer against the lowest-scoring wrong response. The
-published recipe (--recipe published) rejects the first response that is not the gold answer, and divides the questions:
-the first 10,000 of 50,000 make generator pairs, the others reranker pairs. A pair that is longer than the trainer's cutoff_len
-loses whole documents from the end; one that names such a document, or still does not fit, is left out, and counted.
+Reranker: the prompt is the question with its documents; a trajectory is preferred to one of lower reward (see --pairs).
+Generator: the prompt is the question with the best trajectory's documents; the gold answer is preferred to the
+lowest-scoring wrong response. The published recipe (--recipe published) rejects the first response that differs from
+the gold answer, and divides the questions: the first 10,000 of 50,000 give generator pairs, the others reranker pairs.
+If a pair exceeds the trainer's cutoff_len, whole documents are removed from the end. A pair that names a removed
+document, or still does not fit, is left out and counted.
 
 Reads    training_data/llama3_8b_output_dpo.jsonl        rows with id_lists, responses, response_scores, score_terms
 Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: instruction, input, chosen, rejected, system
@@ -45,10 +46,11 @@ from dynamicrag.stage import UserError, log
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
-GENERATOR_SHARE = 5  # a smaller data set gives a fifth
-# Pairs are warned of where the chosen selection is the shorter one in more than this share, or only shorter in this.
+GENERATOR_SHARE = 5  # in a smaller data set, one fifth of the questions give generator pairs
+# A warning is logged if the chosen selection is shorter in more than the first share of pairs, or only shorter in the
+# second.
 SHORTER_SHARE, ONLY_SHORTER_SHARE = 2 / 3, 1 / 2
-MARGINS = (0.05, 0.1, 0.2, 0.4)  # edges of the report's lines
+MARGINS = (0.05, 0.1, 0.2, 0.4)  # bounds of the margin in the report's lines
 FIGURES = (
     "margin", "k chosen", "k rejected", "None", "shorter", "equally right", "only shorter", "same documents", "gold in chosen", "gold in rejected",
 )
@@ -56,13 +58,13 @@ NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_sco
 
 
 def bounds(text: str) -> tuple[float, float]:
-    """LO,HI with 0 <= LO <= HI <= 1."""
+    """Parse LO,HI with 0 <= LO <= HI <= 1. Raises ArgumentTypeError."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
         low, high = math.nan, math.nan
     if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"expected LO,HI with 0 <= LO <= HI <= 1, as .01,.99, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected LO,HI with 0 <= LO <= HI <= 1, such as 0.01,0.99, found {text!r}")
     return low, high
 
 
@@ -76,25 +78,30 @@ def parse_args(argv=None):
     questions = parser.add_argument_group("questions")
     questions.add_argument("--recipe", choices=["default", "published"], default="default", help="see above")
     questions.add_argument(
-        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0), help="only questions whose trajectories are right (em) on "
-        "average between these, as .01,.99: one that always succeeds or always fails says nothing about the documents"
+        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0),
+        help="use only questions whose trajectories have a mean correctness (em) in this range, such as 0.01,0.99: "
+        "constant success or failure says nothing about the documents",
     )
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument(
-        "--pairs", default="best-worst", help="of a question's distinct trajectories: best-worst; all; or top-bottom:M, each of "
-        "the M best against each of the M worst"
+        "--pairs", default="best-worst",
+        help="pairs of a question's distinct trajectories: best-worst; all; or top-bottom:M, each of the M best with each "
+        "of the M worst",
     )
     pairs.add_argument(
-        "--pair-by", choices=["order", "set"], default="order", help="trajectories are distinct if they name other documents or "
-        "another order; or by the set of documents alone, so that no pair is one of order"
+        "--pair-by", choices=["order", "set"], default="order",
+        help="order: trajectories with the same documents in another order are distinct; set: they are equal, so that no "
+        "pair differs in the order only",
     )
-    pairs.add_argument("--min-margin", type=float, default=0.0, help="least difference in reward of a reranker pair")
-    pairs.add_argument("--max-pairs-a-question", type=int, help="most reranker pairs of a question, those of widest margin")
-    pairs.add_argument(
-        "--generator-chosen", choices=["gold", "best"], default="gold", help="chosen answer: the gold one, or the best sampled one"
-    )
-    pairs.add_argument("--max-reranker-pairs", type=int, help="most reranker pairs, a random sample (default: all)")
-    pairs.add_argument("--max-generator-pairs", type=int, help="most generator pairs, likewise")
+    pairs.add_argument("--min-margin", type=float, default=0.0, help="minimum difference in reward of a reranker pair")
+    pairs.add_argument("--max-pairs-a-question", type=int,
+                       help="maximum number of reranker pairs per question; the widest margins are kept")
+    pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold",
+                       help="chosen answer: the gold answer, or the best sampled one")
+    pairs.add_argument("--max-reranker-pairs", type=int,
+                       help="maximum number of reranker pairs, drawn at random (default: all)")
+    pairs.add_argument("--max-generator-pairs", type=int,
+                       help="maximum number of generator pairs, drawn at random (default: all)")
     add_length_flags(parser, "recipes/llama3_8b/dpo.yaml")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
@@ -104,12 +111,16 @@ def parse_args(argv=None):
     if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
         parser.error("--min-margin must not be negative, and each --max-... at least 1")
     if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
-        parser.error("--recipe published is best against worst, without a margin, and the gold answer; leave those flags out")
+        parser.error("--recipe published uses best against worst, no margin and the gold answer; omit --pairs, "
+                     "--min-margin and --generator-chosen")
     return args
 
 
 def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
-    """A random sample of at most `most` items, in their own order (reservoir sampling: no more than these are in memory)."""
+    """Yield a random sample of at most `most` items, in their own order.
+
+    Reservoir sampling: only the sample is in memory.
+    """
     if most is None:
         yield from items
         return
@@ -122,7 +133,7 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
 
 
 def complete(row: Row, defaults: Counter) -> None:
-    """Add what construct_dpo.py needs and other tools do not write, counted in `defaults`: docs_shown and score_terms."""
+    """Add docs_shown and score_terms if a row of another tool lacks them, and count the rows in `defaults`."""
     if row.get("docs_shown") is None and "docs" in row:
         row["docs_shown"] = min(len(row["docs"]), labelled_documents(row) or len(row["docs"]))
         defaults["docs_shown"] += 1
@@ -134,19 +145,20 @@ def complete(row: Row, defaults: Counter) -> None:
 
 
 def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
-    """The rows. Raises UserError for one whose sampling showed more documents than were labelled: the two stages differ."""
+    """Yield the rows. Raises UserError if sampling showed more documents of a row than were labelled."""
     for row in rows:
         labelled = labelled_documents(row)
         if labelled is not None and row["docs_shown"] > labelled:
             raise UserError(
-                f"{path}: row {row['id']}: docs_shown is {row['docs_shown']}, and process_training_data.py labelled {labelled} documents; "
-                f"sample again with --topn {labelled}, or label again with --n_docs {row['docs_shown']}"
+                f"{path}: row {row['id']}: docs_shown is {row['docs_shown']}, but process_training_data.py labelled "
+                f"{labelled} documents; sample again with --topn {labelled}, or label again with --n_docs "
+                f"{row['docs_shown']}"
             )
         yield row
 
 
 def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
-    """What a reranker pair teaches; NaN where no gold document is known."""
+    """Return the figures of a reranker pair; NaN for those that need gold documents if none are known."""
     chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
     shorter = len(chosen) < len(rejected)
     equally_right = row["score_terms"][pair.chosen]["em"] == row["score_terms"][pair.rejected]["em"]
@@ -163,7 +175,7 @@ def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
 
 
 def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
-    """The number of pairs and the mean of each of FIGURES, over all pairs and by margin; None where it is not known."""
+    """Return the number of pairs and the mean of each of FIGURES, over all pairs and by margin; None if not known."""
     import numpy as np
 
     table = np.frombuffer(pairs, dtype=np.float32).reshape(-1, len(FIGURES))
@@ -180,7 +192,7 @@ def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
 
 
 def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
-    """One line per margin."""
+    """Return a table with one line per margin."""
     shown = {name: ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line.values()] for name, line in summary.items()}
     return markdown_table(["", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
 
@@ -188,7 +200,9 @@ def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
 def fit_pair(
     build: Callable[[list[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
 ) -> Fitted:
-    """A pair of the documents that fit the window beside the longer of `targets`; none if the last one `named` does not."""
+    """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is
+    removed.
+    """
     shown = window.documents(build, docs, *targets)
     if shown is None or (len(shown) < len(docs) and (len(shown) < named or not shown)):
         return Fitted(None)
@@ -197,7 +211,7 @@ def fit_pair(
 
 
 def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
-    """The reranker pairs of a question, each with its figures."""
+    """Return the reranker pairs of a question, each with its figures."""
     docs, pairs = row["docs"][: row["docs_shown"]], []
 
     def build(some: list[Doc]) -> Messages:
@@ -211,7 +225,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
 
 
 def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
-    """The generator pair of a question, if it makes one; there is no figure of it."""
+    """Return the generator pair of a question, if there is one. It has no figures."""
     found = generator_pair(row, args.generator_chosen, args.recipe == "published")
     if not found:
         return []
@@ -228,7 +242,7 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
 def training_rows(
     pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args, window: TrainingWindow | None = None, total: int | None = None
 ) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
-    """The training row and the figures of every pair that fits the window."""
+    """Yield the training row and the figures of every pair that fits the window."""
     window = window or TrainingWindow()
     work = partial(pairs_of, prompts=prompts, args=args, window=window)
     for pair in window.kept(rows, work, total, pairs_of.__name__.replace("_", " "), args.input_file):
@@ -240,7 +254,7 @@ generator_rows = partial(training_rows, generator_pairs_of)
 
 
 def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dict[str, str], dict]]:
-    """The first of equal pairs, and of pairs that contradict each other: a data set may ask a question twice."""
+    """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
     seen = set()
     for made, about in pairs:
         key = hash((made["instruction"], frozenset((made["chosen"], made["rejected"]))))
@@ -250,10 +264,10 @@ def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dic
 
 
 def warn_of_defaults(defaults: Counter, path: str) -> None:
-    """Say what was taken for keys that rows of other tools do not have."""
+    """Log the values used for keys that rows of other tools lack."""
     taken = {
-        "docs_shown": "the documents labelled, or all of a row's, are taken for those shown",
-        "score_terms": "em is computed from answers and responses, and rewards have no other term",
+        "docs_shown": "the labelled documents, or else all documents, are used",
+        "score_terms": "em is computed from answers and responses, and no other term is available",
     }
     for key, what in taken.items():
         if defaults[key]:
@@ -261,20 +275,22 @@ def warn_of_defaults(defaults: Counter, path: str) -> None:
 
 
 def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, unit: str) -> None:
-    """Log the figures of the pairs, and warn if they teach brevity alone."""
-    log.info("reranker pairs, by margin; means and shares:\n%s", summary_table(summary))
+    """Log the figures of the pairs, and a warning if they mainly teach short selections."""
+    log.info("reranker pairs by margin, means and shares:\n%s", summary_table(summary))
     whole = sum(sizes.values()) or 1
     roles = [[role, f"{count:,}", f"{sizes[role]:,}", f"{100 * sizes[role] / whole:.1f}", f"{sizes[role] / max(count, 1):.1f}"] for role, count in pairs.items()]
     log.info("pairs by role, with the length of both targets:\n%s", markdown_table(["", "pairs", f"target {unit}", "share, %", "per pair"], roles))
     every = summary["all"]
     if every["same documents"]:
-        log.info("%.0f %% of the reranker pairs are the same documents in another order; --pair-by set makes none", 100 * every["same documents"])
+        log.info("%.0f %% of the reranker pairs differ in the order of the documents only; --pair-by set avoids "
+                 "them", 100 * every["same documents"])
     shorter, only_shorter = every["shorter"], every["only shorter"]
     if shorter > SHORTER_SHARE or only_shorter > ONLY_SHORTER_SHARE:
         log.warning(
-            "the chosen selection is the shorter one in %.0f %% of the pairs, and in %.0f %% that is all, since both answers are "
-            "equally right: a model may learn to choose nothing. Raise --min-margin, give --keep-mean, or lower the weight of "
-            "length (reward_trajectories.py --reweight)", 100 * shorter, 100 * only_shorter,
+            "the chosen selection is shorter in %.0f %% of the pairs, and in %.0f %% this is the only difference, "
+            "because both answers are equally right: a model may learn to choose nothing; raise --min-margin, give "
+            "--keep-mean, or lower the weight of length (reward_trajectories.py --reweight)",
+            100 * shorter, 100 * only_shorter,
         )
 
 
@@ -285,7 +301,7 @@ def main(argv=None):
         return
     prompts, window = Prompts(args.prompts), load_window(args)
     defaults: Counter[str] = Counter()
-    count, differing = 0, []  # of the questions kept, whether their rewards differ
+    count, differing = 0, []  # for each question used, whether its rewards differ
 
     def read(reject, defaults: Counter) -> Iterator[Row]:
         return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
@@ -298,7 +314,10 @@ def main(argv=None):
     for_generator = PUBLISHED_GENERATOR_QUESTIONS if count >= PUBLISHED_QUESTIONS else max(1, sum(differing) // GENERATOR_SHARE)
 
     def questions(start: int, stop: int | None) -> Iterator[Row]:
-        """All questions for either set; by the published recipe a question serves one of them, and only if its rewards differ."""
+        """Return the questions of one set.
+
+        In the published recipe, each belongs to one set and only if its rewards differ.
+        """
         kept = (row for row in read(out.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
         return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
@@ -311,8 +330,8 @@ def main(argv=None):
     for name, pairs in (("reranker", reranker), ("generator", generator)):
         if next(pairs(window.again()), None) is None:
             raise UserError(
-                f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions; DPO needs both kinds. Sample at a higher "
-                "--temperature or from more questions, or ask less of a pair: --min-margin, --keep-mean"
+                f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions, but DPO needs both "
+                "kinds; sample at a higher --temperature or from more questions, or relax --min-margin and --keep-mean"
             )
     taught, sizes = array("f"), Counter()
 

@@ -1,7 +1,7 @@
-"""Write the generator's SFT set: question and its relevant documents in, the gold answer out.
+"""Write the generator's SFT set: the prompt is the question with its relevant documents, the target is the gold answer.
 
-A row that is longer than the trainer's cutoff_len loses whole documents from the end; one that still does not fit is left
-out, and counted.
+If a row exceeds the trainer's cutoff_len, whole documents are removed from the end. A row that still does not fit is
+left out and counted.
 
 Reads    training_data/training_data_sft.jsonl          rows with docs, true_id and answers
 Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: instruction, input, output, system
@@ -38,19 +38,20 @@ def parse_args(argv=None):
     files.add_argument("--output_file", default="training_data/generator_sft_training.json", help="SFT set")
     add_prompts_flag(files)
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--max_docs", type=int, default=14, help="most relevant documents shown, best rerank score first")
+    recipe.add_argument("--max_docs", type=int, default=14,
+                        help="maximum number of relevant documents, best rerank score first")
     add_length_flags(parser, "recipes/llama3_8b/sft.yaml")
     stage.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
-    """One SFT example. A question none of whose documents is relevant is answered without documents."""
+    """Return one SFT example. A question without relevant documents is answered without documents."""
     return fit(row, prompts, max_docs, TrainingWindow()).row
 
 
 def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fitted:
-    """One SFT example of the relevant documents that fit the window; none if no relevant document fits."""
+    """Return one SFT example with the relevant documents that fit the window; no row if none of them fits."""
     positions = best_first(row["docs"], row["true_id"])[:max_docs]
     relevant = [row["docs"][position - 1] for position in positions]
     instruction, answer = prompts.instruction(row), target_answer(row)
@@ -80,7 +81,8 @@ def main(argv=None):
                 unanswered.append(row["id"])
                 continue
             if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
-                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run reranker.py")
+                raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run "
+                                "reranker.py first")
             unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
             yield row
 
@@ -89,9 +91,10 @@ def main(argv=None):
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
     count = out.publish(args.output_file, (made.row for made in fitted))
     if unanswered:
-        log.warning("%d rows have no gold answer and train nothing, %s the first", len(unanswered), unanswered[0])
+        log.warning("%d rows have no gold answer and are not used; the first is %s", len(unanswered), unanswered[0])
     if unscored:
-        log.warning("%d rows have relevant documents without rerank_score: their order stood for it", unscored)
+        log.warning("%d rows have relevant documents without rerank_score; the order of their documents is used "
+                    "instead", unscored)
     check_columns(args, args.output_file)
     out.finish(examples=count, **window.counts())
 

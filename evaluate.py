@@ -1,17 +1,17 @@
-"""Score result files against their gold answers, with 95 % bootstrap intervals, and what the answers cost.
+"""Score result files against their gold answers, with 95 % bootstrap intervals, and report costs.
 
-Without --metric every row is scored by its data set's own metric (dynamicrag/rows/tasks.py). What a row of results does not say
-(question, answers, data set, gold documents, group) is taken from the row of --eval_file with its id: results may be ids
-and responses alone. Rows that could not be answered (the remain file of the run) and rows of --eval_file that are missing
-from the results count as wrong; of rows that answer one question the first counts. Rows left out, of a question that came
-before or without a gold answer, are counted in log and table. Several result files make one table, a row each. Where the rows say which
-documents are needed (gold_docs, or DPR's positive_ctxs), another table scores those chosen. --entity_support adds how many
-of an answer's named entities are in the documents it was given. --compare says how the first file differs from each of
-the others, question by question: the difference, its interval and p, by paired bootstrap.
+Without --metric, every row is scored with the metric of its data set (dynamicrag/rows/tasks.py). Keys that are missing
+from a result row (question, answers, data set, gold documents, group) come from the row of --eval_file with the same
+id, so that results may consist of ids and responses only. Rows that could not be answered (the run's remain file) and
+rows of --eval_file that are missing from the results count as wrong. If a question has several rows, the first one
+counts. Repeated rows and rows without a gold answer are left out and counted in log and table. Several result files
+give one table, with one row each. If the needed documents are known (gold_docs, or DPR's positive_ctxs), a second table
+scores the selections. --entity_support adds the share of an answer's named entities that occur in its documents.
+--compare compares the first file with each of the others by question: difference, interval and p, by paired bootstrap.
 
-Reads    results/llama3_8b_nq.json                       rows with answers and response, and the remain file beside it
+Reads    results/llama3_8b_nq.json                       rows with answers and response, and the remain file next to it
 Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interval, n, documents, calls, tokens, selection
-         standard output                                 the tables, in Markdown
+         standard output                                 the tables in Markdown
 
     python evaluate.py --results_file results/llama3_8b_nq.json --metric match
 """
@@ -38,38 +38,42 @@ from dynamicrag.stage import UserError, log
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("--results_file", nargs="+", default=["results/llama3_8b_nq.json"], help="answered rows, of one or more runs")
-    files.add_argument("--remain_file", help="rows without an answer (default: the one the run's manifest names)")
-    files.add_argument("--eval_file", help="the questions asked, with what the results do not say; those missing count as wrong")
+    files.add_argument("--results_file", nargs="+", default=["results/llama3_8b_nq.json"],
+                       help="answered rows of one or more runs")
+    files.add_argument("--remain_file", help="rows without an answer (default: the file that the run's manifest names)")
+    files.add_argument("--eval_file", help="all questions, with keys that the results lack; missing questions count "
+                                           "as wrong")
     files.add_argument("--output_file", help="metrics as JSON (default: <results_file>.metrics.json)")
     files.add_argument("--table_file", help="also write the Markdown table here")
     scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: each data set's own)")
-    scoring.add_argument("--entity_support", action="store_true", help="look for the answers' named entities in the documents")
+    scoring.add_argument("--metric", choices=METRIC_NAMES, help="metric of every row (default: that of each data set)")
+    scoring.add_argument("--entity_support",
+                         action="store_true", help="search the documents for the answers' named entities")
     scoring.add_argument("--compare", action="store_true", help="compare the first results file with each of the others")
-    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are broken down")
-    scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
+    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which scores are grouped")
+    scoring.add_argument("--dataset", help="data set of every row; overrides the rows")
     stage.add_seed_flag(parser)
     return parser.parse_args(argv)
 
 
 def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
-    """The first system minus each other one, on 0 to 100, with its 95 % interval and p, over the same questions.
+    """Return the first system minus each other one, 0 to 100, with 95 % interval and p, over the same questions.
 
-    Raises UserError for systems that were not asked the same: without --eval_file a missing question has no score.
+    Raises UserError if the systems have different questions: without --eval_file a missing question has no score.
     """
     (first, own), *others = scores.items()
     compared = {}
     for name, theirs in others:
         if missing := sorted(own.keys() ^ theirs.keys()):
-            raise UserError(f"{first} and {name} have {len(missing)} questions that the other has not, {missing[0]} the first; give --eval_file")
+            raise UserError(f"{first} and {name}: {len(missing)} questions occur in only one of them, such as "
+                            f"{missing[0]}; give --eval_file")
         found = paired_bootstrap([own[row_id] for row_id in own], [theirs[row_id] for row_id in own], seed)
         compared[name] = {"n": len(own), **{key: value * (1 if key == "p" else 100) for key, value in found._asdict().items()}}
     return compared
 
 
 def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping[str, Row] | None, name: str) -> Iterable[Row]:
-    """The rows, under a progress bar; how many there will be is what was asked, or what the run's manifest counted."""
+    """Yield the rows, with a progress bar. The total comes from the evaluation file or the run's manifest."""
     from tqdm import tqdm
 
     counts = (read_manifest(results_file) or {}).get("counts", {})
@@ -79,9 +83,10 @@ def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping[str, Ro
 def main(argv=None):
     args = parse_args(argv)
     if args.remain_file and len(args.results_file) > 1:
-        raise UserError("--remain_file belongs to one results file; of several, each one's manifest names its own")
+        raise UserError("--remain_file: applies to a single results file; omit it, because each manifest names its "
+                        "remain file")
     if args.compare and len(args.results_file) < 2:
-        raise UserError("--compare needs two results files or more")
+        raise UserError("--compare: needs at least two results files; give more as --results_file")
     output = args.output_file or f"{args.results_file[0]}.metrics.json"
     outputs = [*filter(None, (output, args.table_file))]
     refuse_overlap(outputs, filter(None, (*args.results_file, args.remain_file, args.eval_file)))
@@ -110,7 +115,7 @@ def main(argv=None):
         with atomic_writer(args.table_file) as file:
             file.write(f"{table}\n".encode())
     print(table)
-    log.info("metrics in %s%s", output, f", table in {args.table_file}" if args.table_file else "")
+    log.info("metrics are in %s%s", output, f", the table in {args.table_file}" if args.table_file else "")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Score the documents of result files: are the gold documents among the first k, and is an answer in their text.
+"""Score the documents of result files against gold documents and against gold answers in their text.
 
-Where gold documents are known (--qrels, else the rows' gold_docs or DPR's positive_ctxs): recall R@k, nDCG@10 and
-MRR@10. Where gold answers are known: answer@k, the share of questions with an answer in the text of one of the first k
-documents by DPR's rule (it says nothing where answers are labels). All on 0 to 100. Questions of --eval_file that are missing from the results
-count as zero. Reranked rows make two lines: the retriever's order, and the reranker's.
+If gold documents are known (--qrels, or else the rows' gold_docs or DPR's positive_ctxs): recall R@k, nDCG@10 and
+MRR@10. If gold answers are known: answer@k, the share of questions with an answer in the text of one of the first k
+documents, by DPR's rule (not meaningful if answers are labels). All values are from 0 to 100. Questions of --eval_file
+that are missing from the results count as zero. Reranked rows give two lines: the retriever's order and the reranker's
+order.
 
-Reads    output/retrieval_data_rerank.jsonl                  rows with docs, of any stage; or a TREC run and --eval_file
+Reads    output/retrieval_data_rerank.jsonl                  rows with docs of any stage; or a TREC run and --eval_file
 Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order: measures, interval, n, documents
-         standard output                                     the table, in Markdown
+         standard output                                     the table in Markdown
 
     python evaluate_retrieval.py --results_file output/retrieval_data_rerank.jsonl
 """
@@ -32,12 +33,12 @@ from dynamicrag.rows.records import Doc, read_rows
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
-ANSWER_CUTOFF = 20  # of the measure that has the interval where no gold document is known
-QUESTIONS_A_CHUNK = 256  # the documents of so many are in memory at a time
+ANSWER_CUTOFF = 20  # cutoff of the measure with the interval if no gold document is known
+QUESTIONS_A_CHUNK = 256  # number of questions whose documents are in memory
 
 
 class Scored(NamedTuple):
-    """One question: its measures in [0, 1], none where nothing gold is known, and how many documents it has."""
+    """One question: its measures in [0, 1] (none if no gold data is known) and its number of documents."""
 
     group: str
     measures: dict[str, float]
@@ -48,20 +49,22 @@ def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     default = "output/retrieval_data_rerank.jsonl"
-    files.add_argument("--results_file", nargs="+", default=[default], help="rows with docs, or TREC runs; one or more")
-    files.add_argument("--eval_file", help="the questions asked, with the gold documents and answers the results lack")
-    files.add_argument("--qrels", help="gold documents as TREC qrels, instead of what the rows say")
+    files.add_argument("--results_file", nargs="+", default=[default],
+                       help="one or more files of rows with docs, or TREC runs")
+    files.add_argument("--eval_file", help="all questions, with gold documents and answers that the results lack")
+    files.add_argument("--qrels", help="gold documents as TREC qrels; overrides the rows")
     files.add_argument("--output_file", help="measures as JSON (default: <results_file>.retrieval.json)")
     files.add_argument("--table_file", help="also write the Markdown table here")
-    files.add_argument("--run_file", help="also write the documents as a TREC run, as reranked where they are")
+    files.add_argument("--run_file", help="also write the documents as a TREC run, in reranked order if there is one")
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument(
         "--stage", choices=["auto", *SCORES], default="auto",
-        help="order of the documents: by score, or by rerank_score; auto is both where every document has the second",
+        help="order of the documents: by score or by rerank_score; auto gives both if every document has a "
+             "rerank_score",
     )
     scoring.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="cutoffs of R@k and answer@k")
-    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which measures are broken down")
-    scoring.add_argument("--dataset", help="data set of every row, over what the rows say")
+    scoring.add_argument("--group_by", default="dataset", help="key of the rows by which measures are grouped")
+    scoring.add_argument("--dataset", help="data set of every row; overrides the rows")
     stage.add_seed_flag(parser)
     args = parser.parse_args(argv)
     if min(args.k) < 1:
@@ -71,7 +74,7 @@ def parse_args(argv=None):
 
 
 def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]) -> list[Scored]:
-    """The measures of each (question, its documents best first)."""
+    """Return the measures of each pair of a question and its documents, best first."""
     answer_cutoffs = sorted({*cutoffs, ANSWER_CUTOFF})
     with_gold = [([doc["id"] for doc in docs], asked.gold) for asked, docs in ranked if asked.gold]
     by_gold = iter(gold_measures(with_gold, cutoffs))
@@ -86,7 +89,9 @@ def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]
 
 
 def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, list[Scored]]:
-    """Every question by the wanted order of its documents; auto is both, or one where a document was not judged."""
+    """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score
+    is missing.
+    """
     scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
     while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
         for order in list(scored):
@@ -97,15 +102,17 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
             elif wanted == "auto":
                 del scored[order]
             else:
-                raise UserError(f"{path}: row {unjudged[0]}: a document has no rerank_score; run reranker.py on it, or "
+                raise UserError(f"{path}: row {unjudged[0]}: a document has no rerank_score; run reranker.py first, or "
                                 "give --stage retrieval")
     if len(scored) > 1 and not any(one.documents for one in scored["reranking"]):
-        del scored["reranking"]  # no document at all, so none that was judged
+        del scored["reranking"]  # there is no document at all
     return scored
 
 
 def summarise(scored: list[Scored], seed: int) -> dict:
-    """Means on 0 to 100, each over the questions of which the measure is known, and the interval of the main one."""
+    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main
+    measure.
+    """
     values: dict[str, list[float]] = defaultdict(list)
     for one in scored:
         for name, value in one.measures.items():
@@ -115,7 +122,7 @@ def summarise(scored: list[Scored], seed: int) -> dict:
     low, high = bootstrap_interval(values[main], seed)
     return {
         "n": len(scored),
-        "gold": len(values.get(gold, ())),  # how many have gold documents, and how many gold answers
+        "gold": len(values.get(gold, ())),  # number of questions with gold documents, and with gold answers
         "answers": len(values.get(answer, ())),
         "measures": {name: 100 * statistics.fmean(found) for name, found in values.items()},
         "main": main, "low": 100 * low, "high": 100 * high,
@@ -125,25 +132,26 @@ def summarise(scored: list[Scored], seed: int) -> dict:
 
 
 def summarise_file(path: str, scored: list[Scored], qrels_file: str | None, seed: int) -> dict:
-    """summarise() of all questions and by group; those of which nothing gold is known are left out and counted."""
+    """Return summarise() of all questions and by group. Questions without gold data are left out and counted."""
     kept = [one for one in scored if one.measures]
     if not kept:
-        raise UserError(f"{path}: no question has gold documents, or gold answers to look for in text; give --qrels "
+        raise UserError(f"{path}: no question has gold documents, or gold answers to search for in texts; give --qrels "
                         "or --eval_file")
     summary = summarise(kept, seed)
     if qrels_file and not summary["gold"]:
-        raise UserError(f"{path}: no question has a relevant document in {qrels_file}; its ids are others")
+        raise UserError(f"{path}: no question has a relevant document in {qrels_file}; give the qrels of these "
+                        "questions")
     by_group: dict[str, list[Scored]] = defaultdict(list)
     for one in kept:
         by_group[one.group].append(one)
     groups = {group: summarise(members, seed) for group, members in sorted(by_group.items())}
     if left_out := len(scored) - len(kept):
-        log.warning("%s: without gold documents and gold answers and not counted: %d rows", path, left_out)
+        log.warning("%s: %d rows have neither gold documents nor gold answers and are not counted", path, left_out)
     return {**summary, "left_out": left_out, "groups": groups}
 
 
 def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
-    """One line a system and order, the main measure with its interval; then the main measure by group."""
+    """Return one line per system and order, with the interval of the main measure, then the main measure by group."""
     lines = [([name, order], summary) for name, orders in results.items() for order, summary in orders.items()]
     measures = dict.fromkeys(measure for _, summary in lines for measure in summary["measures"])
     columns = ["n", "documents"]
@@ -156,7 +164,7 @@ def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:
     tables = [markdown_table(["system", "order", *(column.replace("_", " ") for column in columns)], rows)]
     groups = sorted({group for _, summary in lines for group in summary["groups"]})
     if len(groups) > 1:
-        none = {"measures": {}}  # for a group that another file has
+        none = {"measures": {}}  # for a group that only another file has
         cells = [[_cell(s["groups"].get(group, none), s["main"]) for group in groups] for _, s in lines]
         rows = [[*line, summary["main"], *shown] for (line, summary), shown in zip(lines, cells, strict=True)]
         tables.append(f"By {group_by}:\n\n" + markdown_table(["system", "order", "measure", *groups], rows))
@@ -172,9 +180,9 @@ def _cell(summary: dict, column: str) -> str:
 def main(argv=None):
     args = parse_args(argv)
     if args.run_file and len(args.results_file) > 1:
-        raise UserError("--run_file holds the documents of one results file; give one at a time")
+        raise UserError("--run_file: can hold the documents of one results file only; give one --results_file")
     if args.run_file and is_run(args.results_file[0]):
-        raise UserError(f"{args.results_file[0]}: is a TREC run already; --run_file makes one of rows")
+        raise UserError(f"{args.results_file[0]}: is already a TREC run; omit --run_file, which converts rows")
     output = args.output_file or f"{args.results_file[0]}.retrieval.json"
     outputs = [*filter(None, (output, args.table_file, args.run_file))]
     refuse_overlap(outputs, filter(None, (*args.results_file, args.eval_file, args.qrels)))
@@ -199,7 +207,7 @@ def main(argv=None):
         rows = read_rows(args.results_file[0], ("docs",), args.dataset)
         write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
     print(table)
-    log.info("measures in %s%s", output, f", table in {args.table_file}" if args.table_file else "")
+    log.info("measures are in %s%s", output, f", the table in {args.table_file}" if args.table_file else "")
 
 
 if __name__ == "__main__":

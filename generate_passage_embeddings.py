@@ -1,12 +1,12 @@
 """Embed a corpus: passages -> shards of vectors for the retriever.
 
-A sentence-transformers folder says how its vectors are made: pooling, normalisation, the prompt before a passage, length.
-A plain folder is pooled by the mean, as Contriever (Izacard et al., 2022, arXiv 2112.09118) is, or by --pooling. What was
-used is printed and kept in the shard's manifest; a search with other settings is refused. Several machines or GPUs share
-a corpus with --num_shards N, each with its own --shard_id.
+A sentence-transformers folder gives pooling, normalisation, the prompt before a passage and the maximum length. A plain
+folder uses --pooling, by default the mean, like Contriever (Izacard et al., 2022, arXiv 2112.09118). The settings are
+logged and stored in the shard's manifest; a search with other settings is refused. Several machines or GPUs can share a
+corpus with --num_shards N, each with its own --shard_id.
 
 Reads    data/psgs_w100.tsv                              a corpus: TSV with the header id, text, title; JSONL; Parquet
-Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row a passage
+Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row per passage
          data/wikipedia_embeddings/passages_00.ids.npy   their ids
 
     python generate_passage_embeddings.py --model_name_or_path models/retriever --passages data/psgs_w100.tsv \\
@@ -24,7 +24,7 @@ from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.models.encoder_settings import POOLINGS, record
 from dynamicrag.rows.output import Output, prepared_ahead
 
-# Passages are sorted by length within a window, and a whole window is what a resumed run keeps.
+# Passages are sorted by length within a window. A run continues after the last whole window.
 WINDOW = 2048
 
 
@@ -33,17 +33,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("files")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
     group.add_argument("--passages", default="data/psgs_w100.tsv", help="corpus: TSV, JSONL or Parquet, or a folder")
-    group.add_argument("--passage_store", default=None, help="folder of the memory-mapped corpus (<passages>.store)")
+    group.add_argument("--passage_store",
+                       default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
     group.add_argument("--output_dir", default="data/wikipedia_embeddings", help="folder of the shards")
-    group.add_argument("--shard_id", type=int, default=0, help="which part of the corpus this run embeds, from 0")
-    group.add_argument("--num_shards", type=int, default=1, help="how many parts there are")
+    group.add_argument("--shard_id", type=int, default=0, help="number of the part of the corpus to embed, from 0")
+    group.add_argument("--num_shards", type=int, default=1, help="number of parts")
     group = parser.add_argument_group("encoder")
-    group.add_argument("--pooling", choices=POOLINGS, default=None, help="of a plain folder: mean unless given; cls is the first token")
-    group.add_argument("--normalize", action="store_true", help="vectors of length 1, also where the folder does not say so")
-    group.add_argument("--passage_prompt", default=None, help="put before each passage, such as E5's 'passage: ' (what the folder says)")
-    group.add_argument("--max_length", type=int, default=None, help="tokens of a passage that are read (what the folder says, or 512)")
+    group.add_argument("--pooling", choices=POOLINGS, default=None,
+                       help="pooling of a plain folder (default: mean); cls is the first token")
+    group.add_argument("--normalize", action="store_true",
+                       help="scale vectors to length 1, even if the folder does not specify it")
+    group.add_argument("--passage_prompt", default=None,
+                       help="prefix of each passage, such as E5's 'passage: ' (default: as given by the folder)")
+    group.add_argument("--max_length", type=int, default=None,
+                       help="maximum tokens of a passage (default: as given by the folder, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 if the hardware supports it")
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
@@ -53,13 +58,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def windows(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut start..stop into windows at fixed positions."""
+    """Yield the bounds of windows of `size` within start..stop, at fixed positions."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
 
 
 def open_rows(file, count: int, width: int) -> int:
-    """Prepare a partial .npy of [count, width] float16 for appending; returns how many rows of whole windows it holds."""
+    """Prepare a partial .npy file of [count, width] float16 for appending.
+
+    Returns the number of rows in its whole windows.
+    """
     import numpy as np
 
     header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
@@ -68,7 +76,7 @@ def open_rows(file, count: int, width: int) -> int:
     try:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
-    except ValueError:  # empty, or torn within the header
+    except ValueError:  # empty, or incomplete header
         file.truncate(0)
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
@@ -99,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     store = open_passages(args.passages, args.passage_store)
     start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)
     if start == stop:
-        raise stage.UserError(f"{args.passages}: {len(store)} passages cannot fill {args.num_shards} shards")
+        raise stage.UserError(f"{args.passages}: {len(store)} passages cannot fill {args.num_shards} shards; use fewer")
     encoder = Encoder(
         args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize, args.pooling, args.passage_prompt
     )
@@ -119,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             vectors = encoder.encode_tokens(tokens, args.batch_tokens, progress.update).astype(np.float16)
             if not np.isfinite(vectors).all():
                 row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-                raise stage.UserError(f"{args.model_name_or_path}: gives no finite float16 vector for passage "
-                                      f"{ids[row]!r}; try --normalize or --dtype float32")
+                raise stage.UserError(f"{args.model_name_or_path}: the float16 vector of passage {ids[row]!r} is not "
+                                      "finite; try --normalize or --dtype float32")
             output.append(vectors.tobytes())
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start

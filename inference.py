@@ -1,14 +1,15 @@
-"""Answer an evaluation file: the LLM chooses the documents it needs, then answers from them (two calls a question).
+"""Answer an evaluation file: the LLM selects the documents it needs and answers from them (two calls per question).
 
-The baselines a paper compares with are other values of --selector:
+Other values of --selector are the baselines of the paper:
     dynamic      the LLM writes the identifiers of the documents it needs, in order (DynamicRAG)
-    none, all    no document; every document shown
-    top:K        the first K
-    monot5       those the reranker labelled relevant, best first
-    adaptive     those before the largest gap between neighbouring scores
-    pointwise    the LLM is asked once for every document whether it is needed
-    gold         those the row names as needed (gold_docs, positive_ctxs): what no selector can do better
-Several files and selectors may be given: the model is loaded once, and {input} and {selector} in the output paths stand
+    none, all    no document; all documents shown
+    top:K        the first K documents
+    monot5       documents that the reranker labelled relevant, best first
+    adaptive     documents before the largest gap between neighbouring scores
+    pointwise    the LLM is asked for each document whether it is needed
+    gold         documents that the row names as needed (gold_docs, positive_ctxs): an upper bound for selectors
+
+Several files and selectors may be given. The model is loaded once, and {input} and {selector} in the output paths stand
 for the name of the file and the selector.
 
 Reads    eval_data/nq.jsonl                      rows with docs
@@ -44,7 +45,7 @@ VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 def selector_flag(value: str) -> str:
-    """A value of --selector, as it is."""
+    """Check a value of --selector and return it. Raises ArgumentTypeError."""
     if not SELECTOR.fullmatch(value):
         raise ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
     return value
@@ -54,7 +55,8 @@ def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
-    choice.add_argument("--selector", nargs="+", type=selector_flag, default=["dynamic"], help="who chooses the documents")
+    choice.add_argument("--selector", nargs="+", type=selector_flag, default=["dynamic"],
+                        help="one or more selectors of documents (see above)")
     choice.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
     add_engine_flags(parser)
     add_call_flags(parser)
@@ -63,7 +65,7 @@ def parse_args(argv=None):
 
 
 def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
-    """1-based positions chosen without an LLM. Raises UserError where the scores a rule needs are missing."""
+    """Return 1-based positions selected without an LLM. Raises UserError if scores that the rule needs are missing."""
     if selector == "none":
         return []
     if selector == "all":
@@ -71,7 +73,8 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     if selector.startswith("top:"):
         return list(range(1, min(int(selector.removeprefix("top:")), len(docs)) + 1))
     key = "rerank_score" if all("rerank_score" in doc for doc in docs) else "score"
-    scored = any(doc.get("rerank_score") is not None for doc in docs)  # published data has labels alone: their order stands for scores
+    # Published data has labels only, with documents in order
+    scored = any(doc.get("rerank_score") is not None for doc in docs)
     if selector == "monot5":
         key = "rerank_score" if scored else "rerank_label"
     unscored = next((doc["id"] for doc in docs if doc.get(key) is None), None)
@@ -87,11 +90,13 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
 
 
 def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list[list[int] | str], list[Usage]]:
-    """Positions each question's LLM chose (or the reason why its output cannot be read), and what it cost."""
+    """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the
+    cost.
+    """
     usages = [Usage() for _ in rows]
     choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
-        numbers = [number for number, docs in enumerate(shown) if docs]  # among no documents there is no choice
+        numbers = [number for number, docs in enumerate(shown) if docs]  # without documents there is nothing to select
         completions = caller.ask([caller.select(rows[number], shown[number]) for number in numbers])
         for number, completion in zip(numbers, completions, strict=True):
             usages[number].add(completion)
@@ -114,15 +119,16 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
 
 
 def select_gold(row: Row, docs: list[Doc], path: str) -> list[int]:
-    """1-based positions of the documents the row needs. Raises UserError for a row that does not say which these are."""
+    """Return 1-based positions of the documents that the row needs. Raises UserError if the row does not name them."""
     needed = needed_documents(row, path)
     if needed is None:
-        raise UserError(f"{path}: row {row['id']}: has neither gold_docs nor positive_ctxs, which --selector gold takes")
+        raise UserError(f"{path}: row {row['id']}: has neither gold_docs nor positive_ctxs; add one, or omit "
+                        "--selector gold")
     return [position for position, doc in enumerate(docs, start=1) if doc["id"] in needed]
 
 
 def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: int) -> None:
-    """Raises UserError for a row that lacks what a selector goes by: before anything is asked, not after all of another selector."""
+    """Raise UserError for a row that lacks a key that a selector needs, before any question is answered."""
     for row in rows:
         docs = row["docs"][:topn]
         for selector in selectors:
@@ -136,7 +142,7 @@ def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: 
 
 
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """The rows answered; one whose selection or answer cannot be read carries `error` instead of `response`."""
+    """Return the answered rows. A row whose selection or answer cannot be read has `error` instead of `response`."""
     chooser, generator = callers
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: run.topn]), rows)
     if run.selector in BY_LLM:
@@ -176,7 +182,8 @@ def main(argv=None):
         return read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None)
 
     def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
-        for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):  # rows held out are labelled
+        # Held-out rows have labels
+        for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):
             check_shown(path, rows_of(path), "--topn", args.topn)
         for path in dict.fromkeys(run.input_json for run in runs):
             if by_rule := [run.selector for run in runs if run.input_json == path and run.selector in BY_KEYS_OF_ROWS]:

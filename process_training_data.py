@@ -1,10 +1,11 @@
-"""Turn reranked retrieval results into expert sequences for behaviour cloning (DynamicRAG, first training stage).
+"""Convert reranked retrieval results to expert sequences for behaviour cloning (DynamicRAG, first training stage).
 
-The reranker's labels say which of the documents shown are relevant; where a data set names the documents a question needs
-(gold_docs, DPR's positive_ctxs), `--labels gold` takes those, in the order of the reranker's scores. A seeded sample of the questions becomes expert
-rows, each with the sequence of identifiers the LLM is to write; all other questions go on to generator SFT and DPO.
-Every row is labelled, used or not: a row without labels would teach the generator that nothing was found. Published
-training data has labels without scores: then the order of the documents stands for the score.
+The reranker's labels determine which of the documents shown are relevant. With `--labels gold`, the documents that the
+data set names as needed (gold_docs, DPR's positive_ctxs) are relevant, ordered by reranker score. A seeded sample of
+the questions becomes expert rows, each with the sequence of identifiers that the LLM learns to write. All other
+questions are used for generator SFT and DPO. Every row is labelled, used or not: a row without labels would teach the
+generator that nothing was found. Published training data has labels without scores; the order of the documents is then
+used instead of scores.
 
 Reads    output/retrieval_data_rerank.jsonl                       rows with docs, rerank_label and rerank_score
 Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, false_id, true_count, sequence, sequence_length
@@ -25,7 +26,7 @@ from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
-EXPERT_SHARE = 5  # a smaller data set gives a fifth
+EXPERT_SHARE = 5  # in a smaller data set, one fifth of the rows become expert rows
 
 
 def parse_args(argv=None):
@@ -39,13 +40,15 @@ def parse_args(argv=None):
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--targets", choices=["expert", "padded"], default="expert",
-        help="one sequence per question, or the published recipe: one per length, filled up with irrelevant documents",
+        help="one sequence per question, or the published recipe: one per length, filled with irrelevant documents",
     )
-    recipe.add_argument("--labels", choices=["reranker", "gold"], default="reranker", help="who says which documents are relevant")
+    recipe.add_argument("--labels", choices=["reranker", "gold"],
+                        default="reranker", help="source of the relevance labels")
     recipe.add_argument("--n_docs", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
-    recipe.add_argument("--max_length", type=int, default=EXPERT_LENGTH, help="longest sequence")
-    recipe.add_argument("--max_per_length", type=int, default=2000, help="most expert rows of one length")
-    recipe.add_argument("--max_rows", type=int, help="most expert rows (default: 30,000, or a fifth of a smaller data set)")
+    recipe.add_argument("--max_length", type=int, default=EXPERT_LENGTH, help="maximum length of a sequence")
+    recipe.add_argument("--max_per_length", type=int, default=2000, help="maximum number of expert rows of one length")
+    recipe.add_argument("--max_rows", type=int,
+                        help="maximum number of expert rows (default: 30,000, or one fifth of a smaller data set)")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.n_docs < 1:
@@ -54,7 +57,9 @@ def parse_args(argv=None):
 
 
 def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
-    """Add the 1-based positions of the relevant and irrelevant documents among the first n_docs: those in `gold`, else as the reranker labels them."""
+    """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the
+    reranker's labels.
+    """
     labels = [doc["rerank_label"] == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
@@ -62,19 +67,19 @@ def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
 
 
 def padded_sequence(true_id: list[int], false_id: list[int], length: int, rng: random.Random) -> list[int]:
-    """The published recipe's target: shuffled relevant documents, then random irrelevant ones up to `length`."""
+    """Return the published recipe's target: shuffled relevant documents, then random irrelevant ones up to `length`."""
     return rng.sample(true_id, len(true_id)) + rng.sample(false_id, length - len(true_id))
 
 
 def lengths_of(row: Row, targets: str, max_length: int) -> list[int]:
-    """The sequence lengths a labelled row has a target for."""
+    """Return the sequence lengths for which a labelled row has a target."""
     if targets == "expert":
         return [min(row["true_count"], max_length)]
     return list(range(row["true_count"], min(max_length, len(row["true_id"]) + len(row["false_id"])) + 1))
 
 
 def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_length: int, rng: random.Random) -> set:
-    """A random subset of (row id, length) within both caps."""
+    """Return a random subset of (row id, length) pairs within both limits."""
     per_length: Counter[int] = Counter()
     chosen = set()
     for row_id, length in rng.sample(candidates, len(candidates)):
@@ -102,24 +107,27 @@ def main(argv=None):
                 )
             gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
             if args.labels == "gold" and gold is None:
-                raise UserError(f"{args.input_file}: row {row['id']}: has neither gold_docs nor positive_ctxs; --labels reranker needs none")
+                raise UserError(f"{args.input_file}: row {row['id']}: has neither gold_docs nor positive_ctxs; add "
+                                "one, or give --labels reranker")
             yield label(row, args.n_docs, gold)
 
-    # The file is read three times; malformed rows are recorded the first time only.
+    # The file is read three times. Malformed rows are recorded only the first time.
     candidates, rows, unscored = [], 0, 0
     for row in labelled(out.reject):
         rows += 1
         unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
     if not rows:
-        raise UserError(f"{args.input_file}: holds no usable row")
+        raise UserError(f"{args.input_file}: contains no usable row; give a file with at least one valid row")
     if unscored:
-        log.warning("%s: %d of %d rows have documents without rerank_score: their order stands for it", args.input_file, unscored, rows)
+        log.warning("%s: %d of %d rows have documents without rerank_score; the order of the documents is used instead",
+                    args.input_file, unscored, rows)
     max_rows = args.max_rows
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
         if max_rows < PUBLISHED_EXPERT_ROWS:
-            log.warning("%d rows are fewer than the published 150,000: a fifth of them, %d, become expert rows", rows, max_rows)
+            log.warning("%d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
+                        rows, max_rows)
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
     expert_ids = {row_id for row_id, _ in chosen}
 

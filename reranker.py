@@ -1,8 +1,9 @@
-"""Judge every retrieved document: rows with docs -> the same with rerank_score and rerank_label.
+"""Score every retrieved document: rows with docs -> the same rows with rerank_score and rerank_label.
 
-The expert that DynamicRAG clones: monoT5 (Nogueira et al., 2020, arXiv 2003.06713); a cross-encoder, if the checkpoint is
-a sequence classifier; or a causal model that says yes or no, such as Qwen3-Reranker. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The
-documents stay in the retriever's order unless --sort is given. --run takes the scores from any other reranker's TREC run.
+The scores are the expert that DynamicRAG clones. The model is monoT5 (Nogueira et al., 2020, arXiv 2003.06713), a
+cross-encoder (if the checkpoint is a sequence classifier), or a causal model that answers yes or no, such as
+Qwen3-Reranker. rerank_score is P(relevant) in [0, 1]; rerank_label is "true" above 0.5. The documents stay in the
+retriever's order unless --sort is given. --run takes the scores from a TREC run of any other reranker.
 
 Reads    output/retrieval_data.jsonl                     rows with docs
 Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rerank_label of each document
@@ -25,7 +26,7 @@ from dynamicrag.rows.trec import Run
 
 Judged = tuple[dict, dict]  # row, document
 
-# Documents are sorted by length across the questions of a chunk, and a whole chunk is what a resumed run keeps.
+# Documents are sorted by length across the questions of a chunk. A run continues after the last whole chunk.
 QUESTIONS_A_CHUNK = 64
 
 
@@ -33,32 +34,38 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", default="output/retrieval_data.jsonl", help="rows with docs, JSON or JSONL")
-    group.add_argument("--output_file", default="output/retrieval_data_rerank.jsonl", help="the same, judged")
-    group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
+    group.add_argument("--output_file", default="output/retrieval_data_rerank.jsonl", help="the same rows with scores")
+    group.add_argument("--dataset", default=None, help="data set of every row; overrides the rows")
     group = parser.add_argument_group("documents")
-    group.add_argument("--n_docs", type=int, default=None, help="keep and judge the first n documents only (all)")
-    group.add_argument("--run", default=None, help="scores of another reranker, a TREC run; documents it lacks score 0")
+    group.add_argument("--n_docs",
+                       type=int, default=None, help="keep and score only the first n documents (default: all)")
+    group.add_argument("--run", default=None,
+                       help="TREC run with the scores of another reranker; missing documents score 0")
     group.add_argument("--logits", action="store_true", help="the scores of --run are log-odds, not probabilities")
-    group.add_argument("--sort", action="store_true", help="best rerank_score first; ties keep the retriever's order")
+    group.add_argument("--sort", action="store_true",
+                       help="sort by rerank_score, best first; equal scores keep the retriever's order")
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default="models/reranker/monot5", help="a folder or a hub name")
-    group.add_argument("--max_length", type=int, default=512, help="tokens of question and document that are read")
-    group.add_argument("--instruction", default=None, help="of a causal reranker: what is to be found (what the checkpoint says, or a neutral one)")
-    group.add_argument("--system_prompt", default=None, help="of a causal reranker: its authors' words, as on the model card (a neutral one)")
+    group.add_argument("--max_length", type=int, default=512, help="maximum tokens of question and document")
+    group.add_argument("--instruction", default=None,
+                       help="search instruction for a causal reranker (default: as given by the checkpoint, or a "
+                            "neutral one)")
+    group.add_argument("--system_prompt", default=None,
+                       help="system prompt for a causal reranker, as on its model card (default: a neutral one)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 if the hardware supports it")
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.logits and not args.run:
-        parser.error("--logits says what the scores of a --run are")
+        parser.error("--logits describes the scores of --run; give both or neither")
     if args.n_docs is not None and args.n_docs < 1:
         parser.error("--n_docs must be at least 1")
     return args
 
 
 def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n_docs: int | None, sort: bool) -> list[dict]:
-    """The rows with a rerank_score and a rerank_label on each of their first n_docs documents, all judged in one call."""
+    """Return the rows with rerank_score and rerank_label on their first n_docs documents, all scored in one call."""
     shown = [row["docs"][:n_docs] for row in rows]
     scores = map(float, score([(row, doc) for row, docs in zip(rows, shown, strict=True) for doc in docs]))
     reranked = []
@@ -66,8 +73,9 @@ def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n
         judged = []
         for doc, value in zip(docs, scores, strict=False):
             if not 0 <= value <= 1:
-                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document {doc['id']!r}, "
-                                      "which is no probability; try --dtype float32, or --logits for a --run of log-odds")
+                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document "
+                                      f"{doc['id']!r}, but a probability is needed; try --dtype float32, or --logits "
+                                      "for a --run of log-odds")
             judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
         if sort:
             judged.sort(key=lambda doc: -doc["rerank_score"])
@@ -76,7 +84,7 @@ def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n
 
 
 def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float]]:
-    """The scores another reranker gave, 0 where it gave none."""
+    """Return a function that gives another reranker's scores, 0 for a document without one."""
 
     def score(pairs: list[Judged]) -> list[float]:
         scores = {row["id"]: dict(run.ranking(row["id"])) for row, _ in pairs}
@@ -87,7 +95,7 @@ def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float
 
 
 def by_model(args: Namespace) -> tuple[Callable, Callable]:
-    """The two halves of judging a chunk by the model: prepare(rows), the tokens, and work(prepared), the rows judged."""
+    """Return the two halves of scoring a chunk: prepare(rows) tokenises, work(prepared) returns the scored rows."""
     from tqdm import tqdm
 
     from dynamicrag.models.reranker import load_reranker
@@ -117,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject), dataset=args.dataset)
     given = next((row["docs"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None) if row["docs"]), [])
     if any("rerank_label" in doc for doc in given):
-        stage.log.warning("%s: documents have a rerank_label already, as published training data has; it is replaced", args.input_file)
+        stage.log.warning("%s: documents already have a rerank_label, like published training data; it is replaced",
+                          args.input_file)
     if args.run:
         run = Run(args.run)
         ids = (row["id"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None))

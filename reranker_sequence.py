@@ -1,7 +1,8 @@
-"""Write the reranker's behaviour-cloning set: question and documents in, the expert's identifiers out.
+"""Write the reranker's behaviour-cloning set: the prompt is a question with documents, the target the expert's
+identifiers.
 
-A row that is longer than the trainer's cutoff_len loses whole documents from the end; one whose target names such a
-document is left out, and counted.
+If a row exceeds the trainer's cutoff_len, whole documents are removed from the end. A row whose target names a removed
+document is left out and counted.
 
 Reads    training_data/retrieval_data_rerank_sequence.jsonl   rows with docs and sequence
 Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows: instruction, input, output, system
@@ -41,12 +42,13 @@ def parse_args(argv=None):
 
 
 def sft_row(row: Row, prompts: Prompts) -> dict[str, str]:
-    """One SFT example. The documents shown are exactly those that were labelled."""
+    """Return one SFT example. It shows exactly the labelled documents."""
     return fit(row, prompts, TrainingWindow()).row
 
 
 def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
-    """One SFT example of the documents labelled that fit the window; none if the target names another."""
+    """Return one SFT example with the labelled documents that fit the window; no row if the target names another one.
+    """
     labelled = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
     target = format_ids(row["sequence"], prompts.notation)
 

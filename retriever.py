@@ -1,13 +1,14 @@
-"""Retrieve documents: questions -> the same with `docs`, scored, best first.
+"""Retrieve documents: questions -> the same rows with `docs`, scored, best first.
 
-Dense retrieval as in Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages,
-after the prompt for questions that the encoder's folder or --query_prompt gives, and compared by inner product, exactly (`--index flat`) or through a compressed index. `--index bm25` searches by words,
-`--run` takes the documents that any other system wrote as a TREC run, and several of these are fused by reciprocal
-rank (Cormack et al., 2009). `retrieved_question`, where a row has one, is what is searched with.
+Dense retrieval follows Contriever (Izacard et al., 2022, arXiv 2112.09118): the question is encoded like the passages,
+after the prompt for questions given by the encoder's folder or --query_prompt. Inner products are compared exactly
+(`--index flat`) or through a compressed index. `--index bm25` is a lexical search. `--run` takes the documents from
+another system's TREC run. Several of these are fused by reciprocal rank (Cormack et al., 2009). If a row has
+`retrieved_question`, the search uses it.
 
 Reads    data/splits/split_0.json                        questions
          data/psgs_w100.tsv                              the corpus
-         data/wikipedia_embeddings/*                     its embeddings: own shards, or those Contriever publishes
+         data/wikipedia_embeddings/*                     its embeddings: own shards or those of Contriever
 Writes   output/retrieval_split_0.json                   + docs: id, title, text, score
 
     python retriever.py --model_name_or_path models/retriever --passages data/psgs_w100.tsv \\
@@ -44,13 +45,13 @@ if TYPE_CHECKING:
     from dynamicrag.models.encoder_settings import Settings
     from dynamicrag.search.passages import PassageStore
 
-# What a ranking is made by: rows -> scores float32 and positions in the corpus int64 (-1: no document), both [rows, k].
+# A search maps rows to scores (float32) and corpus positions (int64, -1: no document), both [rows, k].
 Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
-# Questions searched in one pass. On a GPU, rounding the vectors takes as long as comparing 1024 questions with them.
+# Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
 QUESTIONS_A_PASS = {"cpu": 1024, "cuda": 4096}
-# Questions are sorted by length within so many.
+# Number of questions that are sorted by length together.
 QUESTIONS_ENCODED = 1024
 
 
@@ -59,27 +60,35 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("files")
     group.add_argument("--query", default="data/splits/split_0.json", help="questions, JSON or JSONL")
     group.add_argument("--passages", default="data/psgs_w100.tsv", help="corpus: TSV, JSONL or Parquet, or a folder")
-    group.add_argument("--passages_embeddings", default="data/wikipedia_embeddings/*", help="its shards, a quoted glob")
-    group.add_argument("--passage_store", default=None, help="folder of the memory-mapped corpus (<passages>.store)")
+    group.add_argument("--passages_embeddings",
+                       default="data/wikipedia_embeddings/*", help="shards of the corpus, as a quoted glob")
+    group.add_argument("--passage_store",
+                       default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
     group.add_argument("--output_dir", "--output_file", default="output/retrieval_split_0.json", help="output file")
-    group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
+    group.add_argument("--dataset", default=None, help="data set of every row; overrides the rows")
     group = parser.add_argument_group("search")
-    group.add_argument("--n_docs", type=int, default=50, help="documents a question")
+    group.add_argument("--n_docs", type=int, default=50, help="documents per question")
     group.add_argument("--index", nargs="*", help="flat (exact), a faiss factory string (IVF1024,SQ8), or bm25 (default: flat)")
-    group.add_argument("--run", nargs="*", default=[], help="TREC run files; with --index as well, all are fused")
-    group.add_argument("--index_path", default=None, help="where a faiss index is kept (beside the shards)")
-    group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters an IVF index looks into")
-    group.add_argument("--candidates", type=int, default=CANDIDATES, help="documents a compressed index proposes for each one wanted")
-    group.add_argument("--corpus_shard", default="0/1", help="i/n: search part i (from 0) of n only; aggregate.py merges them")
-    group.add_argument("--questions_a_pass", type=int, help="questions searched in one pass over the vectors (1024; 4096 on a GPU)")
+    group.add_argument("--run", nargs="*", default=[], help="TREC run files; fused with --index if both are given")
+    group.add_argument("--index_path", default=None, help="file of the faiss index (default: next to the shards)")
+    group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters that an IVF index searches")
+    group.add_argument("--candidates", type=int, default=CANDIDATES,
+                       help="candidates of a compressed index per requested document")
+    group.add_argument("--corpus_shard",
+                       default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
+    group.add_argument("--questions_a_pass",
+                       type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
-    group.add_argument("--pooling", choices=POOLINGS, default=None, help="of a plain folder, as given when embedding (mean)")
-    group.add_argument("--normalize", action="store_true", help="vectors of length 1, as given when embedding")
-    group.add_argument("--query_prompt", default=None, help="put before each question, such as E5's 'query: ' (what the folder says)")
-    group.add_argument("--max_length", type=int, default=None, help="tokens of a question that are read (what the folder says, or 512)")
+    group.add_argument("--pooling", choices=POOLINGS, default=None,
+                       help="pooling of a plain folder, as in the embedding stage (default: mean)")
+    group.add_argument("--normalize", action="store_true", help="scale vectors to length 1, as in the embedding stage")
+    group.add_argument("--query_prompt", default=None,
+                       help="prefix of each question, such as E5's 'query: ' (default: as given by the folder)")
+    group.add_argument("--max_length", type=int, default=None,
+                       help="maximum tokens of a question (default: as given by the folder, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware has it")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 if the hardware supports it")
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
@@ -88,14 +97,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if not part or int(part[1]) >= int(part[2]):
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
     if args.corpus_shard != "0/1" and (args.run or "bm25" in args.index):
-        parser.error("--corpus_shard divides embeddings: a run has no parts, and BM25 weighs words over the whole corpus")
+        parser.error("--corpus_shard divides embeddings; omit --run, which has no parts, and bm25, which weights "
+                     "words by the whole corpus")
     compressed = [index for index in args.index if index not in ("bm25", "flat")]
     if unknown := next((index for index in compressed if not faiss_can_read(index)), None):
-        parser.error(f"--index {unknown}: expected flat, bm25, or a factory string of faiss, such as IVF1024,SQ8 or HNSW32")
+        parser.error(f"--index {unknown}: expected flat, bm25, or a faiss factory string such as IVF1024,SQ8 or HNSW32")
     if (args.corpus_shard != "0/1" and len(args.index) > 1) or (args.index_path and len(compressed) > 1):
-        parser.error("--corpus_shard takes one index: ranks within a part cannot be fused; --index_path holds one as well")
+        parser.error("--corpus_shard and --index_path accept one index only; ranks within a part cannot be fused")
     if not args.index and not args.run:
-        parser.error("--index or --run: give at least one")
+        parser.error("--index or --run is required")
     counts = [args.n_docs, args.nprobe, args.candidates, *([] if args.questions_a_pass is None else [args.questions_a_pass])]
     if min(counts) < 1:
         parser.error("--n_docs, --questions_a_pass, --nprobe and --candidates must be at least 1")
@@ -103,14 +113,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def search_text(row: dict) -> str:
-    """What a row is searched with."""
+    """Return the text that is searched with."""
     return row.get("retrieved_question") or row["question"]
 
 
 def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[dict]:
-    """Give each row its documents, best first, replacing any it had.
+    """Give each row its documents, best first, in place of earlier ones.
 
-    scores and found are [rows, k]; found are positions in the store (-1: no hit, no document).
+    `scores` and `found` are [rows, k]; `found` holds positions in the store (-1: no document).
     """
     hits = found >= 0
     docs = iter(store.docs(found[hits].tolist()))
@@ -121,25 +131,27 @@ def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: 
 
 
 def allocate_from_one_arena() -> None:
-    """glibc keeps what each thread has freed for that thread: a quarter of a gigabyte in every worker, for nothing."""
+    """Limit glibc to one memory arena. Otherwise freed memory stays reserved per thread, 250 MB in every worker."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1)
 
 
 def process_of_its_own() -> Executor:
-    """Where questions are encoded: model, libraries and GPU memory are gone with the process when the search begins."""
+    """Return an executor that encodes questions in a child process, so that all its memory is free before the search.
+    """
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
 def query_settings(args: Namespace) -> Settings:
-    """How questions will be encoded. The model is not loaded for it."""
+    """Return the settings for encoding questions, without loading the model."""
     from dynamicrag.models.encoder import encoder_settings
 
     return encoder_settings(args.model_name_or_path, QUERY, args.normalize, args.pooling, args.query_prompt)[0]
 
 
 def encode_questions(args: Namespace, path: str, count: int) -> str:
-    """Write the vectors of all questions to `path`, .npy float32 [count, width]; returns how they were made, in words."""
+    """Write the vectors of all questions to `path`, .npy float32 [count, width]. Returns a description of the encoding.
+    """
     import numpy as np
     from tqdm import tqdm
 
@@ -155,7 +167,8 @@ def encode_questions(args: Namespace, path: str, count: int) -> str:
         while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
             vectors = encoder.encode(texts, args.batch_tokens)
             if not np.isfinite(vectors).all():
-                raise stage.UserError(f"{args.model_name_or_path}: gives no finite vector for a question; try --dtype float32")
+                raise stage.UserError(f"{args.model_name_or_path}: the vector of a question is not finite; try "
+                                      "--dtype float32")
             file.write(vectors.tobytes())
             progress.update(len(texts))
     return encoder.said()
@@ -164,9 +177,9 @@ def encode_questions(args: Namespace, path: str, count: int) -> str:
 def dense_searches(
     args: Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
 ) -> dict[str, Search]:
-    """A search for every index over the embeddings that --index names; it takes the rows that follow those written.
+    """Return a search for every embedding index in --index. A search takes the rows that follow those already written.
 
-    Encodes all `count` questions first, to the file `queries`.
+    It first encodes all `count` questions and writes their vectors to the file `queries`.
     """
     import numpy as np
 
@@ -180,11 +193,11 @@ def dense_searches(
         settings = encoding.submit(query_settings, args).result()
         refuse_other_settings(shard_paths, args.model_name_or_path, settings)
         corpus = check_shards(shards, settings.width, store, args.model_name_or_path)
-        output.begin()  # from here on no other run may write this output, nor its vectors
+        output.begin()  # from here on, no other run can write this output or its vectors
         with in_turn(args.passages) if device == "cpu" else nullcontext():
             said = encoding.submit(encode_questions, args, queries, count).result()
             stage.log.info("%s, for questions: %s", args.model_name_or_path, said)
-            encoding.shutdown()  # its memory is free before the others go on
+            encoding.shutdown()  # frees its memory before the other workers continue
     part, parts = map(int, args.corpus_shard.split("/"))
     shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
 
@@ -214,7 +227,7 @@ def bm25_search(args: Namespace, store: PassageStore) -> Search:
 
 
 def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
-    """The documents another system ranked; a question it does not have gets none."""
+    """Return a search that gives the documents of another system's run. Questions that are not in the run get none."""
     import numpy as np
 
     def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +238,7 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
             found = store.positions(doc_id for doc_id, _ in ranking)
             if (found < 0).any():
                 raise stage.UserError(f"{run.path}: document {ranking[int(found.argmin())][0]!r} of query {row['id']!r} is not in "
-                                      f"{args.passages}; give the corpus that was searched")
+                                      f"{args.passages}; give the corpus that the run searched")
             positions[number, : len(ranking)] = found
             scores[number, : len(ranking)] = [score for _, score in ranking]
         return scores, positions
@@ -272,9 +285,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_a_pass or QUESTIONS_A_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     if without:
-        stage.log.warning("%d of the %d questions searched found no document; %s", without, searched,
-                          "no word of theirs is in the passages" if args.index == ["bm25"] else "look at --index, --nprobe and --run")
-    Path(queries).unlink(missing_ok=True)  # before the run is complete: afterwards nothing would ever remove it
+        stage.log.warning("%d of %d questions have no document; %s", without, searched,
+                          "the passages contain none of their "
+                          "words" if args.index == ["bm25"] else "check --index, --nprobe and --run")
+    Path(queries).unlink(missing_ok=True)  # removed before the run is complete, because nothing would remove it later
     output.finish(docs_a_question=min(args.n_docs, len(store)))
 
 

@@ -1,8 +1,8 @@
-"""Score every trajectory by the answer it led to (DynamicRAG, reward from generator feedback).
+"""Score every trajectory by its answer (DynamicRAG, reward from generator feedback).
 
 The reward is a weighted mean of five terms in [0, 1]: exact match, BERTScore, ROUGE-L, brevity 1/(1+k), and an LLM
-judge. Each distinct (question, answer) is scored once. Without a judge the other weights are rescaled. The terms are
-kept: --reweight combines those of an earlier run by other --weights, in seconds and without a model.
+judge. Each distinct (question, answer) is scored once. Without a judge, the other weights are rescaled. The terms are
+stored: --reweight combines the terms of an earlier run with other --weights, in seconds and without a model.
 
 Reads    results/training_data_dpo_sampling.json         rows with answers, id_lists and responses
 Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, score_terms
@@ -36,47 +36,55 @@ def parse_args(argv=None):
     files.add_argument("--output_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
     reward = parser.add_argument_group("reward")
     reward.add_argument(
-        "--weights", default="em=.2,bert=.2,rouge=.2,length=.2,judge=.2", help="weight of each term; one left out weighs nothing"
+        "--weights", default="em=.2,bert=.2,rouge=.2,length=.2,judge=.2",
+        help="weight of each term; 0 for terms that are left out"
     )
-    reward.add_argument("--reweight", action="store_true", help="combine the score_terms the input has; computes no term")
+    reward.add_argument("--reweight", action="store_true",
+                        help="combine the score_terms of the input, without computing any term")
     terms = parser.add_argument_group("terms")
     terms.add_argument(
-        "--answer-match", choices=ANSWER_MATCHES, default="exact", help="em term: equality, or containment for long answers"
+        "--answer-match", choices=ANSWER_MATCHES, default="exact",
+                                                          help="em term: equality, or containment (for long answers)"
     )
     terms.add_argument(
         "--length-of", choices=["documents", "response"], default="documents",
-        help="length term: 1/(1+documents chosen), or 1/(1+tokens of the response)"
+        help="length term: 1/(1 + documents chosen), or 1/(1 + tokens of the response)",
     )
-    terms.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder, or a hub name")
-    terms.add_argument("--bert_layer", type=int, help="its layer (default: bert-score's own for a model it knows, else the last)")
+    terms.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder or a hub name")
+    terms.add_argument("--bert_layer", type=int,
+                       help="layer of the encoder (default: bert-score's choice for a known model, otherwise the last)")
     terms.add_argument(
         "--bert_baseline", default="auto",
-        help="model whose bert-score baseline becomes 0: auto is the encoder's own where there is one; or none",
+        help="model whose bert-score baseline is mapped to 0; auto uses the encoder's own baseline if there is one; "
+             "none uses no baseline",
     )
-    terms.add_argument("--device", type=device_flag, default="auto", help=f"where the encoder runs: {DEVICES}")
+    terms.add_argument("--device", type=device_flag, default="auto", help=f"device of the encoder: {DEVICES}")
     terms.add_argument("--chunk_size", type=int, default=2000, help="questions scored between two writes to disk")
     judge = parser.add_argument_group("judge")
-    judge.add_argument("--judge-base-url", metavar="URL", help="OpenAI-compatible endpoint; the key is JUDGE_API_KEY's")
-    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs {MOST_REPLIES} replies at most, if none can be read as grades")
+    judge.add_argument("--judge-base-url",
+                       metavar="URL", help="OpenAI-compatible endpoint; its key is read from JUDGE_API_KEY")
+    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs at most {MOST_REPLIES} "
+                                             "replies if none can be read")
     judge.add_argument("--judge-format", choices=REPLY_FORMATS, default="json_schema",
-                       help="what the endpoint supports of structured output; grades are read strictly in any case")
-    judge.add_argument("--judge-limit", type=int, help="most calls this run may make; grades so far are kept")
-    judge.add_argument("--judge-cache", default="results/judge_cache.sqlite", help="grades already given")
-    judge.add_argument("--judge-concurrency", type=int, default=16, help="calls at a time")
+                       help="structured output that the endpoint supports; grades are always parsed strictly")
+    judge.add_argument("--judge-limit", type=int, help="maximum number of calls in this run; grades are cached")
+    judge.add_argument("--judge-cache", default="results/judge_cache.sqlite", help="file of cached grades")
+    judge.add_argument("--judge-concurrency", type=int, default=16, help="number of concurrent calls")
     add_prompts_flag(judge)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.judge_base_url) != bool(args.judge_model):
-        parser.error("--judge-base-url and --judge-model belong together")
+        parser.error("--judge-base-url and --judge-model must be given together")
     if args.reweight and (args.judge_model or args.answer_match != "exact" or args.length_of != "documents"):
-        parser.error("--reweight takes the terms as they are stored; --judge-model, --answer-match and --length-of compute them anew")
+        parser.error("--reweight uses stored terms; omit --judge-model, --answer-match and --length-of, which compute "
+                     "terms")
     return args
 
 
 def terms_of_answers(
     rows: list[Row], bert: BertScore | None, judge: Judge | None, prompts: Prompts, answer_match: str
 ) -> list[list[dict[str, float]]]:
-    """The terms that are about the answer, of every trajectory of every row; computed once for equal answers of a question."""
+    """Return the terms that depend on the answer, for every trajectory of every row. Equal answers are scored once."""
     answered = [(row, response) for row in rows for response in dict.fromkeys(row["responses"])]
     keys = [(row["id"], response) for row, response in answered]
     of_answer = {
@@ -94,40 +102,42 @@ def terms_of_answers(
 
 
 def with_length(row: Row, terms: list[dict[str, float]], length_of: str) -> list[dict[str, float]]:
-    """The terms of a row's trajectories, with the one that is about the trajectory and not its answer alone."""
+    """Return the terms of a row's trajectories with the length term added."""
     lengths = map(len, row["id_lists"]) if length_of == "documents" else row[RESPONSE_LENGTH]
     return [{**term, "length": length_term(length)} for term, length in zip(terms, lengths, strict=True)]
 
 
 def rewarded(row: Row, terms: list[dict[str, float]], weights: dict[str, float]) -> Row:
-    """The row with the terms and the reward of each of its trajectories."""
+    """Return the row with the terms and the reward of each trajectory."""
     return {**row, "response_scores": [combine(term, weights) for term in terms], "score_terms": terms}
 
 
 def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bool:
-    """Whether the trajectories have a judge's grade.
+    """Return whether the trajectories have grades of a judge.
 
-    Raises UserError, naming the row, for a weighted term that is not there, and for terms that other rows have not.
+    Raises UserError, naming the row, if a weighted term is missing or rows have different terms.
     """
     needed = {term for term, weight in weights.items() if weight} - {"judge"}
     found: set[str] | None = None
     for row in rows:
-        for terms in row["score_terms"][:1]:  # the reader has seen to it that the others have the same
+        for terms in row["score_terms"][:1]:  # the reader has checked that the others have the same terms
             if lacking := sorted(needed - terms.keys()):
                 raise UserError(
-                    f"{path}: row {row['id']}: score_terms has no {lacking[0]}; leave its weight out, or run without --reweight to compute it"
+                    f"{path}: row {row['id']}: score_terms lacks {lacking[0]}; omit its weight, or run without "
+                    "--reweight to compute it"
                 )
             found = found or set(terms)
             if found != terms.keys():
-                raise UserError(f"{path}: row {row['id']}: score_terms has {', '.join(terms)}, other rows have {', '.join(sorted(found))}: "
-                                "their rewards do not compare")
+                raise UserError(f"{path}: row {row['id']}: score_terms has {', '.join(terms)}, but other rows have "
+                                f"{', '.join(sorted(found))}; score all rows with the same terms")
     return "judge" in (found or ())
 
 
 def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | None]]]:
-    """How many trajectories there are; and of every term, of the reward and of k, mean, spread and correlation with em and k.
+    """Return the number of trajectories; and mean, spread and correlation with em and k of every term, the reward and
+    k.
 
-    A correlation with or of something constant is None.
+    A correlation is None if one of the two values is constant.
     """
     import numpy as np
 
@@ -159,7 +169,7 @@ def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | Non
 
 
 def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
-    """A line a term."""
+    """Return a table with one line per term."""
     header = ["", "mean", "spread", "with correctness", "with k"]
     return markdown_table(header, [[name, *("" if v is None else f"{v:.3f}" for v in line.values())] for name, line in summary.items()])
 
@@ -168,7 +178,8 @@ def main(argv=None):
     args = parse_args(argv)
     weights = parse_weights(args.weights)
     if args.judge_model and not weights.get("judge"):
-        raise UserError("--judge-model would be paid for grades that --weights gives no weight; add judge=... or leave it out")
+        raise UserError("--judge-model: --weights gives its grades no weight, but each costs money; add judge=... or "
+                        "omit --judge-model")
     needs = ("id_lists", "score_terms") if args.reweight else ("answers", "id_lists", "responses")
     if args.length_of == "response":
         needs += (RESPONSE_LENGTH,)
@@ -203,7 +214,8 @@ def main(argv=None):
     finally:
         if judge:
             said = {name: "not known" if value is None else value for name, value in judge.usage.counts().items()}
-            log.info("the judge: %(calls)s calls, %(cached)s grades cached; tokens: %(prompt_tokens)s of prompts, %(generated_tokens)s generated", said)
+            log.info("judge: %(calls)s calls, %(cached)s cached grades; tokens: %(prompt_tokens)s in prompts, "
+                     "%(generated_tokens)s generated", said)
     trajectories, summary = summarise(out.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
     usage = judge.usage.counts() if judge else {}

@@ -1,9 +1,9 @@
-"""Sample trajectories from the SFT model: several selections of documents a question, each answered (DynamicRAG, RL stage).
+"""Sample trajectories from the SFT model: several selections per question, each with an answer (DynamicRAG, RL stage).
 
-All selections of a chunk of questions are sampled in one engine call, the samples of a question sharing one prefill of
-their prompt; then every distinct selection is answered once, greedily, in a second call. --include-expert adds the
-expert's selection (of true_id: the reranker's, or the gold one) as one more trajectory; --permute shows the documents in another order to each sample, so that
-a position earns nothing by itself.
+All selections of a chunk of questions are sampled in one engine call; the samples of a question share the prefill of
+their prompt. A second call answers every distinct selection once, greedily. --include-expert adds the expert's
+selection (true_id, from the reranker or the gold documents) as one more trajectory. --permute shows the documents of
+each sample in another order, so that positions carry no information.
 
 Reads    training_data/training_data_dpo.jsonl           rows with docs (and true_id, for --include-expert)
 Writes   results/training_data_dpo_sampling.json         + id_lists, responses, response_tokens, from_expert, selections
@@ -50,29 +50,31 @@ def parse_args(argv=None):
         help="rows with trajectories",
     )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num-samples", type=int, default=8, help="trajectories a question")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="of the selections; answers are greedy")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus the selections are sampled from")
+    sampling.add_argument("--num-samples", type=int, default=8, help="trajectories per question")
+    sampling.add_argument("--temperature", type=float, default=1.0,
+                          help="temperature of the selections; answers are greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus of the selections")
     sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
-    sampling.add_argument("--include-expert", action="store_true", help="add the expert's selection (of true_id) as a trajectory")
+    sampling.add_argument("--include-expert",
+                          action="store_true", help="add the expert's selection (true_id) as a trajectory")
     sampling.add_argument(
         "--permute", action="store_true",
-        help="shuffle the documents for each sample; costs a prefill a sample, and selections are as the model wrote them, "
-        "id_lists in the order of docs",
+        help="shuffle the documents for each sample; this costs one prefill per sample; `selections` stay as the "
+             "model wrote them, `id_lists` refer to the order of docs",
     )
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--num-samples must be at least 1, --temperature not negative, --top-p above 0 and at most 1")
+        parser.error("--num-samples must be at least 1, --temperature at least 0, and --top-p above 0 and at most 1")
     if args.temperature == 0 and args.num_samples > 1 and not args.permute:
         parser.error("--temperature 0 samples the same selection every time; give --num-samples 1 or --permute")
     return args
 
 
 def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list[tuple[Request, list[int]]]:
-    """What is asked about one question, each with the order its documents are shown in (1-based positions in `docs`)."""
+    """Return the requests for one question, each with its order of the documents (1-based positions in `docs`)."""
     settings = {"temperature": args.temperature, "top_p": args.top_p}
     in_order = list(range(1, len(docs) + 1))
     if not args.permute:
@@ -81,14 +83,16 @@ def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list
     for sample in range(args.num_samples):
         order = random.Random(derive_seed(args.seed, row["id"], "order", sample)).sample(in_order, len(docs))
         permuted = [docs[position - 1] for position in order]
-        if len(chooser.shown(row["question"], permuted)) < len(docs):  # a prompt may be a token longer in another order
+        if len(chooser.shown(row["question"], permuted)) < len(docs):  # another order may give a longer prompt
             order, permuted = in_order, docs
         requests.append((chooser.select(row, permuted, f"sample {sample}", **settings), order))
     return requests
 
 
 def read_selections(samples: list[tuple[Completion, list[int]]], notation: Notation) -> tuple[list[tuple[str, list[int]]], list[str], str]:
-    """The samples that name documents or None, as (text, positions in docs); the texts of the others; and why, if no text is one."""
+    """Return the valid samples as (text, positions in docs), the texts of the others, and a reason if no sample is
+    valid.
+    """
     valid, invalid, reason = [], [], ""
     for completion, order in samples:
         for number, text in enumerate(completion.texts):
@@ -102,23 +106,28 @@ def read_selections(samples: list[tuple[Completion, list[int]]], notation: Notat
 
 
 def expert_selection(row: Row, shown: int) -> list[int]:
-    """The expert's selection (of true_id) among the documents shown."""
+    """Return the expert's selection (true_id) among the documents shown."""
     return expert_sequence(row["docs"], [position for position in row["true_id"] if position <= shown])
 
 
 def check_judged(path: str, rows: Iterable[Row]) -> None:
-    """--include-expert orders by the reranker's scores; published training data has labels alone. Raises UserError for half of them."""
+    """Check the scores needed for --include-expert.
+
+    Raises UserError if only some have one; published data has labels only.
+    """
     unscored = 0
     for row in rows:
         if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
-            raise UserError(f"{path}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score, which --include-expert needs; run reranker.py")
+            raise UserError(f"{path}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score, which "
+                            "--include-expert needs; run reranker.py first")
         unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
     if unscored:
-        log.warning("%s: %d rows have relevant documents without rerank_score: their order stands for it in the expert's trajectory", path, unscored)
+        log.warning("%s: %d rows have relevant documents without rerank_score; the expert's trajectory uses the order "
+                    "of the documents", path, unscored)
 
 
 def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
-    """Each row with its trajectories; an unreadable selection or answer costs that trajectory, not the question."""
+    """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
     chooser, generator = callers
     notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
@@ -131,7 +140,7 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
     for (number, _, order), completion in zip(asked, chooser.ask([r for _, r, _ in asked]), strict=True):
         samples[number].append((completion, order))
 
-    results, distinct = [], {}  # distinct: (row's id, selection) -> (row, documents to answer from)
+    results, distinct = [], {}  # distinct: (row id, selection) -> (row, documents of the answer)
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
         trajectories, invalid, reason = read_selections(sampled, notation)
         if reason:
@@ -166,20 +175,21 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
         readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[tuple(ids)].reason("answer")]
         if lost := len(result["id_lists"]) - len(readable):
             why = next(filter(None, (completion.reason("answer") for completion in mine.values())))
-            log.warning("row %s: %d of its trajectories are left out: %s", result["id"], lost, why)
+            log.warning("row %s: %d trajectories are left out: %s", result["id"], lost, why)
         for key in ("id_lists", "from_expert", "selections"):
             result[key] = [result[key][n] for n in readable]
         result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
         tokens = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
-        result.pop("response_tokens", None)  # of an earlier run
-        if None not in tokens:  # else a server does not say: a reward by length would take 0 for the best
+        result.pop("response_tokens", None)  # from an earlier run
+        # Omitted if the server does not report tokens, because 0 would give the best length reward
+        if None not in tokens:
             result["response_tokens"] = tokens
         result["usage"] = vars(result["usage"])
     return results
 
 
 def no_trajectory(row: Row, reason: str) -> Row:
-    """A row whose question does not fit the window: it teaches nothing, and is kept."""
+    """Return a row without trajectories, because its question does not fit the window."""
     log.warning("row %s: %s", row["id"], reason)
     return {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())}
 
@@ -188,7 +198,7 @@ def main(argv=None):
     args = parse_args(argv)
     out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
     if out.finished:
-        CompletionCache(out.path).remove()  # left by an interruption right after the manifest
+        CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
         return
     needs = ("docs", "true_id") if args.include_expert else ("docs",)
     total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
@@ -204,9 +214,9 @@ def main(argv=None):
         out.process(rows, args.chunk_size, work, total, "sampling")
         seen = summarise_selections(out.written(), callers[0].prompts.notation)
         log.info(
-            "malformed %(malformed)d of %(trajectories)d selections, out of range %(out_of_range)d, repeated %(repeated)d identifiers; "
-            "None %(none_share).2f, k %(k_mean).2f (spread %(k_spread).2f); a question has %(distinct_selections).2f distinct "
-            "selections and %(distinct_answers).2f distinct answers", seen,
+            "%(trajectories)d selections: %(malformed)d malformed, %(out_of_range)d identifiers out of range, "
+            "%(repeated)d repeated; share of None %(none_share).2f, mean k %(k_mean).2f (spread %(k_spread).2f); per "
+            "question %(distinct_selections).2f distinct selections and %(distinct_answers).2f distinct answers", seen,
         )
         out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
 

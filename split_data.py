@@ -1,6 +1,6 @@
-"""Split the questions: one file of questions -> one file a retrieval worker.
+"""Split a file of questions into one file per retrieval worker.
 
-The parts are contiguous and differ by one row at most, so that the workers finish together and aggregate.py can
+The parts are contiguous and their sizes differ by at most one, so that the workers finish together and aggregate.py can
 restore the order.
 
 Reads    data/rag_training_data.json                     questions
@@ -26,8 +26,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", default="data/rag_training_data.json", help="questions, JSON or JSONL")
     group.add_argument("--output_dir", default="data/splits", help="folder of the parts")
-    group.add_argument("--num_splits", type=int, default=8, help="how many parts, one a worker")
-    group.add_argument("--dataset", default=None, help="data set of all rows, instead of what they say")
+    group.add_argument("--num_splits", type=int, default=8, help="number of parts, one per worker")
+    group.add_argument("--dataset", default=None, help="data set of every row; overrides the rows")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.num_splits < 1:
@@ -36,22 +36,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def split_sizes(rows: int, num_splits: int) -> list[int]:
-    """Sizes of the parts: 9 rows over 8 give 2,1,1,1,1,1,1,1; no part is empty."""
+    """Return the sizes of the parts: 9 rows in 8 parts give 2,1,1,1,1,1,1,1. No part is empty."""
     parts = min(rows, num_splits)
     return [rows // parts + (part < rows % parts) for part in range(parts)]
 
 
 def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
-    """Remove parts of an earlier, larger split: a worker would retrieve for them too."""
+    """Remove the parts of an earlier, larger split, for which workers would retrieve too."""
     stale = [path for path in folder.glob("split_*.json") if (name := SPLIT_NAME.fullmatch(path.name))
              and int(name[1]) >= parts]
     if stale and not overwrite:
-        raise stage.UserError(f"{min(stale)}: left over from an earlier split into more than {parts} parts; "
+        raise stage.UserError(f"{min(stale)}: belongs to an earlier split into more than {parts} parts; "
                               "give --overwrite to remove it and replace the others")
     for path in stale:
         manifest_path(path).unlink(missing_ok=True)
         path.unlink()
-        stage.log.info("removed %s, left over from a larger split", path)
+        stage.log.info("removed %s, which belongs to an earlier, larger split", path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sizes = split_sizes(count_rows(args.input_file, skip_malformed=args.on_error == "skip"), args.num_splits)
     if len(sizes) < args.num_splits:
-        stage.log.warning("%d questions fill %d parts, not %d", sum(sizes), len(sizes), args.num_splits)
+        stage.log.warning("%d questions fill only %d of %d parts", sum(sizes), len(sizes), args.num_splits)
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
     output = Output(args, list(map(str, paths)), [args.input_file])
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.input_file, dataset=args.dataset, reject=output.reject)
     for path, size in zip(paths, sizes, strict=True):
         output.publish(path, islice(rows, size))
-    for _ in rows:  # malformed rows after the last good one are counted too
+    for _ in rows:  # counts malformed rows after the last valid one
         pass
     output.finish(questions=sum(sizes), parts=len(sizes))
 

@@ -1,8 +1,8 @@
 """Divide the questions that are not expert rows between generator SFT and DPO, at random.
 
-The published sizes are 70,000 for SFT and the rest, 50,000, for DPO. A smaller data set divides in about the same
-proportion, three fifths and two fifths, so that neither part is empty. --dev_size holds questions out of both, by which
-several rounds of DPO are compared (scripts/iterate.sh).
+The published sizes are 70,000 for SFT and the remaining 50,000 for DPO. A smaller data set is divided in about the same
+proportion, three fifths to two fifths, and neither part is empty. --dev_size holds out questions from both parts, with
+which several rounds of DPO are compared (scripts/iterate.sh).
 
 Reads    training_data/retrieval_data_rerank_normal.jsonl
 Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.jsonl      rows unchanged
@@ -28,20 +28,23 @@ def parse_args(argv=None):
     files.add_argument("--input_file", default="training_data/retrieval_data_rerank_normal.jsonl", help="labelled rows")
     files.add_argument("--sft_file", default="training_data/training_data_sft.jsonl", help="rows for generator SFT")
     files.add_argument("--dpo_file", default="training_data/training_data_dpo.jsonl", help="rows for DPO")
-    files.add_argument("--dev_file", default="training_data/training_data_dev.jsonl", help="rows held out")
+    files.add_argument("--dev_file", default="training_data/training_data_dev.jsonl", help="held-out rows")
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--sft_size", type=int, help="rows for SFT (default: 70,000, or three fifths of a smaller data set)")
-    sizes.add_argument("--dpo_size", type=int, help="most rows for DPO (default: all others)")
-    sizes.add_argument("--dev_size", type=int, default=0, help="rows held out")
+    sizes.add_argument("--dpo_size", type=int, help="maximum number of rows for DPO (default: all others)")
+    sizes.add_argument("--dev_size", type=int, default=0, help="number of held-out rows")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.dev_size < 0:
-        parser.error("--dev_size must not be negative")
+        parser.error("--dev_size must be at least 0")
     return args
 
 
 def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int, seed: int) -> tuple[set[int], set[int], set[int]]:
-    """Row numbers of the SFT part, the DPO part and the held-out part. Raises UserError where one would be empty."""
+    """Return the row numbers of the SFT, DPO and held-out parts.
+
+    Raises UserError if the SFT or DPO part would be empty.
+    """
     order = random.Random(seed).sample(range(rows), rows)
     left = max(rows - dev_size, 0)
     rest, dev = order[:left], order[left:]
@@ -49,7 +52,8 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int,
         sft_size = PUBLISHED_SFT_ROWS
         if rows < PUBLISHED_ROWS:
             sft_size = min(PUBLISHED_SFT_ROWS, max(1, round(left * 3 / 5)), max(left - 1, 0))
-            log.warning("%d rows are fewer than the published 120,000: %d for SFT, the rest for DPO", rows, sft_size)
+            log.warning("%d rows are fewer than the published 120,000; %d are used for SFT, the rest for DPO",
+                        rows, sft_size)
     sft, dpo = rest[:sft_size], rest[sft_size:][:dpo_size]
     if not sft or not dpo:
         raise UserError(

@@ -1,9 +1,9 @@
-"""Answer from hundreds of retrieved documents: choose among them window by window, then once more, then answer.
+"""Answer from hundreds of retrieved documents: select window by window, select once more from the result, then answer.
 
-In each round the current documents of every question are cut into windows, the LLM chooses in each (all windows of
-all questions in one batch), and what it chose goes on, in retrieval order, until it fits one window. A round that
-does not shrink is cut to one window by retrieval order, so it always ends. The last window is chosen from and ordered
-like any question of inference.py.
+In each round, the current documents of every question are cut into windows. The LLM selects in each window (all windows
+of all questions in one batch). The selected documents continue to the next round, in retrieval order, until they fit
+one window. If a round does not reduce them, they are cut to one window in retrieval order, so that the loop always
+ends. The last window is handled like a question of inference.py.
 
 Reads    eval_data/nq_top500.jsonl                       rows with docs
 Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, final_docs, response, usage
@@ -27,18 +27,19 @@ from dynamicrag.rows.identifiers import Selection
 from dynamicrag.rows.records import Doc, Row, unanswered
 from dynamicrag.stage import UserError
 
-Window = tuple[int, list[Doc]]  # (number of the question, documents shown)
+Window = tuple[int, list[Doc]]  # number of the question, documents in the window
 
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq_top500.jsonl", "results/llama3_8b_top_500_nq.json")
     windows = parser.add_argument_group("windows")
-    windows.add_argument("--max-context-window", type=int, default=40, help="documents a window")
-    windows.add_argument("--topn", type=int, nargs="+", default=[500], help="documents a question, from the first")
+    windows.add_argument("--max-context-window", type=int, default=40, help="documents per window")
+    windows.add_argument("--topn", type=int,
+                         nargs="+", default=[500], help="number of first documents used per question")
     windows.add_argument(
         "--order", choices=["final", "retrieval"], default="final",
-        help="order of the documents to answer from: as the LLM wrote them in the last window, or as they were retrieved",
+        help="order of the documents for the answer: as the LLM wrote them in the last window, or as retrieved",
     )
     add_engine_flags(parser)
     add_call_flags(parser)
@@ -49,10 +50,10 @@ def parse_args(argv=None):
 def reduce_to_window(
     questions: Sequence[Sequence[Doc]], window: int, choose: Callable[[list[Window]], list[Selection]]
 ) -> list[list[Doc]]:
-    """Shrink every question's documents to at most `window`, in their own order.
+    """Reduce every question's documents to at most `window`, in their own order.
 
-    `choose` gets the windows of one round, of all questions, and returns what was chosen in each, as positions within
-    the window. A window whose selection cannot be read keeps all its documents.
+    `choose` gets the windows of one round of all questions and returns the selections, as positions within each window.
+    If a selection cannot be read, all documents of its window are kept.
     """
     current = [unique_documents(docs) for docs in questions]
     while any(len(docs) > window for docs in current):
@@ -71,7 +72,7 @@ def reduce_to_window(
 
 
 def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
-    """Documents by id, the first of equals."""
+    """Return the documents with distinct ids; the first of each id is kept."""
     first: dict[str, Doc] = {}
     for doc in docs:
         first.setdefault(doc["id"], doc)
@@ -79,7 +80,8 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
 
 
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """The rows answered; one whose last selection or answer cannot be read carries `error` instead of `response`."""
+    """Return the answered rows. A row whose last selection or answer cannot be read has `error` instead of `response`.
+    """
     chooser, generator = callers
     usages = [Usage() for _ in rows]
 
@@ -124,9 +126,9 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
 def main(argv=None):
     args = parse_args(argv)
     if args.max_context_window < 1:
-        raise UserError("--max-context-window: at least 1")
+        raise UserError(f"--max-context-window: expected at least 1, found {args.max_context_window}")
     if min(args.topn) < 1:
-        raise UserError("--topn: at least 1")
+        raise UserError(f"--topn: expected at least 1, found {min(args.topn)}")
     answer_runs(runs_of(args, "topn"), lambda _: load_callers(args), answer_rows, "topn")
 
 
