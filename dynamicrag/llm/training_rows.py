@@ -42,7 +42,7 @@ class Fitted(NamedTuple):
 
 
 def add_length_flags(parser: ArgumentParser, recipe: str) -> None:
-    """The flags of every stage that writes training rows. `recipe` is the recipe of README's command."""
+    """The flags of every stage that writes training rows. `recipe` is the recipe of the command in docs/pipeline.md."""
     group = parser.add_argument_group("length", "no training row is longer than the trainer reads: whole documents go, from the end")
     group.add_argument("--train_recipe", metavar="YAML", default=recipe, help="LLaMA-Factory recipe that will train these rows")
     group.add_argument("--cutoff_len", type=int, help="most tokens of a conversation (default: the recipe's cutoff_len)")
