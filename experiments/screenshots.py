@@ -1,4 +1,4 @@
-"""Pictures of a report for the README: the page on a desktop and on a phone, and a case opened in its browser.
+"""Pictures of a report for docs/report.md: the page on a desktop and on a phone, and a case opened in its browser.
 
 Chromium is $CHROMIUM, or chromium, chromium-browser or google-chrome on the PATH; none is downloaded.
 
