@@ -1,4 +1,4 @@
-"""The part about the LLM engine: it starts, answers one batch, and leaves no GPU memory taken."""
+"""The part about the LLM engine: it starts, answers a batch, and frees all GPU memory."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def _engine(run: Run) -> dict:
 
 
 def _used() -> int:
-    """MiB of the GPU's memory that are taken."""
+    """Return the used GPU memory in MiB."""
     return int(subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30).stdout.split()[0])
 
 
 def main(model: Path) -> None:
-    """In a process of its own: start the engine, and ask for the same batch twice."""
+    """Start the engine in this process and request the same batch twice."""
     import re
 
     from dynamicrag.llm.engine import Request, VllmEngine
