@@ -10,6 +10,7 @@ Writes   --output_dir       DIRECTION.json, the curve of a direction; a directio
          --table, --plot    all finished directions
 
     python examples/factbook/learning_curve.py --train runs/learning_curve/train.jsonl --test runs/learning_curve/test.jsonl
+
 Without names after --directions, it writes table and plot only:
 
     python examples/factbook/learning_curve.py --output_dir docs/evidence/learning_curve --directions
