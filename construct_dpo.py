@@ -124,12 +124,12 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
     if most is None:
         yield from items
         return
-    rng, kept = random.Random(seed), []
+    rng, sample = random.Random(seed), []
     for number, item in enumerate(items):
         place = number if number < most else rng.randrange(number + 1)
         if place < most:
-            kept[place : place + 1] = [(number, item)]
-    yield from (item for _, item in sorted(kept, key=lambda numbered: numbered[0]))
+            sample[place : place + 1] = [(number, item)]
+    yield from (item for _, item in sorted(sample, key=lambda numbered: numbered[0]))
 
 
 def complete(row: Row, defaults: Counter) -> None:
@@ -226,10 +226,10 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
 
 def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
     """Return the generator pair of a question, if there is one. It has no figures."""
-    found = generator_pair(row, args.generator_chosen, args.recipe == "published")
-    if not found:
+    pair = generator_pair(row, args.generator_chosen, args.recipe == "published")
+    if not pair:
         return []
-    best, chosen, rejected = found
+    best, chosen, rejected = pair
     positions = row["id_lists"][best]
     docs, instruction = [row["docs"][position - 1] for position in positions], prompts.instruction(row)
 
@@ -256,11 +256,11 @@ generator_rows = partial(training_rows, generator_pairs_of)
 def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dict[str, str], dict]]:
     """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
     seen = set()
-    for made, about in pairs:
-        key = hash((made["instruction"], frozenset((made["chosen"], made["rejected"]))))
+    for row, about in pairs:
+        key = hash((row["instruction"], frozenset((row["chosen"], row["rejected"]))))
         if key not in seen:
             seen.add(key)
-            yield made, about
+            yield row, about
 
 
 def warn_of_defaults(defaults: Counter, path: str) -> None:
@@ -336,11 +336,11 @@ def main(argv=None):
     taught, sizes = array("f"), Counter()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
-        for made, about in pairs:
+        for row, about in pairs:
             sizes[role] += about["target size"]
             if role == "reranker":
                 taught.extend(about[figure] for figure in FIGURES)
-            yield made
+            yield row
 
     of_reranker = out.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
     of_generator = out.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))

@@ -71,7 +71,7 @@ def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
     known.
     """
     places = [caller.engine.place() for caller in callers if hasattr(caller.engine, "place")]
-    return {key: ", ".join(dict.fromkeys(found[key] for found in places)) for key in ("device", "dtype")} if places else {}
+    return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
 
 
 def answer_runs(

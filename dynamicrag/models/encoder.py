@@ -155,8 +155,8 @@ def _checkpoint(path: str) -> Path | None:
     given = Path(path)
     if given.suffix == ".pth" and given.is_file():
         return given
-    found = given / CHECKPOINT
-    return found if found.is_file() and not (given / "model.safetensors").is_file() else None
+    checkpoint = given / CHECKPOINT
+    return checkpoint if checkpoint.is_file() and not (given / "model.safetensors").is_file() else None
 
 
 def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
@@ -185,8 +185,8 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
         """Raises ValueError for a checkpoint with missing weights, which would be random."""
 
         def _load_model(self, *args: object, **kwargs: object) -> PreTrainedModel:
-            model, found = super()._load_model(*args, output_loading_info=True, **kwargs)
-            refuse_missing(found)
+            model, loading_info = super()._load_model(*args, output_loading_info=True, **kwargs)
+            refuse_missing(loading_info)
             return model
 
     module = Checked.load(path, subfolder=folder, model_kwargs={"dtype": dtype}, **NO_CODE)

@@ -287,23 +287,23 @@ def _identifier(row: dict) -> str:
 
 def _answers(row: dict) -> list[str] | None:
     """Return the gold answers from whichever keys the data set uses, or else those of all readings."""
-    found = _own_answers(row)
-    if not _any_text(found) and row.get("qa_pairs") is not None:
+    answers = _own_answers(row)
+    if not _any_text(answers) and row.get("qa_pairs") is not None:
         return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
-    return found
+    return answers
 
 
 def _own_answers(row: dict) -> list[str] | None:
     """Return the answers of the first of ANSWER_KEYS that has any, plus aliases. A single string is one answer."""
-    found: list[str] | None = None
+    answers: list[str] | None = None
     for key in ANSWER_KEYS:
-        if row.get(key) is not None and not _any_text(found):
+        if row.get(key) is not None and not _any_text(answers):
             texts = _answer_texts(row[key], key)
-            found = texts if found is None or _any_text(texts) else found
+            answers = texts if answers is None or _any_text(texts) else answers
     if row.get(ALIASES_KEY) is not None:
         aliases = _answer_texts(row[ALIASES_KEY], ALIASES_KEY)
-        found = [*(found or []), *(alias for alias in dict.fromkeys(aliases) if alias not in (found or ()))]
-    return found
+        answers = [*(answers or []), *(alias for alias in dict.fromkeys(aliases) if alias not in (answers or ()))]
+    return answers
 
 
 def _any_text(texts: list[str] | None) -> bool:
@@ -398,7 +398,7 @@ def _completed(value: object, asked: Mapping[str, Row]) -> object:
         known.pop("answers", None)
     if value.get("gold_docs") is not None or value.get("positive_ctxs"):
         known.pop("gold_docs", None)
-    filled = {key: found for key, found in known.items() if key == "answers" or value.get(key) is None}
+    filled = {key: known_value for key, known_value in known.items() if key == "answers" or value.get(key) is None}
     return {**value, **filled}
 
 
