@@ -6,8 +6,8 @@ second loop loads it once. The limit is the encoder alone on the same distinct t
 The stage is timed on one chunk, including exact match and ROUGE, without a judge. The input is the output of sampling,
 by default that of `bash scripts/demo.sh`.
 
-python benchmarks/rewards.py --input_file runs/demo_default/results/training_data_dpo_sampling.json --bert_model
-models/minilm
+    python benchmarks/rewards.py --bert_model models/minilm \\
+        --input_file runs/demo_default/results/training_data_dpo_sampling.json
 """
 
 import argparse
