@@ -94,7 +94,7 @@ def main() -> None:
         made: dict = {}
         default = default_batch_tokens(args.device)
         limits = {
-            f"{LIMIT}, {size} tokens a batch": partial(measure.encoder_alone, encoder.model, lengths, size, args.device)
+            f"{LIMIT}, {size} tokens per batch": partial(measure.encoder_alone, encoder.model, lengths, size, args.device)
             for size in (default // 2, default, 2 * default, 4 * default)
         }
         systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}

@@ -101,7 +101,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
         f"torch matmul + topk {str(narrow.dtype)[6:]}, 256 (not exact)": in_batches(torch_search(narrow), 256, some),
         "--index flat, one at a time": in_batches(lambda batch: ours.search(batch, k), 1, 8),
         "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
-        f"--index flat, {count} a pass": in_batches(lambda batch: ours.search(batch, k), count, count),
+        f"--index flat, {count} per pass": in_batches(lambda batch: ours.search(batch, k), count, count),
     }
     seconds = measure.in_turns(names, args.rounds)
     alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))

@@ -74,12 +74,12 @@ def main() -> None:
         return passes * trajectories / len(texts)
 
     systems = {
-        "bert_score.score a pair, as published": published, "one call a pair, model loaded once": loaded_once,
+        "bert_score.score per pair, as published": published, "one call per pair, model loaded once": loaded_once,
         "reward_trajectories.py": ours, LIMIT: limit,
     }
     seconds = measure.in_turns(systems, args.rounds)
     rows_of_table = [
-        [name, f"{1 / s:.1f}", f"{seconds['bert_score.score a pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]
+        [name, f"{1 / s:.1f}", f"{seconds['bert_score.score per pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]
         for name, s in seconds.items()
     ]
     title = (f"Rewards, {trajectories} trajectories, {len(pairs)} pairs, {len(texts)} unique texts of {np.mean(lengths):.0f} tokens "

@@ -99,7 +99,7 @@ def reranker(run: Run) -> None:
     more = [(questions[number % 8] + "?", text) for number, text in enumerate(data.texts(24 if run.dry else 4096, 20 if run.dry else 130, seed=4))]
     for name, folder in kept.items():
         for batch_tokens in (2048,) if run.dry else (16_384, 65_536):
-            run.case(f"{name}, {batch_tokens} tokens a batch", _throughput, folder, more, batch_tokens, device)
+            run.case(f"{name}, {batch_tokens} tokens per batch", _throughput, folder, more, batch_tokens, device)
 
 
 def _batch(model, pairs, rows: slice):

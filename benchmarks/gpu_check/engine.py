@@ -58,7 +58,7 @@ def main(model: Path) -> None:
     asked = [Request([{"role": "user", "content": text}], seed=number, max_tokens=16, n=8, temperature=1.0) for number, text in enumerate(data.texts(16, 20))]
     chosen = [Request([{"role": "user", "content": text}], seed=number, max_tokens=8, pattern=CHOICE) for number, text in enumerate(data.texts(16, 20))]
     first, second = engine.complete(asked + chosen), engine.complete(asked + chosen)
-    assert all(len(completion.texts) == 8 for completion in first[:16]), "not 8 samples a request"
+    assert all(len(completion.texts) == 8 for completion in first[:16]), "expected 8 samples per request"
     assert any(len(set(completion.texts)) > 1 for completion in first[:16]), "all samples of every request are the same"
     outside = [text for completion in first[16:] for text in completion.texts if not re.fullmatch(CHOICE, text)]
     assert not outside, f"outside the pattern: {outside[:3]}"

@@ -209,7 +209,7 @@ def speed(run: Run) -> None:
     for number in asked:
         for k in (50, 500):
             run.case(f"{number} questions, k {k}", passes, number, k)
-    run.case("the same result for fewer questions a pass", same)
+    run.case("the same result for fewer questions per pass", same)
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         run.note(peak_gib=round(peak, 1))

@@ -59,18 +59,18 @@ class Direction:
 DIRECTIONS = {
     "warm-up": Direction("ten questions about the same five documents, half of them shuffled"),
     "twice as long": Direction("the same, on twice the tokens", tokens=2),
-    "single": Direction("one question a sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
-    "single, higher rate": Direction("one question a sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
+    "single": Direction("one question per sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
+    "single, higher rate": Direction("one question per sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
     "all shuffled": Direction("no document order", shuffled=1),
     "none shuffled": Direction("always the retriever's order", shuffled=0),
     "curriculum": Direction("two documents at first, then five", first_docs=2, settings={"disable_shuffling": True}),
-    "identifier before": Direction("[1] stands before the document", identifier="before"),
-    "identifier after": Direction("[1] stands after the document", identifier="after"),
+    "identifier before": Direction("[1] before the document", identifier="before"),
+    "identifier after": Direction("[1] after the document", identifier="after"),
     "rate 2e-4": Direction("learning rate 2e-4", settings={"learning_rate": 2e-4}),
     "rate 1e-3": Direction("learning rate 1e-3", settings={"learning_rate": 1e-3}),
-    "batch of 8": Direction("eight conversations a step", settings={"gradient_accumulation_steps": 8, "learning_rate": 1e-3}),
+    "batch of 8": Direction("eight conversations per step", settings={"gradient_accumulation_steps": 8, "learning_rate": 1e-3}),
     "loss on everything": Direction("loss on questions and documents too", settings={"train_on_prompt": True}),
-    "loss on identifiers": Direction("loss on digits, None and the end alone", trainer=("examples/factbook/identifier_loss.py",)),
+    "loss on identifiers": Direction("loss on digits, None and the end only", trainer=("examples/factbook/identifier_loss.py",)),
 }
 
 
