@@ -109,7 +109,7 @@ def parse_args(argv=None):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
     caps = (args.max_pairs_a_question, args.max_reranker_pairs, args.max_generator_pairs)
     if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
-        parser.error("--min-margin must not be negative, and each --max-... at least 1")
+        parser.error("--min-margin must be at least 0, and each --max-... at least 1")
     if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
         parser.error("--recipe published uses best against worst, no margin and the gold answer; omit --pairs, "
                      "--min-margin and --generator-chosen")

@@ -146,7 +146,7 @@ PHRASINGS = {
 def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
     group.add_argument("--output_dir", default="data/factbook",
                        help="folder of train.jsonl, reranker.jsonl and test.jsonl")
     group.add_argument("--exclude", nargs="+", default=[],
