@@ -45,17 +45,22 @@ def package_folder(package: tuple[str, str]) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def convert_chat_model(folder: Path, dtype_name: str) -> None:
-    """Dequantize the GGUF, correct the tokenizer, and save both as an ordinary checkpoint."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-
+def chat_weights() -> Path:
+    """Return the GGUF file of the chat model's package."""
     package = package_folder(CHAT_PACKAGE)
     weights = next(package.glob("*.gguf"), None)
     if weights is None:
         raise UserError(f"{package}: contains no .gguf file; install {CHAT_PACKAGE[1]} again")
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=weights.name)
+    return weights
+
+
+def chat_tokenizer():
+    """Return the tokenizer of the chat model's package, corrected."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    weights = chat_weights()
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     # The GGUF does not record that the model was trained on single digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
@@ -66,7 +71,16 @@ def convert_chat_model(folder: Path, dtype_name: str) -> None:
         bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name)
+    return tokenizer
+
+
+def convert_chat_model(folder: Path, dtype_name: str) -> None:
+    """Dequantize the GGUF, correct the tokenizer, and save both as an ordinary checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer, weights = chat_tokenizer(), chat_weights()
+    quantized = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
     config = quantized.config.__class__(**{
         key: value for key, value in quantized.config.to_dict().items()
         if key not in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
