@@ -97,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if not part or int(part[1]) >= int(part[2]):
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
     if args.corpus_shard != "0/1" and (args.run or "bm25" in args.index):
-        parser.error("--corpus_shard divides embeddings; omit --run, which has no parts, and bm25, which weights "
-                     "words by the whole corpus")
+        parser.error("--corpus_shard divides embeddings; omit --run, which has no parts, and --index bm25, because BM25 "
+                     "weights words by the whole corpus")
     compressed = [index for index in args.index if index not in ("bm25", "flat")]
     if unknown := next((index for index in compressed if not faiss_can_read(index)), None):
         parser.error(f"--index {unknown}: expected flat, bm25, or a faiss factory string such as IVF1024,SQ8 or HNSW32")
