@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_chain import stage_commands
 
+from dynamicrag.llm.prompts import Prompts
+
 REPO = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
@@ -156,3 +158,12 @@ def test_pages_defaults_and_settings_show_the_same_number_of_documents():
         assert f"N_DOCS_SHOWN:-{number}}}" in settings
         assert f"cutoff_len: {window}" in (REPO / f"recipes/{model}/sft.yaml").read_text(encoding="utf-8")
     assert shown == importlib.import_module("top_inference").parse_args([]).max_context_window
+
+
+@pytest.mark.parametrize("block", blocks("\n".join(PAGES.values()).replace("\n  ", "\n"), "yaml"))
+def test_a_prompts_file_on_a_page_can_be_read(block, tmp_path):
+    (tmp_path / "p.yaml").write_text(block)
+    prompts = Prompts(str(tmp_path / "p.yaml"))
+    docs = [{"id": "a", "title": "Carmen", "text": "An opera."}, {"id": "b", "title": "Nile", "text": "A river."}]
+    shown = prompts.reranker("who?", docs)[-1]["content"]
+    assert all(prompts.notation.write([n]) in shown for n in (1, 2)) and prompts.stop("generator") == ("\n",)

@@ -1,4 +1,4 @@
-"""Every prompt of the project.
+r"""Every prompt of the project.
 
 Training rows, sampling and inference all use these functions, so that a model is trained and queried with identical
 text.
@@ -9,8 +9,8 @@ original` for the positions among all retrieved documents); no system prompt (`s
 model's answer (`prefix`) and the texts that end it (`stop`); instructions per data set; and another notation of
 selections (`identifier`, `identifier_separator`, `none`):
 
-    reranker: {user: "...", identifier: "D{n}", identifier_separator: " > ", none: "-", prefix: "Needed: ", stop: "\\n"}
-    generator: {system: null, separator: "\\n", numbers: original, stop: ["\\n\\n", "Question:"]}
+    reranker: {user: "...", document: "D{n} {text}", identifier: "D{n}", identifier_separator: " > ", stop: "\n"}
+    generator: {system: null, separator: "\n", numbers: original, prefix: "Answer:", stop: ["\n\n", "Question:"]}
     instructions: {nq: Answer in one word.}
 
 A prefix is not part of the parsed output. `prefix` and `system: null` are for inference with a checkpoint that was
@@ -159,6 +159,9 @@ class Prompts:
         if notation != DEFAULT_NOTATION and "user" not in given:
             raise UserError(f"{path}: reranker.user: describes another notation than reranker.identifier; give a text "
                             f"that asks for {notation.write([2, 1])!r} or {notation.none!r}")
+        if notation.identifier != DEFAULT_NOTATION.identifier and "document" not in given:
+            raise UserError(f"{path}: reranker.document: shows other identifiers than reranker.identifier; give a text in which "
+                            f"the first document is {notation.write([1])!r}")
         return notation
 
     @staticmethod

@@ -20,7 +20,7 @@ from dynamicrag.report.drawing import (
 )
 from dynamicrag.report.systems import System, by_generator
 
-METRICS = {
+METRIC_LABELS = {
     "em": "exact match", "match": "match", "accuracy": "accuracy", "f1": "token F1", "rouge": "ROUGE-L",
     "rouge_lsum": "ROUGE-Lsum", "str_em": "STR-EM",
 }
@@ -30,7 +30,7 @@ K_BINS = [*((k, k) for k in range(6)), (6, 8), (9, 11), (12, 14), (15, 10**6)]  
 def score_label(systems: Sequence[System]) -> str:
     """Return the label of the score axis: the metric, if all systems have the same."""
     metrics = {system.summary["metric"] for system in systems}
-    return f"{METRICS.get(metrics.pop(), 'score') if len(metrics) == 1 else 'score'}, 0 to 100"
+    return f"{METRIC_LABELS.get(name, name) if (name := next(iter(metrics))) and len(metrics) == 1 else 'score'}, 0 to 100"
 
 
 def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:

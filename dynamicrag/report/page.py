@@ -24,7 +24,7 @@ from dynamicrag.evaluation.tables import cost_cell
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.report import comparisons, costs, training
 from dynamicrag.report.cases import case_sets
-from dynamicrag.report.figures import METRICS
+from dynamicrag.report.figures import METRIC_LABELS
 from dynamicrag.report.reading import read_systems
 from dynamicrag.report.sections import Section, Table
 from dynamicrag.report.systems import System, by_evaluation_set
@@ -51,7 +51,7 @@ def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
         lines[name] = [
             {
                 **system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
-                "metrics": ", ".join(METRICS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best and not system.knows,
+                "metrics": ", ".join(METRIC_LABELS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best and not system.knows,
             }
             for system in members
         ]
