@@ -40,7 +40,8 @@ from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.gold import gold_documents
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import labelled_documents
 from dynamicrag.stage import UserError, log
 

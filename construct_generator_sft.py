@@ -24,7 +24,8 @@ from dynamicrag.llm.training_rows import (
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import best_first, unjudged_position
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import UserError, log
 

@@ -31,7 +31,7 @@ from dynamicrag.evaluation.tables import comparison_table, selection_tables, sum
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import refuse_overlap
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
 

@@ -34,7 +34,8 @@ from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_s
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.identifiers import expert_sequence
-from dynamicrag.rows.records import Doc, Row, read_rows, unanswered
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row, unanswered
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError
 

@@ -21,7 +21,8 @@ from dynamicrag import stage
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.identifiers import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 

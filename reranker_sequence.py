@@ -23,7 +23,8 @@ from dynamicrag.llm.training_rows import (
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 

@@ -32,7 +32,8 @@ from dynamicrag.rows.identifiers import (
     unjudged_position,
 )
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
 

@@ -24,7 +24,7 @@ from dynamicrag.llm.engine import add_engine_flags
 from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, positions_of, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.identifiers import Selection
-from dynamicrag.rows.records import Doc, Row, unanswered
+from dynamicrag.rows.row import Doc, Row, unanswered
 from dynamicrag.stage import UserError
 
 Window = tuple[int, list[Doc]]  # number of the question, documents in the window

@@ -9,7 +9,7 @@ from dynamicrag.evaluation.grounding import Support, summarise_support
 from dynamicrag.evaluation.metrics import bootstrap_interval, score_row
 from dynamicrag.evaluation.selections import Chosen, chosen_of, summarise_chosen
 from dynamicrag.rows.gold import Matches
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, log
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dynamicrag.evaluation.metrics import normalise
 from dynamicrag.evaluation.selections import final_ids
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import known_task
 from dynamicrag.stage import UserError
 

@@ -8,7 +8,8 @@ from dynamicrag.evaluation.answers import MISSING
 from dynamicrag.llm.completion import CLOSES, OPENS, after_reasoning
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.records import Row, fail_unanswered, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row, fail_unanswered
 from dynamicrag.stage import UserError, log
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError
 
 UNANSWERED = "unanswered"  # column for questions without a known selection

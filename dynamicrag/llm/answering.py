@@ -15,7 +15,8 @@ from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import engine_inputs
 from dynamicrag.llm.requests import Caller, asking, work_on_fitting
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Row, count_rows, fail_unanswered, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Row, fail_unanswered
 from dynamicrag.rows.tasks import name_with_folder
 from dynamicrag.stage import UserError
 

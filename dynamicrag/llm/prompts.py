@@ -25,7 +25,7 @@ from pathlib import Path
 
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import DEFAULT_NOTATION, Notation
-from dynamicrag.rows.records import Doc
+from dynamicrag.rows.row import Doc
 from dynamicrag.rows.tasks import dataset_named, task_of_row
 from dynamicrag.stage import UserError
 

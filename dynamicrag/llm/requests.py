@@ -15,7 +15,7 @@ from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import Notation, Selection, ids_pattern, parse_ids
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, derive_seed, log
 

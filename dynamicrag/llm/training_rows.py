@@ -20,7 +20,7 @@ from dynamicrag.llm.requests import documents_that_fit
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, strange_markers
 from dynamicrag.models.chat_templates import SAMPLE, Messages, read_template
 from dynamicrag.models.checkpoints import NO_CODE, loading
-from dynamicrag.rows.records import Doc
+from dynamicrag.rows.row import Doc
 from dynamicrag.stage import UserError, log
 
 Item = TypeVar("Item")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dynamicrag.report.reading import answered_rows
 from dynamicrag.report.systems import System, by_evaluation_set
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import task_of_row
 
 BINARY = ("em", "match", "accuracy")  # shown as right or wrong; other metrics are shown as numbers

@@ -11,7 +11,7 @@ from dynamicrag.report import figures
 from dynamicrag.report.drawing import picture
 from dynamicrag.report.sections import Section, Table, slug
 from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set, by_generator
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 
 
 def kind_of(row: Row) -> str:

@@ -10,7 +10,7 @@ from dynamicrag.evaluation.results import result_rows
 from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
 STAGES = {"sft": 0, "dpo": 1, "best": 2}

@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 
 SELECTORS = ("none", "top", "all", "monot5", "adaptive", "pointwise", "dynamic", "windows", "gold")
 BY_LLM = ("pointwise", "dynamic", "windows")

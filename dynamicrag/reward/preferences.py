@@ -5,7 +5,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import target_answer, task_of_row
 
 PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 

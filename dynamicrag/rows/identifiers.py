@@ -12,7 +12,7 @@ from functools import cached_property
 
 import regex
 
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 
 EXPERT_LENGTH = 14  # maximum length of an expert sequence in the paper
 # Tokens of a list. A text with anything else is prose.
