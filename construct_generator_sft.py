@@ -9,7 +9,8 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
     python construct_generator_sft.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
+def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, Any] | None:
     """Return one SFT example. A question without relevant documents is answered without documents."""
     return fit(row, prompts, max_docs, TrainingWindow()).row
 
@@ -57,7 +58,7 @@ def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fi
     relevant = [row["docs"][position - 1] for position in positions]
     instruction, answer = prompts.instruction(row), target_answer(row)
 
-    def build(docs: list[Doc]) -> Messages:
+    def build(docs: Sequence[Doc]) -> Messages:
         return prompts.generator(row["question"], docs, instruction, positions[: len(docs)])
 
     shown = window.documents(build, relevant, answer)

@@ -65,12 +65,16 @@ def _answer_texts(value: object, key: str) -> list[str]:
         return list(dict.fromkeys(value))
     if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
         raise RowError(key, f"expected a string or a list of strings, found {kind_of(value)}")
-    read = [_read_literal(answer) for answer in value]
-    listed = [isinstance(one, list) and bool(one) and all(isinstance(answer, str) for answer in one) for one in read]
-    if not any(listed):
+    lists = [_list_of_texts(answer) for answer in value]
+    if not any(lists):
         return value
-    flat = ([answer] if not is_list else one for answer, one, is_list in zip(value, read, listed, strict=True))
-    return _answer_texts([answer for some in flat for answer in some], key)
+    return _answer_texts([text for answer, texts in zip(value, lists, strict=True) for text in texts or [answer]], key)
+
+
+def _list_of_texts(text: str) -> list[str]:
+    """Return the texts of a list given as text; none for any other text."""
+    read = _read_literal(text)
+    return read if isinstance(read, list) and all(isinstance(one, str) for one in read) else []
 
 
 def _read_literal(text: str) -> list | dict | None:
