@@ -46,17 +46,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def numbered(pattern: str | Path, suffix: str = "") -> dict[int, Path]:
     """Return the files that match a glob by the last number in their name, in numerical order (10 follows 9, not 1)."""
-    found: dict[int, Path] = {}
+    by_number: dict[int, Path] = {}
     for path in matching(pattern, suffix):
         if path.name.endswith((".manifest.json", ".rejected.jsonl", ".retrieval.json")):
             continue
         numbers = re.findall(r"\d+", path.stem)
         if not numbers:
             raise UserError(f"{path}: has no shard number in its name; restrict --input_files")
-        other = found.setdefault(int(numbers[-1]), path)
+        other = by_number.setdefault(int(numbers[-1]), path)
         if other != path:
             raise UserError(f"{path}: has the same shard number as {other}; restrict --input_files")
-    return dict(sorted(found.items()))
+    return dict(sorted(by_number.items()))
 
 
 def find_shards(pattern: str, splits_dir: str) -> list[Path]:
@@ -106,18 +106,18 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
     Raises UserError if one is missing or was made differently.
     """
     by_part = {corpus_shard(path): path for path in paths}
-    parts = max(found[1] for found in by_part if found)
+    parts = max(shard[1] for shard in by_part if shard)
     missing = [f"{part}/{parts}" for part in range(parts) if (part, parts) not in by_part]
     if missing:
         raise UserError(f"{paths[0].parent}: the file of corpus shard {missing[0]} is missing; run retriever.py "
                         f"--corpus_shard {missing[0]}")
     if len(by_part) != parts or len(paths) != parts:
         raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; restrict --input_files")
-    made = [require_manifest(by_part[part, parts]) for part in range(parts)]
-    for part, manifest in enumerate(made):
-        changed = [key for key in manifest["arguments"].keys() | made[0]["arguments"].keys()
-                   if key not in MAY_DIFFER and manifest["arguments"].get(key) != made[0]["arguments"].get(key)]
-        if sorted(manifest["inputs"].values()) != sorted(made[0]["inputs"].values()):
+    manifests = [require_manifest(by_part[part, parts]) for part in range(parts)]
+    for part, manifest in enumerate(manifests):
+        changed = [key for key in manifest["arguments"].keys() | manifests[0]["arguments"].keys()
+                   if key not in MAY_DIFFER and manifest["arguments"].get(key) != manifests[0]["arguments"].get(key)]
+        if sorted(manifest["inputs"].values()) != sorted(manifests[0]["inputs"].values()):
             changed.append("question file, corpus, encoder or embeddings")
         if changed:
             raise UserError(f"{by_part[part, parts]}: was made with another {min(changed)} than {by_part[0, parts]}; "
@@ -135,9 +135,9 @@ def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
         scored: list[tuple[float, Doc]] = []
         for path, row in zip(paths, rows, strict=True):
             if row is None or first is None or row["id"] != first["id"]:
-                found = "no further row" if row is None else f"row {row['id']!r}"
-                raise UserError(f"{path}: has {found}, unlike another corpus shard; run retriever.py again for all of "
-                                "them")
+                problem = "no further row" if row is None else f"row {row['id']!r}"
+                raise UserError(f"{path}: has {problem}, unlike another corpus shard; run retriever.py again for all "
+                                "of them")
             for doc in row["docs"]:
                 if (score := doc.get("score")) is None:
                     raise UserError(f"{path}: row {row['id']!r}: a document has no score; run retriever.py again for this corpus shard")
@@ -182,19 +182,19 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
         if not isinstance(part, str) or len(manifest["outputs"]) != 2 or not isinstance(manifest.get("seconds"), int | float):
             raise UserError(f"{manifest_path(path)}: not a manifest of inference.py or top_inference.py; omit "
                             "--questions")
-        made = {
+        shared = {
             "stage": manifest.get("stage"),
             "arguments": {**manifest["arguments"], "input_json": questions},
             "inputs": {questions: whole, **{name: content for name, content in manifest["inputs"].items() if name != part}},
             **({"resolved": manifest["resolved"]} if "resolved" in manifest else {}),
         }
-        first = first or made
+        first = first or shared
         for what in ("arguments", "inputs", "resolved"):
-            here, there = made.get(what, {}), first.get(what, {})
+            here, there = shared.get(what, {}), first.get(what, {})
             changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
             if changed:
                 raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its "
-                                f"{made['stage']}.py again with the same one")
+                                f"{shared['stage']}.py again with the same one")
     return first
 
 
@@ -203,21 +203,21 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     from dynamicrag.files.jsonio import read_json
     from dynamicrag.llm.answering import remain_path
 
-    made = same_run(shards, args.questions, args.splits_dir)
+    shared = same_run(shards, args.questions, args.splits_dir)
     manifests = [require_manifest(path) for path in shards]
     outputs = [args.output_file, remain_path(args.output_file)]
-    run = Namespace(**{"on_error": "fail", **made["arguments"], "overwrite": args.overwrite})
-    output = Output(run, outputs, list(made["inputs"]))
+    run = Namespace(**{"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite})
+    output = Output(run, outputs, list(shared["inputs"]))
     if output.finished:
         return
-    changed = sorted(name for name, content in made["inputs"].items() if output.identity["inputs"][name] != content)
+    changed = sorted(name for name, content in shared["inputs"].items() if output.identity["inputs"][name] != content)
     if changed:
-        raise UserError(f"{changed[0]}: has changed since {shards[0]} was made; run its {made['stage']}.py again with "
-                        "--overwrite")
-    output.identity["stage"] = made["stage"]
-    if "resolved" in made:
+        raise UserError(f"{changed[0]}: has changed since {shards[0]} was made; run its {shared['stage']}.py again "
+                        "with --overwrite")
+    output.identity["stage"] = shared["stage"]
+    if "resolved" in shared:
         devices = dict.fromkeys(manifest["device"] for manifest in manifests if "device" in manifest)
-        output.record(", ".join(devices) or None, **made["resolved"])
+        output.record(", ".join(devices) or None, **shared["resolved"])
     output.started -= sum(manifest["seconds"] for manifest in manifests)  # the total of all workers
     remains = [path.with_name(Path(manifest["outputs"][1]).name) for path, manifest in zip(shards, manifests, strict=True)]
     counts = {

@@ -110,7 +110,7 @@ def parse_args(argv=None):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
     caps = (args.max_pairs_a_question, args.max_reranker_pairs, args.max_generator_pairs)
     if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
-        parser.error("--min-margin must not be negative, and each --max-... at least 1")
+        parser.error("--min-margin must be at least 0, and each --max-... at least 1")
     if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
         parser.error("--recipe published uses best against worst, no margin and the gold answer; omit --pairs, "
                      "--min-margin and --generator-chosen")
@@ -125,12 +125,12 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
     if most is None:
         yield from items
         return
-    rng, kept = random.Random(seed), []
+    rng, sample = random.Random(seed), []
     for number, item in enumerate(items):
         place = number if number < most else rng.randrange(number + 1)
         if place < most:
-            kept[place : place + 1] = [(number, item)]
-    yield from (item for _, item in sorted(kept, key=lambda numbered: numbered[0]))
+            sample[place : place + 1] = [(number, item)]
+    yield from (item for _, item in sorted(sample, key=lambda numbered: numbered[0]))
 
 
 def complete(row: Row, defaults: Counter) -> None:
@@ -227,10 +227,10 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
 
 def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
     """Return the generator pair of a question, if there is one. It has no figures."""
-    found = generator_pair(row, args.generator_chosen, args.recipe == "published")
-    if not found:
+    pair = generator_pair(row, args.generator_chosen, args.recipe == "published")
+    if not pair:
         return []
-    best, chosen, rejected = found
+    best, chosen, rejected = pair
     positions = row["id_lists"][best]
     docs, instruction = [row["docs"][position - 1] for position in positions], prompts.instruction(row)
 
@@ -258,11 +258,11 @@ generator_rows = partial(training_rows, generator_pairs_of)
 def distinct(pairs: Iterable[tuple[dict[str, str], Mapping]]) -> Iterator[tuple[dict[str, str], Mapping]]:
     """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
     seen = set()
-    for made, about in pairs:
-        key = hash((made["instruction"], frozenset((made["chosen"], made["rejected"]))))
+    for row, about in pairs:
+        key = hash((row["instruction"], frozenset((row["chosen"], row["rejected"]))))
         if key not in seen:
             seen.add(key)
-            yield made, about
+            yield row, about
 
 
 def warn_of_defaults(defaults: Counter, path: str) -> None:
@@ -338,11 +338,11 @@ def main(argv=None):
     taught, sizes = array("f"), Counter()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
-        for made, about in pairs:
+        for row, about in pairs:
             sizes[role] += about["target size"]
             if role == "reranker":
                 taught.extend(about[figure] for figure in FIGURES)
-            yield made
+            yield row
 
     of_reranker = out.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
     of_generator = out.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))

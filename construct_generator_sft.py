@@ -91,7 +91,7 @@ def main(argv=None):
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     window = load_window(args)
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
-    count = out.publish(args.output_file, (made.row for made in fitted))
+    count = out.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
         log.warning("%d rows have no gold answer and are not used; the first is %s", len(unanswered), unanswered[0])
     if unscored:

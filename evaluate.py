@@ -67,8 +67,8 @@ def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict]:
         if missing := sorted(own.keys() ^ theirs.keys()):
             raise UserError(f"{first} and {name}: {len(missing)} questions occur in only one of them, such as "
                             f"{missing[0]}; give --eval_file")
-        found = paired_bootstrap([own[row_id] for row_id in own], [theirs[row_id] for row_id in own], seed)
-        compared[name] = {"n": len(own), **{key: value * (1 if key == "p" else 100) for key, value in found._asdict().items()}}
+        comparison = paired_bootstrap([own[row_id] for row_id in own], [theirs[row_id] for row_id in own], seed)
+        compared[name] = {"n": len(own), **{key: value * (1 if key == "p" else 100) for key, value in comparison._asdict().items()}}
     return compared
 
 
@@ -102,8 +102,8 @@ def main(argv=None):
         rows = with_progress(rows, results_file, asked, name)
         summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file, repeated)
     compared = compare(scores, args.seed) if args.compare else {}
-    for name, found in compared.items():
-        found["metric"] = "+".join(sorted({summaries[system]["metric"] for system in (next(iter(summaries)), name)}))
+    for name, row in compared.items():
+        row["metric"] = "+".join(sorted({summaries[system]["metric"] for system in (next(iter(summaries)), name)}))
     tables = [summary_tables(summaries), selection_tables(summaries)]
     if compared:
         tables.append(comparison_table(next(iter(summaries)), compared))

@@ -77,15 +77,15 @@ def parse_args(argv=None):
 def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]) -> list[Scored]:
     """Return the measures of each pair of a question and its documents, best first."""
     answer_cutoffs = sorted({*cutoffs, ANSWER_CUTOFF})
-    with_gold = [([doc["id"] for doc in docs], asked.gold) for asked, docs in ranked if asked.gold]
+    with_gold = [([doc["id"] for doc in docs], question.gold) for question, docs in ranked if question.gold]
     by_gold = iter(gold_measures(with_gold, cutoffs))
     scored = []
-    for asked, docs in ranked:
-        measures = next(by_gold) if asked.gold else {}
-        if asked.answers:
-            first = answer_rank(docs[: answer_cutoffs[-1]], asked.answers)
+    for question, docs in ranked:
+        measures = next(by_gold) if question.gold else {}
+        if question.answers:
+            first = answer_rank(docs[: answer_cutoffs[-1]], question.answers)
             measures |= {f"answer@{k}": float(first <= k) for k in answer_cutoffs}
-        scored.append(Scored(asked.group, measures, len(docs)))
+        scored.append(Scored(question.group, measures, len(docs)))
     return scored
 
 
@@ -130,7 +130,7 @@ def summarise(scored: list[Scored], seed: int) -> dict:
         "n": len(scored),
         "gold": len(values.get(gold, ())),  # number of questions with gold documents, and with gold answers
         "answers": len(values.get(answer, ())),
-        "measures": {name: 100 * statistics.fmean(found) for name, found in values.items()},
+        "measures": {name: 100 * statistics.fmean(measured) for name, measured in values.items()},
         "main": main, "low": 100 * low, "high": 100 * high,
         "documents": statistics.fmean(one.documents for one in scored),
         "without_documents": sum(not one.documents for one in scored),
@@ -139,19 +139,19 @@ def summarise(scored: list[Scored], seed: int) -> dict:
 
 def summarise_file(path: str, scored: list[Scored], qrels_file: str | None, seed: int) -> dict:
     """Return summarise() of all questions and by group. Questions without gold data are left out and counted."""
-    kept = [one for one in scored if one.measures]
-    if not kept:
+    with_gold_data = [one for one in scored if one.measures]
+    if not with_gold_data:
         raise UserError(f"{path}: no question has gold documents, or gold answers to search for in texts; give --qrels "
                         "or --eval_file")
-    summary = summarise(kept, seed)
+    summary = summarise(with_gold_data, seed)
     if qrels_file and not summary["gold"]:
         raise UserError(f"{path}: no question has a relevant document in {qrels_file}; give the qrels of these "
                         "questions")
     by_group: dict[str, list[Scored]] = defaultdict(list)
-    for one in kept:
+    for one in with_gold_data:
         by_group[one.group].append(one)
     groups = {group: summarise(members, seed) for group, members in sorted(by_group.items())}
-    if left_out := len(scored) - len(kept):
+    if left_out := len(scored) - len(with_gold_data):
         log.warning("%s: %d rows have neither gold documents nor gold answers and are not counted", path, left_out)
     return {**summary, "left_out": left_out, "groups": groups}
 

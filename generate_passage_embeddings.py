@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)
     padding = 1 - encoder.seen_tokens / max(encoder.padded_tokens, 1)
-    kept = record(encoder.settings, encoder.max_length)
-    output.finish(kept, width=encoder.hidden_size, rate=f"{rate:.1f} passages/s", padding=f"{padding:.1%}")
+    settings = record(encoder.settings, encoder.max_length)
+    output.finish(settings, width=encoder.hidden_size, rate=f"{rate:.1f} passages/s", padding=f"{padding:.1%}")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
             selection = read_selection(completion, 0, len(shown[number]), caller.prompts.notation)
             choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
-    asked = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
-    verdicts = caller.ask([caller.judge_document(rows[number], shown[number][position - 1]) for number, position in asked])
-    for (number, position), completion in zip(asked, verdicts, strict=True):
+    pairs = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
+    verdicts = caller.ask([caller.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
+    for (number, position), completion in zip(pairs, verdicts, strict=True):
         usages[number].add(completion)
         verdict = VERDICT.match(completion.texts[0])
         choice = choices[number]

@@ -89,8 +89,8 @@ def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float
 
     def score(pairs: list[Judged]) -> list[float]:
         scores = {row["id"]: dict(run.ranking(row["id"])) for row, _ in pairs}
-        found = [scores[row["id"]].get(doc["id"]) for row, doc in pairs]
-        return [0.0 if value is None else (1 + math.tanh(value / 2)) / 2 if logits else value for value in found]
+        run_scores = [scores[row["id"]].get(doc["id"]) for row, doc in pairs]
+        return [0.0 if value is None else (1 + math.tanh(value / 2)) / 2 if logits else value for value in run_scores]
 
     return score
 

@@ -75,7 +75,7 @@ def main(argv=None):
     window = load_window(args)
     rows = read_rows(args.input_file, NEEDS, reject=out.reject)
     fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
-    examples = out.publish(args.output_file, (made.row for made in fitted))
+    examples = out.publish(args.output_file, (result.row for result in fitted))
     check_columns(args, args.output_file)
     out.finish(examples=examples, **window.counts())
 

@@ -98,8 +98,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if not part or int(part[1]) >= int(part[2]):
         parser.error(f"--corpus_shard {args.corpus_shard}: expected i/n with i from 0 to n-1")
     if args.corpus_shard != "0/1" and (args.run or "bm25" in args.index):
-        parser.error("--corpus_shard divides embeddings; omit --run, which has no parts, and bm25, which weights "
-                     "words by the whole corpus")
+        parser.error("--corpus_shard divides embeddings; omit --run, which has no parts, and --index bm25, because BM25 "
+                     "weights words by the whole corpus")
     compressed = [index for index in args.index if index not in ("bm25", "flat")]
     if unknown := next((index for index in compressed if not faiss_can_read(index)), None):
         parser.error(f"--index {unknown}: expected flat, bm25, or a faiss factory string such as IVF1024,SQ8 or HNSW32")
@@ -210,10 +210,10 @@ def dense_searches(
         def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
             vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
             try:
-                scores, found = index.search(np.array(vectors), args.n_docs)
+                scores, positions = index.search(np.array(vectors), args.n_docs)
             except NotFiniteError as error:
                 raise stage.UserError(f"{name_of(shards, error.position)} is not finite; embed this shard again") from error
-            return scores, np.where(found >= 0, found + corpus.start if isinstance(corpus, range) else corpus[found], -1)
+            return scores, np.where(positions >= 0, positions + corpus.start if isinstance(corpus, range) else corpus[positions], -1)
 
         return search
 
@@ -236,11 +236,11 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
         positions = np.full(scores.shape, -1, dtype=np.int64)
         for number, row in enumerate(rows):
             ranking = run.ranking(row["id"])[: args.n_docs]
-            found = store.positions(doc_id for doc_id, _ in ranking)
-            if (found < 0).any():
-                raise stage.UserError(f"{run.path}: document {ranking[int(found.argmin())][0]!r} of query {row['id']!r} is not in "
-                                      f"{args.passages}; give the corpus that the run searched")
-            positions[number, : len(ranking)] = found
+            doc_positions = store.positions(doc_id for doc_id, _ in ranking)
+            if (doc_positions < 0).any():
+                raise stage.UserError(f"{run.path}: document {ranking[int(doc_positions.argmin())][0]!r} of query "
+                                      f"{row['id']!r} is not in {args.passages}; give the corpus that the run searched")
+            positions[number, : len(ranking)] = doc_positions
             scores[number, : len(ranking)] = [score for _, score in ranking]
         return scores, positions
 
@@ -278,8 +278,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def retrieve(rows: list[Row]) -> list[Row]:
         nonlocal searched, without
-        found = [search(rows) for search in searches]
-        scores, positions = found[0] if len(found) == 1 else fuse([ranking for _, ranking in found], args.n_docs)
+        rankings = [search(rows) for search in searches]
+        fused = len(rankings) > 1
+        scores, positions = fuse([ranking for _, ranking in rankings], args.n_docs) if fused else rankings[0]
         searched, without = searched + len(rows), without + int((positions < 0).all(axis=1).sum())
         return attach_docs(rows, scores, positions, store)
 

@@ -119,7 +119,7 @@ def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bo
     Raises UserError, naming the row, if a weighted term is missing or rows have different terms.
     """
     needed = {term for term, weight in weights.items() if weight} - {"judge"}
-    found: set[str] | None = None
+    first_terms: set[str] | None = None
     for row in rows:
         for terms in row["score_terms"][:1]:  # the reader has checked that the others have the same terms
             if lacking := sorted(needed - terms.keys()):
@@ -127,11 +127,11 @@ def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bo
                     f"{path}: row {row['id']}: score_terms lacks {lacking[0]}; omit its weight, or run without "
                     "--reweight to compute it"
                 )
-            found = found or set(terms)
-            if found != terms.keys():
+            first_terms = first_terms or set(terms)
+            if first_terms != terms.keys():
                 raise UserError(f"{path}: row {row['id']}: score_terms has {', '.join(terms)}, but other rows have "
-                                f"{', '.join(sorted(found))}; score all rows with the same terms")
-    return "judge" in (found or ())
+                                f"{', '.join(sorted(first_terms))}; score all rows with the same terms")
+    return "judge" in (first_terms or ())
 
 
 def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | None]]]:

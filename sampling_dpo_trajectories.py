@@ -133,13 +133,13 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
     chooser, generator = callers
     notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
-    asked = [
+    jobs = [
         (number, request, order)
         for number, of_row in enumerate(in_threads(lambda pair: selection_requests(pair[0], pair[1], chooser, args), zip(rows, shown, strict=True)))
         for request, order in of_row
     ]
     samples: list[list[tuple[Completion, list[int]]]] = [[] for _ in rows]
-    for (number, _, order), completion in zip(asked, chooser.ask([r for _, r, _ in asked]), strict=True):
+    for (number, _, order), completion in zip(jobs, chooser.ask([r for _, r, _ in jobs]), strict=True):
         samples[number].append((completion, order))
 
     results: list[dict[str, Any]] = []

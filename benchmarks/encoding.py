@@ -1,8 +1,8 @@
-"""How fast passages are embedded, beside batches in the order of the file and the limit the encoder sets.
+"""Measure the speed of embedding passages, compared with batches in file order and with the limit set by the encoder.
 
-The limit is the encoder alone at its best batch size, over passages of exactly one length: no padding, no tokenizer, no
-disk. The encoder is a BERT of Contriever's size with random weights; the passages are 100 words of the CIA World
-Factbook each. The stage is run as users run it, so that its tokenizer, its writing and its padding are in its rate.
+The limit is the encoder alone at its best batch size, on passages of equal length: no padding, no tokenizer, no disk.
+The encoder is a BERT of Contriever's size with random weights. Each passage has 100 words of the CIA World Factbook.
+The stage is run in the same way as by users, so that its rate includes tokenizing, writing and padding.
 
     python benchmarks/encoding.py
 """
@@ -30,17 +30,17 @@ LIMIT = "encoder, padding-free limit"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="a real encoder; by default one is made up")
+    parser.add_argument("--model_name_or_path", help="a real encoder (default: one with random weights)")
     parser.add_argument("--passages", type=int, default=600)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
 def factbook(folder: Path, count: int) -> Path:
-    """Every n-th passage of the Factbook, at most 100 words each."""
+    """Write every n-th passage of the Factbook, with at most 100 words each. Returns the path."""
     import corpus
 
     corpus.main(["--output_file", str(folder / "all.jsonl"), "--max_words", "100"])
@@ -51,7 +51,7 @@ def factbook(folder: Path, count: int) -> Path:
 
 
 def make_encoder(folder: Path, passages: Path) -> str:
-    """A BERT of the base size, with a WordPiece vocabulary learned from the passages."""
+    """Save a BERT of base size with a WordPiece vocabulary learned from the passages."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -81,7 +81,8 @@ def main() -> None:
             generate_passage_embeddings.main(["--model_name_or_path", model, "--passages", str(passages), "--output_dir", str(output),
                                               "--dtype", args.dtype, "--device", args.device])
             made = read_manifest(output / "passages_00.npy")["counts"]
-            return float(made["rate"].split()[0]) * (time.perf_counter() - began)  # its own report: without loading the encoder
+            # Reported rate, without loading the encoder
+            return float(made["rate"].split()[0]) * (time.perf_counter() - began)
 
         def in_file_order() -> float:
             for start in range(0, len(texts), 64):
@@ -93,7 +94,7 @@ def main() -> None:
         made: dict = {}
         default = default_batch_tokens(args.device)
         limits = {
-            f"{LIMIT}, {size} tokens a batch": partial(measure.encoder_alone, encoder.model, lengths, size, args.device)
+            f"{LIMIT}, {size} tokens per batch": partial(measure.encoder_alone, encoder.model, lengths, size, args.device)
             for size in (default // 2, default, 2 * default, 4 * default)
         }
         systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}

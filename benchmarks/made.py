@@ -1,4 +1,4 @@
-"""Files for the benchmarks to run stages on: corpus, encoder, embeddings and questions of any size, made up."""
+"""Artificial inputs for benchmarks of stages: corpus, encoder, embeddings and questions of any size."""
 
 import csv
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def corpus(folder: Path, count: int) -> Path:
-    """A TSV of passages of 100 words."""
+    """Write a TSV of passages with 100 words each."""
     words = np.array([f"word{number}" for number in range(5000)])
     rng = np.random.default_rng(0)
     texts = [" ".join(words[rng.integers(0, 5000, 100)]) for _ in range(1000)]
@@ -20,7 +20,7 @@ def corpus(folder: Path, count: int) -> Path:
 
 
 def encoder(folder: Path, width: int, layers: int) -> Path:
-    """A BERT of random weights: 768 wide with 12 layers it is of Contriever's size."""
+    """Save a BERT with random weights. Width 768 and 12 layers give Contriever's size."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(5000))]
@@ -38,7 +38,8 @@ def shards(folder: Path, count: int, width: int) -> str:
     block = rng.standard_normal((min(count, 100_000), width), dtype=np.float32).astype(np.float16)
     for number, start in enumerate(range(0, count, 1_000_000)):
         size = min(1_000_000, count - start)
-        turned = [np.roll(block, start // len(block) + turn, axis=1) for turn in range(-(-size // len(block)))]  # no two are equal
+        # All distinct
+        turned = [np.roll(block, start // len(block) + turn, axis=1) for turn in range(-(-size // len(block)))]
         save_array(folder / f"passages_{number:02d}.npy", np.concatenate(turned)[:size])
         save_ids(folder / f"passages_{number:02d}.ids.npy", [str(start + row) for row in range(size)])
     return f"{folder}/*"

@@ -1,4 +1,6 @@
-"""What the benchmarks share: made-up embeddings, timing in turns, memory of processes, and a table at the end."""
+"""Shared functions of the benchmarks: artificial embeddings, timing in turns, memory of processes, and the result
+table.
+"""
 
 import json
 import os
@@ -19,11 +21,11 @@ from dynamicrag.evaluation.tables import markdown_table  # noqa: E402
 
 
 def vectors_like_passages(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """float16 [count, width] of length 1: passages spread about 20,000 topics in 200 fields.
+    """Return unit vectors, float16 [count, width], like passages about 20,000 topics in 200 fields.
 
-    The proportions are such that 38,166 of them of width 384 are as hard for an inverted file of 256 clusters as the
-    Factbook's passages under all-MiniLM-L6-v2 with questions about them: recall@50 is .79 against .81 with 16 clusters
-    probed, .97 against .96 with 64; 60 effective dimensions against 49.
+    The proportions are chosen so that 38,166 vectors of width 384 are as difficult for an inverted file of 256 clusters
+    as the Factbook's passages with all-MiniLM-L6-v2: recall@50 is 0.79 (Factbook: 0.81) with 16 probed clusters and
+    0.97 (0.96) with 64; the number of effective dimensions is 60 (49).
     """
     rng = np.random.default_rng(seed)
     fields = _directions(rng, 200, width)
@@ -37,7 +39,7 @@ def vectors_like_passages(count: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def questions_about(vectors: np.ndarray, count: int, seed: int = 1) -> np.ndarray:
-    """float32 [count, width] of length 1, each with a cosine of about .7 to a random vector."""
+    """Return unit vectors, float32 [count, width], each with a cosine of about 0.7 to a random one of `vectors`."""
     rng = np.random.default_rng(seed)
     chosen = vectors[np.sort(rng.choice(len(vectors), count, replace=len(vectors) < count))].astype(np.float32)
     asked = chosen + _directions(rng, count, vectors.shape[1])
@@ -45,15 +47,15 @@ def questions_about(vectors: np.ndarray, count: int, seed: int = 1) -> np.ndarra
 
 
 def _directions(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
-    """Random vectors of length about 1, whose variance falls from dimension to dimension as it does in sentence encoders."""
+    """Return random vectors of length about 1 whose variance decreases by dimension, like in sentence encoders."""
     spread = np.arange(1, width + 1, dtype=np.float32) ** -0.42
     return spread / np.linalg.norm(spread) * rng.standard_normal((count, width), dtype=np.float32)
 
 
 def in_turns(systems: dict[str, Callable[[], float]], rounds: int, warm_up: bool = True) -> dict[str, float]:
-    """Seconds each system takes for one unit of work (median over rounds). Each returns how many units one call does.
+    """Return the seconds per unit of work of each system (median over rounds). A call returns its number of units.
 
-    They take turns, so that a slow minute of the machine is a slow minute for all.
+    The systems take turns, so that a slow phase of the machine affects all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(rounds + warm_up):
@@ -66,7 +68,10 @@ def in_turns(systems: dict[str, Callable[[], float]], rounds: int, warm_up: bool
 
 
 def encoder_alone(encoder: Callable, lengths: list[int], batch_tokens: int, device: str) -> float:
-    """The limit: an encoder over a full batch at each of ten lengths, nothing padded. Returns documents of mean length."""
+    """Run the encoder on a full batch at each of ten lengths, without padding.
+
+    Returns the number of documents of mean length.
+    """
     import torch
 
     tokens = 0
@@ -80,12 +85,15 @@ def encoder_alone(encoder: Callable, lengths: list[int], batch_tokens: int, devi
 
 
 def memory_of(processes: list[int]) -> dict[str, float]:
-    """GB over processes and their children: `proportional` counts a page that n of them map as 1/n each, `anonymous` is no file."""
+    """Return the memory of processes and their children in GB.
+
+    `proportional` counts a page that n processes map as 1/n for each; `anonymous` is memory without a file.
+    """
     total = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
     for pid in {child for process in processes for child in _tree(process)}:
         try:
             fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-        except (OSError, ValueError):  # it has just ended
+        except (OSError, ValueError):  # the process has just ended
             continue
         kilobytes = {name: int(value.split()[0]) for name, value in fields.items()}
         total["proportional"] += kilobytes["Pss"] / 1e6
@@ -103,7 +111,8 @@ def _tree(pid: int) -> list[int]:
 
 
 def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
-    """Run commands at once; the highest sum of each kind of memory over all of them (GB), and the seconds they took."""
+    """Run commands in parallel. Returns the peak of each kind of memory, summed over all of them (GB), and the seconds.
+    """
     began = time.perf_counter()
     running = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) for command in commands]
     peak = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
@@ -118,7 +127,7 @@ def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
 
 
 def report(title: str, header: list[str], rows: list[list[str]], figures: dict, output: str | None) -> None:
-    """Print a table to standard output, and add its figures to a JSON file."""
+    """Print a table to standard output and add its figures to a JSON file."""
     print(f"\n{title} ({os.cpu_count()} cores, {platform.machine()})\n\n{markdown_table(header, rows)}", flush=True)
     if output:
         path = Path(output)

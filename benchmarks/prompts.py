@@ -1,8 +1,8 @@
-"""How fast questions and documents become the tokens of prompts, beside a tokenizer that is asked each time, one prompt after the other.
+"""Measure the speed of tokenizing prompts, compared with a tokenizer without a cache that handles one prompt at a time.
 
-A prompt is measured when its documents are chosen and tokenised again when it is sent. The stages keep the tokens of the latest
-prompts, and tokenise several prompts at a time. Nothing but the tokenizer and the chat template runs; documents are passages of
-100 words of the CIA World Factbook.
+A prompt is tokenised when its documents are chosen and again when it is sent. The stages cache the tokens of recent
+prompts and tokenise several prompts in parallel. Only the tokenizer and the chat template run. Documents are passages
+of 100 words from the CIA World Factbook.
 
     python benchmarks/prompts.py                 after python examples/factbook/models.py --output_dir models
 """
@@ -28,7 +28,7 @@ WINDOW = 8192
 
 
 class Tokenizing:
-    """An engine that does no more than tokenise."""
+    """An engine that only tokenises."""
 
     def __init__(self, prompts: PromptTokenizer):
         self.prompts = prompts
@@ -41,7 +41,7 @@ class Tokenizing:
 
 
 class EachTimeAgain(Tokenizing):
-    """The same, and nothing is kept."""
+    """The same engine without a cache."""
 
     def ids(self, messages: Messages) -> list[int]:
         return self.prompts.tokenizer.encode(self.prompts.render(messages), add_special_tokens=False)
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--topn", type=int, default=40, help="documents per question")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 

@@ -1,9 +1,10 @@
-"""How fast the reranker judges, beside the published loop and the limit its encoder sets: ratios measured in one run.
+"""Measure the speed of the reranker, compared with the published loop and with the limit set by its encoder, in one
+run.
 
-The published loop takes a question at a time in the order of the file, pads its documents to the longest and calls
-generate(max_length=2). The limit is the encoder alone, in full batches of documents of exactly one length: no padding,
-no decoder. The model is a T5 of the base size with random weights, its output spread so that both labels occur; the
-documents are passages of 100 words from the CIA World Factbook, in a vocabulary learned from them.
+The published loop handles one question at a time in file order, pads its documents to the longest and calls
+generate(max_length=2). The limit is the encoder alone, on full batches of documents of equal length: no padding, no
+decoder. The model is a T5 of base size with random weights, with its output spread so that both labels occur. Documents
+are passages of 100 words from the CIA World Factbook, in a vocabulary learned from them.
 
     python benchmarks/reranking.py
 """
@@ -33,16 +34,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--n_docs", type=int, default=50)
-    parser.add_argument("--batch_tokens", type=int, help="default: what suits the device")
+    parser.add_argument("--batch_tokens", type=int, help="padded tokens per batch (default: depends on the device)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
 def passages(folder: Path) -> list[str]:
-    """The Factbook in passages of at most 100 words."""
+    """Return the Factbook in passages of at most 100 words."""
     import corpus
 
     corpus.main(["--output_file", str(folder / "passages.jsonl"), "--max_words", "100"])
@@ -66,9 +67,10 @@ def make_model(folder: Path, texts: list[str]) -> None:
 
 
 def spread(model: MonoT5, pairs: list[Pair]) -> None:
-    """Set the weights of `true` so that half of these pairs are relevant, and log-odds have a deviation of 3.
+    """Set the weights of `true` so that half of these pairs are relevant and the log-odds have a standard deviation of
+    3.
 
-    A random model gives all documents one label, and scores so close to .5 that every rounding changes it.
+    A random model gives all documents the same label, and scores so close to 0.5 that rounding errors change it.
     """
     with torch.inference_mode():
         ids, mask = pad([tokens for tokens, _ in model.tokenize(pairs)], model.pad_id, model.device)
@@ -81,7 +83,7 @@ def spread(model: MonoT5, pairs: list[Pair]) -> None:
 
 
 def published(model: MonoT5, by_question: list[list[Pair]]) -> np.ndarray:
-    """P(true) by generate(max_length=2), a question at a time."""
+    """Return P(true) by generate(max_length=2), one question at a time."""
     scores = []
     with torch.inference_mode():
         for pairs in by_question:

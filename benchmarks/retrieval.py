@@ -1,11 +1,11 @@
-"""How fast, and in how much memory, the retriever searches: ratios measured in one run.
+"""Measure speed and memory of the retriever, as ratios within one run.
 
-    search       exact search in batches beside one question at a time, faiss and a plain matrix product with top-k
-    compressed   recall@k against exact search, speed and size of compressed indexes
-    workers      start-up time and memory of 1, 2 and 4 retrievers over one index
-    memory       the retriever for 1,000 and 100,000 questions, and the passage store for 10 times the passages
+    search       exact search in batches, compared with one question at a time, faiss, and a matrix product with top-k
+    compressed   recall@k compared with exact search, speed and size of compressed indexes
+    workers      start-up time and memory of 1, 2 and 4 retrievers that share one index
+    memory       the retriever with 1,000 and 100,000 questions, and the passage store with 10 times the passages
 
-The embeddings are made up (benchmarks/measure.py), or real ones with --passages_embeddings and --query.
+The embeddings are artificial (benchmarks/measure.py), or real with --passages_embeddings and --query.
 
     python benchmarks/retrieval.py --parts search compressed workers memory
 """
@@ -38,17 +38,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compressed", nargs="+", default=COMPRESSED, help="faiss factory strings")
     parser.add_argument("--nprobes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--candidates", nargs="+", type=int, default=[4, 10])
-    parser.add_argument("--passages_embeddings", help="real shards instead of made-up vectors, a quoted glob")
-    parser.add_argument("--query", help="questions for them; also give --model_name_or_path (and --normalize)")
+    parser.add_argument("--passages_embeddings", help="real shards instead of artificial vectors, as a quoted glob")
+    parser.add_argument("--query", help="questions for these shards; requires --model_name_or_path (and --normalize)")
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--normalize", action="store_true")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: search only")
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (part search only)")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
 def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors float16 [n, width] and questions float32 [m, width]."""
+    """Return vectors, float16 [n, width], and questions, float32 [m, width]."""
     if not args.passages_embeddings:
         vectors = measure.vectors_like_passages(args.vectors, args.width)
         return vectors, measure.questions_about(vectors, args.questions)
@@ -101,7 +101,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
         f"torch matmul + topk {str(narrow.dtype)[6:]}, 256 (not exact)": in_batches(torch_search(narrow), 256, some),
         "--index flat, one at a time": in_batches(lambda batch: ours.search(batch, k), 1, 8),
         "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
-        f"--index flat, {count} a pass": in_batches(lambda batch: ours.search(batch, k), count, count),
+        f"--index flat, {count} per pass": in_batches(lambda batch: ours.search(batch, k), count, count),
     }
     seconds = measure.in_turns(names, args.rounds)
     alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))
@@ -170,7 +170,7 @@ def retriever(model: Path, passages: Path, embeddings: str, query: Path, output:
 
 
 def workers(args: argparse.Namespace, folder: Path) -> None:
-    """3 GB of vectors: twice 1,000,000 x 768 in float16."""
+    """Measure workers on 3 GB of vectors: 2 x 1,000,000 vectors of width 768 in float16."""
     count = 2 * args.vectors
     model, passages, embeddings = made.encoder(folder / "encoder", args.width, 12), made.corpus(folder, count), made.shards(folder / "embeddings", count, args.width)
     query, first = made.questions_file(folder, 256), made.questions_file(folder, 1)
@@ -199,7 +199,7 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
         figures[name] = {**peak, "seconds": seconds}
         rows.append([name, f"{peak['resident']:.3f}", f"{peak['anonymous']:.3f}", f"{seconds:.0f}"])
 
-    for count in (1_000, 1_000, 10_000, 100_000):  # the first builds the store
+    for count in (1_000, 1_000, 10_000, 100_000):  # the first run builds the store
         output = folder / f"{count}.jsonl"
         line(f"retriever, {count:,} questions", retriever(model, small, embeddings, made.questions_file(folder, count), output, "--n_docs", "20", "--overwrite"))
     rows.pop(0)

@@ -1,11 +1,13 @@
-"""How fast trajectories are rewarded, beside one BERTScore call a pair and the limit the encoder sets: ratios of one run.
+"""Measure the speed of rewarding trajectories, compared with one BERTScore call per pair and with the encoder's limit,
+in one run.
 
-The published loop calls bert_score.score for every trajectory and gold answer, which loads the model each time; the
-kinder loop loads it once. The limit is the encoder alone over the same unique texts, in full batches of texts of exactly
-one length. What is timed of ours is the stage's own work on a chunk, exact match and ROUGE included, without a judge.
-The input is what sampling wrote: the demo's by default, made by `bash scripts/demo.sh`.
+The published loop calls bert_score.score for every trajectory and gold answer, which loads the model each time. A
+second loop loads it once. The limit is the encoder alone on the same distinct texts, in full batches of equal length.
+The stage is timed on one chunk, including exact match and ROUGE, without a judge. The input is the output of sampling,
+by default that of `bash scripts/demo.sh`.
 
-    python benchmarks/rewards.py --input_file runs/demo_default/results/training_data_dpo_sampling.json --bert_model models/minilm
+    python benchmarks/rewards.py --bert_model models/minilm \\
+        --input_file runs/demo_default/results/training_data_dpo_sampling.json
 """
 
 import argparse
@@ -30,10 +32,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_file", default="runs/demo_default/results/training_data_dpo_sampling.json")
     parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
-    parser.add_argument("--published_pairs", type=int, default=5, help="pairs the published loop is timed on")
+    parser.add_argument("--published_pairs", type=int, default=5, help="number of pairs for timing the published loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     try:
         rows = list(read_rows(args.input_file, ("answers", "id_lists", "responses")))
     except UserError as error:
-        sys.exit(f"error: {error}; bash scripts/demo.sh makes the default one")
+        sys.exit(f"error: {error}; bash scripts/demo.sh creates the default input")
     pairs = [(response, gold) for row in rows for response in row["responses"] for gold in row["answers"] if response.strip() and gold.strip()]
     trajectories = sum(len(row["responses"]) for row in rows)
     bert = BertScore(args.bert_model, None, args.device, "none")
@@ -72,12 +74,12 @@ def main() -> None:
         return passes * trajectories / len(texts)
 
     systems = {
-        "bert_score.score a pair, as published": published, "one call a pair, model loaded once": loaded_once,
+        "bert_score.score per pair, as published": published, "one call per pair, model loaded once": loaded_once,
         "reward_trajectories.py": ours, LIMIT: limit,
     }
     seconds = measure.in_turns(systems, args.rounds)
     rows_of_table = [
-        [name, f"{1 / s:.1f}", f"{seconds['bert_score.score a pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]
+        [name, f"{1 / s:.1f}", f"{seconds['bert_score.score per pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]
         for name, s in seconds.items()
     ]
     title = (f"Rewards, {trajectories} trajectories, {len(pairs)} pairs, {len(texts)} unique texts of {np.mean(lengths):.0f} tokens "

@@ -1,11 +1,12 @@
-"""How fast trajectories are sampled, beside one request at a time without prefix reuse; and which of them depend on company.
+"""Measure the speed of sampling, compared with single requests without prefix reuse, and whether samples depend on the
+batch.
 
-    speed       the stage's two engine calls beside the loop that sends every sample and every answer alone, with the prefix
-                cache emptied before each; and the floor: reading every prompt once, and writing one token
-    identical   the share of trajectories that stay the same, of one seed, when questions are asked one at a time, in chunks,
-                and backwards: greedy and sampled, in bfloat16 and float32
+    speed       the stage's two engine calls, compared with a loop that sends every sample and every answer alone and
+                empties the prefix cache before each; and the floor: reading every prompt once and writing one token
+    identical   share of trajectories that are unchanged, for one seed, if questions are sent one at a time, in chunks,
+                or backwards: greedy and sampled, in bfloat16 and float32
 
-The model and the questions are the demo's by default, made by `bash scripts/demo.sh`.
+Model and questions are those of the demo by default (`bash scripts/demo.sh`).
 
     python benchmarks/sampling.py --parts speed identical
 """
@@ -38,8 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--topn", type=int, default=5, help="documents shown")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of part identical; speed takes the first")
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"],
+                        help="precisions of part identical; speed uses the first")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
@@ -49,7 +51,7 @@ def stage_args(args: argparse.Namespace, *more: str) -> argparse.Namespace:
 
 
 def one_at_a_time(rows: list[Row], caller: Caller, settings: argparse.Namespace) -> list[list[list[int]]]:
-    """Every sample a request of its own and every trajectory answered, nothing reused: what a loop over a server's API does."""
+    """Send every sample and every answer as a separate request without reuse, like a loop over a server's API."""
     def alone(request: Request) -> str:
         caller.engine._llm.reset_prefix_cache()
         return caller.engine.complete([request])[0].texts[0]
@@ -86,7 +88,7 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
         return len(some)
 
     def floor() -> float:
-        """Every distinct prompt read once, in one batch, and one token written for each."""
+        """Read every distinct prompt once, in one batch, and write one token for each."""
         engine._llm.reset_prefix_cache()
         prompts = []
         for row, result in zip(rows, ours.results, strict=True):
@@ -137,7 +139,7 @@ def main() -> None:
     args = parse_args()
     for path in (args.llm_model, args.input_file):
         if not Path(path).exists():
-            sys.exit(f"error: {path}: is missing; bash scripts/demo.sh makes the default one")
+            sys.exit(f"error: {path}: does not exist; bash scripts/demo.sh creates the default file")
     try:
         rows = list(read_rows(args.input_file, ("docs",)))[: args.questions]
     except UserError as error:
@@ -145,7 +147,7 @@ def main() -> None:
     for part in args.parts:
         began = time.perf_counter()
         {"speed": speed, "identical": identical}[part](args, rows)
-        gc.collect()  # an engine that is found unused later takes vLLM's process groups from the next one
+        gc.collect()  # an engine collected later would close vLLM's process groups of the next one
         print(f"{part}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 

@@ -1,8 +1,8 @@
-"""How much each stage gets through on this machine with one model, loaded once: sampling, reward, and inference.
+"""Measure the throughput of sampling, reward and inference on this machine with one model, loaded once.
 
-What is timed is each stage's own work on its rows, without the loading of models; the reward's is without a judge. The prefix cache
-of the engine is emptied before each. The model and the questions are the demo's by default, made by `bash scripts/demo.sh`; on a
-GPU, give as many questions as fill it.
+Each stage is timed on its own work without loading models; the reward is timed without a judge. The engine's prefix
+cache is emptied before each stage. Model and questions are those of the demo by default (`bash scripts/demo.sh`). On a
+GPU, give enough questions to keep it busy.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --llm_model DynamicRAG_llama3_8b --template template/llama3.jinja --topn 20 --max_model_len 8192 \\
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--topn", type=int, default=5, help="documents shown")
     parser.add_argument("--max_model_len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--output_file", help="figures as JSON, added to what is there")
+    parser.add_argument("--output_file", help="JSON file to which the results are added")
     return parser.parse_args()
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         device = pick_device("auto")
         bert = BertScore(args.bert_model, None, device, "none")
     except UserError as error:
-        sys.exit(f"error: {error}; bash scripts/demo.sh makes the default ones")
+        sys.exit(f"error: {error}; bash scripts/demo.sh creates the default files")
     dynamic = argparse.Namespace(selector="dynamic", topn=args.topn, input_json=args.input_file)
     made: dict[str, list[Row]] = {}
 
@@ -83,7 +83,7 @@ def main() -> None:
                 figures[stage][unit] = figures[stage].get(unit, 0) + row["usage"][unit] / len(rows) / one
     lines = [[stage, *(f"{of_stage[unit]:,.1f}" if unit in of_stage else "" for unit in UNITS)] for stage, of_stage in figures.items()]
     title = f"Stages on {device}, {len(rows)} questions of {args.topn} documents, {settings.num_samples} trajectories each"
-    measure.report(title, ["a second", *(unit.replace("_", " ") for unit in UNITS)], lines, figures, args.output_file)
+    measure.report(title, ["per second", *(unit.replace("_", " ") for unit in UNITS)], lines, figures, args.output_file)
 
 
 if __name__ == "__main__":

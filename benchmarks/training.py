@@ -1,10 +1,12 @@
-"""How fast LLaMA-Factory trains on a CPU: two implementations of attention, with freed memory given back to the system or kept.
+"""Measure the speed of LLaMA-Factory on a CPU for two implementations of attention, with and without keeping freed
+memory.
 
-The same rows are trained on in every way, the ways in turn and that --repeats times; the best time of each counts. What is kept
-is what scripts/training.sh sets where there is no GPU, and the recipes of the small model have `flash_attn: disabled`.
+Every combination trains on the same rows. The combinations take turns, --repeats times, and the best time of each
+counts. scripts/training.sh keeps freed memory if there is no GPU, and the recipes of the small model set `flash_attn:
+disabled`.
 
-Reads    runs/demo_default/training_data/factbook_warm_up.json     any LLaMA-Factory rows of recipes/dataset_info.json's factbook_warm_up
-Writes   standard output                                           a table of ratios, in Markdown
+Reads    runs/demo_default/training_data/factbook_warm_up.json     LLaMA-Factory rows in the format of factbook_warm_up
+Writes   standard output                                           a table of ratios in Markdown
 
     python benchmarks/training.py
 """
@@ -35,13 +37,13 @@ def parse_args(argv=None):
     parser.add_argument("--model", default="models/smollm2-135m", help="checkpoint to start from")
     parser.add_argument("--recipe", default="recipes/smollm2_135m/warm_up.yaml", help="recipe; its data set and folders are replaced")
     parser.add_argument("--trainer", default=".venv-train/bin/llamafactory-cli", help="LLaMA-Factory")
-    parser.add_argument("--rows", type=int, default=24, help="rows a run")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each way")
+    parser.add_argument("--rows", type=int, default=24, help="rows per run")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each combination")
     return parser.parse_args(argv)
 
 
 def seconds(attention: str, memory: dict[str, str], folder: Path, args) -> float:
-    """LLaMA-Factory's own train_runtime: without its start and its reading of the data."""
+    """Return LLaMA-Factory's train_runtime, which excludes its start and reading the data."""
     settings = yaml.safe_load(Path(args.recipe).read_text()) | {
         "model_name_or_path": args.model, "dataset_dir": str(folder), "dataset": "factbook_warm_up", "output_dir": str(folder / "model"),
         "overwrite_output_dir": True, "flash_attn": attention, "max_samples": args.rows, "plot_loss": False,
@@ -50,14 +52,15 @@ def seconds(attention: str, memory: dict[str, str], folder: Path, args) -> float
     environment = {**os.environ, **memory, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([args.trainer, "train", str(folder / "settings.yaml")], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise UserError(f"LLaMA-Factory failed: {done.stderr[-1500:]}")
+        raise UserError(f"LLaMA-Factory failed: {done.stderr[-1500:]}; check --trainer, --recipe and --model")
     return json.loads((folder / "model/train_results.json").read_text())["train_runtime"]
 
 
 def main(argv=None):
     args = parse_args(argv)
     if not Path(args.data).is_file():
-        raise UserError(f"{args.data}: no such file; bash scripts/demo.sh makes it, or examples/factbook/warm_up.py")
+        raise UserError(f"{args.data}: no such file; create it with bash scripts/demo.sh or "
+                        "examples/factbook/warm_up.py")
     taken: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -68,7 +71,7 @@ def main(argv=None):
                 taken.setdefault(way, []).append(seconds(ATTENTION[way[0]], MEMORY[way[1]], folder, args))
                 log.info("%s, memory %s: %.1f s", *way, taken[way][-1])
     base = min(taken["sdpa", "given back"])
-    print(markdown_table(["attention", "freed memory", "rows a second", "ratio"], [
+    print(markdown_table(["attention", "freed memory", "rows per second", "ratio"], [
         [*way, f"{args.rows / min(times):.2f}", f"{base / min(times):.2f}"] for way, times in taken.items()
     ]))
 

@@ -1,3 +1,3 @@
-"""What the stages of DynamicRAG share: the contract between them, files, prompts, identifiers, models and scores."""
+"""Shared code of the DynamicRAG stages: files, rows, models, search, the LLM, evaluation, rewards and the report."""
 
 __version__ = "0.1.0"

@@ -1,13 +1,15 @@
-"""One reading of the evidence run: what each selector scores over all seeds, and where choosing gains and loses.
+"""Evaluate all seeds of the evidence run: the scores of each selector, and where selection gains and loses.
 
-Every question is answered by every seed's models, so a question's score is its mean over seeds, and differences are compared
-question by question (paired bootstrap). The best fixed k is the best of them on the test questions themselves, which favours it.
+Every question is answered by the models of every seed. The score of a question is its mean over seeds, and differences
+are compared by question (paired bootstrap). The best fixed k is chosen on the test questions themselves, which favours
+it.
 
-Reads    SEEDS                              what experiments/evidence_seed.py wrote of each seed
+Reads    SEEDS                              files written by experiments/evidence_seed.py
 Writes   OUTPUT_DIR/evidence.md             the tables
          OUTPUT_DIR/evidence.json           the differences, unrounded
 
-    .venv/bin/python experiments/evidence.py --seeds runs/evidence/seed_1.json runs/evidence/seed_2.json runs/evidence/seed_3.json
+    .venv/bin/python experiments/evidence.py \\
+        --seeds runs/evidence/seed_1.json runs/evidence/seed_2.json runs/evidence/seed_3.json
 """
 
 import statistics
@@ -23,7 +25,7 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError, log
 
 FIXED = ("none", "top1", "top2", "top3", "all")
-# (documents shown, selector) -> what the tables call what the generator reads.
+# (documents shown, selector) -> name in the tables.
 NAMES = {
     ("retrieved", "none"): "none", ("retrieved", "top1"): "top 1", ("retrieved", "top2"): "top 2", ("retrieved", "top3"): "top 3",
     ("retrieved", "all"): "all five shown", ("retrieved", "monot5"): "the reranker's labels", ("retrieved", "dynamic"): "DynamicRAG",
@@ -31,7 +33,7 @@ NAMES = {
 }
 DYNAMIC, GOLD, ALL_GOLD = ("dpo", "retrieved", "dynamic"), ("dpo", "retrieved", "gold"), ("dpo", "all needed", "gold")
 DYNAMIC_SFT = ("sft", "retrieved", "dynamic")
-COMPARED = (DYNAMIC_SFT, DYNAMIC, GOLD, ALL_GOLD)  # (model, documents shown, selector) that every seed has to have
+COMPARED = (DYNAMIC_SFT, DYNAMIC, GOLD, ALL_GOLD)  # (model, documents shown, selector) that every seed must have
 ROUND_COLUMNS = {
     "score": "{:.1f}", "documents": "{:.2f}", "reward": "{:.3f}", "right": "{:.3f}", "reward with right": "{:.2f}", "reward with k": "{:.2f}",
     "pairs": "{:.0f}", "margin": "{:.2f}", "k chosen": "{:.2f}", "k rejected": "{:.2f}", "only shorter": "{:.2f}",
@@ -42,8 +44,8 @@ ROUND_COLUMNS = {
 class System(NamedTuple):
     """One model with one selector, over all seeds."""
 
-    seeds: list[dict]  # its figures in each
-    scores: list[float]  # mean over seeds, question by question
+    seeds: list[dict]  # its figures in each seed
+    scores: list[float]  # by question, mean over seeds
 
     @property
     def score(self) -> float:
@@ -54,7 +56,7 @@ class System(NamedTuple):
 
     @property
     def tokens(self) -> str:
-        """Of the prompts of a question; empty if they are not known of every seed."""
+        """Return the mean prompt tokens per question; "" if they are not known for every seed."""
         return "" if any(one["prompt_tokens"] is None for one in self.seeds) else f"{self.mean('prompt_tokens'):.0f}"
 
 
@@ -64,33 +66,37 @@ def mean(figures: list[dict], key: str) -> float:
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
-    parser.add_argument("--seeds", nargs="+", required=True, help="a file of each seed")
+    parser.add_argument("--seeds", nargs="+", required=True, help="one file per seed")
     parser.add_argument("--output_dir", default="runs/evidence", help="folder of evidence.md and evidence.json")
     parser.add_argument("--bootstrap_seed", type=int, default=42, help="seed of the intervals")
     return parser.parse_args(argv)
 
 
 def read_seeds(paths: list[str]) -> list[dict]:
-    """The seeds. Raises UserError naming one that is no seed's file, or whose questions are others than the first's."""
+    """Return the seeds. Raises UserError naming a file that is invalid or has other questions than the first one."""
     seeds = []
     for path in paths:
         try:
             seeds.append(orjson.loads(Path(path).read_bytes()))
             questions = seeds[-1]["questions"]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path}: not what experiments/evidence_seed.py writes ({error!r}); run experiments/evidence.sh again") from error
+            raise UserError(f"{path}: not written by experiments/evidence_seed.py ({error!r}); run "
+                            "experiments/evidence.sh again") from error
         if questions != seeds[0]["questions"]:
-            raise UserError(f"{path}: answers other questions than {paths[0]}; all seeds share data/factbook and the sizes of their questions")
+            raise UserError(f"{path}: has other questions than {paths[0]}; give seeds with the same data/factbook and "
+                            "sizes")
     return seeds
 
 
 def read_systems(seeds: list[dict], paths: list[str]) -> dict[tuple[str, str, str], System]:
-    """(model, documents shown, selector) -> system, of what the first seed has; the others have to have it too."""
+    """Return the systems of the first seed by (model, documents shown, selector). Every other seed must have them too.
+    """
     by_seed = [{(one["model"], one["shown"], one["selector"]): one for one in seed["systems"]} for seed in seeds]
     for key in by_seed[0]:
         for path, found in zip(paths, by_seed, strict=True):
             if key not in found:
-                raise UserError(f"{path}: has no answers of the {key[0]} model with the selector {key[2]}, documents {key[1]}, as {paths[0]} has")
+                raise UserError(f"{path}: lacks answers of the {key[0]} model with the selector {key[2]}, documents "
+                                f"{key[1]}, which {paths[0]} has; run this seed again")
     return {
         key: System([found[key] for found in by_seed], [statistics.fmean(marks) for marks in zip(*(found[key]["scores"] for found in by_seed), strict=True)])
         for key in by_seed[0]
@@ -98,7 +104,7 @@ def read_systems(seeds: list[dict], paths: list[str]) -> dict[tuple[str, str, st
 
 
 def compare(one: System, other: System, asked: list[int], seed: int) -> Comparison:
-    """Of the questions at the positions `asked`. On 0 to 100 but for p."""
+    """Return figures of the questions at the positions `asked`, from 0 to 100 (except p)."""
     found = paired_bootstrap([one.scores[n] for n in asked], [other.scores[n] for n in asked], seed)
     return Comparison(100 * found.difference, 100 * found.low, 100 * found.high, found.p)
 
@@ -147,7 +153,7 @@ def kind_table(systems: dict[tuple[str, str, str], System], best: str, kinds: li
 
 
 def choice_table(choices: list[dict]) -> str:
-    """Exact selections where every needed document is among those shown, of each seed's {model: {order: figures}}."""
+    """Return a table of exact selections if every needed document is shown; one {model: {order: figures}} per seed."""
     lines = []
     for model, orders in choices[0].items():
         for order in orders:
@@ -163,9 +169,9 @@ def choice_table(choices: list[dict]) -> str:
 
 
 def rounds_table(rounds: list[list[dict]]) -> str:
-    """What the rounds of scripts/iterate.sh rewarded and preferred, of each seed's rounds."""
+    """Return a table of the rewards and pairs of the rounds of scripts/iterate.sh; one list of rounds per seed."""
     lines = []
-    for number, of_round in enumerate(zip(*rounds, strict=False)):  # as many as the shortest has
+    for number, of_round in enumerate(zip(*rounds, strict=False)):  # the shortest list determines the number
         lines.append([str(number), *(form.format(mean(of_round, key)) if key in of_round[0] else "" for key, form in ROUND_COLUMNS.items())])
     return markdown_table(["round", "score on dev", *[*ROUND_COLUMNS][1:]], lines)
 
@@ -176,7 +182,8 @@ def main(argv=None):
     systems = read_systems(seeds, args.seeds)
     fixed = [selector for selector in FIXED if ("dpo", "retrieved", selector) in systems]
     if not fixed:
-        raise UserError(f"{args.seeds[0]}: has no answers of the dpo model with a fixed k; set SELECTORS to some of {', '.join(FIXED)}")
+        raise UserError(f"{args.seeds[0]}: contains no answers of the dpo model with a fixed k; set SELECTORS to some "
+                        f"of {', '.join(FIXED)}")
     best = max(fixed, key=lambda selector: systems["dpo", "retrieved", selector].score)
     kinds = [*seeds[0]["questions"].values()]
     compared = comparisons(systems, best, [*range(len(kinds))], args.bootstrap_seed)

@@ -1,12 +1,13 @@
-"""What one seed of experiments/evidence.sh comes to, in one small file: figures of every system, and its score on every question.
+"""Summarise one seed of experiments/evidence.sh in a small file: figures of every system, and its score for every
+question.
 
-The file holds no times and no paths, so the same seed gives the same bytes, and seeds that ran on different machines can be put
-into one table (experiments/evidence.py).
+The file contains no times or paths. The same seed therefore gives the same bytes, and seeds from different machines can
+be combined (experiments/evidence.py).
 
-Reads    RUN/results/SET_MODEL_SELECTOR.json            answers from the documents retrieved
+Reads    RUN/results/SET_MODEL_SELECTOR.json            answers from the retrieved documents
          RUN/results/SET_oracle_MODEL_SELECTOR.json     the same with every needed passage among the documents shown
-         RUN/results/SET_MODEL_choice.json              what is chosen of those, in the retriever's order and shuffled
-         RUN/rounds/rounds.json                         what was sampled, rewarded and preferred; each of the two where it is there
+         RUN/results/SET_MODEL_choice.json              selections from those, in the retriever's order and shuffled
+         RUN/rounds/rounds.json                         samples, rewards and pairs; the last two files are optional
 Writes   OUTPUT_FILE    {"questions": {id: kind}, "systems": [{"model", "selector", "shown", figures, "scores": [in the questions' order]}],
                         "choice": {model: {order: ...}}, "rounds": [figures of a round]}
 
@@ -27,8 +28,8 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError, log
 
 MODELS = ("sft", "dpo")
-SHOWN = {"retrieved": "", "all needed": "_oracle"}  # the documents shown -> what file names have after the set's
-# Figure of a round -> where it is found: the summary of a stage, then keys.
+SHOWN = {"retrieved": "", "all needed": "_oracle"}  # documents shown -> suffix of the set in file names
+# Figure of a round -> its source: the summary of a stage, then keys.
 ROUND = {
     "reward": ("reward", "reward", "mean"), "right": ("reward", "em", "mean"),
     "reward with right": ("reward", "reward", "correlation_with_em"), "reward with k": ("reward", "reward", "correlation_with_k"),
@@ -38,15 +39,15 @@ ROUND = {
 
 def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
-    parser.add_argument("--run", required=True, help="the folder of the seed")
+    parser.add_argument("--run", required=True, help="folder of the seed")
     parser.add_argument("--set", default="test", help="name of the evaluation set")
-    parser.add_argument("--output_file", required=True, help="the seed's figures")
+    parser.add_argument("--output_file", required=True, help="figures of the seed")
     parser.add_argument("--bootstrap_seed", type=int, default=42, help="seed of the intervals")
     return parser.parse_args(argv)
 
 
 def system_figures(path: Path, seed: int) -> tuple[dict, dict[str, float], dict[str, str]]:
-    """Of a result file: its figures on 0 to 100, the score of each question in [0, 1], and each question's kind."""
+    """Return, for a result file, its figures from 0 to 100, and by question the score in [0, 1] and the kind."""
     rows = list(result_rows(str(path), None, None, None))
     summary, scores = summarise(rows, None, "kind", seed, str(path))
     return {
@@ -57,30 +58,34 @@ def system_figures(path: Path, seed: int) -> tuple[dict, dict[str, float], dict[
 
 
 def all_systems(run: Path, name: str, seed: int) -> tuple[dict[str, str], list[dict]]:
-    """The questions' kinds, and every system there is. Raises UserError naming a file that is compared and missing, or asks others."""
+    """Return the questions' kinds and all systems.
+
+    Raises UserError naming a file that is missing or has other questions.
+    """
     questions: dict[str, str] = {}
     systems = []
     for model, shown, selector in ((model, shown, selector) for shown in SHOWN for model in MODELS for of, selector in NAMES if of == shown):
         path = run / f"results/{name}{SHOWN[shown]}_{model}_{selector}.json"
         if not path.is_file():
             if (model, shown, selector) in COMPARED:
-                raise UserError(f"{path}: is missing; run experiments/evidence.sh again, which does what is not done")
+                raise UserError(f"{path}: does not exist; run experiments/evidence.sh again, which continues")
             continue
         figures, scores, kinds = system_figures(path, seed)
         questions = questions or kinds
         if scores.keys() != questions.keys():
-            raise UserError(f"{path}: answers other questions than the run's other results; remove it and run experiments/evidence.sh again")
+            raise UserError(f"{path}: has other questions than the other results; remove it and run "
+                            "experiments/evidence.sh again")
         systems.append({"model": model, "selector": selector, "shown": shown, **figures, "scores": [scores[row_id] for row_id in questions]})
     return questions, systems
 
 
 def read_figures(path: Path) -> dict:
-    """A JSON file of the run; empty where there is none."""
+    """Read a JSON file of the run; empty if there is none."""
     return orjson.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def round_figures(summaries: dict) -> dict[str, float]:
-    """A round's score on the dev questions and the documents read, and, but for round 0, what was rewarded and preferred."""
+    """Return a round's dev score and documents, and, except for round 0, its rewards and pairs."""
     found = {"score": summaries["dev"]["score"], "documents": summaries["dev"]["documents"]}
     if "reward" in summaries:
         found |= {figure: functools.reduce(operator.getitem, keys, summaries) for figure, keys in ROUND.items()}

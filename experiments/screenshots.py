@@ -1,8 +1,8 @@
-"""Pictures of a report for docs/report.md: the page on a desktop and on a phone, and a case opened in its browser.
+"""Take pictures of a report for docs/report.md: the page on a desktop and on a phone, and a case in the case browser.
 
-Chromium is $CHROMIUM, or chromium, chromium-browser or google-chrome on the PATH; none is downloaded.
+Uses Chromium from $CHROMIUM, or chromium, chromium-browser or google-chrome on the PATH; nothing is downloaded.
 
-Reads    RESULTS_DIR/report/index.html           of scripts/report.sh
+Reads    RESULTS_DIR/report/index.html           written by scripts/report.sh
 Writes   docs/report_desktop.png                 1280 pixels wide
          docs/report_phone.png                   390 pixels wide, at twice the resolution
          docs/report_case.png                    the case browser, 1280 pixels wide
@@ -36,20 +36,20 @@ def parse_args(argv=None):
 
 
 def find_chromium() -> str:
-    """The browser's path. Raises UserError where there is none."""
+    """Return the path of the browser. Raises UserError if there is none."""
     if given := os.environ.get("CHROMIUM"):
         if not shutil.which(given):
-            raise UserError(f"CHROMIUM={given}: no such program")
+            raise UserError(f"CHROMIUM={given}: no such program; correct the variable")
         return shutil.which(given)
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         if found := shutil.which(name):
             return found
-    raise UserError("no Chromium found; install one (apt-get install chromium, say), or name its program in CHROMIUM")
+    raise UserError("no Chromium found; install one (for example with apt-get install chromium), or set CHROMIUM")
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
+    """Start a headless Chromium."""
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
         try:
@@ -59,7 +59,7 @@ def browser() -> Iterator[Browser]:
 
 
 def open_page(started: Browser, path: str, width: int, height: int, scale: float = 1) -> Page:
-    """The report, as light as on paper, in a window of CSS pixels; `path` may end in #case-ID."""
+    """Open the report in light mode, in a window of the given CSS pixels. `path` may end in #case-ID."""
     name, _, fragment = path.partition("#")
     page = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="light")
     page.goto(Path(name).resolve().as_uri() + (f"#{fragment}" if fragment else ""))
@@ -69,7 +69,7 @@ def open_page(started: Browser, path: str, width: int, height: int, scale: float
 def main(argv=None):
     args = parse_args(argv)
     if not Path(args.page).is_file():
-        raise UserError(f"{args.page}: no such file; make it with: bash scripts/report.sh RESULTS_DIR")
+        raise UserError(f"{args.page}: no such file; create it with bash scripts/report.sh RESULTS_DIR")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with browser() as started:
@@ -77,13 +77,13 @@ def main(argv=None):
         open_page(started, args.page, 390, 844, scale=2).screenshot(path=folder / "report_phone.png")
         page = open_page(started, f"{args.page}#case-{args.case}" if args.case else args.page, 1280, 1500)
         if page.locator("#case-detail").count() == 0:
-            raise UserError(f"{args.page}: has no cases; make it anew without --cases 0")
+            raise UserError(f"{args.page}: contains no cases; create it again without --cases 0")
         if not args.case:
             page.locator("#filter-disagree").check()
         page.mouse.move(0, 0)
         page.evaluate("document.getElementById('cases').scrollIntoView()")
         page.screenshot(path=folder / "report_case.png")
-    log.info("pictures in %s", folder)
+    log.info("the pictures are in %s", folder)
 
 
 if __name__ == "__main__":

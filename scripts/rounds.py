@@ -1,9 +1,9 @@
-"""One table of all rounds of scripts/iterate.sh: what was sampled, rewarded and preferred, and the score on held-out questions.
+"""Write one table of all rounds of scripts/iterate.sh: sampling, reward, pairs, and the score on held-out questions.
 
-Reads    ROUNDS_DIR/N/                 the manifests of sampling, reward and pairs, and results/dev.metrics.json; round 0 is the SFT model
+Reads    ROUNDS_DIR/N/                 manifests of sampling, reward and pairs, and results/dev.metrics.json; 0: SFT
 Writes   ROUNDS_DIR/rounds.md          the table
-         ROUNDS_DIR/rounds.json        the same figures, and the stages' whole summaries
-         ROUNDS_DIR/best               the number of the round of highest score, the earliest of equals
+         ROUNDS_DIR/rounds.json        the same numbers, and the stages' complete summaries
+         ROUNDS_DIR/best               the number of the round with the highest score; the earliest if several are equal
 
     python scripts/rounds.py --rounds_dir runs/demo_default/rounds --last 3 --model smollm2_135m
 """
@@ -20,7 +20,7 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
 
-# Column, where it is found (the summary of a stage, then keys), and how it is shown.
+# Column, its source (the summary of a stage, then keys), and its format.
 COLUMNS = (
     ("score", ("dev", "score"), "{:.1f}"), ("low", ("dev", "low"), "{:.1f}"), ("high", ("dev", "high"), "{:.1f}"),
     ("documents", ("dev", "documents"), "{:.2f}"), ("None", ("dev", "none_share"), "{:.2f}"),
@@ -35,12 +35,13 @@ def parse_args(argv=None):
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--rounds_dir", required=True, help="folder of the rounds")
     parser.add_argument("--last", type=int, required=True, help="number of the last round to compare")
-    parser.add_argument("--model", required=True, help="MODEL of the settings file, which the stages' files are named after")
+    parser.add_argument("--model", required=True,
+                        help="MODEL of the settings file, as in the names of the stages' files")
     return parser.parse_args(argv)
 
 
 def read_round(folder: Path, model: str) -> dict[str, dict]:
-    """The summaries of a round's stages. Raises UserError where one has not finished."""
+    """Return the summaries of a round's stages. Raises UserError if one has not finished."""
     outputs = {
         "sampling": folder / "results/training_data_dpo_sampling.json",
         "reward": folder / f"training_data/{model}_output_dpo.jsonl",
@@ -51,27 +52,31 @@ def read_round(folder: Path, model: str) -> dict[str, dict]:
         manifest = read_manifest(path)
         if manifest is None:
             raise UserError(f"{path}: is not finished; run scripts/iterate.sh again")
-        found[name] = manifest.get("summary") or summarise_selections(read_rows(path))  # sampled in shards, it has none
+        # Sharded sampling has no summary
+        found[name] = manifest.get("summary") or summarise_selections(read_rows(path))
     metrics = folder / "results/dev.metrics.json"
     if not metrics.is_file():
-        raise UserError(f"{metrics}: is missing; run scripts/iterate.sh again")
+            raise UserError(f"{metrics}: does not exist; run scripts/iterate.sh again")
     try:
         [found["dev"]] = orjson.loads(metrics.read_bytes())["results"].values()
         float(found["dev"]["score"])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{metrics}: not what evaluate.py writes ({error!r}); remove it and run scripts/iterate.sh again") from error
+            raise UserError(f"{metrics}: not written by evaluate.py ({error!r}); remove it and run scripts/iterate.sh "
+                            "again") from error
     return found
 
 
 def figure(summaries: dict, keys: tuple[str, ...]) -> float | None:
-    """The figure under `keys`, or None where the round has none."""
+    """Return the figure under `keys`; None if the round has none."""
     for key in keys:
         summaries = summaries.get(key) if isinstance(summaries, dict) else None
     return summaries
 
 
 def best_round(scores: list[float]) -> int:
-    """The number of the round of highest score, the earliest of equals: a longer training has to earn its keep."""
+    """Return the number of the round with the highest score; of equal rounds the earliest, because it needs least
+    training.
+    """
     return max(range(len(scores)), key=lambda number: (scores[number], -number))
 
 

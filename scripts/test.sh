@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Set up, then run all tests: lint, types, units, and the whole chain on tiny models through the real engine and trainer.
+#     bash scripts/test.sh                       all tests
+#     bash scripts/test.sh --fast                lint, types, and the tests that start neither an engine nor a trainer
 #     bash scripts/test.sh [pytest arguments]
+#     FULL=1 bash scripts/test.sh                every malformed file on every stage, not a few of them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -13,5 +16,9 @@ fi
 .venv/bin/pyright
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # All of them: one process per core, a file at a time, since the tests of a file share the models they make.
-(($#)) || set -- --numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder
+parallel=(--numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder)
+case ${1:-} in
+    "") set -- "${parallel[@]}" ;;
+    --fast) set -- "${parallel[@]}" -m "not slow" "${@:2}" ;;
+esac
 .venv/bin/python -m pytest "$@"

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-# Stages that only score: every row counts, and measures are written anew, so they have neither --on_error nor --overwrite.
+# Stages that only score: every row counts, and measures are always rewritten, so they have neither --on_error nor --overwrite.
 SCORERS = ("evaluate", "evaluate_retrieval")
 WORDS = (
     "river mountain country population export import capital border area climate oil gas farming religion language "

@@ -15,6 +15,7 @@ import evaluate
 import evaluate_retrieval
 import inference
 import top_inference
+from dynamicrag.evaluation import results as result_files
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.llm.engine import Completion
 from dynamicrag.llm.requests import Caller, work_on_fitting
@@ -493,7 +494,7 @@ def test_reading_shows_a_rate_and_how_many_rows_there_will_be(capsys):
 
 def test_the_questions_asked_are_read_once_for_all_runs(monkeypatch):
     read = []
-    monkeypatch.setattr(evaluate, "read_rows", lambda path, *args, real=evaluate.read_rows, **more: (read.append(path), real(path, *args, **more))[1])
+    monkeypatch.setattr(result_files, "read_rows", lambda path, *args, real=result_files.read_rows, **more: (read.append(path), real(path, *args, **more))[1])
     write("a.json", RIGHT), write("b.json", RIGHT), write("c.json", RIGHT)
     run("a.json", "b.json", "c.json", eval_file=ask(6))
     assert sorted(map(str, read)) == ["a.json", "asked.jsonl", "b.json", "c.json"]

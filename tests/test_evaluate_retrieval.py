@@ -659,7 +659,7 @@ def test_run_file_is_of_one_file_of_rows_and_no_output_replaces_an_input():
     write_jsonl(Path("r.jsonl"), [make_row(1, gold_docs=["a"])])
     Path("x.run").write_text(GOOD_LINE)
     before = Path("r.jsonl").read_bytes()
-    assert refused("r.jsonl", "r.jsonl", run_file="y.run").startswith("--run_file ")
+    assert refused("r.jsonl", "r.jsonl", run_file="y.run").startswith("--run_file: ")
     assert re.match(at("x.run", "--run_file"), refused("x.run", run_file="y.run", eval_file="r.jsonl"))
     for flag in ("output_file", "run_file", "table_file"):
         assert refused("r.jsonl", **{flag: "./r.jsonl"}).startswith("./r.jsonl: ")

@@ -1,4 +1,4 @@
-"""dynamicrag/evaluation/metrics.py against public references: rouge-score as it comes, and the published formulae written down anew.
+"""dynamicrag/evaluation/metrics.py against public references: rouge-score as it comes, and the published formulae written down again.
 
 Each metric is compared on some thousand pairs of a response and a gold answer, seeded: mutations of one another and
 unrelated ones, of texts chosen to be awkward. Where ours differs from the reference on purpose, the test says which pairs

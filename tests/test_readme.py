@@ -16,7 +16,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-FOLDERS = "scripts|recipes|configs|template|docs|dynamicrag|examples|tests|benchmarks"
+FOLDERS = "scripts|recipes|configs|template|docs|dynamicrag|examples|tests|benchmarks|experiments"
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|png|py|md|json)\b")
 # Flags that no file here has: argparse's own, vLLM's, and the one of which docs/security.md says why it is not there.
 FOREIGN_FLAGS = {"--help", "--structured-outputs-config", "--untrusted"}

@@ -134,7 +134,7 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "b", questions(), "top:2", model="x/sft")
     finish_run(results, "c", questions(), model="x/sft", reranker="other/chooser")
     finish_run(results, "d", questions(), model="x/sft", reranker="other/chooser", prompts="mine.yaml")
-    finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made anew
+    finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made again
     read = reading.read_systems(results, None, 1)
     assert [(one.path.stem, one.evaluation_set) for one in read] == [("b", "test"), ("c", "test"), ("d", "test"), ("a", "test"), ("e", "test (2)")]
     called = [("sft · top 2",), ("sft · dynamic", "chooser", "(c)"), ("sft · dynamic", "chooser", "(d)"), ("dpo · dynamic",), ("dpo · dynamic",)]

@@ -377,12 +377,12 @@ WEIGHTS = ["em=1", "em=.2,bert=.2,rouge=.2,length=.2,judge=.2", "rouge=.5,length
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_reweighting_is_the_same_as_computing_anew(weights, encoder_dir, monkeypatch):
     flags = ["--bert_model", str(encoder_dir), "--device", "cpu"]
-    anew = reward(ROWS, *flags, "--weights", weights)
+    rewarded = reward(ROWS, *flags, "--weights", weights)
     reward(ROWS, *flags)
     for name in ("BertScore", "Judge", "rouge_l", "correctness"):
         monkeypatch.setattr(reward_trajectories, name, None)  # no term is computed
     again = reweight("--weights", weights)
-    assert [row["response_scores"] for row in again] == [pytest.approx(row["response_scores"], abs=1e-6) for row in anew]
+    assert [row["response_scores"] for row in again] == [pytest.approx(row["response_scores"], abs=1e-6) for row in rewarded]
 
 
 @given(

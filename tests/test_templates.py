@@ -20,7 +20,6 @@ from dynamicrag.stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
-REAL_SMOLLM2 = ROOT / "models" / "smollm2-135m"
 
 # In .venv-train. Arguments: cases.json (name -> [template, tokenizer folder, trained folder]), rows.json, dataset_info
 # folder, output. A trained folder gets the tokenizer as LLaMA-Factory would save it beside the weights.
@@ -149,6 +148,14 @@ def conversations() -> list[list[dict]]:
     ]
 
 
+def save_real_smollm2(folder: Path) -> None:
+    """Save the tokenizer of the real SmolLM2, which the demo unpacks from its package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples/factbook")
+        import models
+    models.chat_tokenizer().save_pretrained(folder)
+
+
 ANSWERS = [("[1], [2]", "None"), ("None", "[1]"), ("the Nile", "São Tomé 河"), (" 42 ", "forty\ntwo")]
 
 
@@ -160,11 +167,11 @@ def parity(tmp_path_factory):
     folder = tmp_path_factory.mktemp("templates")
     cases = {}
     for name, template in CASES.items():
-        source = REAL_SMOLLM2 if name == "smollm2_real" else folder / name
-        if name != "smollm2_real":
+        source = folder / name
+        if name == "smollm2_real":
+            save_real_smollm2(source)
+        else:
             save_tokenizer(name, source)
-        elif not source.is_dir():
-            continue
         cases[name] = [template, str(source), str(folder / f"{name}_trained")]
     rows = {"sft": [], "dpo": []}
     for messages, (good, bad) in zip(conversations(), ANSWERS, strict=True):
@@ -188,8 +195,6 @@ def case(request, parity):
     from transformers import AutoTokenizer
 
     encoded, trained = parity
-    if request.param not in encoded:
-        pytest.skip("no models/smollm2-135m")
     template = read_template(str(ROOT / "template" / f"{CASES[request.param]}.jinja"))
     return PromptTokenizer(AutoTokenizer.from_pretrained(trained[request.param]), template), encoded[request.param]
 

@@ -1,4 +1,6 @@
-"""What scripts/gpu_check.sh runs: every check that needs a GPU, on a machine with one GPU, torch and transformers, without network.
+"""The checks of scripts/gpu_check.sh: everything that needs a GPU, for a machine with one GPU, torch and transformers,
+offline.
 
-A part is a function of a Run. It notes figures, and it fails when one of its cases raises. __main__.py runs the parts.
+A part is a function that takes a Run. It records figures, and it fails if one of its cases raises an exception.
+__main__.py runs the parts.
 """

@@ -1,11 +1,11 @@
-"""Run the parts of the check, each in a process of its own with a limit, within --minutes in all.
+"""Run the parts of the check, each in its own process with a time limit, within --minutes in total.
 
-Reads    --wheels DIR               wheels to install first, without network: DIR/1 for the pipeline, DIR/2 for training
-Writes   OUTPUT/gpu_check.jsonl     a line a part, at once: name, status, seconds, figures
-         OUTPUT/gpu_check.md        the newest line of every part as a table
-         OUTPUT/gpu_check.log       what the parts printed
+Reads    --wheels DIR               wheels to install first, offline: DIR/1 for the pipeline, DIR/2 for training
+Writes   OUTPUT/gpu_check.jsonl     one line per part, written at once: name, status, seconds, figures
+         OUTPUT/gpu_check.md        a table with the latest line of every part
+         OUTPUT/gpu_check.log       the output of the parts
 
-Exit status 1 when a part failed. A part that needs what is absent is skipped by name.
+The exit status is 1 if a part failed. A part whose requirements are missing is skipped and named.
 
     bash scripts/gpu_check.sh --minutes 9
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from gpu_check.part import ROOT, Run, execute, record_of
 
-# In the order of importance: module, function, and seconds at most of a check of nine minutes. What one does not use, later ones may.
+# In order of importance: module, function, and maximum seconds in a check of nine minutes. Later parts may use unused
+# time.
 PARTS = {
     "versions": ("machine", "versions", 60),
     "tests": ("machine", "tests", 75),
@@ -36,18 +37,18 @@ PARTS = {
     "dpo_memory": ("training", "dpo_memory", 50),
     "vllm": ("engine", "vllm", 90),
 }
-LEAST = 8  # no part starts with fewer seconds left
-CLOSING = 6  # seconds kept for the last part's end and the table
+LEAST = 8  # minimum seconds that must remain to start a part
+CLOSING = 6  # seconds reserved for the end of the last part and the table
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=9, help="of the whole check, at most (9)")
-    parser.add_argument("--dry", action="store_true", help="every part at toy size on the CPU")
-    parser.add_argument("--wheels", metavar="DIR", help="folder that --pack made")
+    parser.add_argument("--minutes", type=float, default=9, help="maximum duration of the whole check (9)")
+    parser.add_argument("--dry", action="store_true", help="run every part on the CPU in a small size")
+    parser.add_argument("--wheels", metavar="DIR", help="folder created by --pack")
     parser.add_argument("--output", metavar="DIR", default="runs/gpu_check", help="folder of the results (runs/gpu_check)")
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, help="these parts alone")
-    parser.add_argument("--list", action="store_true", help="name the parts and end")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, help="run only these parts")
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--began", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--part", nargs=2, metavar=("NAME", "NOTES"), help=argparse.SUPPRESS)  # one part, in this process
     parser.add_argument("--until", type=float, default=None, help=argparse.SUPPRESS)
@@ -55,7 +56,10 @@ def parse_args(argv=None):
 
 
 def install(wheels: Path, into: Path, log) -> dict[str, str]:
-    """The wheels of DIR/1 and DIR/2 as folders for PYTHONPATH. One that cannot be installed is said; the parts that need it are skipped."""
+    """Install the wheels of DIR/1 and DIR/2 into folders for PYTHONPATH.
+
+    A failure is printed, and parts that need them are skipped.
+    """
     folders = {}
     for name, piece in (("pipeline", "1"), ("training", "2")):
         files = sorted(map(str, (wheels / piece).glob("*.whl")))
@@ -75,7 +79,7 @@ def install(wheels: Path, into: Path, log) -> dict[str, str]:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it: torchrun's workers are in no group of ours."""
+    """Return a process and all its descendants. torchrun's workers are in process groups of their own."""
     try:
         children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     except (OSError, ValueError):
@@ -93,7 +97,10 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run_part(name: str, limit: float, args, wheels: dict, log) -> dict:
-    """The record of a part that ran in a process of its own. It is ended at its limit, and keeps the figures it has by then."""
+    """Run a part in its own process and return its record.
+
+    A part that reaches its limit keeps the figures recorded so far.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
         notes = Path(folder) / "notes.jsonl"
@@ -175,7 +182,7 @@ def main(argv=None) -> int:
                     share = left * PARTS[name][2] / sum(PARTS[other][2] for other in chosen[chosen.index(name) :])
                     limit = left if args.dry else min(max(PARTS[name][2] * args.minutes / 9, share), left)
                     record = run_part(name, limit, args, wheels, log)
-                except Exception as error:  # whatever happens in one part, the next one runs
+                except Exception as error:  # an error in one part does not stop the next one
                     record = {"name": name, "status": "failed", "seconds": 0, "reason": "", "failures": [f"{type(error).__name__}: {error}"],
                               "skipped_cases": {}, "figures": {}}
             newest[name] = record
@@ -190,7 +197,7 @@ def main(argv=None) -> int:
 
 
 def child(args) -> int:
-    """One part in this process; its record is the last line of the notes."""
+    """Run one part in this process. Its record is the last line of the notes."""
     name, notes = args.part[0], Path(args.part[1])
     module, function, _ = PARTS[name]
     with tempfile.TemporaryDirectory(prefix=f"gpu_check_{name}_", ignore_cleanup_errors=True) as folder:

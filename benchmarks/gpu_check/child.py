@@ -1,4 +1,4 @@
-"""Run by the part `fork`: ask for CUDA here, then use it in a child process that was started by fork or by spawn."""
+"""Script of the part `fork`: query CUDA here, then use it in a child process started with fork or spawn."""
 
 import multiprocessing
 import os

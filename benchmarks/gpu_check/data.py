@@ -1,4 +1,4 @@
-"""Made-up vectors, texts, tokenizers and models of random weights, made on the spot: nothing is downloaded."""
+"""Artificial vectors and texts, and tokenizers and models with random weights. Nothing is downloaded."""
 
 import math
 import random
@@ -10,7 +10,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def words(count: int, seed: int = 0) -> list[str]:
-    """Distinct words of two to four syllables."""
+    """Return distinct words of two to four syllables."""
     rng, made = random.Random(seed), {}
     while len(made) < count:
         made["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4)))] = None
@@ -18,7 +18,7 @@ def words(count: int, seed: int = 0) -> list[str]:
 
 
 def texts(count: int, length: int, seed: int = 0) -> list[str]:
-    """Texts of about `length` words whose frequencies fall as in English; one in ten words is in no vocabulary."""
+    """Return texts of about `length` words with word frequencies as in English. One word in ten is in no vocabulary."""
     rng, known = random.Random(seed), words(20_000)
     weights = list(accumulate(1 / (rank + 10) for rank in range(len(known))))
     made = []
@@ -47,7 +47,7 @@ def t5_tokenizer(size: int):
 
 
 def random_model(kind: type, config: object, device: str):
-    """A model of random weights, drawn on the device: on a CPU a T5-base takes seconds."""
+    """Return a model with random weights, initialised on the device, because a T5-base takes seconds on a CPU."""
     import torch
 
     with torch.device(device):
@@ -61,9 +61,9 @@ def saved(folder: Path, model: object, tokenizer: object) -> Path:
 
 
 def bert_config(dry: bool, vocabulary: int, large: bool = False, **more):
-    """The shape of BERT-base or BERT-large; in a dry run two layers of width 64.
+    """Return the shape of BERT-base or BERT-large; in a dry run two layers of width 64.
 
-    With weights of the usual size all texts are alike to a random model: wider ones tell them apart.
+    With initial weights of the usual size, all texts look alike to a random model. Larger weights separate them.
     """
     from transformers import BertConfig
 
@@ -73,7 +73,7 @@ def bert_config(dry: bool, vocabulary: int, large: bool = False, **more):
 
 
 def passage_vectors(count: int, width: int, device: str, seed: int = 0):
-    """float16 tensor [count, width] of length 1: passages about topics, as measure.vectors_like_passages, made on the device."""
+    """Return unit vectors, a float16 tensor [count, width], clustered by topic like measure.vectors_like_passages."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,7 +93,7 @@ def passage_vectors(count: int, width: int, device: str, seed: int = 0):
 
 
 def questions_about(vectors, count: int, seed: int = 1):
-    """float32 tensor [count, width] of length 1, each with a cosine of about 0.7 to one of the vectors."""
+    """Return unit vectors, a float32 tensor [count, width], each with a cosine of about 0.7 to one of the vectors."""
     import torch
 
     generator = torch.Generator(vectors.device).manual_seed(seed)

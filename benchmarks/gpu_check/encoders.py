@@ -1,4 +1,4 @@
-"""Parts about the encoders: the dense one, the two kinds of reranker, and BERTScore, on models of random weights."""
+"""Parts about encoders: the dense encoder, two kinds of reranker, and BERTScore, on models with random weights."""
 
 import os
 import time
@@ -11,12 +11,12 @@ from gpu_check.part import Run, needs
 
 def _timed(function):
     began = time.perf_counter()
-    result = function()  # its result is on the host
+    result = function()  # the result is on the host
     return result, time.perf_counter() - began
 
 
 def _peak(device: str) -> dict:
-    """Most GPU memory since the last call."""
+    """Return the maximum GPU memory used since the last call."""
     if device == "cpu":
         return {}
     import torch
@@ -30,7 +30,7 @@ def _peak(device: str) -> dict:
 
 
 def encoder(run: Run) -> None:
-    """A BERT-base: bfloat16 on the GPU against float32 on the CPU, and how much of its time goes into the tokenizer."""
+    """Check a BERT-base: bfloat16 on the GPU against float32 on the CPU, and the tokenizer's share of the time."""
     import torch
     from transformers import BertModel
 
@@ -74,7 +74,7 @@ def encoder(run: Run) -> None:
                 "tokenizer_ms_a_passage": round(1000 * tokenizing / len(passages), 3), "tokens_a_passage": round(fast.seen_tokens / len(passages)),
                 "padding": round(fast.padded_tokens / fast.seen_tokens, 3), **_peak(device)}
 
-    fast.encode(passages[:2048])  # warms up
+    fast.encode(passages[:2048])  # warm-up
     for parallel in ("false", "true"):
         for batch_tokens in (None,) if run.dry else (None, 65_536):
             run.case(f"TOKENIZERS_PARALLELISM={parallel}, batch_tokens {batch_tokens or 'default'}", throughput, parallel, batch_tokens)
@@ -84,7 +84,8 @@ def encoder(run: Run) -> None:
 
 
 def reranker(run: Run) -> None:
-    """A T5-base and a BERT-base: what MonoT5 and CrossEncoder compute against the model's own forward; documents a second."""
+    """Check a T5-base and a BERT-base: MonoT5 and CrossEncoder against the model's own forward; documents per second.
+    """
     device = run.device
     questions, documents = data.texts(8, 9, seed=2), data.texts(12 if run.dry else 64, 20 if run.dry else 90, seed=3)
     pairs = [(questions[number % 8] + "?", text) for number, text in enumerate(documents)]
@@ -98,7 +99,7 @@ def reranker(run: Run) -> None:
     more = [(questions[number % 8] + "?", text) for number, text in enumerate(data.texts(24 if run.dry else 4096, 20 if run.dry else 130, seed=4))]
     for name, folder in kept.items():
         for batch_tokens in (2048,) if run.dry else (16_384, 65_536):
-            run.case(f"{name}, {batch_tokens} tokens a batch", _throughput, folder, more, batch_tokens, device)
+            run.case(f"{name}, {batch_tokens} tokens per batch", _throughput, folder, more, batch_tokens, device)
 
 
 def _batch(model, pairs, rows: slice):
@@ -125,7 +126,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
         scale_decoder_outputs=scaled, tie_word_embeddings=scaled,
     )
     made = data.random_model(T5ForConditionalGeneration, config, device)
-    if not scaled:  # else the logits are so far apart that every probability is 0 or 1
+    if not scaled:  # otherwise the logits are so far apart that every probability is 0 or 1
         with torch.no_grad():
             made.lm_head.weight.mul_(width**-0.5)
     folder = data.saved(run.folder / f"monot5_{gated}_{scaled}", made, tokenizer)
@@ -150,7 +151,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     assert spread > 0.005, f"the model does not tell documents apart: {spread}"
     for against, difference in found["float32"].items():
         assert difference < 1e-4, f"float32, {against}: {difference}"
-    for against, difference in found["bfloat16"].items():  # hardly worse than bfloat16 itself
+    for against, difference in found["bfloat16"].items():  # not much worse than bfloat16 itself
         assert difference < min(max(2e-2, 2 * precision), 0.1), f"bfloat16, {against}: {difference}; the precision itself: {precision}"
     return {**{f"{dtype} {against}": f"{value:.1e}" for dtype, values in found.items() for against, value in values.items()},
             "bfloat16 itself": f"{precision:.1e}", "spread": round(spread, 3)}
@@ -208,7 +209,7 @@ def _throughput(folder, pairs, batch_tokens: int, device: str) -> dict:
 
 
 def bertscore(run: Run) -> None:
-    """A BERT-large: the GPU against the CPU, a pair alone against all together, pairs a second."""
+    """Check a BERT-large: GPU against CPU, single pairs against all pairs together, pairs per second."""
     needs("bert_score")
     import torch
     from transformers import BertModel

@@ -1,4 +1,4 @@
-"""The part about the LLM engine: it starts, answers one batch, and leaves no GPU memory taken."""
+"""The part about the LLM engine: it starts, answers a batch, and frees all GPU memory."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def _engine(run: Run) -> dict:
 
 
 def _used() -> int:
-    """MiB of the GPU's memory that are taken."""
+    """Return the used GPU memory in MiB."""
     return int(subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30).stdout.split()[0])
 
 
 def main(model: Path) -> None:
-    """In a process of its own: start the engine, and ask for the same batch twice."""
+    """Start the engine in this process and request the same batch twice."""
     import re
 
     from dynamicrag.llm.engine import Request, VllmEngine
@@ -58,7 +58,7 @@ def main(model: Path) -> None:
     asked = [Request([{"role": "user", "content": text}], seed=number, max_tokens=16, n=8, temperature=1.0) for number, text in enumerate(data.texts(16, 20))]
     chosen = [Request([{"role": "user", "content": text}], seed=number, max_tokens=8, pattern=CHOICE) for number, text in enumerate(data.texts(16, 20))]
     first, second = engine.complete(asked + chosen), engine.complete(asked + chosen)
-    assert all(len(completion.texts) == 8 for completion in first[:16]), "not 8 samples a request"
+    assert all(len(completion.texts) == 8 for completion in first[:16]), "expected 8 samples per request"
     assert any(len(set(completion.texts)) > 1 for completion in first[:16]), "all samples of every request are the same"
     outside = [text for completion in first[16:] for text in completion.texts if not re.fullmatch(CHOICE, text)]
     assert not outside, f"outside the pattern: {outside[:3]}"

@@ -1,4 +1,4 @@
-"""Parts about the machine: what is installed, the tests that have cases for a GPU, and CUDA in a child process."""
+"""Parts about the machine: installed packages, tests with GPU cases, and CUDA in a child process."""
 
 import importlib.metadata
 import json
@@ -13,7 +13,7 @@ from gpu_check.part import ROOT, Run, Skipped, needs
 PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "datasets", "bert-score", "vllm", "faiss-gpu")
 OF_TRAINING = ("llamafactory", "transformers", "trl", "accelerate", "peft", "deepspeed")
 TESTS = ("tests/test_flat.py", "tests/test_reranker.py")
-# In a dry run: a few tests of each file.
+# Selection of tests for a dry run.
 FEW = "ties or labels or no_probability"
 
 
@@ -54,7 +54,7 @@ def _device(run: Run) -> dict:
 
 
 def tests(run: Run) -> None:
-    """The tests of the search and of the reranker; on a GPU those of the search have cases for it."""
+    """Run the tests of search and reranker. On a GPU, the search tests have additional cases."""
     device = run.device
     for name in TESTS:
         run.case(name, _pytest, run, name)
@@ -86,7 +86,7 @@ def _pytest(run: Run, name: str) -> dict:
 
 
 def fork(run: Run) -> None:
-    """CUDA in a child: torch.cuda.is_available() in the parent poisons fork, unless it is answered by NVML."""
+    """Check CUDA in a child process: torch.cuda.is_available() in the parent breaks fork, unless NVML answers it."""
     run.case("D environment of prepare_vllm", _prepared)
     if run.device == "cpu":
         raise Skipped("a machine without a GPU has no CUDA to poison")
@@ -103,7 +103,8 @@ def _clean(more: dict) -> dict:
 
 
 def _prepared() -> dict:
-    """prepare_vllm() in a process of its own: whether it takes the CPU, and what it leaves in the environment."""
+    """Call prepare_vllm() in a separate process. Returns whether it chooses the CPU, and the environment that it sets.
+    """
     needs("vllm")
     code = ("import os, json; from dynamicrag.llm.engine import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
             "print(json.dumps([on_cpu, torch.cuda.is_available(), os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK'), "

@@ -1,4 +1,4 @@
-"""One part of the check: its cases, its figures, and what it says when something is wrong or absent."""
+"""A part of the check: its cases, its figures, and its failures and skipped cases."""
 
 import json
 import time
@@ -9,22 +9,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST_SECONDS = 4  # no case starts with less time than this
+LEAST_SECONDS = 4  # minimum seconds that must remain to start a case
 
 
 class Skipped(Exception):
-    """The reason why a part or a case cannot run here."""
+    """Raised if a part or case cannot run here; the message is the reason."""
 
 
 @dataclass
 class Run:
-    """What a part is given. `until` is the end of its time, in seconds of time.monotonic()."""
+    """The context of a part. `until` is the end of its time, in seconds of time.monotonic()."""
 
-    folder: Path  # for its files; removed afterwards
+    folder: Path  # temporary folder of the part
     dry: bool = False
     until: float = float("inf")
-    notes: Path | None = None  # every figure is written there at once, so that a part ended by its limit keeps those it has
-    wheels: dict[str, str] = field(default_factory=dict)  # folders of installed wheels: "pipeline", "training"
+    notes: Path | None = None  # file for figures, written at once, so that a part that reaches its limit keeps them
+    wheels: dict[str, str] = field(default_factory=dict)  # folders of installed wheels: "pipeline" and "training"
     figures: dict = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """cpu in a dry run, else cuda. Raises Skipped when there is no GPU."""
+        """Return cpu in a dry run, otherwise cuda. Raises Skipped without a GPU."""
         import torch
 
         if self.dry:
@@ -48,7 +48,7 @@ class Run:
         self._keep("figures", figures)
 
     def case(self, name: str, function: Callable[..., dict | None], *given: object) -> None:
-        """Run one case and note the figures it returns under its name. What it raises is kept, and the next case runs."""
+        """Run one case and record the figures that it returns. An exception is recorded, and the next case runs."""
         began = time.monotonic()
         try:
             if self.left() < LEAST_SECONDS:
@@ -73,14 +73,14 @@ class Run:
 
 
 def needs(*packages: str) -> None:
-    """Raises Skipped when a package is absent."""
+    """Raise Skipped if a package is missing."""
     absent = [package for package in packages if find_spec(package) is None]
     if absent:
         raise Skipped(f"{', '.join(absent)} not installed")
 
 
 def execute(part: Callable[[Run], None], run: Run) -> dict:
-    """The record of a part: status ok, failed or skipped, its figures, and what was wrong or left out."""
+    """Run a part and return its record: status (ok, failed or skipped), figures, failures and skipped cases."""
     began = time.monotonic()
     reason = ""
     try:

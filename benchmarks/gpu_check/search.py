@@ -1,4 +1,4 @@
-"""Parts about exact search: the same results as brute force in float64, and where its time goes."""
+"""Parts about exact search: the results equal those of brute force in float64; the time of each step."""
 
 import time
 from contextlib import ExitStack, contextmanager
@@ -10,14 +10,14 @@ from gpu_check.data import passage_vectors, questions_about
 from gpu_check.part import Run, Skipped
 
 KS = (1, 50, 500)
-CHUNK = 65_536  # vectors that the brute force compares at once
+CHUNK = 65_536  # vectors per step of the brute-force comparison
 
 
 # ---------------------------------------------------------------- exactness
 
 
 def exactness(run: Run) -> None:
-    """ExactIndex against brute force: equal positions, equal bits."""
+    """Check ExactIndex against brute force: equal positions and equal bits."""
     import torch
 
     device = run.device
@@ -61,10 +61,10 @@ def exactness(run: Run) -> None:
 
 
 def check_exact(vectors, queries, device: str, ks, cuts=(), devices=None, flat_settings=None) -> dict:
-    """Search `vectors` (a tensor), and compare with brute force for every k. Raises AssertionError on a difference.
+    """Search `vectors` (a tensor) and compare with brute force for every k. Raises AssertionError for a difference.
 
-    Sums in float64 depend on their order in the last digits, so a position or a bit may differ when two float64 scores
-    are equal to 1e-12, or when one lies between two floats; how many do is in the figures.
+    The last digits of float64 sums depend on their order. A position or a bit may therefore differ if two float64
+    scores agree to 1e-12, or if a score lies between two floats. The figures include the number of such cases.
     """
     import torch
 
@@ -95,7 +95,7 @@ def check_exact(vectors, queries, device: str, ks, cuts=(), devices=None, flat_s
 
 
 def brute_force(vectors, queries, k: int):
-    """float64 scores [n, count], and the k best as float32 scores and positions; equal scores by position."""
+    """Return float64 scores [n, count], and the k best as float32 scores and positions; equal scores by position."""
     import torch
 
     exact = torch.empty(len(queries), len(vectors), dtype=torch.float64, device=queries.device)
@@ -110,7 +110,7 @@ def brute_force(vectors, queries, k: int):
 
 
 def _spacing(scores):
-    """Distance to the next float32, in float64."""
+    """Return the distance to the next float32, as float64."""
     import torch
 
     magnitude = scores.abs()
@@ -126,7 +126,7 @@ def _settings(module, values: dict):
 
 
 def _not_finite(made, asked: int, device: str, small: dict) -> dict:
-    """NaN, infinity and a length beyond float32, each in the last block: the error names the position."""
+    """Check that the error names the position of NaN and infinity in the last block."""
     from dynamicrag.search import exact
     from dynamicrag.search.inner_products import NotFiniteError
 
@@ -145,7 +145,7 @@ def _not_finite(made, asked: int, device: str, small: dict) -> dict:
 
 
 def _streamed(made, asked: int, device: str, small: dict) -> dict:
-    """With half of the blocks on the host: the same result."""
+    """Check that the result is the same with half of the blocks on the host."""
     if device == "cpu":
         raise Skipped("a CPU maps its vectors; nothing is sent")
     import torch
@@ -171,7 +171,7 @@ def _streamed(made, asked: int, device: str, small: dict) -> dict:
 
 
 def speed(run: Run) -> None:
-    """21 million vectors of width 768 in float16 (ten views of one array): seconds a pass, and of what they consist."""
+    """Measure seconds per pass, and per step, for 21 million float16 vectors of width 768 (ten views of one array)."""
     import torch
 
     from dynamicrag.search import exact
@@ -209,7 +209,7 @@ def speed(run: Run) -> None:
     for number in asked:
         for k in (50, 500):
             run.case(f"{number} questions, k {k}", passes, number, k)
-    run.case("the same result for fewer questions a pass", same)
+    run.case("the same result for fewer questions per pass", same)
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         run.note(peak_gib=round(peak, 1))
@@ -226,14 +226,14 @@ def _under(value: float, most: float) -> None:
 
 def _seconds(function):
     began = time.perf_counter()
-    result = function()  # a search ends with its results on the host
+    result = function()  # a search ends when its results are on the host
     return result, time.perf_counter() - began
 
 
 def _split(index, queries: np.ndarray, k: int) -> dict:
-    """Seconds of a pass in the product, in rounding, in the selection of candidates and in settling them.
+    """Return the seconds of a pass spent on the product, on rounding, on selecting candidates and on settling them.
 
-    Every step is waited for, so the sum is more than an undisturbed pass. A step within another one counts for itself.
+    Every step is synchronised, so that the sum exceeds the time of a normal pass. Nested steps are counted separately.
     """
     import torch
 
@@ -274,7 +274,8 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
 
 
 def _rescored(index, questions: np.ndarray, size: int, expected) -> dict:
-    """Seconds of a pass that compares `size` candidates exactly at a time; the results are the same."""
+    """Return the seconds of a pass that compares `size` candidates per step, and check that the results are the same.
+    """
     from dynamicrag.search import inner_products
 
     with patch.object(inner_products, "RESCORED", dict.fromkeys(inner_products.RESCORED, size)):

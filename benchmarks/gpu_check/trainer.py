@@ -1,10 +1,10 @@
-"""LLaMA-Factory's command line; at its end it writes the most GPU memory it took, in GiB, into the file that GPU_CHECK_PEAK names."""
+"""LLaMA-Factory's command line. At the end it writes the peak GPU memory in GiB to the file named by GPU_CHECK_PEAK."""
 
 import atexit
 import os
 import sys
 
-sys.path.pop(0)  # this folder: its modules are no part of the trainer
+sys.path.pop(0)  # this folder, whose modules are not part of the trainer
 
 
 def note_peak() -> None:

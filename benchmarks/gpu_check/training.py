@@ -1,4 +1,4 @@
-"""Parts about training: LLaMA-Factory through train() of scripts/training.sh, on a small Llama of random weights."""
+"""Parts about training: LLaMA-Factory through train() of scripts/training.sh, on a small Llama with random weights."""
 
 import json
 import math
@@ -21,7 +21,7 @@ COMMON = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "consta
 
 
 class Training:
-    """Where runs of train() happen: a work folder, a model to start from, and the trainer as an executable."""
+    """A place for runs of train(): a work folder, a model to start from, and an executable of the trainer."""
 
     def __init__(self, run: Run):
         self.run, self.work, self.bin = run, run.folder / "work", run.folder / "bin"
@@ -51,11 +51,11 @@ class Training:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file), log
 
     def limit(self, seconds: float = 75) -> float:
-        """Seconds that a run of train() may take: on a CPU, all that are left."""
+        """Return the maximum seconds of a run of train(). On a CPU, this is all of the remaining time."""
         return max(self.run.left() - 2 if self.run.dry else min(seconds, self.run.left() - 2), 1)
 
     def finish(self, process: subprocess.Popen, log: Path, seconds: float = 75) -> str:
-        """What it printed. Raises AssertionError when it failed or took longer."""
+        """Wait for a run and return its output. Raises AssertionError if it failed or reached the limit."""
         try:
             status = process.wait(self.limit(seconds))
         except subprocess.TimeoutExpired:
@@ -75,7 +75,7 @@ def _reason(said: str) -> str:
 
 
 def _python_of_the_trainer(run: Run) -> tuple[str, str]:
-    """The Python that has LLaMA-Factory, and its PYTHONPATH."""
+    """Return the Python that has LLaMA-Factory, and its PYTHONPATH."""
     wheels = run.wheels.get("training", "")
     if wheels and (Path(wheels) / "llamafactory").is_dir():
         return sys.executable, os.pathsep.join(filter(None, [wheels, run.wheels.get("pipeline")]))
@@ -104,7 +104,7 @@ def small_llama(folder: Path, vocabulary: int | None = None, layers: int = 4, wi
 
 
 def _rows(path: Path, pair: bool, count: int = 64, length: int = 12) -> Path:
-    """Questions of which the answer can be learned: the words of the question again, or for the rejected side one word over and over."""
+    """Write questions with learnable answers: words of the question; the rejected side repeats the same words."""
     rng, rows = random.Random(0), []
     for text in data.texts(count, length, seed=9):
         answer = " ".join(rng.choices(text.split(), k=8))
@@ -114,14 +114,14 @@ def _rows(path: Path, pair: bool, count: int = 64, length: int = 12) -> Path:
 
 
 def training(run: Run) -> None:
-    """SFT, DPO, and SFT under ZeRO-3, each to its end; SFT and ZeRO-3 also after a kill."""
+    """Run SFT, DPO, and SFT under ZeRO-3 to the end; SFT and ZeRO-3 are also killed and resumed."""
     device = run.device
     place = Training(run)
     model = small_llama(run.folder / "model", layers=2 if run.dry else 4, width=64 if run.dry else 256)
     folder = place.work / "training_data"
     bc, answers = _rows(folder / "reranker_bc_training.json", False), _rows(folder / "generator_sft_training.json", False)
     pairs = [_rows(folder / f"smollm2_135m_{name}_dpo.json", True) for name in ("reranker", "generator")]
-    light = {"bf16": "false"} if run.dry else {}  # most CPUs emulate bfloat16
+    light = {"bf16": "false"} if run.dry else {}  # most CPUs only emulate bfloat16
     steps = 6 if run.dry else 16
     settings = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "dataset": "reranker_bc,generator_sft", **light}
 
@@ -151,14 +151,14 @@ def training(run: Run) -> None:
         assert done.returncode and "FORCE_TORCHRUN=1" in done.stderr, f"status {done.returncode}: {_reason(done.stderr)}"
         return {"refused": True}
 
-    run.case("ZeRO-3 SFT, killed and resumed", zero3)  # first: only a GPU can show it
+    run.case("ZeRO-3 SFT, killed and resumed", zero3)  # first, because only a GPU can run it
     run.case("ZeRO-3 without FORCE_TORCHRUN is refused", refused)
     run.case("DPO", dpo)
     run.case("SFT, killed and resumed", sft)
 
 
 def _killed_and_resumed(place: Training, model: str, files: list[Path], settings: dict, steps: int) -> dict:
-    """SFT that is ended after its first checkpoint and started again. Both starts get the same settings."""
+    """Run SFT, kill it after its first checkpoint, and start it again with the same settings."""
     folder = place.work / f"DynamicRAG_{model}/sft"
     settings = {**settings, "max_steps": steps, "save_steps": 2}
     began, limit = time.monotonic(), place.limit()
@@ -180,7 +180,7 @@ def _killed_and_resumed(place: Training, model: str, files: list[Path], settings
 
 
 def _trained(folder: Path, start: Path, steps: int) -> dict:
-    """The losses of a finished training, and its weights as transformers loads them."""
+    """Check the losses of a finished training, and its weights as loaded by transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -202,7 +202,8 @@ def _trained(folder: Path, start: Path, steps: int) -> dict:
 
 
 def dpo_memory(run: Run) -> None:
-    """Most GPU memory of DPO on 2 x 8192 tokens with Llama 3's vocabulary and one layer: what the logits take."""
+    """Measure the peak GPU memory of DPO on 2 x 8192 tokens with Llama 3's vocabulary and one layer, mainly the logits.
+    """
     if run.dry or run.device == "cpu":
         raise Skipped("a CPU has no GPU memory to measure")
     place = Training(run)

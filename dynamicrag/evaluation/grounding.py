@@ -72,13 +72,13 @@ def support_of(entities: set[str], row: Row, path: str) -> Support:
     if unknown := chosen - {doc["id"] for doc in row["docs"]}:
         raise UserError(f"{path}: row {row['id']}: document {min(unknown)} of final_docs is not in docs; correct the "
                         "row")
-    found, found_chosen = set(), set()
+    in_retrieved, in_chosen = set(), set()
     for doc in row["docs"]:
         held = entities_in(doc, entities)
-        found |= held
+        in_retrieved |= held
         if doc["id"] in chosen:
-            found_chosen |= held
-    return Support(len(entities), len(found_chosen) / len(entities), len(found) / len(entities))
+            in_chosen |= held
+    return Support(len(entities), len(in_chosen) / len(entities), len(in_retrieved) / len(entities))
 
 
 def summarise_support(supports: list[Support]) -> dict:

@@ -23,8 +23,9 @@ def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[
     asked = {}
     for row in read_rows(path, dataset=dataset):
         needed = needed_documents(row, path)
-        kept = {key: row[key] for key in ("question", "retrieved_question", "dataset", "answers", "qa_pairs", "choices", group_by) if key in row}
-        asked[row["id"]] = kept if needed is None else {**kept, "gold_docs": sorted(needed)}
+        keys = ("question", "retrieved_question", "dataset", "answers", "qa_pairs", "choices", group_by)
+        fields = {key: row[key] for key in keys if key in row}
+        asked[row["id"]] = fields if needed is None else {**fields, "gold_docs": sorted(needed)}
     return asked
 
 

@@ -45,10 +45,10 @@ def chosen_of(row: Row, path: str) -> Chosen | None:
 
 def final_ids(row: Row, path: str) -> set[str]:
     """Return the ids of the documents that an answer was generated from. Raises UserError naming file and row."""
-    found = row.get("final_docs")
-    if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
+    ids = row.get("final_docs")
+    if not isinstance(ids, list) or not all(type(doc_id) in (str, int) for doc_id in ids):
         raise UserError(f"{path}: row {row['id']}: key 'final_docs': expected a list of document ids; correct or remove it")
-    return set(map(str, found))
+    return set(map(str, ids))
 
 
 def summarise_chosen(questions: list[Chosen]) -> dict:
@@ -80,9 +80,9 @@ def summarise_chosen(questions: list[Chosen]) -> dict:
         "by_needed_k": {
             str(needed): {
                 "chosen_k": _mean([k for k, of in answered if of == needed]),
-                "counts": dict(found),
+                "counts": dict(by_chosen),
             }
-            for needed, found in counts.items()
+            for needed, by_chosen in counts.items()
         },
     }
 

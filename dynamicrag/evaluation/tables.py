@@ -48,8 +48,8 @@ def summary_tables(summaries: Summaries) -> str:
     groups = sorted({group for summary in summaries.values() for group in summary["groups"]})
     if len(groups) > 1:
         def group_cell(summary: dict, group: str) -> str:
-            found = summary["groups"].get(group)
-            return f"{found['score']:.1f} ({found['documents']:.1f})" if found else ""
+            cell = summary["groups"].get(group)
+            return f"{cell['score']:.1f} ({cell['documents']:.1f})" if cell else ""
 
         def group_heading(group: str) -> str:
             metrics = {summary["groups"][group].get("metrics", "") for summary in summaries.values() if group in summary["groups"]} - {""}
@@ -74,14 +74,16 @@ def selection_tables(summaries: Summaries) -> str:
         return ""
     lines = [
         [
-            name, str(found["n"]), str(found["needing_documents"]),
-            *(_number(found[key]) for key in ("precision", "recall", "f1", "recall_ceiling", "exact")),
-            *(_number(found[key], 2) for key in ("needed_k", "chosen_k")),
+            name, str(selection["n"]), str(selection["needing_documents"]),
+            *(_number(selection[key]) for key in ("precision", "recall", "f1", "recall_ceiling", "exact")),
+            *(_number(selection[key], 2) for key in ("needed_k", "chosen_k")),
         ]
-        for name, found in known.items()
+        for name, selection in known.items()
     ]
     header = ["system", "n", "need some", "precision", "recall", "F1", "recall of all retrieved", "exact", "needed k", "chosen k"]
-    counts = {(name, needed): cell for name, found in known.items() for needed, cell in found["by_needed_k"].items()}
+    counts = {
+        (name, needed): cell for name, selection in known.items() for needed, cell in selection["by_needed_k"].items()
+    }
     chosen = sorted({k for cell in counts.values() for k in cell["counts"]} - {UNANSWERED}, key=int)
     if any(UNANSWERED in cell["counts"] for cell in counts.values()):
         chosen.append(UNANSWERED)
@@ -99,13 +101,14 @@ def selection_tables(summaries: Summaries) -> str:
 def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
     """Return one line per system that the first one is compared with. Files of earlier versions have no metric column.
     """
-    with_metric = any("metric" in found for found in compared.values())
+    with_metric = any("metric" in row for row in compared.values())
     lines = [
         [
-            name, str(found["n"]), f"{found['difference']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}", f"{found['p']:.4f}",
-            *([found.get("metric", "")] if with_metric else []),
+            name, str(row["n"]), f"{row['difference']:+.1f}",
+            f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p']:.4f}",
+            *([row.get("metric", "")] if with_metric else []),
         ]
-        for name, found in compared.items()
+        for name, row in compared.items()
     ]
     header = ["system", "n", "difference", "95 %", "p", *(["metric"] if with_metric else [])]
     return f"{first} minus each of the others:\n\n" + markdown_table(header, lines)

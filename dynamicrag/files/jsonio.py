@@ -158,11 +158,11 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                     raise broken("the file ends before the closing ]")
                 start = line
                 yield start, element()
-                found = next_character()
-                if found not in (",", "]"):
+                separator = next_character()
+                if separator not in (",", "]"):
                     raise broken(f"expected , or ] after an element, found {buffer[position : position + 20]!r}")
                 advance(position + 1)
-                if found == "]":
+                if separator == "]":
                     break
         if next_character():
             raise broken("something follows the closing ]")

@@ -15,10 +15,10 @@ def matching(pattern: str | Path, suffix: str = "") -> list[Path]:
     if not str(pattern):
         return []
     *folders, name = Path(pattern).parts or ["."]
-    found = [Path()]
+    matches = [Path()]
     for part in folders:
-        found = [child for folder in found for child in _children(folder, part)]
-    return sorted(child for folder in found for child in _children(folder, name, suffix))
+        matches = [child for folder in matches for child in _children(folder, part)]
+    return sorted(child for folder in matches for child in _children(folder, name, suffix))
 
 
 def _children(folder: Path, part: str, suffix: str = "") -> list[Path]:

@@ -74,8 +74,8 @@ def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
     """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not
     known.
     """
-    places = [place() for caller in callers if (place := getattr(caller.engine, "place", None))]
-    return {key: ", ".join(dict.fromkeys(found[key] for found in places)) for key in ("device", "dtype")} if places else {}
+    places = [place_of_engine() for caller in callers if (place_of_engine := getattr(caller.engine, "place", None))]
+    return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
 
 
 def assemble_result(

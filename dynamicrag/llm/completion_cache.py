@@ -68,5 +68,5 @@ def key_of(model: str, request: Request, *more: object) -> str:
 
     The address of the server is not included.
     """
-    asked = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, request.stop, *more]
-    return hashlib.blake2b(orjson.dumps(asked), digest_size=16).hexdigest()
+    parts = [model, request.messages, request.seed, request.max_tokens, request.n, request.temperature, request.top_p, request.pattern, request.stop, *more]
+    return hashlib.blake2b(orjson.dumps(parts), digest_size=16).hexdigest()

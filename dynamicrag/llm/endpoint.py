@@ -84,10 +84,10 @@ def wait(state) -> float:
     """
     from tenacity import wait_random_exponential
 
-    asked = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
+    retry_after = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
     seconds = 0.0
     with suppress(ValueError, OverflowError):
-        seconds = float(asked) if re.fullmatch(r"[\d.]+", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
+        seconds = float(retry_after) if re.fullmatch(r"[\d.]+", retry_after) else parsedate_to_datetime(retry_after).timestamp() - time.time()
     return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS) + wait_random_exponential(multiplier=0.5, max=MAX_WAIT_SECONDS)(state)
 
 

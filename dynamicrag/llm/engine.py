@@ -247,7 +247,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        prompts, params, asked = [], [], []
+        prompts, params, numbers = [], [], []
         completions: dict[int, Completion] = {}
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
         for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
@@ -255,7 +255,7 @@ class VllmEngine:
                 completions[number] = refused(request, f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} ({request.limit}) "
                                                        f"within --max-model-len {self.max_model_len}")
                 continue
-            asked.append(number)
+            numbers.append(number)
             prompts.append({"prompt_token_ids": ids})
             params.append(SamplingParams(
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
@@ -263,8 +263,8 @@ class VllmEngine:
                 structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
                 stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
             ))
-        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if asked else []
-        for number, output in zip(asked, outputs, strict=True):
+        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []
+        for number, output in zip(numbers, outputs, strict=True):
             completions[number] = completion_of(
                 [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
                 prompt_tokens=len(output.prompt_token_ids or ()),

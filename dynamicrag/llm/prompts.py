@@ -174,8 +174,8 @@ class Prompts:
             # LLaMA-Factory would replace an empty system prompt by its own.
             raise UserError(f"{where}: expected a non-empty text")
         if marker := TURN_MARKERS.search(text):
-            found = text[marker.start() : marker.start() + 20]
-            raise UserError(f"{where}: {found!r} contains a turn marker of a chat template; give only the text "
+            excerpt = text[marker.start() : marker.start() + 20]
+            raise UserError(f"{where}: {excerpt!r} contains a turn marker of a chat template; give only the text "
                             "between the markers")
         try:
             fields = [field for field in string.Formatter().parse(text) if field[1] is not None]

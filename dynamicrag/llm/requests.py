@@ -25,8 +25,8 @@ def add_call_flags(parser: ArgumentParser) -> None:
     """Add the flags of every stage in which an LLM selects documents."""
     group = parser.add_argument_group("calls")
     add_prompts_flag(group)
-    group.add_argument("--reranker-model", help="checkpoint that selects documents (default: --llm-model)")
-    group.add_argument("--reranker-template", help="chat template of --reranker-model (default: --template)")
+    group.add_argument("--reranker-model", help="checkpoint that selects documents (default: the generator itself)")
+    group.add_argument("--reranker-template", help="chat template of that checkpoint (default: that of the generator)")
     group.add_argument("--selection-temperature", type=float, default=0.0,
                        help="temperature of selections; sampled trajectories use --temperature")
     group.add_argument("--selection-max-tokens", type=int, default=100,

@@ -85,8 +85,8 @@ def refused_option(error, sent: dict[str, object]) -> str | None:
     for name in sent:
         # n is an option, but also an ordinary letter.
         form = r"(?:['\"`]n['\"`]|\bn\s*(?:=|>|must|is not)|(?:parameter|argument|field)s?(?: supplied)?:? n\b)" if name == "n" else rf"\b{name}\b"
-        if found := re.search(form, said):
-            named[name] = found.start()
+        if match := re.search(form, said):
+            named[name] = match.start()
     return min(named, key=lambda name: named[name], default=None)
 
 
@@ -203,9 +203,9 @@ class ApiEngine:
 
     async def _reply(self, client, request: Request) -> Reply | str:
         """Return the reply to a request, which is then stored on disk, or the reason why the server refuses it."""
-        kept = self._kept(request)
-        if kept:
-            return kept
+        cached = self._kept(request)
+        if cached:
+            return cached
         if request.n > 1 and "n" in self._not_taken:
             return await self._one_by_one(client, request)
         reply = await self._ask(client, request)

@@ -74,13 +74,13 @@ class PromptTokenizer:
         rendered = self.render(messages)
         key = hashlib.blake2b(rendered.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:
-            kept = self._kept.get(key)
-        if kept is None:
-            kept = array("I", self.tokenizer.encode(rendered, add_special_tokens=False))
+            cached = self._kept.get(key)
+        if cached is None:
+            cached = array("I", self.tokenizer.encode(rendered, add_special_tokens=False))
             with self._lock:
-                if len(kept) <= KEPT_TOKENS:
-                    self._kept[key] = kept
-        return kept.tolist()
+                if len(cached) <= KEPT_TOKENS:
+                    self._kept[key] = cached
+        return cached.tolist()
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -195,8 +195,8 @@ def recipe_path(args: Namespace) -> Path | None:
     Raises UserError if it is missing.
     """
     given = Path(args.train_recipe)
-    if found := next((path for path in (given, HERE / given) if path.is_file()), None):
-        return found
+    if existing := next((path for path in (given, HERE / given) if path.is_file()), None):
+        return existing
     if (HERE / "recipes").is_dir():
         raise UserError(f"{given}: no such recipe; give --train_recipe the YAML file that llamafactory-cli will use")
     return None

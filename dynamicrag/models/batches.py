@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Tokenizer options. Masks and segments are not requested where the ids alone determine them.
+# Tokenizer options. Masks and segments are not requested, because the ids determine them.
 IDS_ALONE: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
 BATCH_TOKENS_HELP = "padded tokens in a batch (2048 on a CPU, 16384 on a GPU)"
 

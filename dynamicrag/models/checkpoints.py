@@ -34,8 +34,8 @@ def loading(path: str, what: str) -> Iterator[None]:
 
 def load_weights(auto: Any, path: str, **options: object) -> PreTrainedModel:
     """Load the model of an Auto class. Raises ValueError if weights are missing, because they would be random."""
-    model, found = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
-    refuse_missing(found)
+    model, loading_info = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
+    refuse_missing(loading_info)
     return model
 
 
@@ -94,12 +94,12 @@ def read_json(path: str, name: str) -> Any:
 
     if Path(path).is_file():
         return None
-    found = cached_file(
+    file = cached_file(
         path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False
     )
-    if found is None:
+    if file is None:
         return None
     try:
-        return orjson.loads(Path(found).read_bytes())
+        return orjson.loads(Path(file).read_bytes())
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}/{name}: not JSON ({error}); give the folder of a Hugging Face model") from error

@@ -157,8 +157,8 @@ def _checkpoint(path: str) -> Path | None:
     given = Path(path)
     if given.suffix == ".pth" and given.is_file():
         return given
-    found = given / CHECKPOINT
-    return found if found.is_file() and not (given / "model.safetensors").is_file() else None
+    checkpoint = given / CHECKPOINT
+    return checkpoint if checkpoint.is_file() and not (given / "model.safetensors").is_file() else None
 
 
 def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int | None]:
@@ -188,8 +188,8 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
 
         def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
             loaded: Any = super()._load_model(*args, output_loading_info=True, **kwargs)
-            model, found = loaded
-            refuse_missing(found)
+            model, loading_info = loaded
+            refuse_missing(loading_info)
             return model
 
     module = Checked.load(path, subfolder=folder, model_kwargs={"dtype": dtype}, **NO_CODE)

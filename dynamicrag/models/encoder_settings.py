@@ -168,14 +168,14 @@ def refuse_other_settings(shards: Iterable[Path], model: str, settings: Settings
     """
     unknown, prompts = [], {}
     for shard in shards:
-        made = _recorded(shard)
-        if made is None:
+        recorded = _recorded(shard)
+        if recorded is None:
             unknown.append(shard)
             continue
-        prompts.setdefault(made["prompt"], shard)
+        prompts.setdefault(recorded["prompt"], shard)
         now = asdict(settings)
-        keys = [key for key in ("pooling", "layers", "normalize") if made[key] != now[key]]
-        other = [f"{key} {made[key]!r} before, {now[key]!r} now" for key in keys]
+        keys = [key for key in ("pooling", "layers", "normalize") if recorded[key] != now[key]]
+        other = [f"{key} {recorded[key]!r} before, {now[key]!r} now" for key in keys]
         if other:
             raise UserError(f"{shard}: was embedded with other settings than those of {model}: {'; '.join(other)}; "
                             "give the same flags "
@@ -198,11 +198,12 @@ def _recorded(shard: Path) -> dict | None:
     manifest = read_manifest(shard)
     if manifest is None:
         return None
-    made = (manifest.get("summary") or {}).get("encoder") if isinstance(manifest.get("summary") or {}, dict) else {}
-    if made is None:
+    recorded = (manifest.get("summary") or {}).get("encoder") if isinstance(manifest.get("summary") or {}, dict) else {}
+    if recorded is None:
         normalize = manifest["arguments"].get("normalize")
         return {"pooling": "mean", "layers": [], "normalize": normalize, "prompt": ""} if isinstance(normalize, bool) else None
-    if not isinstance(made, dict) or not {"pooling", "layers", "normalize", "prompt"} <= made.keys() or not isinstance(made["prompt"], str):
+    keys = {"pooling", "layers", "normalize", "prompt"}
+    if not isinstance(recorded, dict) or not keys <= recorded.keys() or not isinstance(recorded["prompt"], str):
         raise UserError(f"{manifest_path(shard)}: lacks the settings of the embedding; embed this shard again with "
                         "--overwrite")
-    return made
+    return recorded

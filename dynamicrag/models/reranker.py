@@ -99,8 +99,8 @@ class Pointwise:
     def _first_tokens(self, text: str, count: int) -> str:
         """Return the part of a text that its first `count` tokens cover."""
         text = self._cut(text)
-        kept = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
-        return text[: kept[-1][1]] if kept else text
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
+        return text[: offsets[-1][1]] if offsets else text
 
 
 class MonoT5(Pointwise):

@@ -63,17 +63,17 @@ def group_tables(systems: Sequence[System]) -> list[Table]:
 
 def generators(systems: Sequence[System], folder: Path) -> Section:
     section = Section("generators", "Generators", "Each model with dynamic selection, on each data set.")
-    found: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
+    cells_by_group: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
     for name, members in by_evaluation_set([system for system in systems if system.selector == "dynamic"]).items():
         for system in members:
             for group, cell in system.summary["groups"].items():
-                found[name, group][system.name.replace(" · dynamic", "")] = cell
-    if not found:
+                cells_by_group[name, group][system.name.replace(" · dynamic", "")] = cell
+    if not cells_by_group:
         section.missing = "no results with dynamic selection; run scripts/09_infer.sh."
         return section
-    sets, data_sets = Counter(name for name, _ in found), Counter(group for _, group in found)
+    sets, data_sets = Counter(name for name, _ in cells_by_group), Counter(group for _, group in cells_by_group)
     groups = {}  # a set with one data set gets its own name, a data set in several sets gets both names
-    for (name, group), cells in found.items():
+    for (name, group), cells in cells_by_group.items():
         label = name if sets[name] == 1 else group or "other"
         groups[label if sets[name] == 1 or data_sets[group] == 1 else f"{label} of {name}"] = cells
     compared = [cells for cells in groups.values() if len(cells) > 1]
@@ -187,8 +187,8 @@ def selection_tables(systems: Sequence[System]) -> list[Table]:
     for name, members in by_evaluation_set(systems).items():
         rows: dict[str, list[str]] = {}
         for system in members:
-            if found := system.summary.get("selection"):
-                shown = ["" if found[key] is None else f"{found[key]:.{digits}f}" for key, digits in columns.items()]
+            if means := system.summary.get("selection"):
+                shown = ["" if means[key] is None else f"{means[key]:.{digits}f}" for key, digits in columns.items()]
                 rows.setdefault(system.name if system.selector in BY_LLM else system.label, shown)
         if rows:
             header = ["chosen by", "precision", "recall", "F1", "exact", "needed k", "chosen k"]

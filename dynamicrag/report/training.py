@@ -30,17 +30,17 @@ def read_logs(work: Path) -> dict[str, Logs]:
     """Return the logs of the models under `work` by stage: {"sft": {name: log}, "dpo": {name: log}}. Rounds are named
     by number.
     """
-    found: dict[str, Logs] = {"sft": {}, "dpo": {}}
+    logs: dict[str, Logs] = {"sft": {}, "dpo": {}}
     states = [*sorted(work.glob("DynamicRAG_*/*/trainer_state.json")), *sorted(work.glob("rounds/*/DynamicRAG_*/dpo/trainer_state.json"), key=lambda path: _round(path) or 0)]
     models = {path.parent.parent.name for path in states}
     for path in states:
         stage, model = path.parent.name, path.parent.parent.name
         log = [entry for entry in _read(path).get("log_history", []) if "loss" in entry and "step" in entry]
-        if stage not in found or not log:  # best is a link to another folder
+        if stage not in logs or not log:  # best is a link to another folder
             continue
         name = stage.upper() if _round(path) is None else f"round {_round(path)}"
-        found[stage][name if len(models) == 1 else f"{model.removeprefix('DynamicRAG_')}, {name}"] = log
-    return found
+        logs[stage][name if len(models) == 1 else f"{model.removeprefix('DynamicRAG_')}, {name}"] = log
+    return logs
 
 
 def _round(path: Path) -> int | None:

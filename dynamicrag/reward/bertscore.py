@@ -45,7 +45,7 @@ class BertScore:
             raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline for this model; give "
                             "another, or none")
         logging.set_verbosity_error()  # suppresses reports about the pooling layer, which BERTScore does not use
-        # bert-score does not forbid code next to the weights. With this setting it is refused without a question.
+        # bert-score does not forbid code next to the weights. With this setting it is refused without asking the user.
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             config = AutoConfig.from_pretrained(model, **NO_CODE)

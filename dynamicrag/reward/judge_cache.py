@@ -42,10 +42,10 @@ class GradeCache:
 
     def get(self, key: str) -> float | None:
         with self._errors_named():
-            found = self._db.execute("SELECT grade FROM judge_grades WHERE key = ?", (key,)).fetchone()
-        if found and not (isinstance(found[0], float) and 0 <= found[0] <= 1):
-            raise UserError(f"{self._path}: contains the grade {found[0]!r}; give another file as --judge-cache")
-        return found[0] if found else None
+            row = self._db.execute("SELECT grade FROM judge_grades WHERE key = ?", (key,)).fetchone()
+        if row and not (isinstance(row[0], float) and 0 <= row[0] <= 1):
+            raise UserError(f"{self._path}: contains the grade {row[0]!r}; give another file as --judge-cache")
+        return row[0] if row else None
 
     def put(self, key: str, grade: float) -> float:
         """Store a grade and return the stored one, which another process may have stored first."""

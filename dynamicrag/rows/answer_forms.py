@@ -22,23 +22,23 @@ def gold_answers(row: Mapping) -> list[str] | None:
     """Return the gold answers from whichever keys the data set uses, or else those of all readings; None without any
     such key. Raises RowError.
     """
-    found = own_answers(row)
-    if not any_text(found) and row.get("qa_pairs") is not None:
+    answers = own_answers(row)
+    if not any_text(answers) and row.get("qa_pairs") is not None:
         return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
-    return found
+    return answers
 
 
 def own_answers(row: Mapping) -> list[str] | None:
     """Return the answers of the first of ANSWER_KEYS that has any, plus aliases. A single string is one answer."""
-    found: list[str] | None = None
+    answers: list[str] | None = None
     for key in ANSWER_KEYS:
-        if row.get(key) is not None and not any_text(found):
+        if row.get(key) is not None and not any_text(answers):
             texts = _answer_texts(row[key], key)
-            found = texts if found is None or any_text(texts) else found
+            answers = texts if answers is None or any_text(texts) else answers
     if row.get(ALIASES_KEY) is not None:
         aliases = _answer_texts(row[ALIASES_KEY], ALIASES_KEY)
-        found = [*(found or []), *(alias for alias in dict.fromkeys(aliases) if alias not in (found or ()))]
-    return found
+        answers = [*(answers or []), *(alias for alias in dict.fromkeys(aliases) if alias not in (answers or ()))]
+    return answers
 
 
 def any_text(texts: Iterable[str] | None) -> bool:

@@ -32,25 +32,25 @@ def choices_of(row: Mapping) -> list[Choice]:
     Accepted forms are ARC's {"text": [...], "label": [...]}, a list of texts, a list of {"text", "label"}, and
     {label: text}. Choices without labels get A, B, C, ... Raises ValueError for any other form.
     """
-    found = row.get("choices")
-    if found is None:
+    texts = row.get("choices")
+    if texts is None:
         return []
     labels: Sequence | None = None
-    if isinstance(found, dict) and isinstance(found.get("text"), list):
-        found, labels = found["text"], found.get("label")
-    elif isinstance(found, dict) and all(re.fullmatch(r"[A-Za-z]|\d", label) for label in found):
-        found, labels = list(found.values()), list(found)
-    elif isinstance(found, list) and found and all(isinstance(choice, dict) and {"text", "label"} <= choice.keys() for choice in found):
-        found, labels = [choice["text"] for choice in found], [choice["label"] for choice in found]
-    if labels is None and isinstance(found, list):
-        labels = list(string.ascii_uppercase[: len(found)])
+    if isinstance(texts, dict) and isinstance(texts.get("text"), list):
+        texts, labels = texts["text"], texts.get("label")
+    elif isinstance(texts, dict) and all(re.fullmatch(r"[A-Za-z]|\d", label) for label in texts):
+        texts, labels = list(texts.values()), list(texts)
+    elif isinstance(texts, list) and texts and all(isinstance(choice, dict) and {"text", "label"} <= choice.keys() for choice in texts):
+        texts, labels = [choice["text"] for choice in texts], [choice["label"] for choice in texts]
+    if labels is None and isinstance(texts, list):
+        labels = list(string.ascii_uppercase[: len(texts)])
     if (
-        not isinstance(found, list) or not isinstance(labels, list) or len(labels) != len(found)
-        or not all(type(value) in (str, int, float) and str(value).strip() for value in (*found, *labels))
+        not isinstance(texts, list) or not isinstance(labels, list) or len(labels) != len(texts)
+        or not all(type(value) in (str, int, float) and str(value).strip() for value in (*texts, *labels))
         or len({str(label).casefold() for label in labels}) != len(labels)
     ):
         raise ValueError('expected {"text": [...], "label": [...]}, a list of texts, or a list of {"text", "label"}')
-    return [Choice(str(label).strip(), str(text).strip()) for label, text in zip(labels, found, strict=True)]
+    return [Choice(str(label).strip(), str(text).strip()) for label, text in zip(labels, texts, strict=True)]
 
 
 def shown_choices(row: Mapping) -> list[Choice]:

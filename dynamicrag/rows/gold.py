@@ -34,14 +34,14 @@ def gold_documents(row: Row, path: str) -> dict[str, int]:
     The ids are spelled as in the row's documents (see as_documents). Raises UserError naming file, row and key.
     """
     key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
-    found, expected = row.get(key) or [], "document ids"
-    if key == "positive_ctxs" and isinstance(found, list):
+    gold_ids, expected = row.get(key) or [], "document ids"
+    if key == "positive_ctxs" and isinstance(gold_ids, list):
         expected = f"objects with {' or '.join(GOLD_ID_KEYS)}"
-        contexts = (doc if isinstance(doc, dict) else {} for doc in found)
-        found = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
-    if not isinstance(found, list) or not all(type(doc_id) in (str, int) for doc_id in found):
+        contexts = (doc if isinstance(doc, dict) else {} for doc in gold_ids)
+        gold_ids = [next((doc[name] for name in GOLD_ID_KEYS if doc.get(name) is not None), None) for doc in contexts]
+    if not isinstance(gold_ids, list) or not all(type(doc_id) in (str, int) for doc_id in gold_ids):
         raise UserError(f"{path}: row {row['id']}: key '{key}': expected a list of {expected}; correct or remove it")
-    return as_documents(dict.fromkeys(map(str, found), 1), document_ids(row))
+    return as_documents(dict.fromkeys(map(str, gold_ids), 1), document_ids(row))
 
 
 def document_ids(row: Row) -> set[str]:
@@ -54,11 +54,11 @@ def as_documents(gold: dict[str, int], doc_ids: set[str]) -> dict[str, int]:
     """Return the gold documents with ids spelled as in `doc_ids`: with or without DPR's prefix `wiki:`."""
     if not gold or gold.keys() <= doc_ids:
         return gold
-    found: dict[str, int] = {}
+    respelled: dict[str, int] = {}
     for gold_id, relevance in gold.items():
         other = gold_id.removeprefix(WIKIPEDIA) if gold_id.startswith(WIKIPEDIA) else f"{WIKIPEDIA}{gold_id}"
-        found[other if gold_id not in doc_ids and other in doc_ids else gold_id] = relevance
-    return found
+        respelled[other if gold_id not in doc_ids and other in doc_ids else gold_id] = relevance
+    return respelled
 
 
 class Matches:

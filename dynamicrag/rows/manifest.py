@@ -100,10 +100,10 @@ def _kept_at(state: list[int]) -> Path | None:
 
 def _read_kept(kept: Path, state: list[int]) -> str | None:
     try:
-        found = orjson.loads(kept.read_bytes())
+        entry = orjson.loads(kept.read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    known = found.get("sha256") if isinstance(found, dict) and found.get("state") == state else None
+    known = entry.get("sha256") if isinstance(entry, dict) and entry.get("state") == state else None
     return known if isinstance(known, str) and len(known) == 64 else None
 
 
@@ -250,10 +250,10 @@ def _read_alike(one: str, other: str) -> bool:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, this package and the libraries that may affect results."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for package in ("dynamicrag", *PACKAGES):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -199,7 +199,7 @@ def _completed(value: object, asked: Mapping[str, Mapping[str, Any]]) -> object:
         known.pop("answers", None)
     if value.get("gold_docs") is not None or value.get("positive_ctxs"):
         known.pop("gold_docs", None)
-    filled = {key: found for key, found in known.items() if key == "answers" or value.get(key) is None}
+    filled = {key: known_value for key, known_value in known.items() if key == "answers" or value.get(key) is None}
     return {**value, **filled}
 
 

@@ -21,6 +21,7 @@ def check_shown(path: str, rows: Iterable[Row], flag: str, shown: int) -> None:
         labelled = labelled_documents(row)
         if labelled is not None and labelled != min(shown, len(row["docs"])):
             raise UserError(
-                f"{path}: row {row['id']}: process_training_data.py labelled {labelled} documents (--n_docs), and {flag} {shown} would "
-                f"show {min(shown, len(row['docs']))}; give {flag} {labelled}, or label again with --n_docs {shown}"
+                f"{path}: row {row['id']}: process_training_data.py labelled {labelled} documents (--n_docs), but "
+                f"{flag} {shown} would show {min(shown, len(row['docs']))}; give {flag} {labelled}, or label again "
+                f"with --n_docs {shown}"
             )

@@ -69,7 +69,7 @@ class Run:
 
         Equal scores are ordered by rank, then by their order in the file. Raises UserError for a document listed twice.
         """
-        found: dict[str, int] = {}
+        first_lines: dict[str, int] = {}
         ranked = []
         place = self._places.get(query_id, ())
         with _open(self.path) as file:
@@ -79,10 +79,10 @@ class Run:
                     if not (fields := line.decode().split()):
                         continue
                     doc_id = fields[2]
-                    if doc_id in found:
+                    if doc_id in first_lines:
                         raise UserError(f"{self.path}:{number}: document {doc_id!r} of query {query_id!r} is already "
-                                        f"on line {found[doc_id]}; remove one of the lines")
-                    found[doc_id] = number
+                                        f"on line {first_lines[doc_id]}; remove one of the lines")
+                    first_lines[doc_id] = number
                     ranked.append((doc_id, *_rank_and_score(self.path, number, fields)))
         ranked.sort(key=lambda entry: (-entry[2], entry[1]))
         return [(doc_id, score) for doc_id, _, score in ranked]

@@ -89,15 +89,15 @@ def words(text: str) -> list[str]:
 def _words_of_any_script(text: str) -> list[str]:
     """words() for a text that contains marks or characters of an unspaced script."""
     patterns = _patterns()
-    found = []
+    result = []
     for run in patterns["run"].findall(text):
         for piece in patterns["piece"].findall(run):
             letters = patterns["letter"].findall(piece)
             if patterns["unspaced"].match(piece):
-                found += map("".join, itertools.pairwise(letters)) if len(letters) > 1 else letters
+                result += map("".join, itertools.pairwise(letters)) if len(letters) > 1 else letters
             elif len(letters) > 1 and piece not in _stop_words():
-                found.append(_stem(piece))
-    return found
+                result.append(_stem(piece))
+    return result
 
 
 @cache

@@ -67,10 +67,10 @@ class ExactIndex:
 
         k = min(k, self.count)
         with ThreadPoolExecutor(len(self._parts)) as pool:
-            found = list(pool.map(lambda part: part.search(queries, k), self._parts))
-        if len(found) == 1:
-            return found[0]
-        scores, positions = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+            results = list(pool.map(lambda part: part.search(queries, k), self._parts))
+        if len(results) == 1:
+            return results[0]
+        scores, positions = (np.concatenate(arrays, axis=1) for arrays in zip(*results, strict=True))
         return best_first(scores, positions, k)
 
 
@@ -116,11 +116,11 @@ class _Part:
             size = (tile_size, queries.shape[1])
             exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
             scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)
-            for kept in self.blocks:
-                block = _Block(kept.vectors.to(self.device), kept.offset)
-                if kept.bounds is None:
-                    kept.bounds = self._measure(block, exact, rough)
-                best.enter(block, kept.bounds)
+            for stored in self.blocks:
+                block = _Block(stored.vectors.to(self.device), stored.offset)
+                if stored.bounds is None:
+                    stored.bounds = self._measure(block, exact, rough)
+                best.enter(block, stored.bounds)
                 for start in range(0, len(block.vectors), tile_size):
                     tile = self._round(block, start, exact, rough)
                     into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
@@ -205,8 +205,8 @@ class _Best:
         error = self._error[query]
         at_least = torch.cat([self.scores, self._by_query(query, self._at_least(rough, error), -torch.inf)], dim=1)
         self.least = at_least.topk(self.scores.shape[1]).values[:, -1]
-        kept = -self._at_least(-rough, error) >= self.least[query]
-        self._waiting = [(query[kept], row[kept], rough[kept])]
+        keep = -self._at_least(-rough, error) >= self.least[query]
+        self._waiting = [(query[keep], row[keep], rough[keep])]
         self._count = len(self._waiting[0][0])
         return self._waiting[0]
 

@@ -68,23 +68,23 @@ def open_index(
     if factory.lower() == "flat":
         return ExactIndex([shard.vectors for shard in shards], devices_of(device))
     name = factory if part == "0/1" else f"{factory} {part}"
-    kept = Path(path or shards[0].path.parent / f"index_{''.join(c if c.isalnum() else '_' for c in name)}.faiss")
+    index_file = Path(path or shards[0].path.parent / f"index_{''.join(c if c.isalnum() else '_' for c in name)}.faiss")
     holds = {
         "factory": factory, "seed": seed, "part": part,
         "shards": [[shard.path.name, fingerprint(shard.path)] for shard in shards],
     }
-    manifest = Path(f"{kept}.manifest.json")
+    manifest = Path(f"{index_file}.manifest.json")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(kept):
-            if not (manifest.is_file() and kept.is_file()):
-                _save(_build(shards, factory, seed), kept, manifest, holds)
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(index_file):
+            if not (manifest.is_file() and index_file.is_file()):
+                _save(_build(shards, factory, seed), index_file, manifest, holds)
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as a RuntimeError
-        raise UserError(f"{kept}: the index cannot be written ({error}); give --index_path") from error
+        raise UserError(f"{index_file}: the index cannot be written ({error}); give --index_path") from error
     if not _holds(_made_from(manifest), holds, shards):
-        raise UserError(f"{kept}: was built from other shards or another factory string; remove it and {manifest.name} "
-                        "to build it again, or give another --index_path")
-    return FaissIndex(_load(kept, device, nprobe), [shard.vectors for shard in shards], candidates)
+        raise UserError(f"{index_file}: was built from other shards or another factory string; remove it and "
+                        f"{manifest.name} to build it again, or give another --index_path")
+    return FaissIndex(_load(index_file, device, nprobe), [shard.vectors for shard in shards], candidates)
 
 
 def faiss_can_read(factory: str) -> bool:

@@ -186,8 +186,8 @@ class PassageStore:
         keys = np.array([_key(passage_id) for passage_id in ids], dtype=np.uint64)
         if len(self) == 0 or len(keys) == 0:
             return np.full(len(keys), -1, dtype=np.int64)
-        found = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
-        return np.where(self._keys[found] == keys, self._order[found].astype(np.int64), -1)
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        return np.where(self._keys[places] == keys, self._order[places].astype(np.int64), -1)
 
     def follow(self, ids: np.ndarray) -> int | None:
         """Return the position at which the corpus has exactly these ids (bytes [n]) in this order; None if there is
@@ -232,10 +232,10 @@ def open_passages(path: str | Path, store: str | Path | None = None) -> PassageS
 def _made_from(folder: Path) -> object:
     """Return the fingerprint of the corpus that a store was built from; None if there is no complete store."""
     try:
-        found = orjson.loads((folder / "store.json").read_bytes())
+        recorded = orjson.loads((folder / "store.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
         return None
-    return found.get("passages") if isinstance(found, dict) else None
+    return recorded.get("passages") if isinstance(recorded, dict) else None
 
 
 def _build(path: Path, folder: Path, content: str) -> None:

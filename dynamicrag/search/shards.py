@@ -57,7 +57,7 @@ def find_shards(pattern: str) -> list[Path]:
     shards = sorted([*pickled, *(name for name in own if name not in converted)])
     if not shards:
         raise UserError(f"{pattern}: no embedding shards; create them with generate_passage_embeddings.py")
-    made: set[int] = set()
+    parts_present: set[int] = set()
     expected = 0  # stays 0 for published shards, which have no manifests
     for shard in shards:
         if manifest := read_manifest(shard):
@@ -66,9 +66,9 @@ def find_shards(pattern: str) -> list[Path]:
                 raise UserError(f"{manifest_path(shard)}: not a manifest of generate_passage_embeddings.py (shard "
                                 f"{part!r} of "
                                 f"{parts!r}); embed this shard again with --overwrite")
-            made.add(part)
+            parts_present.add(part)
             expected = max(expected, parts)
-    missing = next((part for part in range(expected) if part not in made), None)
+    missing = next((part for part in range(expected) if part not in parts_present), None)
     if missing is not None:
         raise UserError(f"{pattern}: shard {missing} of {expected} is missing; run generate_passage_embeddings.py "
                         f"--shard_id {missing} --num_shards {expected}")
@@ -142,19 +142,19 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         try:
             start = store.follow(shard.ids)  # the usual case; ten times faster than one lookup per id
             if start is not None:
-                found = range(start, start + len(shard.ids))
+                shard_positions = range(start, start + len(shard.ids))
             else:
-                found = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
-                if len(unknown := np.flatnonzero(found < 0)):
-                    raise UserError(f"{shard.path}: {len(unknown)} of its {len(found)} ids are not in the passages, the "
-                                    f"first is {bytes(shard.ids[unknown[0]]).decode()!r}; give the corpus that was embedded")
+                shard_positions = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+                if len(unknown := np.flatnonzero(shard_positions < 0)):
+                    raise UserError(f"{shard.path}: {len(unknown)} of its {len(shard_positions)} ids are not in the "
+                                    f"passages, the first is {bytes(shard.ids[unknown[0]]).decode()!r}; give the corpus that was embedded")
         except UnicodeDecodeError as error:
             raise UserError(f"{shard.path}: its ids are not UTF-8 ({error.reason}); embed this shard again") from error
-        positions.append(found)
+        positions.append(shard_positions)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
             log.warning("%s was made with another model than %s", shard.path, model)
-    if all(isinstance(found, range) for found in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
+    if all(isinstance(shard_positions, range) for shard_positions in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
         # The usual case; saves 168 MB per worker for Wikipedia
         together = range(positions[0].start, positions[-1].stop)
         distinct = len(together)

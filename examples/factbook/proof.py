@@ -1,13 +1,14 @@
-"""Prove the Factbook questions: every gold passage exists and holds what the answer needs, and the answer follows.
+"""Prove the Factbook questions: every gold passage exists and states what the answer needs, and the answer follows from
+it.
 
-Imported by questions.py, which writes nothing that check() does not accept. What a row carries for it:
+Imported by questions.py, which writes only rows that check() accepts. Keys of a row that the proof uses:
 
-    gold_docs   ids of the passages needed, in the order of need
-    evidence    parallel to gold_docs: the stretch of each passage that is needed (several are joined with JOINT)
-    values      the value of each stretch, in the same order
-    rule        how the answer follows from the values; RULES explains each
+    gold_docs   ids of the needed passages, in the order in which they are needed
+    evidence    parallel to gold_docs: the needed part of each passage (several parts are joined with JOINT)
+    values      the value in each part, in the same order
+    rule        how the answer follows from the values; see RULES
 
-Answers are recomputed from the evidence, not taken from the facts that the questions were made of.
+Answers are recomputed from the evidence, not taken from the facts that the questions were built from.
 """
 
 import operator
@@ -19,17 +20,17 @@ from dynamicrag.stage import UserError
 
 JOINT = " | "
 RULES = {
-    "arithmetic": "the answer is the result of the expression after the word",
+    "arithmetic": "the answer is the result of the expression in the rule",
     "known": "common knowledge: no passage is needed",
     "value": "the answer is the last value",
-    "largest": "the answer is the country of the largest value",
-    "smallest": "the answer is the country of the smallest value",
+    "largest": "the answer is the country with the largest value",
+    "smallest": "the answer is the country with the smallest value",
     "list": "the answer lists all values in order",
-    "above": "the answer is how many values lie above the one after the word",
-    "claim": "the claim states what stands after the word: SUPPORTS where that is the value, else REFUTES",
+    "above": "the answer is the number of values above the bound in the rule",
+    "claim": "the claim states the value in the rule: SUPPORTS if it is the right value, otherwise REFUTES",
     "unstated": "no passage decides the claim: NOT ENOUGH INFO",
     "paragraph": "the answer is all values, one after the other",
-    "pairs": "each value answers one of the question's readings",
+    "pairs": "each value answers one reading of the question",
 }
 NUMBER_WORDS = ("none", "one", "two", "three", "four")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
@@ -37,12 +38,12 @@ LONG_KINDS = ("long", "ambiguous")
 
 
 def enumerate_words(words: list[str], last: str = "and") -> str:
-    """ "A, B and C"."""
+    """Join words as in "A, B and C"."""
     return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def check(rows: list[dict], passages: list[dict]) -> None:
-    """Raise UserError at the first row that its passages do not prove, and where an id or a question comes twice."""
+    """Raise UserError for the first row that its passages do not prove, and for a repeated id or question."""
     by_id = {passage["id"]: passage for passage in passages}
     by_title = defaultdict(list)
     for passage in passages:
@@ -60,7 +61,7 @@ def check(rows: list[dict], passages: list[dict]) -> None:
 
 
 def find_problem(row: dict, by_id: dict[str, dict], by_title: dict[str, list[dict]]) -> str | None:
-    """What is wrong with a row, or None."""
+    """Return what is wrong with a row, or None."""
     answers, values = row["answers"], row["values"]
     if not answers or not all(answers):
         return "no answer, or an empty one"
@@ -92,7 +93,8 @@ def find_problem(row: dict, by_id: dict[str, dict], by_title: dict[str, list[dic
 
 
 def find_rival(passage: dict, stretch: str, value: str, by_title: dict[str, list[dict]]) -> str | None:
-    """Another passage of the same country and section that gives this very field a value."""
+    """Return another passage of the same country and section that gives the same field a value; None if there is none.
+    """
     label = stretch[:stretch.find(value)]
     if not label[:1].isupper() or not label.endswith(": "):
         return None
@@ -101,7 +103,7 @@ def find_rival(passage: dict, stretch: str, value: str, by_title: dict[str, list
 
 
 def broken_rule(row: dict, countries: list[str]) -> str | None:
-    """Recompute the answer; says what it should be, or None where it is right."""
+    """Recompute the answer. Returns what is wrong with it, or None."""
     rule, _, argument = row["rule"].partition(" ")
     answer, values = row["answers"][0], row["values"]
     if rule not in RULES:

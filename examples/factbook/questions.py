@@ -1,9 +1,11 @@
-"""Make questions of eight kinds from the Factbook passages, with the passages that each needs and a proof of its answer.
+"""Create questions of eight kinds from the Factbook passages, each with the passages it needs and a proof of its
+answer.
 
-Kinds: none (arithmetic, common knowledge), one fact, two compared, bridge (two hops), many (three or more), verify
-(a claim), long (a paragraph), ambiguous (several readings). Reads the passages of corpus.py. Writes train.jsonl (for
-the pipeline), reranker.jsonl (same countries, other questions, to train a cross-encoder; `held_out` marks those of a
-tenth of the countries) and test.jsonl (other countries). proof.py checks every row before anything is written.
+Kinds: none (arithmetic, common knowledge), one (a fact), two (a comparison), bridge (two hops), many (three or more),
+verify (a claim), long (a paragraph), ambiguous (several readings). Reads the passages of corpus.py. Writes train.jsonl
+(for the pipeline), reranker.jsonl (the same countries with other questions, to train a cross-encoder; `held_out` marks
+those of one tenth of the countries) and test.jsonl (other countries). proof.py checks every row before anything is
+written.
 
     python examples/factbook/questions.py --passages data/factbook/passages.jsonl --output_dir data/factbook
 """
@@ -27,7 +29,7 @@ ARTICLE = re.compile(
     r"(?:Islands|Republic|Kingdom|States|Emirates|Netherlands|Philippines|Maldives|Comoros|Strip|Bank|Refuges|Territory|Lands)$"
     r"|^(?:Isle|Republic|Democratic Republic) "
 )
-# Fruitless attempts in a row after which a kind counts as used up.
+# Number of consecutive failed attempts after which a kind counts as exhausted.
 PATIENCE = 5000
 
 ONE = (
@@ -52,7 +54,8 @@ BRIDGE = (
     "{x} -- of which country is it {hook}, and what is its {bare}{when}?",
 )
 HOOKS = ("capital", "adjective", "demonym", "currency", "local_name")
-# A nationality or a currency mostly sounds like its country; a capital or a local name that does would give it away.
+# A nationality or currency usually resembles its country's name. A capital or local name that does would reveal the
+# country.
 TELLING_HOOKS = ("capital", "local_name")
 MOST = (
     "Which of {names} has the {most} {bare}{when}?", "Of {names}, which has the {most} {bare}{when}?",
@@ -72,7 +75,7 @@ CLAIMS = (
     "For {c}, the Factbook gives {v} as {noun}{when}.", "{v} is {noun} of {c}{when}.", "Claim: {noun} of {c}{when} is {v}.",
     "{c} has {v} as {noun}{when}.", "The records of {c} state that {noun}{when} is {v}.",
 )
-# The Factbook has no such facts, so no passage decides these.
+# The Factbook has no such facts, so that no passage decides these claims.
 UNSTATED = (
     "The national football team of {c} was founded in {y}.", "The oldest bakery in {c} opened in {y}.",
     "The tallest building of {c} has {n} floors.", "The national library of {c} holds {n} thousand manuscripts.",
@@ -143,19 +146,22 @@ PHRASINGS = {
 def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
-    group.add_argument("--output_dir", default="data/factbook", help="folder of train.jsonl, reranker.jsonl, test.jsonl")
-    group.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="files of questions that are not asked again")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
+    group.add_argument("--output_dir", default="data/factbook",
+                       help="folder of train.jsonl, reranker.jsonl and test.jsonl")
+    group.add_argument("--exclude", nargs="+", default=[],
+                       metavar="FILE", help="files of questions that must not occur again")
     group = parser.add_argument_group("sizes")
-    group.add_argument("--train", type=int, default=500, help="questions of the pipeline")
-    group.add_argument("--reranker", type=int, default=800, help="questions to train the cross-encoder with")
-    group.add_argument("--test", type=int, default=120, help="questions about countries that the others never mention")
+    group.add_argument("--train", type=int, default=500, help="number of questions for the pipeline")
+    group.add_argument("--reranker", type=int, default=800, help="number of questions for training the cross-encoder")
+    group.add_argument("--test", type=int, default=120,
+                       help="number of questions about countries that the others never mention")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)
 
 
 class Pool:
-    """The facts that one file's questions may draw on, and what is drawn already in any file."""
+    """The facts available to the questions of one file, and the questions already drawn for any file."""
 
     def __init__(self, facts: dict[str, dict[str, Fact]], paragraphs: dict, used: set, unique: set, rng: random.Random):
         self.facts, self.paragraphs = facts, paragraphs
@@ -165,7 +171,7 @@ class Pool:
         for country in self.countries:
             for key in facts[country]:
                 self.holders[key].append(country)
-        # Every field is as likely as any other, however many years it has.
+        # Every field is equally likely, however many years it has.
         by_field = defaultdict(list)
         for key in sorted(self.holders):
             by_field[key.split()[0]].append(key)
@@ -179,7 +185,8 @@ class Pool:
         return self.facts[country][self.rng.choice(self.rng.choice(self.keys_of[country]))]
 
     def comparable(self, count: int, wanted) -> list[Fact]:
-        """One wanted field of several countries; an empty list where too few have it."""
+        """Return the facts of several countries for one field that `wanted` accepts; [] if too few countries have it.
+        """
         key = self.rng.choice(self.rng.choice(self.keys))
         if not wanted(self.facts[self.holders[key][0]][key].field) or len(self.holders[key]) < count:
             return []
@@ -191,7 +198,7 @@ def cap(text: str) -> str:
 
 
 def named(country: str) -> str:
-    """A country's name in the middle of a sentence: "the Netherlands"."""
+    """Return a country's name for use within a sentence: "the Netherlands"."""
     return f"the {country}" if ARTICLE.search(country) else country
 
 
@@ -200,7 +207,10 @@ def bare(noun: str) -> str:
 
 
 def draft(kind: str, mark: tuple, question: str, answers: list[str], facts: list[Fact], rule: str) -> dict:
-    """A question without its id; `mark` is what it is about, whatever the phrasing, so that nothing is asked twice."""
+    """Return a question without its id.
+
+    `mark` identifies its content independently of the wording, to avoid repetitions.
+    """
     return {
         "mark": (kind, *mark), "dataset": DATASETS.get(kind, "factbook"), "kind": kind, "question": cap(question), "answers": answers,
         "gold_docs": [fact.passage for fact in facts], "evidence": [fact.evidence for fact in facts],
@@ -209,13 +219,13 @@ def draft(kind: str, mark: tuple, question: str, answers: list[str], facts: list
 
 
 def spread(facts: list[Fact]) -> bool:
-    """Whether the values differ by more than a rounding: at least a twentieth between neighbours."""
+    """Return whether neighbouring values differ by at least one twentieth, which is more than rounding."""
     numbers = sorted(number(fact.value) for fact in facts)
     return all(high - low > 0.05 * max(abs(high), abs(low)) for low, high in pairwise(numbers))
 
 
 def with_folded(fact: Fact) -> list[str]:
-    """A country as an answer: as the Factbook spells it, and without accents."""
+    """Return a country as an answer: in the Factbook's spelling, and without accents."""
     return list(dict.fromkeys([fact.country, fact.country.replace("ô", "o")]))
 
 
@@ -306,7 +316,7 @@ def make_many(pool: Pool) -> dict | None:
 
 
 def bound_between(low: float, high: float, like: str) -> str | None:
-    """A round number between two others, written as the value `like` is; None where no round one lies there."""
+    """Return a round number between two others, written like the value `like`; None if there is none."""
     middle = float(f"{(low + high) / 2:.2g}")
     scale, word = next(((size, f" {name}") for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
                         if abs(middle) >= size), (1, ""))
@@ -330,7 +340,7 @@ def make_verify(pool: Pool) -> dict | None:
         claimed = other.value
         if normalise(claimed) in map(normalise, fact.answers) or (fact.field.scale and not spread([fact, other])):
             return None
-        # "Parliament" for "National Parliament" is not plainly wrong.
+        # "Parliament" instead of "National Parliament" is not clearly wrong.
         if not fact.field.scale and set(normalise(claimed).split()) & set(normalise(" ".join(fact.answers)).split()):
             return None
     question = rng.choice(CLAIMS).format(Noun=cap(fact.noun), noun=fact.noun, c=named(country), when=fact.when, v=claimed)
@@ -373,7 +383,7 @@ MAKERS = {"one": make_one, "two": make_two, "bridge": make_bridge, "many": make_
 
 
 def draw(pool: Pool, size: int) -> list[dict]:
-    """`size` new questions, the kinds in proportion to their weights."""
+    """Return `size` new questions, with the kinds in proportion to their weights."""
     rows = []
     total = sum(WEIGHTS.values())
     exact = {kind: size * weight / total for kind, weight in WEIGHTS.items()}
@@ -387,8 +397,8 @@ def draw(pool: Pool, size: int) -> list[dict]:
             if row is None or row["mark"] in pool.used or row["question"].lower() in pool.used:
                 fruitless += 1
                 if fruitless > PATIENCE:
-                    raise UserError(f"no more questions of the kind {kind!r} can be made ({count} are missing); "
-                                    "ask for fewer with --train, --reranker or --test")
+                    raise UserError(f"no more questions of the kind {kind!r} can be created ({count} are missing); "
+                                    "reduce --train, --reranker or --test")
                 continue
             fruitless = 0
             pool.used.update((row.pop("mark"), row["question"].lower()))
@@ -399,7 +409,7 @@ def draw(pool: Pool, size: int) -> list[dict]:
 
 
 def find_unique(facts: dict[str, dict[str, Fact]]) -> set[tuple[str, str]]:
-    """(country, hook) where the hook's value tells the country from all others without naming it."""
+    """Return the (country, hook) pairs whose value identifies the country without naming it."""
     owners = defaultdict(set)
     for country, known in facts.items():
         for key in HOOKS:
@@ -412,7 +422,9 @@ def find_unique(facts: dict[str, dict[str, Fact]]) -> set[tuple[str, str]]:
 
 
 def find_paragraphs(passages: list[dict]) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
-    """country -> field -> [(passage, body, evidence)], for the fields of TOPICS that fill a paragraph in up to three passages."""
+    """Return country -> field -> [(passage, body, evidence)], for fields of TOPICS that form a paragraph in at most
+    three passages.
+    """
     found = defaultdict(lambda: defaultdict(list))
     for passage in passages:
         country = passage["title"].rpartition(": ")[0]

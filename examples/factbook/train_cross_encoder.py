@@ -1,10 +1,10 @@
-"""Train the demo's reranker: a cross-encoder that says whether a passage is needed for a question.
+"""Train the demo's reranker: a cross-encoder that predicts whether a passage is needed for a question.
 
-Starts from the sentence encoder of models.py. Trains on easy pairs first (a passage that is needed against one that
-was retrieved for another question), then on hard ones (against its own neighbours in the ranking): on hard pairs alone
-the loss stays where it starts for thousands of pairs. Reads the questions of reranker.jsonl after retrieval (`docs`, best
-first, and `gold_docs`); rows marked `held_out` are only measured on. Writes a sequence-classification checkpoint whose
-sigmoid is above 0.5 for passages that are needed.
+Starts from the sentence encoder of models.py. Trains on easy pairs first (a needed passage and one retrieved for
+another question), then on hard pairs (a needed passage and its neighbours in the ranking). With hard pairs alone, the
+loss does not decrease for thousands of pairs. Reads the questions of reranker.jsonl after retrieval (`docs`, best
+first, and `gold_docs`). Rows marked `held_out` are used for evaluation only. Writes a sequence-classification
+checkpoint whose sigmoid is above 0.5 for needed passages.
 
     python examples/factbook/train_cross_encoder.py --input_file output/factbook/reranker_retrieval.jsonl \\
         --encoder models/minilm --output_dir models/cross-encoder
@@ -22,9 +22,9 @@ from dynamicrag.files.jsonio import read_json
 from dynamicrag.models.reranker import document_text
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
-# How much faster the new classification head learns than the encoder beneath it.
+# Ratio of the learning rates of the new classification head and the encoder.
 HEAD_RATE = 5.0
-# (question, passage, whether it is needed)
+# (question, passage, whether the passage is needed)
 Pair = tuple[str, str, bool]
 
 
@@ -34,20 +34,23 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--input_file", required=True, help="retrieval output for reranker.jsonl")
     group.add_argument("--encoder", default="models/minilm", help="checkpoint to start from")
     group.add_argument("--output_dir", default="models/cross-encoder", help="folder of the trained checkpoint")
-    group.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     group = parser.add_argument_group("pairs")
-    group.add_argument("--max_pairs", type=int, default=4500, help="question-passage pairs to train on, at most")
-    group.add_argument("--easy_share", type=float, default=0.3, help="share of --max_pairs that are easy, and come first")
-    group.add_argument("--negatives", type=int, default=3, help="passages not needed for each that is, among hard pairs")
-    group.add_argument("--max_length", type=int, default=256, help="tokens of a pair; the passage is cut, not the question")
-    group.add_argument("--eval_rows", type=int, default=100, help="held-out questions to measure on, at most")
+    group.add_argument("--max_pairs", type=int, default=4500, help="maximum number of question-passage pairs")
+    group.add_argument("--easy_share", type=float, default=0.3,
+                       help="share of --max_pairs that are easy and come first")
+    group.add_argument("--negatives", type=int, default=3, help="negative passages per needed passage in hard pairs")
+    group.add_argument("--max_length", type=int, default=256,
+                       help="maximum tokens of a pair; the passage is cut, not the question")
+    group.add_argument("--eval_rows", type=int, default=100, help="maximum number of held-out questions for evaluation")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=1, help="passes over the hard pairs")
-    group.add_argument("--batch_size", type=int, default=8, help="pairs a step")
+    group.add_argument("--batch_size", type=int, default=8, help="pairs per step")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="peak of the linear schedule")
-    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="arithmetic of the forward pass")
-    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it is trained")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate rises")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"],
+                       default="bfloat16", help="precision of the forward pass")
+    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device for training")
     group.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)
@@ -58,20 +61,20 @@ def read_rows(path: str) -> list[dict]:
     for line, row in read_json(path):
         for key in ("question", "docs", "gold_docs", "held_out"):
             if key not in row:
-                raise UserError(f"{path}:{line}: no {key!r}; run the retriever on data/factbook/reranker.jsonl, which "
-                                "questions.py writes")
+                raise UserError(f"{path}:{line}: key {key!r} is missing; run the retriever on "
+                                "data/factbook/reranker.jsonl, which questions.py writes")
         rows.append(row)
     return rows
 
 
 def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Random) -> list[Pair]:
-    """Every needed passage that was retrieved, and beside it others, the higher ranked the likelier."""
+    """Return every retrieved needed passage, and other passages sampled with preference for high ranks."""
     pairs = []
     for row in rng.sample(rows, len(rows)):
         gold = set(row["gold_docs"])
         needed = [doc for doc in row["docs"] if doc["id"] in gold]
         others = [(rank, doc) for rank, doc in enumerate(row["docs"], start=1) if doc["id"] not in gold]
-        # Weighted sampling without replacement: the largest of u^(1/w), here with the weight 1/rank.
+        # Weighted sampling without replacement: the largest values of u^(1/w), with weight 1/rank.
         others.sort(key=lambda ranked: rng.random() ** ranked[0], reverse=True)
         chosen = [doc for _, doc in others[:negatives * max(1, len(needed))]]
         pairs += [(row["question"], document_text(doc), True) for doc in needed]
@@ -82,7 +85,7 @@ def sample_pairs(rows: list[dict], negatives: int, limit: int, rng: random.Rando
 
 
 def sample_easy_pairs(rows: list[dict], limit: int, rng: random.Random) -> list[Pair]:
-    """Every needed passage that was retrieved, and beside it one that was retrieved for some question or other."""
+    """Return every retrieved needed passage, each with a passage that was retrieved for any question."""
     others = [doc for row in rows for doc in row["docs"]]
     pairs = []
     for row in rng.sample(rows, len(rows)):
@@ -96,7 +99,7 @@ def sample_easy_pairs(rows: list[dict], limit: int, rng: random.Random) -> list[
 
 
 def batches_by_length(lengths: list[int], size: int, rng: random.Random) -> list[list[int]]:
-    """Random batches whose members are alike in length: sorted within chunks of 32 batches, then shuffled."""
+    """Return random batches of similar length: sorted within chunks of 32 batches, then shuffled."""
     order = rng.sample(range(len(lengths)), len(lengths))
     chunks = [sorted(order[at:at + 32 * size], key=lambda i: lengths[i]) for at in range(0, len(order), 32 * size)]
     batches = [chunk[at:at + size] for chunk in chunks for at in range(0, len(chunk), size)]
@@ -105,13 +108,13 @@ def batches_by_length(lengths: list[int], size: int, rng: random.Random) -> list
 
 
 def learning_rate_at(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak: linear up, linear down."""
+    """Return the share of the peak learning rate: linear rise, then linear decay."""
     rise = max(1, math.ceil(steps * warmup))
     return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
 
 
 def ranking_quality(rows: list[dict], orders: list[list[dict]]) -> tuple[float, float]:
-    """(MRR@10, R@1) of the first needed passage, over the questions that need any; 0 where none was retrieved."""
+    """Return MRR@10 and R@1 of the first needed passage, over the questions that need any; 0 if none was retrieved."""
     reciprocal, first, count = 0.0, 0, 0
     for row, docs in zip(rows, orders, strict=True):
         if row["gold_docs"]:
@@ -123,11 +126,11 @@ def ranking_quality(rows: list[dict], orders: list[list[dict]]) -> tuple[float, 
 
 
 def train(model, encoded: dict, labels: list[bool], easy: int, args, rng: random.Random) -> None:
-    """AdamW on the first `easy` pairs, then on the others, binary cross-entropy on the single logit."""
+    """Train with AdamW on the first `easy` pairs, then on the others, with binary cross-entropy on the single logit."""
     import torch
     from tqdm import tqdm
 
-    # The head starts from nothing, the encoder does not.
+    # The head is untrained, the encoder is not.
     head = [weight for name, weight in model.named_parameters() if "encoder" not in name and "embeddings" not in name]
     body = [weight for name, weight in model.named_parameters() if "encoder" in name or "embeddings" in name]
     optimizer = torch.optim.AdamW([{"params": body, "rate": 1.0}, {"params": head, "rate": HEAD_RATE}], weight_decay=0.01)
@@ -155,7 +158,7 @@ def train(model, encoded: dict, labels: list[bool], easy: int, args, rng: random
 
 
 def score(model, encoded: dict, batch: list[int], args):
-    """The logits of some pairs, padded to the longest of them."""
+    """Return the logits of a batch of pairs, padded to the longest of them."""
     import torch
 
     width = max(len(encoded["input_ids"][i]) for i in batch)
@@ -175,7 +178,7 @@ def encode(tokenizer, pairs: list[Pair], max_length: int) -> dict:
 
 
 def rerank(model, tokenizer, rows: list[dict], args) -> list[list[tuple[float, dict]]]:
-    """(probability, document) of every document of every row, best first."""
+    """Return (probability, document) pairs for every row, best first."""
     import torch
 
     pairs = [(row["question"], document_text(doc), False) for row in rows for doc in row["docs"]]
@@ -192,7 +195,7 @@ def rerank(model, tokenizer, rows: list[dict], args) -> list[list[tuple[float, d
 
 
 def label_quality(rows: list[dict], ranked: list[list[tuple[float, dict]]]) -> tuple[float, float]:
-    """(precision, recall) of "needed where above 0.5", over all retrieved documents."""
+    """Return precision and recall of the label "above 0.5", over all retrieved documents."""
     hits = said = needed = 0
     for row, docs in zip(rows, ranked, strict=True):
         for probability, doc in docs:
@@ -202,7 +205,7 @@ def label_quality(rows: list[dict], ranked: list[list[tuple[float, dict]]]) -> t
 
 
 def save(model, tokenizer, folder: Path) -> None:
-    """All files or none: written beside the folder, then renamed."""
+    """Write all files or none: into a temporary folder, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -222,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = Path(args.output_dir)
     if (folder / "config.json").exists() and not args.overwrite:
-        log.info("%s is there already; nothing to do (--overwrite trains it anew)", folder)
+        log.info("%s already exists; nothing to do (--overwrite trains it again)", folder)
         return
     rows = read_rows(args.input_file)
     held_out = [row for row in rows if row["held_out"]][:args.eval_rows]
@@ -233,22 +236,23 @@ def main(argv: list[str] | None = None) -> None:
     pairs += sample_pairs(seen, args.negatives, args.max_pairs - easy, rng)
     positives = sum(needed for _, _, needed in pairs)
     if not positives:
-        raise UserError(f"{args.input_file}: no gold document is among the retrieved ones; were these passages indexed?")
+        raise UserError(f"{args.input_file}: no gold document was retrieved; check that these passages were indexed")
     if not (Path(args.encoder) / "config.json").exists():
-        raise UserError(f"{args.encoder}: no checkpoint there; python examples/factbook/models.py makes it")
+        raise UserError(f"{args.encoder}: contains no checkpoint; create it with python examples/factbook/models.py")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
-    # The classification head is new, as it should be; transformers would warn of it at length.
+    # The classification head is new, as intended; transformers would warn about it at length.
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    # Without dropout: nothing is seen twice, and it would make attention several times slower on a CPU.
+    # No dropout: no pair is seen twice, and dropout would make attention several times slower on a CPU.
     model = AutoModelForSequenceClassification.from_pretrained(
         args.encoder, num_labels=1, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(args.device)
-    log.info("training on %d pairs, %d of them easy, %d needed; measuring on %d held-out questions", len(pairs), easy, positives, len(held_out))
+    log.info("training on %d pairs (%d easy, %d needed); evaluating on %d held-out questions",
+             len(pairs), easy, positives, len(held_out))
     started = time.monotonic()
     train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], easy, args, rng)
     seconds = time.monotonic() - started
@@ -261,9 +265,10 @@ def main(argv: list[str] | None = None) -> None:
         log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *after)
         log.info("held out, label above 0.5: precision %.3f, recall %.3f", *label_quality(held_out, ranked))
         if after[0] <= before[0]:
-            log.warning("this reranker is no better than the retriever, and everything learned from its labels will be worse; "
-                        "train on more questions and --max_pairs, or with another --seed")
-    log.info("%s: trained in %.0f s (%.1f pairs a second)", folder, seconds, (easy + args.epochs * (len(pairs) - easy)) / seconds)
+            log.warning("this reranker is not better than the retriever, so that models trained on its labels will be "
+                        "worse; train on more questions and --max_pairs, or with another --seed")
+    log.info("%s: trained in %.0f s (%.1f pairs per second)",
+             folder, seconds, (easy + args.epochs * (len(pairs) - easy)) / seconds)
 
 
 if __name__ == "__main__":

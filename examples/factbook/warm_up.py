@@ -1,14 +1,16 @@
-"""Make the small model's warm-up set: documents once, then several questions about them, each with the documents it needs.
+"""Create the warm-up set of the small model: documents once, then several questions about them, each with its needed
+documents.
 
-A large model can find the document that speaks of what is asked before it is trained to. A model of 135 M parameters has to
-learn it, and a single question is one identifier to learn from for four hundred tokens read: from such it learns how many
-documents to name, not which (docs/evidence.md). So a conversation shows the documents of one question in the reranker's prompt,
-and goes on with further questions made of the facts that stand in the same documents: ten selections for one reading, which
-differ by nothing but what is asked. --role generator makes the same of answers. A conversation that is longer than the trainer's cutoff_len
-loses its last questions, and one whose first question does not fit is left out; both are counted.
+A large model can find the document about a question without training. A model of 135 M parameters must learn it, and a
+single question gives only one identifier per four hundred tokens of prompt. From such rows the model learns how many
+documents to select, but not which (docs/evidence.md). A conversation therefore shows the documents of one question in
+the reranker's prompt and continues with further questions about facts in the same documents: ten selections per prompt
+that differ only in the question. --role generator creates the same conversations with answers. If a conversation
+exceeds the trainer's cutoff_len, its last questions are removed. If its first question does not fit, it is left out.
+Both are counted.
 
-Reads    --input_file     questions with gold_docs and their retrieved docs, of the countries that may be trained on
-         --passages       the passages that corpus.py wrote
+Reads    --input_file     questions with gold_docs and retrieved docs, about countries of the training set
+         --passages       passages written by corpus.py
 Writes   --output_file    LLaMA-Factory rows with a history: instruction, input, output, system, history
 
     python examples/factbook/warm_up.py --input_file output/factbook/reranker_retrieval.jsonl --max_rows 320
@@ -29,8 +31,8 @@ from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
 
-# How often each kind is tried for a further question. Those of several documents succeed rarely among so few; those that
-# need none always do.
+# How often each kind is tried for a further question. Kinds with several documents rarely succeed with so few
+# documents; the kind without documents always does.
 WEIGHTS = {"one": 20, "two": 26, "bridge": 30, "many": 26, "none": 4, "verify": 10, "long": 6, "ambiguous": 6}
 TRIES = 80
 FURTHER = "Which documents are needed to answer the question: {question}"
@@ -40,23 +42,28 @@ def parse_args(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="retrieval output for questions of training countries")
-    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="the passages that corpus.py wrote")
+    group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
     group.add_argument("--output_file", default="training_data/factbook_warm_up.json", help="the warm-up set")
     add_prompts_flag(group)
     add_length_flags(parser, "recipes/smollm2_135m/warm_up.yaml")
     group = parser.add_argument_group("conversations")
-    group.add_argument("--role", choices=["reranker", "generator"], default="reranker", help="what is trained: to choose documents, or to answer from them")
-    group.add_argument("--max_rows", type=int, help="conversations, each from another question of the input (default: all)")
-    group.add_argument("--n_docs", type=int, default=5, help="documents shown; those needed are always among them")
-    group.add_argument("--questions", type=int, default=10, help="questions a conversation, at most")
-    group.add_argument("--shuffled", type=float, default=0.5, help="share of conversations whose documents are in no order; the others keep the retriever's")
+    group.add_argument("--role", choices=["reranker", "generator"],
+                       default="reranker", help="role to train: select documents, or answer from them")
+    group.add_argument("--max_rows",
+                       type=int, help="number of conversations, each from another question of the input (default: all)")
+    group.add_argument("--n_docs", type=int, default=5, help="number of documents shown, including all needed ones")
+    group.add_argument("--questions", type=int, default=10, help="maximum number of questions per conversation")
+    group.add_argument("--shuffled", type=float, default=0.5,
+                       help="share of conversations with shuffled documents; the others keep the retriever's order")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)
 
 
 def show(row: dict, passages: dict[str, dict], n_docs: int, rng: random.Random | None = None) -> list[dict]:
-    """The documents a question needs and the best ranked others, `n_docs` in all or as many as are needed; in the retriever's
-    order, what was not retrieved last, or with `rng` in any."""
+    """Return the needed documents and the best-ranked others: `n_docs` in total, or as many as are needed.
+
+    They are in the retriever's order, with documents that were not retrieved at the end, or shuffled if `rng` is given.
+    """
     needed = [passages[doc_id] for doc_id in row["gold_docs"]]
     others = [doc for doc in row["docs"] if doc["id"] not in row["gold_docs"]]
     shown = needed + others[:max(n_docs - len(needed), 0)]
@@ -67,7 +74,7 @@ def show(row: dict, passages: dict[str, dict], n_docs: int, rng: random.Random |
 
 
 class Facts:
-    """The facts and paragraphs of the countries that may be asked about, by passage."""
+    """Facts and paragraphs, by passage, of the countries that questions may be about."""
 
     def __init__(self, rows: list[dict], passages: dict[str, dict]):
         facts, everything = read_facts([*passages.values()]), find_paragraphs([*passages.values()])
@@ -83,7 +90,7 @@ class Facts:
         self.paragraphs = {country: everything[country] for country in self.all if country in everything}
 
     def pool(self, shown: set[str], rng: random.Random) -> Pool:
-        """What can be asked of the documents shown."""
+        """Return the pool of questions that the documents shown can answer."""
         facts: dict[str, dict[str, Fact]] = defaultdict(dict)
         for doc_id in sorted(shown):
             for country, key, fact in self.of_passage[doc_id]:
@@ -97,7 +104,10 @@ class Facts:
 
 
 def further_questions(first: dict, pool: Pool, claims: Pool, shown: set[str], count: int) -> list[dict]:
-    """Up to `count` questions other than the first, all of whose needed documents are shown. `claims` makes those to verify."""
+    """Return up to `count` further questions whose needed documents are all shown.
+
+    Questions to verify come from `claims`.
+    """
     asked, found = {first["question"].lower()}, []
     kinds = [kind for kind in WEIGHTS if pool.countries or kind == "none"]
     for _ in range(TRIES):
@@ -113,7 +123,8 @@ def further_questions(first: dict, pool: Pool, claims: Pool, shown: set[str], co
 
 
 def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts) -> dict[str, str]:
-    """A question's training row in one of the two roles, as if it were asked alone; a further one does not show the documents again."""
+    """Return a question's training row for `role`, as if it were asked alone. A further question omits the documents.
+    """
     if role == "generator":
         messages = prompts.generator(row["question"], [] if further else docs, prompts.instruction(row))
         return training_row(messages, output=target_answer(row))
@@ -125,7 +136,7 @@ def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts
 
 
 def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role: str = "reranker") -> dict:
-    """A LLaMA-Factory row: the documents and the first question, then question after question."""
+    """Return a LLaMA-Factory row: the documents with the first question, then the other questions."""
     *before, last = [turn(role, row, docs, number > 0, prompts) for number, row in enumerate(questions)]
     return {**last, "history": [[row["instruction"], row["output"]] for row in before]}
 
@@ -137,24 +148,27 @@ def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Pr
         docs = show(row, passages, args.n_docs, rng if rng.random() < args.shuffled else None)
         shown = {doc["id"] for doc in docs}
         pool = facts.pool(shown, rng)
-        claims = copy.copy(pool)  # a false claim takes another country's value, of any country
+        claims = copy.copy(pool)  # a false claim uses a value of any other country
         claims.facts, claims.holders = facts.all, facts.holders
         yield conversation(docs, [row, *further_questions(row, pool, claims, shown, args.questions - 1)], prompts, args.role)
 
 
 def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str, dict]]:
-    """The questions of a retrieval output, and the passages by id. Raises UserError naming file, line and key."""
+    """Return the questions of a retrieval output, and the passages by id. Raises UserError naming file, line and key.
+    """
     passages = {passage["id"]: passage for _, passage in read_json(passages_path)}
     rows = []
     for line, row in read_json(path):
         for key in ("id", "question", "docs", "gold_docs"):
             if key not in row:
-                raise UserError(f"{path}:{line}: key '{key}' is missing; this takes retriever.py's output for questions.py's questions")
+                raise UserError(f"{path}:{line}: key '{key}' is missing; give retriever.py's output for questions of "
+                                "questions.py")
         if unknown := next((doc_id for doc_id in row["gold_docs"] if doc_id not in passages), None):
-            raise UserError(f"{path}:{line}: key 'gold_docs': {unknown!r} is no passage of {passages_path}")
+            raise UserError(f"{path}:{line}: key 'gold_docs': {unknown!r} is not in {passages_path}; give the "
+                            "passages of these questions")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: holds no row")
+        raise UserError(f"{path}: contains no row; check the file")
     return rows, passages
 
 

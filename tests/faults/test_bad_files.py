@@ -290,7 +290,7 @@ def retrieve(good: Path, out: Path, monkeypatch, more: str) -> tuple[int, list[s
     ("bm25", "store/store.json", lambda raw: b"[", None), ("bm25", "store/store.json", lambda raw: b"[1]", None),
 ])
 def test_what_was_kept_is_damaged(index, kept, damage, says, good, out, monkeypatch):
-    """What cannot be read is named; a store that does not say what it holds is built anew."""
+    """What cannot be read is named; a store that does not say what it holds is built again."""
     assert retrieve(good, out, monkeypatch, f"--index {index}") == (0, [])
     before = (out / "retrieved.jsonl").read_bytes()
     path = out.parent / kept
