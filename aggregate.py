@@ -17,13 +17,14 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.files.paths import matching
-from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest
+from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest, require_manifest
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.stage import UserError
 
 ROWS_A_CHUNK = 1000
@@ -112,7 +113,7 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
                         f"--corpus_shard {missing[0]}")
     if len(by_part) != parts or len(paths) != parts:
         raise UserError(f"{paths[0].parent}: {len(paths)} files for {parts} corpus shards; restrict --input_files")
-    manifests = [read_manifest(by_part[part, parts]) for part in range(parts)]
+    manifests = [require_manifest(by_part[part, parts]) for part in range(parts)]
     for part, manifest in enumerate(manifests):
         changed = [key for key in manifest["arguments"].keys() | manifests[0]["arguments"].keys()
                    if key not in MAY_DIFFER and manifest["arguments"].get(key) != manifests[0]["arguments"].get(key)]
@@ -124,24 +125,29 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
     return [by_part[part, parts] for part in range(parts)]
 
 
-def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[dict]:
+def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
     """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order.
     """
     from dynamicrag.rows.records import read_rows
 
     for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
+        first: Row | None = rows[0]
+        scored: list[tuple[float, Doc]] = []
         for path, row in zip(paths, rows, strict=True):
-            if row is None or row["id"] != (rows[0] or row)["id"]:
+            if row is None or first is None or row["id"] != first["id"]:
                 problem = "no further row" if row is None else f"row {row['id']!r}"
                 raise UserError(f"{path}: has {problem}, unlike another corpus shard; run retriever.py again for all "
                                 "of them")
-            if any(doc.get("score") is None for doc in row["docs"]):
-                raise UserError(f"{path}: row {row['id']!r}: a document has no score; run retriever.py again for this corpus shard")
-        docs = chain.from_iterable(row["docs"] for row in rows)
-        yield {**rows[0], "docs": sorted(docs, key=lambda doc: -doc["score"])[:n_docs]}
+            for doc in row["docs"]:
+                if (score := doc.get("score")) is None:
+                    raise UserError(f"{path}: row {row['id']!r}: a document has no score; run retriever.py again for this corpus shard")
+                scored.append((score, doc))
+        if first is not None:
+            scored.sort(key=lambda pair: -pair[0])
+            yield {**first, "docs": [doc for _, doc in scored[:n_docs]]}
 
 
-def read_shards(paths: list[Path]) -> Iterator[dict]:
+def read_shards(paths: list[Path]) -> Iterator[Row]:
     """Yield the rows of all shards, one file after the other. Raises UserError for an id that occurs in two of them."""
     from dynamicrag.rows.records import read_rows
 
@@ -169,9 +175,9 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
     if not any(is_content(made_from, questions) for made_from in split["inputs"].values()):
         raise UserError(f"{splits_dir}: is not a split of the current {questions}; run split_data.py and the shards "
                         "again with --overwrite")
-    first = None
+    first: dict = {}
     for path in shards:
-        manifest = read_manifest(path)
+        manifest = require_manifest(path)
         part = manifest["arguments"].get("input_json")
         if not isinstance(part, str) or len(manifest["outputs"]) != 2 or not isinstance(manifest.get("seconds"), int | float):
             raise UserError(f"{manifest_path(path)}: not a manifest of inference.py or top_inference.py; omit "
@@ -198,7 +204,7 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     from dynamicrag.llm.answering import remain_path
 
     shared = same_run(shards, args.questions, args.splits_dir)
-    manifests = [read_manifest(path) for path in shards]
+    manifests = [require_manifest(path) for path in shards]
     outputs = [args.output_file, remain_path(args.output_file)]
     run = Namespace(**{"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite})
     output = Output(run, outputs, list(shared["inputs"]))
@@ -239,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if any(map(corpus_shard, shards)):
         shards = in_corpus_order(shards)
-        n_docs = read_manifest(shards[0])["arguments"].get("n_docs")
+        n_docs = require_manifest(shards[0])["arguments"].get("n_docs")
         if type(n_docs) is not int or n_docs < 1:
             raise UserError(f"{manifest_path(shards[0])}: not a manifest of retriever.py (n_docs is {n_docs!r}); run "
                             "retriever.py again with --overwrite")

@@ -20,7 +20,7 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from dynamicrag import stage
@@ -40,7 +40,8 @@ from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.gold import gold_documents
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import labelled_documents
 from dynamicrag.stage import UserError, log
 
@@ -198,7 +199,7 @@ def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
 
 
 def fit_pair(
-    build: Callable[[list[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
+    build: Callable[[Sequence[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
 ) -> Fitted:
     """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is
     removed.
@@ -214,7 +215,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
     """Return the reranker pairs of a question, each with its figures."""
     docs, pairs = row["docs"][: row["docs_shown"]], []
 
-    def build(some: list[Doc]) -> Messages:
+    def build(some: Sequence[Doc]) -> Messages:
         return prompts.reranker(row["question"], some)
 
     for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question, args.pair_by):
@@ -233,7 +234,7 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
     positions = row["id_lists"][best]
     docs, instruction = [row["docs"][position - 1] for position in positions], prompts.instruction(row)
 
-    def build(some: list[Doc]) -> Messages:
+    def build(some: Sequence[Doc]) -> Messages:
         return prompts.generator(row["question"], some, instruction, positions[: len(some)])
 
     return [fit_pair(build, docs, 0, (chosen, rejected), window, {})]
@@ -241,19 +242,20 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
 
 def training_rows(
     pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args, window: TrainingWindow | None = None, total: int | None = None
-) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+) -> Iterator[tuple[dict[str, str], Mapping[str, float]]]:
     """Yield the training row and the figures of every pair that fits the window."""
     window = window or TrainingWindow()
     work = partial(pairs_of, prompts=prompts, args=args, window=window)
     for pair in window.kept(rows, work, total, pairs_of.__name__.replace("_", " "), args.input_file):
-        yield pair.row, pair.about
+        if pair.row is not None:
+            yield pair.row, pair.about
 
 
 reranker_rows = partial(training_rows, reranker_pairs_of)
 generator_rows = partial(training_rows, generator_pairs_of)
 
 
-def distinct(pairs: Iterable[tuple[dict[str, str], dict]]) -> Iterator[tuple[dict[str, str], dict]]:
+def distinct(pairs: Iterable[tuple[dict[str, str], Mapping]]) -> Iterator[tuple[dict[str, str], Mapping]]:
     """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
     seen = set()
     for row, about in pairs:
@@ -321,10 +323,10 @@ def main(argv=None):
         kept = (row for row in read(out.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
         return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
-    def generator(window: TrainingWindow) -> Iterator[tuple[dict, dict]]:
+    def generator(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
         return distinct(generator_rows(questions(0, for_generator), prompts, args, window, len(differing)))
 
-    def reranker(window: TrainingWindow) -> Iterator[tuple[dict, dict]]:
+    def reranker(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
         return distinct(reranker_rows(questions(for_generator, None), prompts, args, window, len(differing)))
 
     for name, pairs in (("reranker", reranker), ("generator", generator)):

@@ -9,7 +9,8 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
     python construct_generator_sft.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
@@ -24,7 +25,8 @@ from dynamicrag.llm.training_rows import (
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import best_first, unjudged_position
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import UserError, log
 
@@ -45,7 +47,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, str]:
+def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, Any] | None:
     """Return one SFT example. A question without relevant documents is answered without documents."""
     return fit(row, prompts, max_docs, TrainingWindow()).row
 
@@ -56,7 +58,7 @@ def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fi
     relevant = [row["docs"][position - 1] for position in positions]
     instruction, answer = prompts.instruction(row), target_answer(row)
 
-    def build(docs: list[Doc]) -> Messages:
+    def build(docs: Sequence[Doc]) -> Messages:
         return prompts.generator(row["question"], docs, instruction, positions[: len(docs)])
 
     shown = window.documents(build, relevant, answer)

@@ -31,7 +31,7 @@ from dynamicrag.evaluation.tables import comparison_table, selection_tables, sum
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import refuse_overlap
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
+def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict]:
     """Return the first system minus each other one, 0 to 100, with 95 % interval and p, over the same questions.
 
     Raises UserError if the systems have different questions: without --eval_file a missing question has no score.
@@ -72,7 +72,7 @@ def compare(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[st
     return compared
 
 
-def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping[str, Row] | None, name: str) -> Iterable[Row]:
+def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping | None, name: str) -> Iterable[Row]:
     """Yield the rows, with a progress bar. The total comes from the evaluation file or the run's manifest."""
     from tqdm import tqdm
 

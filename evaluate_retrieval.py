@@ -29,7 +29,8 @@ from dynamicrag.evaluation.tables import markdown_table, system_names
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questions
 from dynamicrag.rows.output import refuse_overlap
-from dynamicrag.rows.records import Doc, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
@@ -95,8 +96,13 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
     scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
     while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
         for order in list(scored):
-            ranked = [(question, in_order(docs, order)) for _, question, docs in chunk]
-            unjudged = [row_id for (row_id, _, _), (_, docs) in zip(chunk, ranked, strict=True) if docs is None]
+            ranked: list[tuple[Question, list[Doc]]] = []
+            unjudged: list[str] = []
+            for row_id, question, docs in chunk:
+                if (ordered := in_order(docs, order)) is None:
+                    unjudged.append(row_id)
+                else:
+                    ranked.append((question, ordered))
             if not unjudged:
                 scored[order] += score_questions(ranked, cutoffs)
             elif wanted == "auto":

@@ -25,16 +25,18 @@ import itertools
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
+from typing import Any
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import add_files_flags, answer_runs, runs_of
+from dynamicrag.llm.answering import add_files_flags, answer_runs, assemble_result, runs_of
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags
 from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.identifiers import expert_sequence
-from dynamicrag.rows.records import Doc, Row, read_rows, unanswered
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError
 
@@ -77,14 +79,16 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     scored = any(doc.get("rerank_score") is not None for doc in docs)
     if selector == "monot5":
         key = "rerank_score" if scored else "rerank_label"
-    unscored = next((doc["id"] for doc in docs if doc.get(key) is None), None)
+    values: list[Any] = [doc.get(key) for doc in docs]
+    unscored = next((doc["id"] for doc, value in zip(docs, values, strict=True) if value is None), None)
     if unscored is not None:
         raise UserError(f"--selector {selector}: document {unscored} has no {key}; run reranker.py first")
     if selector == "monot5":
-        relevant = [n for n, doc in enumerate(docs, start=1) if (doc.get("rerank_label") or str(doc[key] > 0.5).lower()) == "true"]
+        labels = [doc.get("rerank_label") or str(value > 0.5).lower() for doc, value in zip(docs, values, strict=True)]
+        relevant = [position for position, label in enumerate(labels, start=1) if label == "true"]
         return expert_sequence(docs, relevant, len(docs))
-    best_first = sorted(range(1, len(docs) + 1), key=lambda position: -docs[position - 1][key])
-    scores = [docs[position - 1][key] for position in best_first]
+    best_first = sorted(range(1, len(docs) + 1), key=lambda position: -values[position - 1])
+    scores = [values[position - 1] for position in best_first]
     gaps = [higher - lower for higher, lower in itertools.pairwise(scores)]
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first
 
@@ -108,13 +112,14 @@ def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller
     for (number, position), completion in zip(pairs, verdicts, strict=True):
         usages[number].add(completion)
         verdict = VERDICT.match(completion.texts[0])
-        if isinstance(choices[number], str):
+        choice = choices[number]
+        if isinstance(choice, str):
             continue
         if not verdict:
             reason = completion.reason("selection") or f"no selection in the model's output {completion.texts[0][:200]!r}; expected Yes or No"
             choices[number] = f"{reason} (document {shown[number][position - 1]['id']})"
         elif verdict[1].lower() == "yes":
-            choices[number].append(position)
+            choice.append(position)
     return choices, usages
 
 
@@ -153,25 +158,15 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
             choices = [select_gold(row, docs, run.input_json) for row, docs in zip(rows, shown, strict=True)]
         else:
             choices = [select_by_rule(run.selector, docs) for docs in shown]
-    readable = [number for number, choice in enumerate(choices) if isinstance(choice, list)]
+    selected = {number: choice for number, choice in enumerate(choices) if isinstance(choice, list)}
     completions = generator.ask(in_threads(
-        lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in choices[number]]), readable
+        lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in selected[number]]), selected
     ))
-    answers = dict(zip(readable, completions, strict=True))
+    answers = dict(zip(selected, completions, strict=True))
     results = []
     for number, (row, docs, choice, usage) in enumerate(zip(rows, shown, choices, usages, strict=True)):
-        result = {**unanswered(row), "docs_shown": len(docs)}
-        if number in answers:
-            usage.add(answers[number])
-        if error := answers[number].reason("answer") if number in answers else choice:
-            result["error"] = error
-        else:
-            result |= {
-                "id_list": choice,
-                "final_docs": [docs[position - 1]["id"] for position in choice],
-                "response": answers[number].texts[0],
-            }
-        results.append({**result, "usage": vars(usage)})
+        chosen = choice if isinstance(choice, str) else (choice, [docs[position - 1] for position in choice])
+        results.append(assemble_result(row, {"docs_shown": len(docs)}, chosen, answers.get(number), usage))
     return results
 
 

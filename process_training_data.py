@@ -21,7 +21,8 @@ from dynamicrag import stage
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.identifiers import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
@@ -60,7 +61,7 @@ def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
     """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the
     reranker's labels.
     """
-    labels = [doc["rerank_label"] == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
+    labels = [doc.get("rerank_label") == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
     return {**row, "true_id": true_id, "false_id": false_id, "true_count": len(true_id)}

@@ -22,9 +22,10 @@ from dynamicrag.models.batches import BATCH_TOKENS_HELP
 from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.models.reranker import Tokens, document_text
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.trec import Run
 
-Judged = tuple[dict, dict]  # row, document
+Judged = tuple[Row, Doc]  # row, document
 
 # Documents are sorted by length across the questions of a chunk. A run continues after the last whole chunk.
 QUESTIONS_A_CHUNK = 64
@@ -64,13 +65,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n_docs: int | None, sort: bool) -> list[dict]:
+def rerank(rows: list[Row], score: Callable[[list[Judged]], Iterable[float]], n_docs: int | None, sort: bool) -> list[Row]:
     """Return the rows with rerank_score and rerank_label on their first n_docs documents, all scored in one call."""
     shown = [row["docs"][:n_docs] for row in rows]
     scores = map(float, score([(row, doc) for row, docs in zip(rows, shown, strict=True) for doc in docs]))
     reranked = []
     for row, docs in zip(rows, shown, strict=True):
-        judged = []
+        judged: list[Doc] = []
         for doc, value in zip(docs, scores, strict=False):
             if not 0 <= value <= 1:
                 raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document "
@@ -78,7 +79,7 @@ def rerank(rows: list[dict], score: Callable[[list[Judged]], Iterable[float]], n
                                       "for a --run of log-odds")
             judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
         if sort:
-            judged.sort(key=lambda doc: -doc["rerank_score"])
+            judged.sort(key=lambda doc: -doc.get("rerank_score", 0.0))
         reranked.append({**row, "docs": judged})
     return reranked
 
@@ -104,10 +105,10 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
     stage.log.info("%s: %s", args.model_name_or_path, model.said())
     progress = tqdm(desc="judging", unit=" documents", unit_scale=True)
 
-    def prepare(rows: list[dict]) -> tuple[list[dict], list[Tokens]]:
+    def prepare(rows: list[Row]) -> tuple[list[Row], list[Tokens]]:
         return rows, model.tokenize([(row["question"], document_text(doc)) for row in rows for doc in row["docs"][: args.n_docs]])
 
-    def work(prepared: tuple[list[dict], list[Tokens]]) -> list[dict]:
+    def work(prepared: tuple[list[Row], list[Tokens]]) -> list[Row]:
         rows, tokens = prepared
         return rerank(rows, lambda _: model.score_tokens(tokens, args.batch_tokens, progress.update), args.n_docs, args.sort)
 
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     judged = relevant = 0
     for row in output.written():
         judged += len(row["docs"])
-        relevant += sum(doc["rerank_label"] == "true" for doc in row["docs"])
+        relevant += sum(doc.get("rerank_label") == "true" for doc in row["docs"])
     output.finish(documents=judged, relevant=relevant)
 
 

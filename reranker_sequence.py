@@ -10,6 +10,9 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
     python reranker_sequence.py
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.llm.training_rows import (
@@ -23,7 +26,8 @@ from dynamicrag.llm.training_rows import (
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 
@@ -41,7 +45,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def sft_row(row: Row, prompts: Prompts) -> dict[str, str]:
+def sft_row(row: Row, prompts: Prompts) -> dict[str, Any] | None:
     """Return one SFT example. It shows exactly the labelled documents."""
     return fit(row, prompts, TrainingWindow()).row
 
@@ -52,7 +56,7 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
     labelled = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
     target = format_ids(row["sequence"], prompts.notation)
 
-    def build(docs: list[Doc]) -> Messages:
+    def build(docs: Sequence[Doc]) -> Messages:
         return prompts.reranker(row["question"], docs)
 
     shown = window.documents(build, labelled, target)

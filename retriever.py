@@ -36,6 +36,7 @@ from dynamicrag.models.batches import BATCH_TOKENS_HELP
 from dynamicrag.models.device import DEVICES, DTYPES, device_flag, pick_device, place
 from dynamicrag.models.encoder_settings import POOLINGS, QUERY, refuse_other_settings
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.trec import Run, fuse
 from dynamicrag.search.index import CANDIDATES, NPROBE, faiss_can_read
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from dynamicrag.search.passages import PassageStore
 
 # A search maps rows to scores (float32) and corpus positions (int64, -1: no document), both [rows, k].
-Search = Callable[[list[dict]], tuple["np.ndarray", "np.ndarray"]]
+Search = Callable[[list[Row]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
 # Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
@@ -112,12 +113,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def search_text(row: dict) -> str:
+def search_text(row: Row) -> str:
     """Return the text that is searched with."""
     return row.get("retrieved_question") or row["question"]
 
 
-def attach_docs(rows: list[dict], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[dict]:
+def attach_docs(rows: list[Row], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[Row]:
     """Give each row its documents, best first, in place of earlier ones.
 
     `scores` and `found` are [rows, k]; `found` holds positions in the store (-1: no document).
@@ -206,7 +207,7 @@ def dense_searches(
             shards, factory, args.index_path, device, args.seed, args.corpus_shard, args.nprobe, args.candidates
         )
 
-        def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
             vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
             try:
                 scores, positions = index.search(np.array(vectors), args.n_docs)
@@ -230,7 +231,7 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
     """Return a search that gives the documents of another system's run. Questions that are not in the run get none."""
     import numpy as np
 
-    def search(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
         positions = np.full(scores.shape, -1, dtype=np.int64)
         for number, row in enumerate(rows):
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
 
     searched = without = 0
 
-    def retrieve(rows: list[dict]) -> list[dict]:
+    def retrieve(rows: list[Row]) -> list[Row]:
         nonlocal searched, without
         rankings = [search(rows) for search in searches]
         fused = len(rankings) > 1

@@ -23,7 +23,8 @@ from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.reward.judge import MOST_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
 RESPONSE_LENGTH = "response_tokens"

@@ -16,6 +16,7 @@ Writes   results/training_data_dpo_sampling.json         + id_lists, responses, 
 import random
 from collections.abc import Iterable
 from functools import partial
+from typing import Any, cast
 
 from dynamicrag import stage
 from dynamicrag.llm.answering import place_of
@@ -32,7 +33,8 @@ from dynamicrag.rows.identifiers import (
     unjudged_position,
 )
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Doc, Row, count_rows, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log
 
@@ -133,14 +135,15 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     jobs = [
         (number, request, order)
-        for number, of_row in enumerate(in_threads(lambda pair: selection_requests(*pair, chooser, args), zip(rows, shown, strict=True)))
+        for number, of_row in enumerate(in_threads(lambda pair: selection_requests(pair[0], pair[1], chooser, args), zip(rows, shown, strict=True)))
         for request, order in of_row
     ]
     samples: list[list[tuple[Completion, list[int]]]] = [[] for _ in rows]
     for (number, _, order), completion in zip(jobs, chooser.ask([r for _, r, _ in jobs]), strict=True):
         samples[number].append((completion, order))
 
-    results, distinct = [], {}  # distinct: (row id, selection) -> (row, documents of the answer)
+    results: list[dict[str, Any]] = []
+    distinct: dict[tuple[str, tuple[int, ...]], tuple[Row, list[Doc]]] = {}  # (row id, selection): row, documents of the answer
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
         trajectories, invalid, reason = read_selections(sampled, notation)
         if reason:
@@ -185,13 +188,13 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
         if None not in tokens:
             result["response_tokens"] = tokens
         result["usage"] = vars(result["usage"])
-    return results
+    return cast(list[Row], results)
 
 
 def no_trajectory(row: Row, reason: str) -> Row:
     """Return a row without trajectories, because its question does not fit the window."""
     log.warning("row %s: %s", row["id"], reason)
-    return {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())}
+    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())})
 
 
 def main(argv=None):
@@ -209,7 +212,10 @@ def main(argv=None):
     out.record(**place_of(callers))
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
     sample = partial(sample_trajectories, callers=callers, args=args)
-    work = partial(work_on_fitting, callers=callers, work=sample, fail=no_trajectory)
+
+    def work(chunk: list[Row]) -> list[Row]:
+        return work_on_fitting(chunk, callers, sample, no_trajectory)
+
     with asking(callers, args.output_json, args.overwrite):
         out.process(rows, args.chunk_size, work, total, "sampling")
         seen = summarise_selections(out.written(), callers[0].prompts.notation)

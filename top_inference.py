@@ -18,13 +18,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import add_files_flags, answer_runs, runs_of
+from dynamicrag.llm.answering import add_files_flags, answer_runs, assemble_result, runs_of
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags
 from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, positions_of, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.identifiers import Selection
-from dynamicrag.rows.records import Doc, Row, unanswered
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.stage import UserError
 
 Window = tuple[int, list[Doc]]  # number of the question, documents in the window
@@ -108,18 +108,12 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
     answers = dict(zip(readable, completions, strict=True))
     results = []
     for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):
-        result = {**unanswered(row), "candidates": [doc["id"] for doc in candidates[number]]}
-        if number in answers:
-            usage.add(answers[number])
-        if error := answers[number].reason("answer") if number in answers else f"{final[number].reason} (last window)":
-            result["error"] = error
+        about = {"candidates": [doc["id"] for doc in candidates[number]]}
+        if number in chosen:
+            selection = positions_of(row["docs"], chosen[number]), chosen[number]
         else:
-            result |= {
-                "id_list": positions_of(row["docs"], chosen[number]),
-                "final_docs": [doc["id"] for doc in chosen[number]],
-                "response": answers[number].texts[0],
-            }
-        results.append({**result, "usage": vars(usage)})
+            selection = f"{final[number].reason} (last window)"
+        results.append(assemble_result(row, about, selection, answers.get(number), usage))
     return results
 
 

@@ -19,7 +19,7 @@ import measure
 from dynamicrag.llm.requests import Caller
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.search.passages import read_passages
 from sampling_dpo_trajectories import parse_args as stage_flags
 

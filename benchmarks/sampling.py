@@ -23,7 +23,8 @@ import sampling_dpo_trajectories
 from dynamicrag.llm.engine import Request
 from dynamicrag.llm.requests import Caller, load_callers
 from dynamicrag.rows.identifiers import parse_ids
-from dynamicrag.rows.records import Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError
 
 DEMO = "runs/demo_default"

@@ -20,7 +20,8 @@ from dynamicrag.llm.prompts import Prompts
 from dynamicrag.llm.requests import load_callers
 from dynamicrag.models.device import pick_device
 from dynamicrag.reward.bertscore import BertScore
-from dynamicrag.rows.records import Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError
 from reward_trajectories import terms_of_answers
 

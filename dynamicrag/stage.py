@@ -6,6 +6,8 @@ import hashlib
 import logging
 import signal
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 log = logging.getLogger("dynamicrag")
 
@@ -25,7 +27,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """
 
     def _get_help_string(self, action):
-        if action.default is None or "(default" in action.help:
+        if action.default is None or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -33,10 +35,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 class ArgumentParser(argparse.ArgumentParser):
     """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         spelling = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         given = []
         for word in sys.argv[1:] if args is None else args:

@@ -32,7 +32,7 @@ cross_encoder() {
     SEARCH_FLAGS="" NUM_SHARDS=1 SHARDS="" retrieve "$RERANKER_QUESTIONS" "$WORK/output/retrieval_reranker.jsonl"
     [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
     [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
-        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --seed "$SEED"
+        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --max_pairs "$RERANKER_PAIRS" --seed "$SEED"
 }
 warm_up() {
     local name role size number=0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up, then run all tests: lint, units, and the whole chain on tiny models through the real engine and trainer.
+# Set up, then run all tests: lint, types, units, and the whole chain on tiny models through the real engine and trainer.
 #     bash scripts/test.sh                       all tests
-#     bash scripts/test.sh --fast                lint and the tests that start neither an engine nor a trainer
+#     bash scripts/test.sh --fast                lint, types, and the tests that start neither an engine nor a trainer
 #     bash scripts/test.sh [pytest arguments]
 #     FULL=1 bash scripts/test.sh                every malformed file on every stage, not a few of them
 set -euo pipefail
@@ -13,6 +13,7 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && ((EUID == 
         echo "Chromium could not be installed: the tests in a browser are skipped" >&2
 fi
 .venv/bin/ruff check .
+.venv/bin/pyright
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # All of them: one process per core, a file at a time, since the tests of a file share the models they make.
 parallel=(--numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder)

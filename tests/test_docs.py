@@ -12,7 +12,8 @@ from test_rooms import ROOMS, rooms_of_imports
 from test_stages import GOOD, refused
 
 from dynamicrag.evaluation.metrics import METRIC_NAMES
-from dynamicrag.rows.records import POSITION_KEYS, RESULT_KEYS, TRAJECTORY_KEYS, Doc, Row
+from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
+from dynamicrag.rows.row import RESULT_KEYS, Doc, Row
 from dynamicrag.rows.tasks import TASKS, dataset_named
 
 REPO = Path(__file__).parents[1]

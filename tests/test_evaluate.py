@@ -20,7 +20,7 @@ from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.llm.engine import Completion
 from dynamicrag.llm.requests import Caller, work_on_fitting
 from dynamicrag.rows import tasks
-from dynamicrag.rows.records import fail_unanswered
+from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.stage import UserError
 
 

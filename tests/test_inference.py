@@ -21,7 +21,7 @@ from dynamicrag.llm import requests
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
-from dynamicrag.rows.records import fail_unanswered
+from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
 

@@ -22,7 +22,8 @@ from dynamicrag.files.locks import in_turn
 from dynamicrag.rows import output
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import RowError, count_rows, normalise_row, read_rows
+from dynamicrag.rows.records import count_rows, normalise_row, read_rows
+from dynamicrag.rows.row import RowError
 from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
 

@@ -9,7 +9,7 @@ from dynamicrag.evaluation.grounding import Support, summarise_support
 from dynamicrag.evaluation.metrics import bootstrap_interval, score_row
 from dynamicrag.evaluation.selections import Chosen, chosen_of, summarise_chosen
 from dynamicrag.rows.gold import Matches
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, log
 
@@ -42,8 +42,9 @@ class Outcome(NamedTuple):
 def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Outcome | None:
     """Score a row with `metric` or its data set's metric. None without a gold answer; 0 without a `response`."""
     metric = metric or task_of_row(row).metric
-    answered = isinstance(row.get("response"), str)
-    score = score_row(metric, row["response"] if answered else "", row)
+    response = row.get("response")
+    answered = isinstance(response, str)
+    score = score_row(metric, response if answered else "", row)
     if score is None:
         return None
     return Outcome(
@@ -52,13 +53,13 @@ def score_question(row: Row, metric: str | None, group_by: str, path: str) -> Ou
         _documents_of(row) if answered else None,
         row.get("usage") or {},
         chosen_of(row, path),
-        row["entity_support"] if isinstance(row.get("entity_support"), Support) else None,
+        support if isinstance(support := row.get("entity_support"), Support) else None,
     )
 
 
 def _documents_of(row: Row) -> int | None:
     """Return how many documents the answer was generated from; None if the row does not say."""
-    chosen = next((row[key] for key in ("id_list", "final_docs") if row.get(key) is not None), None)
+    chosen = row.get("id_list") if row.get("id_list") is not None else row.get("final_docs")
     return None if chosen is None else len(chosen)
 
 
@@ -85,7 +86,8 @@ def summarise(
     grounded = False
     matches = Matches()
     for row in rows:
-        grounded |= isinstance(row.get("entity_support", ...), Support | None)  # another type is a key of the data set
+        # A value of another type is a key of the data set.
+        grounded |= "entity_support" in row and isinstance(row.get("entity_support"), Support | None)
         outcome = score_question(row, metric, group_by, path)
         if outcome is None:
             without_gold_answer.append(row["id"])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dynamicrag.evaluation.metrics import normalise
 from dynamicrag.evaluation.selections import final_ids
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import known_task
 from dynamicrag.stage import UserError
 
@@ -36,7 +36,13 @@ class Support(NamedTuple):
     retrieved: float
 
 
-def with_entity_support(rows: Iterable[Row], path: str) -> Iterator[Row]:
+class GroundedRow(Row):
+    """An answered row with the support of its answer; None if it has no answer or the answer has no entity."""
+
+    entity_support: Support | None
+
+
+def with_entity_support(rows: Iterable[Row], path: str) -> Iterator[GroundedRow]:
     """Yield the rows with `entity_support`: a Support, or None if there is no answer or the answer has no entity.
 
     Labels (SUPPORTS, a choice) are not entities. Rows are read one batch ahead. Raises UserError for an answer without
@@ -96,8 +102,9 @@ def entities_in(doc: Doc, entities: set[str]) -> set[str]:
 def _answer(row: Row) -> str:
     response = row.get("response")
     task = known_task(row.get("dataset"))
-    is_text = isinstance(response, str) and (task is None or task.metric != "accuracy")
-    return response[:LONGEST] if is_text else ""
+    if not isinstance(response, str) or (task is not None and task.metric == "accuracy"):
+        return ""
+    return response[:LONGEST]
 
 
 def _words(text: str) -> str:

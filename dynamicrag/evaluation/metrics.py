@@ -202,9 +202,9 @@ def _bootstrap(values: Sequence[float], seed: int, resamples: int) -> tuple[floa
     """Return the 95 % percentile interval of the mean of `values` [n], and the means of all resamples [resamples]."""
     import numpy as np
 
-    values = np.asarray(values, dtype=np.float64)
+    sample = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
+    means = np.array([sample[generator.integers(0, len(sample), len(sample))].mean() for _ in range(resamples)])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high), means
 

@@ -3,16 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dynamicrag.evaluation.answers import MISSING
 from dynamicrag.llm.completion import CLOSES, OPENS, after_reasoning
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.records import Row, fail_unanswered, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Row, fail_unanswered
 from dynamicrag.stage import UserError, log
 
 
-def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:
+def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[str, Any]]:
     """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the
     documents).
 
@@ -29,7 +31,7 @@ def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, Row]:
 
 def result_rows(
     results_file: str, remain_file: str | None, eval_file: str | None, dataset: str | None,
-    asked: Mapping[str, Row] | None = None, repeated: Counter[str] | None = None,
+    asked: Mapping[str, Mapping[str, Any]] | None = None, repeated: Counter[str] | None = None,
 ) -> Iterable[Row]:
     """Yield answered rows, then rows of the remain file, then missing questions. The first row of each question counts.
 
@@ -64,9 +66,9 @@ def result_rows(
             responded = responded or (path == results_file and "response" in row)
             if "response" not in row and "error" not in row:
                 without_response = without_response or row
-            elif isinstance(row.get("response"), str) and (OPENS.search(row["response"]) or CLOSES.search(row["response"])):
+            elif isinstance(response := row.get("response"), str) and (OPENS.search(response) or CLOSES.search(response)):
                 reasoned += 1
-                row = _without_reasoning(row)
+                row = _without_reasoning(row, response)
             if row["id"] in seen:
                 repeated[results_file] += 1
                 first_repeat = first_repeat or f"{row['id']} in {path}"
@@ -86,7 +88,7 @@ def result_rows(
                     results_file, repeated[results_file], first_repeat)
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
-        for row in read_rows(eval_file, dataset=dataset):
+        for row in read_rows(eval_file, dataset=dataset) if eval_file else ():
             if row["id"] not in seen:
                 yield fail_unanswered(row, MISSING)
 
@@ -95,9 +97,9 @@ def _plain(question: str) -> str:
     return " ".join(question.split()).casefold()
 
 
-def _without_reasoning(row: Row) -> Row:
+def _without_reasoning(row: Row, response: str) -> Row:
     """Return the row with its reasoning removed; as unanswered if nothing follows the reasoning."""
-    answer = after_reasoning(row["response"])
+    answer = after_reasoning(response)
     if answer:
         return {**row, "response": answer}
     return {**fail_unanswered(row, "no answer in the response: it ends within its reasoning"), "usage": row.get("usage") or {}}

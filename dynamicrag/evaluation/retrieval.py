@@ -5,7 +5,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-from dynamicrag.rows.records import Doc
+from dynamicrag.rows.row import Doc
 
 SCORES = {"retrieval": "score", "reranking": "rerank_score"}  # orders of documents, and the key that defines each
 

@@ -7,10 +7,11 @@ Other documents may contain the answer as well, so that precision is a lower bou
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError
 
 UNANSWERED = "unanswered"  # column for questions without a known selection
@@ -44,7 +45,7 @@ def chosen_of(row: Row, path: str) -> Chosen | None:
 
 def final_ids(row: Row, path: str) -> set[str]:
     """Return the ids of the documents that an answer was generated from. Raises UserError naming file and row."""
-    ids = row["final_docs"]
+    ids = row.get("final_docs")
     if not isinstance(ids, list) or not all(type(doc_id) in (str, int) for doc_id in ids):
         raise UserError(f"{path}: row {row['id']}: key 'final_docs': expected a list of document ids; correct or remove it")
     return set(map(str, ids))
@@ -59,9 +60,9 @@ def summarise_chosen(questions: list[Chosen]) -> dict:
     """
     needing = [one for one in questions if one.needed]
     ceiling = [one.retrieved / one.needed for one in needing if one.retrieved is not None]
-    answered = [one for one in questions if one.chosen is not None]
+    answered = [(one.chosen, one.needed) for one in questions if one.chosen is not None]
     counts: dict[int, Counter[str]] = {needed: Counter() for needed in sorted({one.needed for one in questions})}
-    for one in sorted(questions, key=lambda one: (one.chosen is None, one.chosen)):
+    for one in sorted(questions, key=lambda one: (one.chosen is None, one.chosen or 0)):
         counts[one.needed][UNANSWERED if one.chosen is None else str(one.chosen)] += 1
     return {
         "n": len(questions),
@@ -75,10 +76,10 @@ def summarise_chosen(questions: list[Chosen]) -> dict:
         "gold_retrieved": sum(one.retrieved or 0 for one in questions),
         "gold_chosen": sum(one.right for one in questions),
         "needed_k": _mean([one.needed for one in questions]),
-        "chosen_k": _mean([one.chosen for one in answered]),
+        "chosen_k": _mean([k for k, _ in answered]),
         "by_needed_k": {
             str(needed): {
-                "chosen_k": _mean([one.chosen for one in answered if one.needed == needed]),
+                "chosen_k": _mean([k for k, of in answered if of == needed]),
                 "counts": dict(by_chosen),
             }
             for needed, by_chosen in counts.items()
@@ -86,5 +87,5 @@ def summarise_chosen(questions: list[Chosen]) -> dict:
     }
 
 
-def _mean(values: list[float], scale: float = 1) -> float | None:
+def _mean(values: Sequence[float], scale: float = 1) -> float | None:
     return scale * statistics.fmean(values) if values else None

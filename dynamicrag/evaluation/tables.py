@@ -51,12 +51,12 @@ def summary_tables(summaries: Summaries) -> str:
             cell = summary["groups"].get(group)
             return f"{cell['score']:.1f} ({cell['documents']:.1f})" if cell else ""
 
-        def heading(group: str) -> str:
+        def group_heading(group: str) -> str:
             metrics = {summary["groups"][group].get("metrics", "") for summary in summaries.values() if group in summary["groups"]} - {""}
             return f"{group} ({', '.join(sorted(metrics))})" if metrics else group
 
         rows = [[name, *(group_cell(summary, group) for group in groups)] for name, summary in summaries.items()]
-        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *map(heading, groups)], rows))
+        tables.append("Score, and mean documents used in brackets:\n\n" + markdown_table(["system", *map(group_heading, groups)], rows))
     return "\n\n".join(tables)
 
 

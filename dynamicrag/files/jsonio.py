@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import orjson
 
@@ -56,7 +56,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """Open an input for reading bytes; a `.gz` file is decompressed. Raises OSError, and UserError for broken gzip."""
     try:
         with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            yield file
+            yield cast(BinaryIO, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from error
 
@@ -71,8 +71,8 @@ def _value(text: bytes | str) -> object:
     """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again.
     """
     value = orjson.loads(text)
-    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    if sum(map(text.count, brackets)) > MOST_LEVELS:
+    brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+    if brackets > MOST_LEVELS:
         try:
             orjson.dumps([value])  # one level deeper, as in the file of rejected rows
         except orjson.JSONEncodeError as error:
@@ -122,7 +122,8 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
         def next_character() -> str:
             """Return the next character that is not white space, without consuming it; "" at the end of the file."""
             while True:
-                advance(WHITE_SPACE.match(buffer, position).end())
+                if space := WHITE_SPACE.match(buffer, position):
+                    advance(space.end())
                 if position < len(buffer):
                     return buffer[position]
                 if not read(READ_BYTES):

@@ -65,16 +65,18 @@ def in_turn(path: str | Path) -> Iterator[None]:
     name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     place = Path(tempfile.gettempdir()) / f"dynamicrag_{os.getuid()}_{name}"
     with contextlib.ExitStack() as held:
-        locked = False
+        locks: tuple[BinaryIO, BinaryIO] | None = None
         try:
-            started, turn = (held.enter_context(_private(f"{place}.{what}")) for what in ("started", "lock"))
+            started = held.enter_context(_private(f"{place}.started"))
+            turn = held.enter_context(_private(f"{place}.lock"))
             lock(started, fcntl.LOCK_SH, started.name)
             lock(turn, fcntl.LOCK_EX, turn.name)
-            locked = True
+            locks = started, turn
         except (OSError, UserError) as error:
             log.warning("%s; the workers on this machine do not wait for each other and need more memory", error)
         yield
-        if locked:
+        if locks:
+            started, turn = locks
             for file in (turn, started):
                 lock(file, fcntl.LOCK_UN, file.name)
             lock(started, fcntl.LOCK_EX, started.name)  # granted when no other worker holds the shared lock

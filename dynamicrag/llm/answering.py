@@ -7,17 +7,21 @@ combination is a run with its own output files. All runs share the models, which
 import itertools
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
+from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import engine_inputs
 from dynamicrag.llm.requests import Caller, asking, work_on_fitting
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import Row, count_rows, fail_unanswered, read_rows
+from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import Doc, Row, fail_unanswered, unanswered
 from dynamicrag.rows.tasks import name_with_folder
 from dynamicrag.stage import UserError
+
+Answer = Callable[[list[Row], tuple[Caller, Caller], Namespace], list[Row]]
 
 
 def add_files_flags(group, input_json: str, output_json: str) -> None:
@@ -70,14 +74,40 @@ def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
     """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not
     known.
     """
-    places = [caller.engine.place() for caller in callers if hasattr(caller.engine, "place")]
+    places = [place_of_engine() for caller in callers if (place_of_engine := getattr(caller.engine, "place", None))]
     return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
+
+
+def assemble_result(
+    row: Row, about: Mapping[str, object], chosen: tuple[Sequence[int], Sequence[Doc]] | str, answer: Completion | None, usage: Usage
+) -> Row:
+    """Return the row with the keys `about`, then its answer or an `error`, then its cost.
+
+    `chosen` holds the positions and the documents of the selection, or the reason why it cannot be read. `answer` is
+    None if there was no selection to answer from. Its cost is added to `usage`.
+    """
+    result: dict[str, object] = {**unanswered(row), **about}
+    if answer is not None:
+        usage.add(answer)
+    if isinstance(chosen, str) or answer is None:
+        result["error"] = chosen
+    elif reason := answer.reason("answer"):
+        result["error"] = reason
+    else:
+        ids, docs = chosen
+        result |= {"id_list": ids, "final_docs": [doc["id"] for doc in docs], "response": answer.texts[0]}
+    return cast(Row, {**result, "usage": vars(usage)})
+
+
+def _work_of(answer: Answer, callers: tuple[Caller, Caller], run: Namespace) -> Callable[[list[Row]], list[Row]]:
+    """Return a function that answers the rows of a chunk; a row whose question exceeds the window gets an `error`."""
+    return lambda rows: work_on_fitting(rows, callers, lambda fitting: answer(fitting, callers, run), fail_unanswered)
 
 
 def answer_runs(
     runs: list[Namespace],
     load: Callable[[list[Namespace]], tuple[Caller, Caller]],
-    answer: Callable[[list[Row], tuple[Caller, Caller], Namespace], list[Row]],
+    answer: Answer,
     choice: str,
 ) -> None:
     """Answer the files of every unfinished run. `load` gets these runs and is called only if there are any.
@@ -99,7 +129,7 @@ def answer_runs(
         out.record(**place_of(callers))
         out.started = time.monotonic()  # excludes loading the models and earlier runs
         rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
-        work = partial(work_on_fitting, callers=callers, work=partial(answer, callers=callers, run=run), fail=fail_unanswered)
+        work = _work_of(answer, callers, run)
         with asking(callers, run.output_json, run.overwrite):
             out.process(rows, run.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {choice} {getattr(run, choice)}")
             out.finish_answers()

@@ -87,7 +87,8 @@ class Usage:
 def known_sum(counts: Iterable[int | None]) -> int | None:
     """Return the sum, or None if one of the counts is None."""
     counts = list(counts)
-    return None if None in counts else sum(counts)
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def after_reasoning(text: str, opened: bool = False) -> str | None:

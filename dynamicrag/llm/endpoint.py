@@ -129,7 +129,8 @@ def reason_of(error: BaseException, key: str, seconds: float) -> str:
 def tokens_of(reply: object) -> tuple[int | None, int | None]:
     """Return the prompt tokens and generated tokens of a reply; None if not given. A prompt count of 0 means not given.
     """
-    counts = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    usage = getattr(reply, "usage", None)
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     prompt, generated = (value if type(value) is int and value >= 0 else None for value in counts)
     return (prompt, generated) if prompt else (None, generated or None)
 

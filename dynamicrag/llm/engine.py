@@ -248,7 +248,7 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         prompts, params, numbers = [], [], []
-        completions: list[Completion | None] = [None] * len(requests)
+        completions: dict[int, Completion] = {}
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
         for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
             if len(ids) + request.max_tokens > self.max_model_len:
@@ -267,11 +267,11 @@ class VllmEngine:
         for number, output in zip(numbers, outputs, strict=True):
             completions[number] = completion_of(
                 [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
-                prompt_tokens=len(output.prompt_token_ids),
+                prompt_tokens=len(output.prompt_token_ids or ()),
                 generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
                 opened=leaves_open(prefix_of(requests[number].messages), self._prompts.opens_reasoning),
             )
-        return completions
+        return [completions[number] for number in range(len(requests))]
 
     def _stop_tokens(self, stop: tuple[str, ...]) -> list[int]:
         """Return the ids of the special tokens in `stop`.
@@ -290,6 +290,6 @@ class VllmEngine:
 def _refusal(error: Exception) -> str:
     """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information.
     """
-    if hasattr(error, "errors") and (errors := error.errors()):
+    if (details := getattr(error, "errors", None)) and (errors := details()):
         return str(errors[0].get("msg", error)).removeprefix("Value error, ")
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,17 +19,19 @@ trained that way; LLaMA-Factory's rows cannot express them.
 
 import re
 import string
-from argparse import ArgumentParser
+from argparse import _ActionsContainer
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import DEFAULT_NOTATION, Notation
-from dynamicrag.rows.records import Doc
+from dynamicrag.rows.row import Doc
 from dynamicrag.rows.tasks import dataset_named, task_of_row
 from dynamicrag.stage import UserError
 
-DEFAULT_PROMPTS: dict[str, dict[str, str | tuple[str, ...] | None]] = {
+# A text; None for no system prompt or prefix; a tuple of texts for `stop`.
+DEFAULT_PROMPTS: dict[str, dict[str, Any]] = {
     "reranker": {
         "system": "You choose the documents that are needed to answer a question.",
         "user": (
@@ -98,9 +100,10 @@ REQUIRED = {
 }
 
 
-def add_prompts_flag(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompts", metavar="FILE",
-                        help="YAML file with other prompts; its keys are in dynamicrag/llm/prompts.py")
+def add_prompts_flag(group: _ActionsContainer) -> None:
+    """Add --prompts to a parser or one of its groups."""
+    group.add_argument("--prompts", metavar="FILE",
+                       help="YAML file with other prompts; its keys are in dynamicrag/llm/prompts.py")
 
 
 def as_text(text: str) -> str:
@@ -249,8 +252,9 @@ def prefix_of(messages: Messages) -> str:
 
 
 def _stop_strings(where: str, given: object) -> tuple[str, ...]:
-    texts = tuple(given) if isinstance(given, list) else () if given is None else (given,)
-    if not all(isinstance(text, str) and text for text in texts):
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    texts = tuple(text for text in listed if isinstance(text, str) and text)
+    if len(texts) < len(listed):
         raise UserError(f"{where}: expected a non-empty text or a list of such texts")
     return texts
 

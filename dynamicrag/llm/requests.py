@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.completion_cache import CompletionCache
@@ -15,7 +16,7 @@ from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import Notation, Selection, ids_pattern, parse_ids
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, derive_seed, log
 
@@ -44,8 +45,16 @@ def add_call_flags(parser: ArgumentParser) -> None:
                        help="questions per batch; results are written to disk after each batch")
 
 
+class Window(Protocol):
+    """An engine or a trainer with a limit of tokens."""
+
+    def fits(self, messages: Messages, max_tokens: int) -> bool:
+        """Return whether the prompt leaves room for max_tokens."""
+        ...
+
+
 def documents_that_fit(
-    engine: VllmEngine | ApiEngine, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
+    engine: Window, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
     """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped
     from the end.
@@ -98,9 +107,9 @@ def work_on_fitting(
     """
     models = list(dict.fromkeys(callers))
     reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
-    reasons = {row["id"]: reason for row, reason in zip(rows, reasons_in_order, strict=True)}
-    done = iter(work([row for row in rows if not reasons[row["id"]]]))
-    return [fail(row, reasons[row["id"]]) if reasons[row["id"]] else next(done) for row in rows]
+    reasons = list(zip(rows, reasons_in_order, strict=True))
+    done = iter(work([row for row, reason in reasons if not reason]))
+    return [fail(row, reason) if reason else next(done) for row, reason in reasons]
 
 
 @contextmanager

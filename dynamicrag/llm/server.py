@@ -81,13 +81,13 @@ def refused_option(error, sent: dict[str, object]) -> str | None:
         return None
     if error.param in sent:
         return error.param
-    named = {}
+    named: dict[str, int] = {}
     for name in sent:
         # n is an option, but also an ordinary letter.
         form = r"(?:['\"`]n['\"`]|\bn\s*(?:=|>|must|is not)|(?:parameter|argument|field)s?(?: supplied)?:? n\b)" if name == "n" else rf"\b{name}\b"
         if match := re.search(form, said):
             named[name] = match.start()
-    return min(named, key=named.get, default=None)
+    return min(named, key=lambda name: named[name], default=None)
 
 
 class ApiEngine:
@@ -136,13 +136,11 @@ class ApiEngine:
                                     "(continue_final_message): a server without this option, such as OpenAI's, starts "
                                     "a new answer after it, which may lower the scores")
             asyncio.run(self._ask_all(requests, replies))
-        completions = []
-        for request, reply in zip(requests, replies, strict=True):
+        answered = list(zip(requests, (reply for reply in replies if reply is not None), strict=True))
+        for request, reply in answered:
             if not isinstance(reply, str) and not leaves_open(prefix_of(request.messages)):
                 self._opens_reasoning |= any(opens_itself(sample.text or "") for sample in reply[0])
-        for request, reply in zip(requests, replies, strict=True):
-            completions.append(refused(request, reply) if isinstance(reply, str) else self._read(request, *reply))
-        return completions
+        return [refused(request, reply) if isinstance(reply, str) else self._read(request, *reply) for request, reply in answered]
 
     def _read(self, request: Request, samples: list[Sample], prompt_tokens: int | None, generated_tokens: int | None) -> Completion:
         # If the template opens the reasoning, a text that is cut off before the reasoning ends contains no tag.
@@ -223,9 +221,11 @@ class ApiEngine:
     async def _one_by_one(self, client, request: Request) -> Reply | str:
         """Return the n samples of a request from n requests with consecutive seeds."""
         singles = [self._reply(client, _single(request, sample)) for sample in range(request.n)]
-        parts = await asyncio.gather(*singles, return_exceptions=True)
-        if failure := next((part for part in parts if isinstance(part, BaseException)), None):
-            raise failure
+        parts: list[Reply | str] = []
+        for part in await asyncio.gather(*singles, return_exceptions=True):
+            if isinstance(part, BaseException):
+                raise part
+            parts.append(part)
         if all(isinstance(part, str) for part in parts):
             return parts[0]
         samples = [Sample(None, "error", refusal=part) if isinstance(part, str) else part[0][0] for part in parts]
@@ -244,10 +244,9 @@ class ApiEngine:
             patient = self._answered and state.seconds_since_start < RETRY_SECONDS
             return self._failed or (state.attempt_number >= endpoint.ATTEMPTS and not patient)
 
+        attempts = AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True)
         try:
-            async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True):
-                with attempt:
-                    reply = await self._call(client, request)
+            reply = await attempts(self._call, client, request)
         except Exception as error:
             if not passes(error) and not isinstance(error, _status_error()):
                 raise
@@ -342,7 +341,10 @@ class ApiEngine:
             extra |= CONTINUE
         if self._thinking:
             extra["chat_template_kwargs"] = {"enable_thinking": self._thinking == "on"}
-        return tuple({name: value for name, value in some.items() if name not in self._not_taken} for some in (options, extra))
+        return self._taken(options), self._taken(extra)
+
+    def _taken(self, options: dict[str, object]) -> dict[str, object]:
+        return {name: value for name, value in options.items() if name not in self._not_taken}
 
     # ---------------------------------------------------------------- unsupported options
 
@@ -404,8 +406,9 @@ def _constrained(reply: Reply, pattern: str) -> bool:
 
 def _cut(sample: Sample, stop: tuple[str, ...]) -> Sample:
     """Cut a sample at the first of the `stop` texts."""
-    ends = [at for text in stop if (at := (sample.text or "").find(text)) >= 0]
-    return replace(sample, text=sample.text[: min(ends)], finish_reason="stop") if ends else sample
+    whole = sample.text or ""
+    ends = [at for text in stop if (at := whole.find(text)) >= 0]
+    return replace(sample, text=whole[: min(ends)], finish_reason="stop") if ends else sample
 
 
 def _status_error() -> type[Exception]:

@@ -22,7 +22,8 @@ MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_\w{1,20}>|<\uff5c[^
 # Size of the cache of prompt tokens (4 bytes each): a chunk of 2000 prompts of 8192 tokens.
 KEPT_TOKENS = 1 << 24
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def forgeable(template: str, tokenizer) -> list[str]:

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
@@ -20,7 +20,7 @@ from dynamicrag.llm.requests import documents_that_fit
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, strange_markers
 from dynamicrag.models.chat_templates import SAMPLE, Messages, read_template
 from dynamicrag.models.checkpoints import NO_CODE, loading
-from dynamicrag.rows.records import Doc
+from dynamicrag.rows.row import Doc
 from dynamicrag.stage import UserError, log
 
 Item = TypeVar("Item")
@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
     report.
     """
 
-    row: dict[str, str] | None
+    row: dict[str, Any] | None
     removed: int = 0
     about: Mapping[str, float] = MappingProxyType({})
 
@@ -86,16 +86,17 @@ class TrainingWindow:
         """Return the tokens of an answer, including everything that the template writes after the prompt, such as the
         end token.
         """
-        if not self._prompts:
+        prompts = self._prompts
+        if not prompts:
             return estimated_tokens(answer)
 
         def rendered(messages: Messages, prompt_only: bool) -> str:
-            return self._prompts.tokenizer.apply_chat_template(
-                messages, chat_template=self._prompts.chat_template, add_generation_prompt=prompt_only, tokenize=False
+            return prompts.tokenizer.apply_chat_template(
+                messages, chat_template=prompts.chat_template, add_generation_prompt=prompt_only, tokenize=False
             )
 
         whole = rendered([*SAMPLE, {"role": "assistant", "content": as_text(answer)}], False)
-        return len(self._prompts.tokenizer.encode(whole[len(rendered(SAMPLE, True)) :], add_special_tokens=False))
+        return len(prompts.tokenizer.encode(whole[len(rendered(SAMPLE, True)) :], add_special_tokens=False))
 
     def size(self, answer: str) -> int:
         """Return the length of a target in `unit`, for reports."""
@@ -161,7 +162,8 @@ class TrainingWindow:
         from tqdm import tqdm
 
         rows = iter(rows)
-        with tqdm(total=total, unit="row", desc=desc, **({"disable": True} if self._quiet else {})) as progress:
+        options: dict[str, Any] = {"disable": True} if self._quiet else {}  # the default is an environment variable's
+        with tqdm(total=total, unit="row", desc=desc, **options) as progress:
             while batch := list(itertools.islice(rows, ROWS_A_BATCH)):
                 yield from itertools.chain.from_iterable(in_threads(fit, batch))
                 progress.update(len(batch))
@@ -243,8 +245,8 @@ def load_window(args: Namespace) -> TrainingWindow:
         raise UserError(f"cutoff_len {cutoff_len}: expected at least 1; give another --cutoff_len")
     tokenizer, why = load_tokenizer(model) if model else (None, f"{args.train_recipe} names no model")
     if tokenizer is not None and template is None:
-        tokenizer, why = None, f"the chat template that {args.train_recipe} names does not exist"
-    if tokenizer is None:
+        why = f"the chat template that {args.train_recipe} names does not exist"
+    if tokenizer is None or template is None:
         log.warning(
             "lengths are estimated at %s characters per token for cutoff_len %d: %s. To count tokens, give "
             "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_A_TOKEN, cutoff_len, why,
@@ -258,7 +260,7 @@ def load_window(args: Namespace) -> TrainingWindow:
     return TrainingWindow(cutoff_len, prompts)
 
 
-def load_tokenizer(model: str) -> tuple[object | None, str]:
+def load_tokenizer(model: str) -> tuple[Any, str]:
     """Return the tokenizer of a folder or hub name, or None and the reason. Raises UserError for a damaged folder."""
     folder = Path(model)
     if folder.is_dir():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 # Tokenizer options. Masks and segments are not requested, because the ids determine them.
-IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
+IDS_ALONE: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
 BATCH_TOKENS_HELP = "padded tokens in a batch (2048 on a CPU, 16384 on a GPU)"
 
 
@@ -49,5 +49,5 @@ def pad(sequences: list[list[int]], value: int, device: str, left: bool = False)
     padded[filled] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
     ids, mask = torch.from_numpy(padded), torch.from_numpy(filled.astype(np.int64))
     if device.startswith("cuda"):  # a copy from pinned memory does not wait for earlier batches
-        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (ids, mask))
+        return ids.pin_memory().to(device, non_blocking=True), mask.pin_memory().to(device, non_blocking=True)
     return ids.to(device), mask.to(device)

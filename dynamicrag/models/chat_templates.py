@@ -9,6 +9,7 @@ import resource
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from dynamicrag.stage import UserError
 
@@ -79,7 +80,7 @@ def _try(text: str, messages: Messages, sender: Connection) -> None:
     sender.send_bytes(wrong.encode(errors="replace")[:MOST_SAID])  # bytes, so that the receiver unpickles nothing
 
 
-def fixed_options(template: str, thinking: bool = False) -> dict[str, object]:
+def fixed_options(template: str, thinking: bool = False) -> dict[str, Any]:
     """Return options that a template may use: the switch for reasoning, and a fixed date for Llama 3.1's template."""
     return {
         **({"enable_thinking": thinking} if "enable_thinking" in template else {}),

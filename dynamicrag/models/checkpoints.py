@@ -1,14 +1,20 @@
 """Load encoders and rerankers from folders of third parties, without running any code from them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from dynamicrag.stage import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # Without this option, transformers asks on the terminal whether code from the checkpoint may run. The answer is always
 # no.
-NO_CODE = {"trust_remote_code": False}
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 @contextmanager
@@ -26,7 +32,7 @@ def loading(path: str, what: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be loaded as {what} ({reason}); give the folder of a Hugging Face model") from error
 
 
-def load_weights(auto: type, path: str, **options: object) -> object:
+def load_weights(auto: Any, path: str, **options: object) -> PreTrainedModel:
     """Load the model of an Auto class. Raises ValueError if weights are missing, because they would be random."""
     model, loading_info = auto.from_pretrained(path, output_loading_info=True, **NO_CODE, **options)
     refuse_missing(loading_info)
@@ -40,7 +46,7 @@ def refuse_missing(found: dict) -> None:
         raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
 
 
-def load_tokenizer(path: str, model: object) -> object:
+def load_tokenizer(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. Raises ValueError if it has more tokens than the model."""
     from transformers import AutoTokenizer
 
@@ -49,14 +55,26 @@ def load_tokenizer(path: str, model: object) -> object:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: object, model: object) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Raise ValueError if a tokenizer has more tokens than its model."""
-    known = model.get_input_embeddings().num_embeddings
+    known = getattr(model.get_input_embeddings(), "num_embeddings")  # noqa: B009 - torch does not declare it
     if len(tokenizer) > known:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {known}")
 
 
-def positions(model: object) -> int | None:
+def ready(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Return the model on `device`, for use without training."""
+    cast(Any, model).to(device)  # transformers' declaration of to() is not one of a method
+    return model.eval()
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the padding token; 0 if there is none, because padding is masked."""
+    found = tokenizer.pad_token_id
+    return found if isinstance(found, int) else 0
+
+
+def positions(model: PreTrainedModel) -> int | None:
     """Return the maximum number of tokens that a model can read; None if its positions are relative.
 
     Models like RoBERTa number positions after the padding index: XLM-R has 514 positions and reads 512 tokens.
@@ -69,10 +87,10 @@ def positions(model: object) -> int | None:
     return limit - padding - 1
 
 
-def read_json(path: str, name: str) -> object | None:
+def read_json(path: str, name: str) -> Any:
     """Read a JSON file of a checkpoint; None if there is no such file. Raises UserError if it is not JSON."""
     import orjson
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if Path(path).is_file():
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamicrag.models.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
 from dynamicrag.models.checkpoints import (
@@ -19,7 +19,9 @@ from dynamicrag.models.checkpoints import (
     load_tokenizer,
     load_weights,
     loading,
+    pad_id_of,
     positions,
+    ready,
     refuse_missing,
 )
 from dynamicrag.models.device import pick_device, pick_dtype
@@ -29,7 +31,7 @@ from dynamicrag.stage import UserError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINT = "checkpoint.pth"
 ENCODER = f"an encoder, or Contriever's {CHECKPOINT}"
@@ -57,15 +59,15 @@ class Encoder:
     ):
         self.device = pick_device(device)
         self.settings, modules = encoder_settings(path, role, normalize, pooling, prompt)
-        self.model, self.tokenizer, says = _load(path, modules, pick_dtype(dtype, self.device))
-        self.model.to(self.device).eval()
+        model, self.tokenizer, says = _load(path, modules, pick_dtype(dtype, self.device))
+        self.model = ready(model, self.device)
         # The modules after the model run in float32: they are cheap, and small differences in scores matter.
         self.tail = [module.to(self.device).float().eval() for module in modules.tail]
         self.truncate_dim = modules.truncate_dim
         self.hidden_size = self.settings.width
         self.max_length = min(max_length or says or MAX_LENGTH, positions(self.model) or max_length or MAX_LENGTH)
         self.prompt_length = _prompt_length(self.tokenizer, self.settings.prompt)
-        self.pad_id = self.tokenizer.pad_token_id or 0
+        self.pad_id = pad_id_of(self.tokenizer)
         self.seen_tokens = self.padded_tokens = 0
 
     def said(self) -> str:
@@ -73,7 +75,7 @@ class Encoder:
         return f"{self.settings.said()}, at most {self.max_length} tokens"
 
     def encode(
-        self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+        self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
         """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the
         device).
@@ -92,7 +94,7 @@ class Encoder:
         return self.tokenizer(cut, truncation=True, max_length=self.max_length, **IDS_ALONE)["input_ids"] if cut else []
 
     def encode_tokens(
-        self, tokens: list[list[int]], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+        self, tokens: list[list[int]], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
         """Encode texts that tokenize() has already split into tokens; otherwise like encode()."""
         import numpy as np
@@ -139,7 +141,7 @@ def encoder_settings(
         return read_settings(str(base), role, normalize, pooling, prompt, plain=True)
 
 
-def _prompt_length(tokenizer: object, prompt: str) -> int:
+def _prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Return the number of prompt tokens without a trailing special token.
 
     Pooling with include_prompt = false skips these.
@@ -159,7 +161,7 @@ def _checkpoint(path: str) -> Path | None:
     return checkpoint if checkpoint.is_file() and not (given / "model.safetensors").is_file() else None
 
 
-def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
+def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int | None]:
     """Return the model, the tokenizer, and the token limit that the folder gives (None: no limit)."""
     from transformers import AutoModel
     from transformers.utils import logging
@@ -176,7 +178,7 @@ def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tup
         return model, load_tokenizer(path, model), None
 
 
-def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, int | None]:
+def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any, int | None]:
     """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it.
     """
     from sentence_transformers.base.modules import Transformer
@@ -184,8 +186,9 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
     class Checked(Transformer):
         """Raises ValueError for a checkpoint with missing weights, which would be random."""
 
-        def _load_model(self, *args: object, **kwargs: object) -> PreTrainedModel:
-            model, loading_info = super()._load_model(*args, output_loading_info=True, **kwargs)
+        def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            loaded: Any = super()._load_model(*args, output_loading_info=True, **kwargs)
+            model, loading_info = loaded
             refuse_missing(loading_info)
             return model
 
@@ -219,7 +222,7 @@ def _read_checkpoint(path: Path) -> tuple[str, dict]:
     return base, state["model"]
 
 
-def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object]:
+def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the encoder and the tokenizer of a Contriever training checkpoint."""
     from transformers import AutoConfig, AutoModel
 

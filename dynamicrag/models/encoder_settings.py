@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamicrag.models.checkpoints import NO_CODE, read_json
 from dynamicrag.rows.manifest import manifest_path, read_manifest
@@ -72,7 +72,8 @@ def read_settings(
     listed = None if plain else read_json(path, "modules.json")
     if listed is None:
         width = AutoConfig.from_pretrained(path, **NO_CODE).hidden_size
-        modules = SentenceModules(None, [Pooling(width, pooling or POOLINGS[0])], None)
+        pooled_by: Any = pooling or POOLINGS[0]
+        modules = SentenceModules(None, [Pooling(width, pooled_by)], None)
         config = {} if plain else _read_config(path)
     else:
         config = _read_config(path)
@@ -98,7 +99,8 @@ def read_settings(
                     "used; give --normalize "
                     "to both stages if its authors use the cosine", path)
     for module in modules.tail:
-        width = module.get_embedding_dimension() if hasattr(module, "get_embedding_dimension") else width
+        dimension: Any = getattr(module, "get_embedding_dimension", None)
+        width = dimension() if dimension else width
     width = min(width, modules.truncate_dim or width)
     if (normalize or by_folder) and (names[-1] != "Normalize" or modules.truncate_dim):
         modules.tail.append(Normalize())

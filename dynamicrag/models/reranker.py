@@ -7,17 +7,27 @@ yes or no are in dynamicrag/models/yes_no.py. The configuration of a checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dynamicrag.models.batches import IDS_ALONE, default_batch_tokens, length_batches, pad
-from dynamicrag.models.checkpoints import NO_CODE, load_tokenizer, load_weights, loading, positions, read_json
+from dynamicrag.models.checkpoints import (
+    NO_CODE,
+    load_tokenizer,
+    load_weights,
+    loading,
+    pad_id_of,
+    positions,
+    read_json,
+    ready,
+)
 from dynamicrag.models.device import pick_device, pick_dtype
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Pair = tuple[str, str]  # question, document: title and text
 Tokens = tuple[list[int], list[int]]  # token ids of a pair, and its segments (empty if the model has none)
@@ -26,7 +36,7 @@ Tokens = tuple[list[int], list[int]]  # token ids of a pair, and its segments (e
 CHARACTERS_PER_TOKEN = 100
 
 
-def document_text(doc: dict) -> str:
+def document_text(doc: Mapping) -> str:
     """Return the text of a document that every reranker reads, in training and in use."""
     return f"{doc['title']} {doc['text']}".strip()
 
@@ -36,13 +46,13 @@ class Pointwise:
 
     left = False  # whether batches are padded on the left
 
-    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
-        self.model = model.to(device).eval()
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_length: int):
+        self.model: Any = ready(model, device)  # the layers of an architecture have no declared types
         self.tokenizer, self.device, self.max_length = tokenizer, device, max_length
-        self.pad_id = tokenizer.pad_token_id or 0
+        self.pad_id = pad_id_of(tokenizer)
 
     def score(
-        self, pairs: list[Pair], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+        self, pairs: list[Pair], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
         """Return P(relevant) for each pair: float32 [len(pairs)] in [0, 1], in the order of the pairs.
 
@@ -52,7 +62,7 @@ class Pointwise:
         return self.score_tokens(self.tokenize(pairs), batch_tokens, progress)
 
     def score_tokens(
-        self, inputs: list[Tokens], batch_tokens: int | None = None, progress: Callable[[int], None] | None = None
+        self, inputs: list[Tokens], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
         """Score pairs that tokenize() has already split into tokens; otherwise like score()."""
         import numpy as np
@@ -75,6 +85,14 @@ class Pointwise:
         """Describe on one line how the score is computed."""
         raise NotImplementedError
 
+    def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
+        """Return the tokens and segments of each pair, cut to max_length."""
+        raise NotImplementedError
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Return P(relevant), float32: [batch, length] -> [batch]."""
+        raise NotImplementedError
+
     def _cut(self, text: str) -> str:
         return text[: self.max_length * CHARACTERS_PER_TOKEN]
 
@@ -88,7 +106,7 @@ class Pointwise:
 class MonoT5(Pointwise):
     """A sequence-to-sequence checkpoint, scored by its first output token."""
 
-    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
         self.true_false = [self._one_token(word) for word in ("true", "false")]
 
@@ -161,12 +179,12 @@ class MonoT5(Pointwise):
 class CrossEncoder(Pointwise):
     """A sequence classifier with one label (sigmoid) or two labels, of which the second is `relevant` (softmax)."""
 
-    def __init__(self, model: object, tokenizer: object, device: str, max_length: int):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
-        if model.config.num_labels > 2:
-            raise UserError(f"the classifier has {model.config.num_labels} labels; give a reranker with one or two")
-        if getattr(model.config, "pad_token_id", None) is None:  # needed to find the last token of a causal model
-            model.config.pad_token_id = self.pad_id
+        if self.model.config.num_labels > 2:
+            raise UserError(f"the classifier has {self.model.config.num_labels} labels; give a reranker with one or two")
+        if getattr(self.model.config, "pad_token_id", None) is None:  # needed to find the last token of a causal model
+            self.model.config.pad_token_id = self.pad_id
 
     def said(self) -> str:
         of = "the sigmoid of its one logit" if self.model.config.num_labels == 1 else "the softmax of its second of two logits"
@@ -233,7 +251,7 @@ def load_reranker(
         raise UserError(f"{path}: {error}") from error
 
 
-def _warn_of_other_uses(path: str, config: object) -> None:
+def _warn_of_other_uses(path: str, config: PreTrainedConfig) -> None:
     """Log a warning if sentence-transformers' CrossEncoder would compute another score, through a function or a prompt.
 
     Identity gives the logit, whose sigmoid gives the same order as a probability.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamicrag.models.batches import IDS_ALONE
 from dynamicrag.models.chat_templates import try_template
@@ -20,6 +20,7 @@ from dynamicrag.stage import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Prompts of this project. A model card gives the prompts that a model was trained with; pass those through the flags.
 SYSTEM_PROMPT = 'Decide whether the document is what the instruction asks to find for the query. Reply with one word, "yes" or "no".'
@@ -36,8 +37,8 @@ class YesNo(Pointwise):
     left = True  # the last position is scored, so all texts of a batch must end there
 
     def __init__(
-        self, model: object, tokenizer: object, device: str, max_length: int, path: str = "", instruction: str | None = None,
-        system_prompt: str | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_length: int, path: str = "",
+        instruction: str | None = None, system_prompt: str | None = None,
     ):
         super().__init__(model, tokenizer, device, max_length)
         self.yes_no = _trained_tokens(path) or [self._one_token(word) for word in ("yes", "no")]
@@ -79,7 +80,7 @@ class YesNo(Pointwise):
             messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": content}]
             self.prompt_said = f"system prompt {system_prompt!r}, instruction {instruction!r}"
         try_template(template, "its chat template", messages)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False))
 
     def _divide(self, rendered: str) -> None:
         """Cut the prompt at the special tokens around question and document.
@@ -101,7 +102,7 @@ class YesNo(Pointwise):
             raise UserError(f"--max_length {self.max_length}: the prompt alone takes {self.max_length - self.room} "
                             "tokens; give a larger value")
 
-    def _tokens(self, text: str | list[str], **options: object) -> list:
+    def _tokens(self, text: str | list[str], **options: Any) -> list:
         return self.tokenizer(text, add_special_tokens=False, **IDS_ALONE, **options)["input_ids"] if text else []
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
@@ -138,7 +139,7 @@ def _trained_tokens(path: str) -> list[int] | None:
     for module in read_json(path, "modules.json") or []:
         if str(module.get("type")).rpartition(".")[2] == "LogitScore":
             config = read_json(path, f"{module['path']}/config.json") or {}
-            tokens = [config.get("true_token_id"), config.get("false_token_id")]
+            tokens: list = [config.get("true_token_id"), config.get("false_token_id")]
             if not all(type(token) is int for token in tokens):
                 raise UserError(f"{module['path']}/config.json: true_token_id and false_token_id are {tokens}; "
                                 "expected two integers")

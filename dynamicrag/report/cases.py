@@ -1,11 +1,11 @@
 """Data of the case browser. Each document is stored once per evaluation set; positions are 1-based."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dynamicrag.report.reading import answered_rows
 from dynamicrag.report.systems import System, by_evaluation_set
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import task_of_row
 
 BINARY = ("em", "match", "accuracy")  # shown as right or wrong; other metrics are shown as numbers
@@ -15,7 +15,7 @@ DOCUMENTS_SHOWN = 20  # further documents are shown only if they are chosen or g
 
 def case_sets(systems: Sequence[System], most: int, metric: str | None) -> list[dict]:
     """Return the cases of every evaluation set, at most `most` of each."""
-    return [_case_set(name, members, most, metric) for name, members in by_evaluation_set(list(systems)).items()]
+    return [_case_set(name, members, most, metric) for name, members in by_evaluation_set(systems).items()]
 
 
 def pick(scores: dict[str, float], most: int) -> list[str]:
@@ -52,7 +52,7 @@ def _case_set(name: str, systems: list[System], most: int, metric: str | None) -
     }
 
 
-def _run(row: Row, system: System) -> list:
+def _run(row: Mapping, system: System) -> list:
     """Return one system's answer, score, chosen positions, error and number of documents shown for a question."""
     answered = isinstance(row.get("response"), str)
     score = system.scores.get(row.get("id", ""))

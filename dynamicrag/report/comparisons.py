@@ -11,7 +11,7 @@ from dynamicrag.report import figures
 from dynamicrag.report.drawing import picture
 from dynamicrag.report.sections import Section, Table, slug
 from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set, by_generator
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 
 
 def kind_of(row: Row) -> str:
@@ -46,7 +46,7 @@ def group_tables(systems: Sequence[System]) -> list[Table]:
     them.
     """
     tables = []
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         for what, summaries in (("data set", [one.summary for one in members]), ("question kind", [one.kinds for one in members])):
             groups = sorted({group for summary in summaries if summary for group in summary["groups"]})
             if len(groups) < 2:
@@ -97,7 +97,7 @@ def generators(systems: Sequence[System], folder: Path) -> Section:
 
 def rerankers(systems: Sequence[System], folder: Path) -> Section:
     section = Section("rerankers", "Rerankers", "The same model answers from documents chosen by different selectors.")
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         compared = [system for own in by_generator(members).values() if len(own) > 1 for system in own]
         if not compared:
             continue
@@ -123,7 +123,7 @@ def rerankers(systems: Sequence[System], folder: Path) -> Section:
 def documents(systems: Sequence[System], folder: Path) -> Section:
     text = "No document, the first K, or all documents, compared with a number chosen per question."
     section = Section("k", "Fixed k and dynamic k", text)
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         shown = [system for own in by_generator(members).values() if sum(one.fixed for one in own) > 1
                  for system in own if system.fixed or system.selector == "dynamic"]
         if not shown:
@@ -167,7 +167,7 @@ def chosen(systems: Sequence[System], folder: Path) -> Section:
             groups[system.name] = {kind: counted[kind] for kind in kinds}
             k, most = sum(counted.values(), Counter()).most_common(1)[0]
             sentences.append(f"{system.name} chooses {k} for {100 * most / len(answered):.0f} % of the questions")
-            if same := [len(row["id_list"]) == row["needed"] for row in answered if row["needed"] is not None]:
+            if same := [len(row.get("id_list", [])) == row["needed"] for row in answered if row["needed"] is not None]:
                 sentences[-1] += f", and as many as needed for {100 * sum(same) / len(same):.0f} %"
         if sentences:
             alt = "Shares by kind and k. " + "; ".join(sentences)
@@ -184,7 +184,7 @@ def selection_tables(systems: Sequence[System]) -> list[Table]:
     """
     columns = {"precision": 1, "recall": 1, "f1": 1, "exact": 1, "needed_k": 2, "chosen_k": 2}
     tables = []
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         rows: dict[str, list[str]] = {}
         for system in members:
             if means := system.summary.get("selection"):

@@ -46,7 +46,7 @@ def top_n(systems: Sequence[System], folder: Path) -> Section:
 def efficiency(systems: Sequence[System], folder: Path) -> Section:
     text = "Cost per answer. Speed is the number of questions divided by the run's seconds, without loading the models."
     section = Section("efficiency", "Efficiency", text)
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         sentences = [
             f"{one.name}: {one.said('calls', 1)}, {one.said('prompt_tokens')}"
             for one in members if one.selector in BY_LLM

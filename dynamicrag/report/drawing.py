@@ -10,15 +10,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.typing import RcKeyType
 
 WIDE, NARROW = 880, 350
 INK, MUTED, RULE, PAPER = "#1b1b1e", "#66666d", "#d5d5da", "#fefefe"
 PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.family": "sans-serif", "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"], "font.size": 12,
     "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.labelsize": 12, "xtick.labelsize": 12, "ytick.labelsize": 12,
@@ -70,13 +73,13 @@ def _inline(figure: Figure, prefix: str, alt: str) -> str:
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 
-def panels(count: int, width: int, height: int, columns: int, **share: bool) -> tuple[Figure, list[Axes]]:
+def panels(count: int, width: int, height: int, columns: int) -> tuple[Figure, list[Axes]]:
     """Create `count` axes of `height`, in up to `columns` columns on a desktop and one column on a phone."""
     columns = min(count, columns) if width > NARROW else 1
     lines = -(-count // columns)
-    figure = Figure(figsize=(width / 72, lines * height / 72), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03, hspace=0.04)
-    axes = list(figure.subplots(lines, columns, squeeze=False, **share).flat)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03, hspace=0.04)
+    figure = Figure(figsize=(width / 72, lines * height / 72), layout=layout)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for unused in axes[count:]:
         unused.set_visible(False)
     return figure, axes[:count]

@@ -1,7 +1,8 @@
 """Figures of answers: scores by system and by documents, and costs. `width` is in CSS pixels."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -72,11 +73,11 @@ def k_curves(systems: Sequence[System], width: int) -> Figure:
     for number, (generator, members) in enumerate(by_generator(systems).items()):
         colour = colours[generator] = LINE_COLOURS[number % len(LINE_COLOURS)]
         fixed = sorted((system for system in members if system.fixed), key=lambda system: system.documents)
-        for chosen, look in (
+        for chosen, style in (
             (fixed, {"marker": "o"}),
             ([system for system in members if system.selector == "dynamic"], {"marker": "D", "linestyle": "none", "markersize": 9, "zorder": 4}),
         ):
-            look = {"color": colour, "markeredgecolor": PAPER, **look}
+            look: dict[str, Any] = {"color": colour, "markeredgecolor": PAPER, **style}
             k = [system.documents for system in chosen]
             score = [system.score for system in chosen]
             bounds = [[abs(system.summary[side] - system.score) for system in chosen] for side in ("low", "high")]
@@ -117,14 +118,14 @@ def k_heat(groups: dict[str, dict[str, Counter]], width: int) -> Figure:
     return figure
 
 
-def top_n_curves(series: dict[str, Sequence[System]], single: dict[str, System], width: int) -> Figure:
+def top_n_curves(series: Mapping[str, Sequence[System]], single: Mapping[str, System], width: int) -> Figure:
     """Plot score, calls and prompt tokens against N, one line per series.
 
     `single` maps a series to its single-window system.
     """
     figure, axes = panels(3, width, 270, 3)
     colours = dict(zip(series, LINE_COLOURS * len(series), strict=False))
-    points = [(name, members, {"marker": "o"}) for name, members in series.items()]
+    points: list[tuple[str, Sequence[System], dict[str, Any]]] = [(name, members, {"marker": "o"}) for name, members in series.items()]
     points += [(name, [system], {"marker": "D", "linestyle": "none", "markersize": 7}) for name, system in single.items()]
     largest = max(system.shown for _, members, _ in points for system in members)
     for name, members, look in points:
@@ -169,7 +170,7 @@ def cost_bars(systems: Sequence[System], width: int) -> Figure:
     return figure
 
 
-def line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: object) -> None:
+def line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: Any) -> None:
     """Draw a curve with its points. A curve of more than 40 points is thin, with a running mean."""
     if len(x) <= 40:
         axes.plot(x, y, marker="o", **{"markersize": 3.5, **look})

@@ -46,12 +46,12 @@ def parse_args(argv=None):
 def result_lines(systems: Sequence[System]) -> dict[str, list[dict]]:
     """Return the lines of the result table by evaluation set: evaluate.py's numbers, and which system is best."""
     lines = {}
-    for name, members in by_evaluation_set(list(systems)).items():
+    for name, members in by_evaluation_set(systems).items():
         best = max((system.score for system in members if not system.knows), default=None)
         lines[name] = [
             {
                 **system.summary, "generator": system.generator, "label": system.label, "file": system.path.name, "selector": system.selector,
-                "metrics": ", ".join(METRIC_LABELS.get(metric, metric) for metric in system.summary["metric"].split("+")), "best": system.score == best and not system.knows,
+                "metrics": ", ".join(METRIC_LABELS.get(metric, metric) for metric in str(system.summary["metric"]).split("+")), "best": system.score == best and not system.knows,
             }
             for system in members
         ]

@@ -4,13 +4,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 from dynamicrag.evaluation.answers import summarise
 from dynamicrag.evaluation.results import result_rows
-from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set
+from dynamicrag.report.systems import BY_LLM, AskedRow, System, by_evaluation_set
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.manifest import read_manifest, require_manifest
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
 STAGES = {"sft": 0, "dpo": 1, "best": 2}
@@ -57,14 +58,15 @@ def _read_system(
     path: Path, manifest: dict, evaluation_set: str, names: dict[str, str], metric: str | None, seed: int
 ) -> System | None:
     arguments = manifest["arguments"]
-    rows: list[Row] = []
+    rows: list[AskedRow] = []
     whole = False
 
     def read() -> Iterator[Row]:
         nonlocal whole
         for row in answered_rows(path, manifest):
             needed = needed_documents(row, str(path))
-            rows.append({**{key: row[key] for key in row.keys() - HEAVY_KEYS}, "needed": None if needed is None else len(needed)})
+            light = {key: value for key, value in row.items() if key not in HEAVY_KEYS}
+            rows.append(cast(AskedRow, {**light, "needed": None if needed is None else len(needed)}))
             yield row
         whole = True
 
@@ -88,7 +90,7 @@ def _read_system(
 
 def answered_rows(path: Path, manifest: dict | None = None) -> Iterator[Row]:
     """Yield evaluate.py's rows of a results file, with the remain file next to it, even if the folder was moved."""
-    outputs = (manifest or read_manifest(path))["outputs"]
+    outputs = (manifest or require_manifest(path))["outputs"]
     beside = [path.with_name(Path(output).name) for output in outputs[1:]]
     yield from result_rows(str(path), next((str(remain) for remain in beside if remain.exists()), None), None, None)
 

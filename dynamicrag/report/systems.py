@@ -2,13 +2,20 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 
 SELECTORS = ("none", "top", "all", "monot5", "adaptive", "pointwise", "dynamic", "windows", "gold")
 BY_LLM = ("pointwise", "dynamic", "windows")
+
+
+class AskedRow(Row):
+    """A row of a results file, and how many documents its question needs; None if that is not known."""
+
+    needed: int | None
 
 
 @dataclass
@@ -29,7 +36,7 @@ class System:
     selector: str
     label: str
     seconds: float
-    rows: list[Row]
+    rows: list[AskedRow]
     scores: dict[str, float]
     summary: dict
     kinds: dict | None
@@ -103,7 +110,7 @@ class System:
         return len(self.rows) / max(self.seconds, 0.1)
 
 
-def by_evaluation_set(systems: list[System]) -> dict[str, list[System]]:
+def by_evaluation_set(systems: Sequence[System]) -> dict[str, list[System]]:
     """Group systems by evaluation set, in order."""
     sets: dict[str, list[System]] = defaultdict(list)
     for system in systems:
@@ -111,7 +118,7 @@ def by_evaluation_set(systems: list[System]) -> dict[str, list[System]]:
     return dict(sets)
 
 
-def by_generator(systems: list[System]) -> dict[str, list[System]]:
+def by_generator(systems: Sequence[System]) -> dict[str, list[System]]:
     """Group systems by generator, in order."""
     generators: dict[str, list[System]] = defaultdict(list)
     for system in systems:

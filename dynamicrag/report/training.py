@@ -31,7 +31,7 @@ def read_logs(work: Path) -> dict[str, Logs]:
     by number.
     """
     logs: dict[str, Logs] = {"sft": {}, "dpo": {}}
-    states = [*sorted(work.glob("DynamicRAG_*/*/trainer_state.json")), *sorted(work.glob("rounds/*/DynamicRAG_*/dpo/trainer_state.json"), key=_round)]
+    states = [*sorted(work.glob("DynamicRAG_*/*/trainer_state.json")), *sorted(work.glob("rounds/*/DynamicRAG_*/dpo/trainer_state.json"), key=lambda path: _round(path) or 0)]
     models = {path.parent.parent.name for path in states}
     for path in states:
         stage, model = path.parent.name, path.parent.parent.name
@@ -102,7 +102,7 @@ def round_curves(rounds: list[dict], width: int) -> Figure:
     axes[0].errorbar(range(len(rounds)), [score["score"] for score in scores], yerr=bounds, marker="o", color=LINE_COLOURS[0], elinewidth=1)
     axes[0].set_title("score on held-out questions, 0 to 100")
     for panel, (title, value) in zip(axes[1:], shown, strict=True):
-        points = [(number, value(one)) for number, one in enumerate(rounds) if value(one) is not None]
+        points = [(number, shown_value) for number, one in enumerate(rounds) if (shown_value := value(one)) is not None]
         line(panel, [number for number, _ in points], [point for _, point in points], color=LINE_COLOURS[0])
         panel.set_title(title)
     for panel in axes:

@@ -49,7 +49,7 @@ class BertScore:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             config = AutoConfig.from_pretrained(model, **NO_CODE)
-            layer = model2layers.get(called, config.num_hidden_layers) if layer is None else layer
+            layer = model2layers.get(called or "", config.num_hidden_layers) if layer is None else layer
             scorer = BERTScorer(
                 model_type=model, num_layers=layer, lang="en", device=device, rescale_with_baseline=path is not None,
                 baseline_path=path and str(path),
@@ -136,7 +136,7 @@ class BertScore:
         with torch.inference_mode():
             for batch in length_batches(longest, self._batch_tokens):
                 (given, given_weights), (gold, gold_weights) = (
-                    (pad_sequence(part, batch_first=True) for part in zip(*(embedded[pairs[position][side]] for position in batch), strict=True))
+                    (pad_sequence(list(part), batch_first=True) for part in zip(*(embedded[pairs[position][side]] for position in batch), strict=True))
                     for side in (0, 1)
                 )
                 similarity = torch.bmm(given, gold.transpose(1, 2))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -86,7 +87,7 @@ class Judge:
             raise UserError(f"--judge-concurrency: expected at least 1, found {concurrency}")
         self._model, self._concurrency = model, concurrency
         self._format_name, self._format = reply_format, REPLY_FORMATS[reply_format]
-        self._options = {"temperature": 0, "max_tokens": MAX_TOKENS}
+        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS}
         self._limit, self._sent, self.usage = limit, 0, JudgeUsage()
         self._answered = False
         self._cache = GradeCache(cache)
@@ -174,13 +175,14 @@ class Judge:
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
-        changed, unreadable = {}, 0
+        changed, unreadable, calls = {}, 0, 0
 
         def gives_up(state) -> bool:
             return state.attempt_number >= endpoint.ATTEMPTS or unreadable >= MOST_REPLIES
 
         try:
             async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True):
+                calls = attempt.retry_state.attempt_number
                 with attempt:
                     try:
                         return await self._call(client, messages, changed)
@@ -192,7 +194,9 @@ class Judge:
                             changed = {"temperature": RETRY_TEMPERATURE}
                         raise
         except (openai.OpenAIError, UnreadableReply, OSError) as error:
-            failure = self._explained(row, error, attempt.retry_state.attempt_number)
+            failure = self._explained(row, error, calls)
+        else:
+            failure = UserError(f"row {row}: the judge {self._model} was not called")
         raise failure  # raised here, so that the original error, which may contain the key, is not attached
 
     def _allow_more_tokens(self, limit: int) -> None:
@@ -211,7 +215,7 @@ class Judge:
         if self._limit is not None and self._sent >= self._limit:
             raise _LimitReached
         self._sent += 1
-        options = {name: changed.get(name, value) for name, value in self._options.items()}
+        options: dict[str, Any] = {name: changed.get(name, value) for name, value in self._options.items()}
         if self._format:
             options["response_format"] = self._format
         reply = None

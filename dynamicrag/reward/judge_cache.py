@@ -51,4 +51,5 @@ class GradeCache:
         """Store a grade and return the stored one, which another process may have stored first."""
         with self._errors_named():
             self._db.execute("INSERT INTO judge_grades VALUES (?, ?) ON CONFLICT DO NOTHING", (key, grade))
-        return self.get(key)
+        stored = self.get(key)
+        return grade if stored is None else stored

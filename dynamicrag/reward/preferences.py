@@ -5,7 +5,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.rows.tasks import target_answer, task_of_row
 
 PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")
@@ -31,7 +31,7 @@ def reranker_pairs(row: Row, which: str, min_margin: float, most: int | None = N
     if which == "all":
         candidates = itertools.combinations(ranked, 2)
     else:
-        m = int(PAIRS.fullmatch(which)[1] or 1)
+        m = int(which.partition(":")[2] or 1)  # of top-bottom:M
         worst_first = sorted(distinct, key=lambda trajectory: (scores[trajectory], trajectory))
         candidates = itertools.product(ranked[:m], worst_first[:m])
     pairs = [Pair(better, worse, scores[better] - scores[worse]) for better, worse in candidates]

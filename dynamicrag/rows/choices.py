@@ -114,7 +114,8 @@ def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | N
     label = rf"(?P<label>{one}){_CLOSE}"
 
     def named(match: re.Match) -> str:
-        return labels.get(match["label"].casefold(), match["label"].upper())
+        given = str(match["label"])
+        return labels.get(given.casefold(), given.upper())
 
     def is_word(match: re.Match) -> bool:
         """Return whether "A", "a" or "I" is an ordinary word: another word follows and nothing marks it as a label."""

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dynamicrag.rows.records import Doc, Row, read_rows
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -154,7 +155,8 @@ def ranked_questions(
         # Runs are read in the order of the evaluation file, so that all are resampled alike. They have no text to
         # search for answers.
         if run is not None:
-            docs = [{"id": doc_id, "score": score} for doc_id, score in run.ranking(row_id)]
+            # Their texts are not known, and no answer is searched for in them.
+            docs: list[Doc] = [{"id": doc_id, "title": "", "text": "", "score": score} for doc_id, score in run.ranking(row_id)]
             yield ranked(row_id, question._replace(answers=[], gold=as_documents(question.gold, {doc["id"] for doc in docs})), docs)
         elif row_id not in seen:
             yield row_id, question, []

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import regex
 
-from dynamicrag.rows.records import Doc, Row
+from dynamicrag.rows.row import Doc, Row
 
 EXPERT_LENGTH = 14  # maximum length of an expert sequence in the paper
 # Tokens of a list. A text with anything else is prose.
@@ -177,7 +177,7 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
     kinds, numbers, depth, at = [], [], 0, 0
     text = text.strip().removesuffix(".")
     while token := _TOKEN.match(text, at):
-        kind = token.lastgroup
+        kind = str(token.lastgroup)  # every alternative is a group
         if kinds and "\n" in text[at : token.start(kind)] and kind not in "cs":
             kinds.append("s")
         elif kind == "o" and text[at - 1 : at] == "]":
@@ -225,9 +225,11 @@ def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
     If a score is missing, the positions are sorted instead: published training data has labels only, with the documents
     in order.
     """
-    if any(docs[position - 1].get("rerank_score") is None for position in positions):
+    scores = {position: docs[position - 1].get("rerank_score") for position in positions}
+    known = {position: score for position, score in scores.items() if score is not None}
+    if len(known) < len(scores):
         return sorted(positions)
-    return sorted(positions, key=lambda position: -docs[position - 1]["rerank_score"])
+    return sorted(positions, key=lambda position: -known[position])
 
 
 def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:

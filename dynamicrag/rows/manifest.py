@@ -157,8 +157,17 @@ def read_manifest(output: str | Path) -> dict | None:
     return {"arguments": {}, "inputs": {}, "outputs": [str(output)], "counts": {}, **parse_manifest(path)}
 
 
+def require_manifest(output: str | Path) -> dict:
+    """Return the manifest of a finished output. Raises UserError if there is none."""
+    manifest = read_manifest(output)
+    if manifest is None:
+        raise UserError(f"{output}: has no manifest and is therefore incomplete; run its stage again")
+    return manifest
+
+
 def parse_manifest(path: Path) -> dict:
     """Read the manifest of a finished or a started run and check its keys. Raises UserError."""
+    manifest = None
     try:
         manifest = orjson.loads(path.read_bytes())
         wrong = "expected an object" if not isinstance(manifest, dict) else next(
@@ -166,7 +175,7 @@ def parse_manifest(path: Path) -> dict:
         )
     except orjson.JSONDecodeError as error:
         wrong = str(error)
-    if wrong:
+    if wrong or manifest is None:
         raise UserError(f"{path}: not a valid manifest ({wrong}); remove it and run the stage with --overwrite")
     return manifest
 

@@ -16,10 +16,10 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
@@ -28,9 +28,11 @@ from dynamicrag.files.jsonio import dump_line, refuse_pipe, write_json
 from dynamicrag.files.locks import lock
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 
-Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 
 class Output:
@@ -54,7 +56,7 @@ class Output:
         self.ignore = (lambda _: None) if args.on_error == "skip" else None
         self.rows = 0
         self.started = time.monotonic()
-        self._file = None
+        self._file: BinaryIO | None = None
         self._by_rows = False
         for path in self.paths:
             try:
@@ -130,7 +132,7 @@ class Output:
 
     # -- output written in chunks
 
-    def chunks(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    def chunks(self, rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         """Cut rows into chunks of `size` and yield those not yet written. Call write() with the result of each chunk.
 
         Raises UserError if `size` is below 1 or the partial file holds more rows than the input.
@@ -147,15 +149,14 @@ class Output:
 
     def begin(self) -> BinaryIO:
         """Open the partial file. It is empty, or holds what an interrupted run with the same arguments wrote."""
-        self._lock()
         self._by_rows = True
-        return self._file
+        return self._lock()
 
-    def _lock(self) -> None:
+    def _lock(self) -> BinaryIO:
         """Open the partial file and lock it for this run. It stays empty in a stage that writes whole files."""
         if self._file is not None:
             self._file.seek(0)
-            return
+            return self._file
         if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
             self.path.replace(self.partial)  # interrupted between the rename and the manifest
         self._file = self.partial.open("a+b")
@@ -166,6 +167,7 @@ class Output:
         if not self._mark_begun():
             self._file.truncate(0)
         self._file.seek(0)
+        return self._file
 
     def _mark_begun(self) -> bool:
         """Record the identity of this run before its first byte. Return True if an earlier run with it was started."""
@@ -194,21 +196,22 @@ class Output:
         if self.rows:
             log.info("continuing %s after %d finished rows", self.partial, self.rows)
 
-    def write(self, rows: list[dict]) -> None:
+    def write(self, rows: list[Row]) -> None:
         """Append one finished chunk."""
         self.append(b"".join(map(dump_line, rows)))
         self.rows += len(rows)
 
     def append(self, content: bytes) -> None:
         """Append to the partial file and flush it to disk. Raises OSError, naming the file."""
+        assert self._file is not None, "begin() opens it"
         with naming(self.partial):
             self._file.write(content)
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def process(
-        self, rows: Iterable[dict], size: int, work: Callable[[list[dict]], list[dict]], total: int, desc: str,
-        prepare: Callable[[list[dict]], object] | None = None,
+        self, rows: Iterable[Row], size: int, work: Callable[[Any], list[Row]], total: int, desc: str,
+        prepare: Callable[[list[Row]], object] | None = None,
     ) -> None:
         """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
@@ -224,14 +227,14 @@ class Output:
                 self.write(work(chunk))
             progress.update(self.rows - progress.n)
 
-    def written(self) -> Iterator[dict]:
+    def written(self) -> Iterator[Row]:
         """Yield the rows written so far."""
         with self.partial.open("rb") as file:
             yield from map(orjson.loads, file)
 
     # -- whole files
 
-    def publish(self, path: str | Path, rows: Iterable[dict]) -> int:
+    def publish(self, path: str | Path, rows: Iterable[object]) -> int:
         """Write one whole output file atomically; returns its number of rows."""
         self._lock()
         return write_json(path, rows)
@@ -241,7 +244,7 @@ class Output:
             file.write(dump_line(record))
         self.rejected += 1
 
-    def finish(self, summary: dict | None = None, **counts: object) -> None:
+    def finish(self, summary: Mapping | None = None, /, **counts: object) -> None:
         """Move every file to its final path, write the manifest that marks the run as complete, and log the paths.
 
         `counts` are logged and stored in the manifest. `summary` holds a stage's numbers for other programs and is
@@ -283,7 +286,7 @@ class Output:
         if unanswered:
             first = next(row for row in self.written() if "error" in row)
             log.warning("%d questions could not be answered: %s; the first is %s: %s",
-                        unanswered, self.paths[1], first["id"], first["error"])
+                        unanswered, self.paths[1], first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
 
 

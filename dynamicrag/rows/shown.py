@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from dynamicrag.rows.records import Row
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError
 
 DOCUMENTS_SHOWN = 40  # as in the paper, for a window of 8192 tokens; 20 for a window of 4096

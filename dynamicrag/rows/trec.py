@@ -7,11 +7,10 @@ score and break ties by document id, each in its own direction. Here the rank fi
 from __future__ import annotations
 
 import codecs
-import math
 from array import array
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError, log
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
 FUSION_CONSTANT = 60  # a document at rank r of a ranking contributes 1 / (60 + r)
 MOST = {int: 2**31 - 1, float: 3.402823466385289e38}  # the largest values of trec_eval's integers and of float32
+Number = TypeVar("Number", int, float)
 QRELS_FIELDS = "query_id iteration doc_id relevance"
 
 
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._places: dict[str, array] = {}  # (first line, offset, bytes) of each block of lines, concatenated
-        query_id = None
+        query_id = ""  # no field is empty
         for number, offset, line, fields in _lines(self.path, RUN_FIELDS):
             _rank_and_score(self.path, number, fields)
             if fields[0] != query_id:
@@ -117,7 +117,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     return judged
 
 
-def write_run(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> int:
+def write_run(path: str | Path, rows: Iterable[Mapping], key: str, tag: str) -> int:
     """Write the documents of all rows as a run, ordered by descending `key`, atomically.
 
     Returns the number of documents.
@@ -136,7 +136,7 @@ def write_run(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> int
     return count
 
 
-def _run_lines(path: str | Path, rows: Iterable[dict], key: str, tag: str) -> Iterator[str]:
+def _run_lines(path: str | Path, rows: Iterable[Mapping], key: str, tag: str) -> Iterator[str]:
 
     def one_word(what: str, text: str, remedy: str) -> None:
         if text.split() != [text]:
@@ -193,14 +193,14 @@ def _rank_and_score(path: Path, number: int, fields: list[str]) -> tuple[int, fl
     return _parse(int, path, number, "rank", fields[3]), _parse(float, path, number, "score", fields[4])
 
 
-def _parse(kind: type, path: Path, number: int, field: str, text: str) -> float:
+def _parse(kind: type[Number], path: Path, number: int, field: str, text: str) -> Number:
     try:
         value = kind(text)
     except ValueError:  # int() also refuses thousands of digits
-        value = math.nan
-    if not abs(value) <= MOST[kind]:
+        value = None
+    if value is None or not abs(value) <= MOST[kind]:
         expected = "an integer" if kind is int else "a finite number"
-        reason = "" if value != value else ", which is too large"
+        reason = "" if value is None or value != value else ", which is too large"
         raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}{reason}")
     return value
 

@@ -21,6 +21,7 @@ from dynamicrag.search.passages import PassageStore
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
+    import bm25s
     import numpy as np
 
 K1, B = 0.9, 0.4
@@ -150,7 +151,7 @@ def open_bm25(store: PassageStore) -> Bm25Index:
     return Bm25Index(folder)
 
 
-def _build(store: PassageStore) -> object:
+def _build(store: PassageStore) -> bm25s.BM25:
     import bm25s
     from tqdm import tqdm
 

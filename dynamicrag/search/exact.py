@@ -117,10 +117,10 @@ class _Part:
             exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
             scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)
             for stored in self.blocks:
-                block = _Block(stored.vectors.to(self.device), stored.offset, stored.bounds)
-                if block.bounds is None:
-                    block.bounds = stored.bounds = self._measure(block, exact, rough)
-                best.enter(block)
+                block = _Block(stored.vectors.to(self.device), stored.offset)
+                if stored.bounds is None:
+                    stored.bounds = self._measure(block, exact, rough)
+                best.enter(block, stored.bounds)
                 for start in range(0, len(block.vectors), tile_size):
                     tile = self._round(block, start, exact, rough)
                     into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
@@ -165,9 +165,9 @@ class _Best:
         self._waiting: list[tuple[torch.Tensor, ...]] = []  # query, row in the block, rough score
         self._count = 0
 
-    def enter(self, block: _Block) -> None:
-        """Start a block: later candidates belong to it."""
-        longest, lost = block.bounds
+    def enter(self, block: _Block, bounds: tuple[float, float]) -> None:
+        """Start a block with these bounds: later candidates belong to it."""
+        longest, lost = bounds
         summation = 2 * self.exact.shape[1] * 2.0**-24  # error of a sum in float32, in any order
         self._error = self._lost_length * longest + self._rough_length * (lost + summation * longest)
         self._block = block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -37,7 +37,7 @@ class FaissIndex:
     of them, so scores are exact inner products whichever index is used.
     """
 
-    def __init__(self, index: object, vectors: list[np.ndarray], candidates: int):
+    def __init__(self, index: Any, vectors: list[np.ndarray], candidates: int):
         self.index, self.vectors, self.candidates = index, vectors, candidates
         self.count = index.ntotal
 
@@ -170,7 +170,7 @@ def _require_finite(shards: list[Shard], vectors: np.ndarray, positions: np.ndar
         raise UserError(f"{name_of(shards, int(positions[wrong][0]))} is not finite; embed this shard again")
 
 
-def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
+def _save(index: Any, path: Path, manifest: Path, holds: dict) -> None:
     import faiss
 
     writing = f"{path}.writing"
@@ -181,7 +181,7 @@ def _save(index: object, path: Path, manifest: Path, holds: dict) -> None:
         file.write(orjson.dumps(holds, option=orjson.OPT_INDENT_2))
 
 
-def _load(path: Path, device: str, nprobe: int) -> object:
+def _load(path: Path, device: str, nprobe: int) -> Any:
     import faiss
 
     try:
@@ -192,14 +192,14 @@ def _load(path: Path, device: str, nprobe: int) -> object:
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = min(nprobe, inverted.nlist)
-    inner = faiss.downcast_index(index)
+    inner: Any = faiss.downcast_index(index)
     graph = getattr(faiss.downcast_index(inner.index) if hasattr(inner, "chain") else inner, "hnsw", None)
     if graph is not None:
         graph.efSearch = EF_SEARCH
     return index if device == "cpu" or inverted is None else _on_gpus(index, device)
 
 
-def _on_gpus(index: object, device: str) -> object:
+def _on_gpus(index: Any, device: str) -> Any:
     """Distribute the inverted lists over the GPUs.
 
     IVF,Flat lists are float32 there, whatever useFloat16 is (GpuClonerOptions.h).

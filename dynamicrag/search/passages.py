@@ -24,6 +24,7 @@ from dynamicrag.files.locks import exclusive
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.manifest import fingerprint, is_content
 from dynamicrag.rows.records import title_and_text
+from dynamicrag.rows.row import Doc
 from dynamicrag.stage import UserError, log
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class PassageStore:
         """Return the ids of the passages at start..stop-1, without reading their text."""
         return self.table.select_columns("id")[start:stop]["id"]
 
-    def docs(self, positions: list[int]) -> list[dict[str, str]]:
+    def docs(self, positions: list[int]) -> list[Doc]:
         """Return the passages at these positions as documents of a row."""
         columns = self.table[positions] if positions else {"id": [], "title": [], "text": []}
         return [
@@ -201,8 +202,8 @@ class PassageStore:
             return None
         for offset in range(0, len(ids), COMPARED):  # small steps, so that memory stays in the allocator's pool
             some = column.slice(offset, COMPARED).cast(pyarrow.binary())
-            same = pyarrow.compute.equal(some, pyarrow.array(ids[offset : offset + COMPARED], pyarrow.binary()))
-            if not pyarrow.compute.all(same).as_py():
+            same = pyarrow.compute.call_function("equal", [some, pyarrow.array(ids[offset : offset + COMPARED], pyarrow.binary())])
+            if not pyarrow.compute.call_function("all", [same]).as_py():
                 return None
         return start
 

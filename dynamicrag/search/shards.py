@@ -145,11 +145,11 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
                 shard_positions = range(start, start + len(shard.ids))
             else:
                 shard_positions = store.positions(passage_id.decode() for passage_id in shard.ids.tolist())
+                if len(unknown := np.flatnonzero(shard_positions < 0)):
+                    raise UserError(f"{shard.path}: {len(unknown)} of its {len(shard_positions)} ids are not in the "
+                                    f"passages, the first is {bytes(shard.ids[unknown[0]]).decode()!r}; give the corpus that was embedded")
         except UnicodeDecodeError as error:
             raise UserError(f"{shard.path}: its ids are not UTF-8 ({error.reason}); embed this shard again") from error
-        if start is None and len(unknown := np.flatnonzero(shard_positions < 0)):
-            raise UserError(f"{shard.path}: {len(unknown)} of its {len(shard_positions)} ids are not in the passages, "
-                            f"the first is {shard.ids[unknown[0]].decode()!r}; give the corpus that was embedded")
         positions.append(shard_positions)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
@@ -241,7 +241,7 @@ class _ShardUnpickler(pickle._Unpickler):
     """
 
     # Protocol 5 writes mutable data as a bytearray. It is read like bytes, which allocates only what the file contains.
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: vars(pickle._Unpickler)["load_binbytes8"]}
 
     def find_class(self, module: str, name: str) -> object:
         try:

@@ -20,9 +20,11 @@ from running import row
 from dynamicrag.files import jsonio
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm.prompts import Prompts, as_text
+from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
 from dynamicrag.rows.identifiers import format_ids, ids_pattern, parse_ids
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.records import POSITION_KEYS, TRAJECTORY_KEYS, RowError, normalise_row, read_rows
+from dynamicrag.rows.records import normalise_row, read_rows
+from dynamicrag.rows.row import RowError
 from dynamicrag.rows.trec import Run, read_qrels
 from dynamicrag.search.passages import read_passages
 from dynamicrag.search.shards import open_shards, read_pickled
