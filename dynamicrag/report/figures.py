@@ -29,9 +29,11 @@ K_BINS = [*((k, k) for k in range(6)), (6, 8), (9, 11), (12, 14), (15, 10**6)]  
 
 
 def score_label(systems: Sequence[System]) -> str:
-    """Return the label of the score axis: the metric, if all systems have the same."""
-    metrics = {system.summary["metric"] for system in systems}
-    return f"{METRIC_LABELS.get(name, name) if (name := next(iter(metrics))) and len(metrics) == 1 else 'score'}, 0 to 100"
+    """Return the label of the score axis: the metric, if all systems have the same and only one."""
+    metrics = {str(system.summary["metric"]) for system in systems}
+    name = metrics.pop() if len(metrics) == 1 else "score"
+    label = "score" if "+" in name else METRIC_LABELS.get(name, name)
+    return f"{label}, 0 to 100"
 
 
 def generator_bars(groups: dict[str, dict[str, dict]], width: int) -> Figure:
