@@ -17,27 +17,19 @@ Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: ins
 import argparse
 import itertools
 import math
-import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.training_rows import (
-    Fitted,
-    TrainingWindow,
-    add_length_flags,
-    check_columns,
-    load_window,
-    resolve_length_flags,
-)
+from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.reward.preferences import PAIRS, Pair, generator_pair, reranker_pairs, worth_learning_from
+from dynamicrag.reward.pair_figures import FIGURES, figures, say_what_they_teach, summarise
+from dynamicrag.reward.preferences import PAIRS, capped, distinct, generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.reward.terms import correctness
-from dynamicrag.rows.gold import gold_documents
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
@@ -48,13 +40,6 @@ from dynamicrag.stage import UserError, log
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
 GENERATOR_SHARE = 5  # in a smaller data set, one fifth of the questions give generator pairs
-# A warning is logged if the chosen selection is shorter in more than the first share of pairs, or only shorter in the
-# second.
-SHORTER_SHARE, ONLY_SHORTER_SHARE = 2 / 3, 1 / 2
-MARGINS = (0.05, 0.1, 0.2, 0.4)  # bounds of the margin in the report's lines
-FIGURES = (
-    "margin", "k chosen", "k rejected", "None", "shorter", "equally right", "only shorter", "same documents", "gold in chosen", "gold in rejected",
-)
 NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
 
 
@@ -117,22 +102,6 @@ def parse_args(argv=None):
     return args
 
 
-def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
-    """Yield a random sample of at most `most` items, in their own order.
-
-    Reservoir sampling: only the sample is in memory.
-    """
-    if most is None:
-        yield from items
-        return
-    rng, sample = random.Random(seed), []
-    for number, item in enumerate(items):
-        place = number if number < most else rng.randrange(number + 1)
-        if place < most:
-            sample[place : place + 1] = [(number, item)]
-    yield from (item for _, item in sorted(sample, key=lambda numbered: numbered[0]))
-
-
 def complete(row: Row, defaults: Counter) -> None:
     """Add docs_shown and score_terms if a row of another tool lacks them, and count the rows in `defaults`."""
     if row.get("docs_shown") is None and "docs" in row:
@@ -156,46 +125,6 @@ def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
                 f"{row['docs_shown']}"
             )
         yield row
-
-
-def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
-    """Return the figures of a reranker pair; NaN for those that need gold documents if none are known."""
-    chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
-    shorter = len(chosen) < len(rejected)
-    equally_right = row["score_terms"][pair.chosen]["em"] == row["score_terms"][pair.rejected]["em"]
-    gold = gold_documents(row, path)
-
-    def holds_gold(ids: list[int]) -> float:
-        return float(gold.keys() <= {row["docs"][position - 1]["id"] for position in ids}) if gold else math.nan
-
-    return {
-        "margin": pair.margin, "k chosen": len(chosen), "k rejected": len(rejected), "None": not chosen, "shorter": shorter,
-        "equally right": equally_right, "only shorter": shorter and equally_right, "same documents": {*chosen} == {*rejected},
-        "gold in chosen": holds_gold(chosen), "gold in rejected": holds_gold(rejected),
-    }
-
-
-def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
-    """Return the number of pairs and the mean of each of FIGURES, over all pairs and by margin; None if not known."""
-    import numpy as np
-
-    table = np.frombuffer(pairs, dtype=np.float32).reshape(-1, len(FIGURES))
-    lines = {"all": table}
-    for low, high in itertools.pairwise((0.0, *MARGINS, 1.0)):
-        lines[f"{low:.2f} to {high:.2f}"] = table[(low < table[:, 0]) & (table[:, 0] <= high)]
-    return {
-        name: {"pairs": len(line)} | {
-            figure: float(known.mean(dtype=np.float64)) if len(known := column[~np.isnan(column)]) else None
-            for figure, column in zip(FIGURES, line.T, strict=True)
-        }
-        for name, line in lines.items() if len(line)
-    }
-
-
-def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
-    """Return a table with one line per margin."""
-    shown = {name: ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line.values()] for name, line in summary.items()}
-    return markdown_table(["", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
 
 
 def fit_pair(
@@ -255,16 +184,6 @@ reranker_rows = partial(training_rows, reranker_pairs_of)
 generator_rows = partial(training_rows, generator_pairs_of)
 
 
-def distinct(pairs: Iterable[tuple[dict[str, str], Mapping]]) -> Iterator[tuple[dict[str, str], Mapping]]:
-    """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
-    seen = set()
-    for row, about in pairs:
-        key = hash((row["instruction"], frozenset((row["chosen"], row["rejected"]))))
-        if key not in seen:
-            seen.add(key)
-            yield row, about
-
-
 def warn_of_defaults(defaults: Counter, path: str) -> None:
     """Log the values used for keys that rows of other tools lack."""
     taken = {
@@ -274,26 +193,6 @@ def warn_of_defaults(defaults: Counter, path: str) -> None:
     for key, what in taken.items():
         if defaults[key]:
             log.warning("%s: %d rows have no %s: %s", path, defaults[key], key, what)
-
-
-def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, unit: str) -> None:
-    """Log the figures of the pairs, and a warning if they mainly teach short selections."""
-    log.info("reranker pairs by margin, means and shares:\n%s", summary_table(summary))
-    whole = sum(sizes.values()) or 1
-    roles = [[role, f"{count:,}", f"{sizes[role]:,}", f"{100 * sizes[role] / whole:.1f}", f"{sizes[role] / max(count, 1):.1f}"] for role, count in pairs.items()]
-    log.info("pairs by role, with the length of both targets:\n%s", markdown_table(["", "pairs", f"target {unit}", "share, %", "per pair"], roles))
-    every = summary["all"]
-    if every["same documents"]:
-        log.info("%.0f %% of the reranker pairs differ in the order of the documents only; --pair-by set avoids "
-                 "them", 100 * every["same documents"])
-    shorter, only_shorter = every["shorter"], every["only shorter"]
-    if shorter > SHORTER_SHARE or only_shorter > ONLY_SHORTER_SHARE:
-        log.warning(
-            "the chosen selection is shorter in %.0f %% of the pairs, and in %.0f %% this is the only difference, "
-            "because both answers are equally right: a model may learn to choose nothing; raise --min-margin, give "
-            "--keep-mean, or lower the weight of length (reward_trajectories.py --reweight)",
-            100 * shorter, 100 * only_shorter,
-        )
 
 
 def main(argv=None):

@@ -14,16 +14,10 @@ from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.training_rows import (
-    Fitted,
-    TrainingWindow,
-    add_length_flags,
-    check_columns,
-    load_window,
-    resolve_length_flags,
-)
+from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.rows.identifiers import best_first, unjudged_position
+from dynamicrag.rows.expert import best_first, unjudged_position
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import Doc, Row

@@ -30,7 +30,7 @@ from dynamicrag.evaluation.results import read_asked, result_rows
 from dynamicrag.evaluation.tables import comparison_table, selection_tables, summary_tables, system_names
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.rows.output import refuse_overlap
+from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
 

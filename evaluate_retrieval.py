@@ -28,7 +28,7 @@ from dynamicrag.evaluation.retrieval import SCORES, answer_rank, gold_measures, 
 from dynamicrag.evaluation.tables import markdown_table, system_names
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questions
-from dynamicrag.rows.output import refuse_overlap
+from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc
 from dynamicrag.rows.trec import is_run, read_qrels, write_run

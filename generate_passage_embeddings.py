@@ -22,7 +22,8 @@ from dynamicrag import stage
 from dynamicrag.models.batches import BATCH_TOKENS_HELP
 from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.models.encoder_settings import POOLINGS, record
-from dynamicrag.rows.output import Output, prepared_ahead
+from dynamicrag.rows.ahead import prepared_ahead
+from dynamicrag.rows.output import Output
 
 # Passages are sorted by length within a window. A run continues after the last whole window.
 WINDOW = 2048

@@ -33,8 +33,8 @@ from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags
 from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
 from dynamicrag.llm.templates import in_threads
+from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.identifiers import expert_sequence
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown

@@ -18,8 +18,8 @@ import random
 from collections import Counter
 
 from dynamicrag import stage
+from dynamicrag.rows.expert import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.rows.gold import needed_documents
-from dynamicrag.rows.identifiers import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row

@@ -25,7 +25,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,16 +33,16 @@ from dynamicrag import stage
 from dynamicrag.files.locks import in_turn
 from dynamicrag.models.batches import BATCH_TOKENS_HELP
 from dynamicrag.models.device import DEVICES, DTYPES, device_flag, pick_device, place
-from dynamicrag.models.encoder_settings import POOLINGS, QUERY, refuse_other_settings
+from dynamicrag.models.encoder_settings import POOLINGS, refuse_other_settings
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.row import Row
 from dynamicrag.rows.trec import Run, fuse
 from dynamicrag.search.index import CANDIDATES, NPROBE, faiss_can_read
+from dynamicrag.search.questions import encode_questions, query_settings, search_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dynamicrag.models.encoder_settings import Settings
     from dynamicrag.search.passages import PassageStore
 
 # A search maps rows to scores (float32) and corpus positions (int64, -1: no document), both [rows, k].
@@ -52,8 +51,6 @@ Search = Callable[[list[Row]], tuple["np.ndarray", "np.ndarray"]]
 M_ARENA_MAX = -8  # of mallopt(3)
 # Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
 QUESTIONS_A_PASS = {"cpu": 1024, "cuda": 4096}
-# Number of questions that are sorted by length together.
-QUESTIONS_ENCODED = 1024
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -113,11 +110,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def search_text(row: Row) -> str:
-    """Return the text that is searched with."""
-    return row.get("retrieved_question") or row["question"]
-
-
 def attach_docs(rows: list[Row], scores: np.ndarray, found: np.ndarray, store: PassageStore) -> list[Row]:
     """Give each row its documents, best first, in place of earlier ones.
 
@@ -141,38 +133,6 @@ def process_of_its_own() -> Executor:
     """Return an executor that encodes questions in a child process, so that all its memory is free before the search.
     """
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
-
-
-def query_settings(args: Namespace) -> Settings:
-    """Return the settings for encoding questions, without loading the model."""
-    from dynamicrag.models.encoder import encoder_settings
-
-    return encoder_settings(args.model_name_or_path, QUERY, args.normalize, args.pooling, args.query_prompt)[0]
-
-
-def encode_questions(args: Namespace, path: str, count: int) -> str:
-    """Write the vectors of all questions to `path`, .npy float32 [count, width]. Returns a description of the encoding.
-    """
-    import numpy as np
-    from tqdm import tqdm
-
-    from dynamicrag.models.encoder import Encoder
-    from dynamicrag.rows.records import read_rows
-
-    encoder = Encoder(
-        args.model_name_or_path, args.device, args.dtype, args.max_length, args.normalize, args.pooling, args.query_prompt, QUERY
-    )
-    rows = read_rows(args.query, dataset=args.dataset, reject=(lambda _: None) if args.on_error == "skip" else None)
-    with open(path, "wb") as file, tqdm(total=count, desc="encoding", unit="question") as progress:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.hidden_size)})
-        while texts := [search_text(row) for row in islice(rows, QUESTIONS_ENCODED)]:
-            vectors = encoder.encode(texts, args.batch_tokens)
-            if not np.isfinite(vectors).all():
-                raise stage.UserError(f"{args.model_name_or_path}: the vector of a question is not finite; try "
-                                      "--dtype float32")
-            file.write(vectors.tobytes())
-            progress.update(len(texts))
-    return encoder.said()
 
 
 def dense_searches(

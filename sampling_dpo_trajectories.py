@@ -25,13 +25,8 @@ from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.requests import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
 from dynamicrag.llm.templates import in_threads
-from dynamicrag.rows.identifiers import (
-    Notation,
-    expert_sequence,
-    format_ids,
-    summarise_selections,
-    unjudged_position,
-)
+from dynamicrag.rows.expert import expert_sequence, unjudged_position
+from dynamicrag.rows.identifiers import Notation, format_ids, summarise_selections
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import Doc, Row

@@ -20,7 +20,7 @@ from dynamicrag.llm.requests import Caller
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.row import Row
-from dynamicrag.search.passages import read_passages
+from dynamicrag.search.corpus import read_passages
 from sampling_dpo_trajectories import parse_args as stage_flags
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))

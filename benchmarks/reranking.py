@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from dynamicrag.models.batches import default_batch_tokens, length_batches, pad
-from dynamicrag.models.reranker import MonoT5, Pair, load_reranker
-from dynamicrag.search.passages import read_passages
+from dynamicrag.models.monot5 import MonoT5
+from dynamicrag.models.reranker import Pair, load_reranker
+from dynamicrag.search.corpus import read_passages
 
 LIMIT = "encoder, padding-free limit"
 

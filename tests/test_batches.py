@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dynamicrag.models.batches import pad
-from dynamicrag.rows.output import prepared_ahead
+from dynamicrag.rows.ahead import prepared_ahead
 
 
 @pytest.mark.parametrize("sequences", [[[5, 6, 7], [8]], [[1]], [[], [2, 2]], [[], []]])

@@ -106,7 +106,7 @@ def test_equal_scores_in_another_order_are_wrong(monkeypatch):
 def test_a_wrong_reranker_fails(tmp_path, monkeypatch):
     from gpu_check import encoders
 
-    from dynamicrag.models.reranker import MonoT5
+    from dynamicrag.models.monot5 import MonoT5
 
     pairs = [(f"what {number}?", text) for number, text in enumerate(encoders.data.texts(6, 12))]
     run = Run(tmp_path, dry=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 
-from dynamicrag.llm.engine import bind_cores
+from dynamicrag.llm.vllm_environment import bind_cores
 
 REPO = Path(__file__).parents[1]
 STEPS, ROWS = 4, 8

@@ -10,7 +10,8 @@ import construct_generator_sft
 import inference
 import process_training_data
 import reranker_sequence
-from dynamicrag.llm.prompts import DEFAULT_PROMPTS, PLACEHOLDERS, Prompts, training_row
+from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS, PLACEHOLDERS
+from dynamicrag.llm.prompts import Prompts, training_row
 from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of

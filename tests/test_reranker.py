@@ -12,7 +12,8 @@ from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read
 
 import reranker
 from dynamicrag.models import yes_no
-from dynamicrag.models.reranker import CrossEncoder, MonoT5, load_reranker
+from dynamicrag.models.monot5 import MonoT5
+from dynamicrag.models.reranker import CrossEncoder, load_reranker
 from dynamicrag.models.yes_no import YesNo
 from dynamicrag.stage import UserError
 

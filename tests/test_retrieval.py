@@ -23,9 +23,11 @@ import split_data
 from dynamicrag.files.paths import matching
 from dynamicrag.models.batches import length_batches
 from dynamicrag.models.encoder import Encoder
+from dynamicrag.search.corpus import read_passages
 from dynamicrag.search.index import FaissIndex, open_index
-from dynamicrag.search.passages import open_passages, read_passages
-from dynamicrag.search.shards import Shard, find_shards, open_shards, read_pickled
+from dynamicrag.search.passages import open_passages
+from dynamicrag.search.pickled import read_pickled
+from dynamicrag.search.shards import Shard, find_shards, open_shards
 from dynamicrag.stage import UserError
 
 QUESTIONS = [{"id": f"q{number}", "question": make_text(random.Random(number), 3, 9)} for number in range(11)]

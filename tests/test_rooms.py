@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "dynamicrag"
 # From the ground up. A room may import the rooms before it, and dynamicrag.stage.
 ROOMS = ["files", "rows", "models", "search", "llm", "evaluation", "reward", "report"]
 MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 260
 
 
 def rooms_of_imports(path: Path) -> set[str]:
@@ -32,3 +33,8 @@ def test_a_module_imports_nothing_from_a_room_above_its_own(path):
     room = path.relative_to(PACKAGE).parts[0]
     allowed = ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else []
     assert rooms_of_imports(path) <= set(allowed)
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted(PACKAGE.parent.glob("*.py"))], ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_a_module_or_stage_is_short_enough_to_be_read_at_once(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES

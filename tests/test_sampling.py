@@ -12,7 +12,8 @@ from conftest import at, logged, make_text, write_jsonl
 from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
 
 import sampling_dpo_trajectories
-from dynamicrag.rows.identifiers import expert_sequence, summarise_selections
+from dynamicrag.rows.expert import expert_sequence
+from dynamicrag.rows.identifiers import summarise_selections
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError
 

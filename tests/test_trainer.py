@@ -19,8 +19,9 @@ import reranker_sequence
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm import training_rows
 from dynamicrag.llm.prompts import Prompts
+from dynamicrag.llm.recipe import check_columns
 from dynamicrag.llm.templates import PromptTokenizer
-from dynamicrag.llm.training_rows import TrainingWindow, check_columns, load_window
+from dynamicrag.llm.training_rows import TrainingWindow, load_window
 from dynamicrag.models.chat_templates import read_template
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.manifest import read_manifest

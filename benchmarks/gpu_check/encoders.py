@@ -115,7 +115,8 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from dynamicrag.models.reranker import MonoT5, load_reranker
+    from dynamicrag.models.monot5 import MonoT5
+    from dynamicrag.models.reranker import load_reranker
 
     torch.manual_seed(3)
     tokenizer = data.t5_tokenizer(500 if run.dry else 20_000)

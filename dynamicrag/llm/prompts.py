@@ -1,4 +1,4 @@
-r"""Every prompt of the project.
+r"""The prompts of the project, from its own texts (prompt_texts.py) or those of a file.
 
 Training rows, sampling and inference all use these functions, so that a model is trained and queried with identical
 text.
@@ -22,88 +22,24 @@ import string
 from argparse import _ActionsContainer
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS, NUMBERS, PLACEHOLDERS, REQUIRED
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import DEFAULT_NOTATION, Notation
 from dynamicrag.rows.row import Doc
 from dynamicrag.rows.tasks import dataset_named, task_of_row
 from dynamicrag.stage import UserError
 
-# A text; None for no system prompt or prefix; a tuple of texts for `stop`.
-DEFAULT_PROMPTS: dict[str, dict[str, Any]] = {
-    "reranker": {
-        "system": "You choose the documents that are needed to answer a question.",
-        "user": (
-            "Question: {question}\n\n{documents}\n\n"
-            "Which documents are needed to answer the question: {question}\n"
-            "Write their identifiers, the most important first, as in [2], [1]. Write None if no document is needed."
-        ),
-        # The identifier is on both sides of the text: a small model copies it more reliably from the nearer side.
-        "document": "[{n}] {title}\n{text} [{n}]",
-        "separator": "\n\n",
-        "identifier": DEFAULT_NOTATION.identifier,
-        "identifier_separator": DEFAULT_NOTATION.separator,
-        "none": DEFAULT_NOTATION.none,
-        "prefix": None,
-        "stop": (),
-    },
-    "pointwise": {
-        "system": "You judge whether a document is needed to answer a question.",
-        "user": "Question: {question}\n\n{documents}\n\nIs this document needed to answer the question? Write Yes or No.",
-        "document": "{title}\n{text}",
-        "prefix": None,
-        "stop": (),
-    },
-    "generator": {
-        "system": "You answer questions, using the documents where they help.",
-        "user": "{documents}\n\nQuestion: {question}\n{instruction}",
-        "user_without_documents": "Question: {question}\n{instruction}",
-        "document": "[{n}] {title}\n{text}",
-        "separator": "\n\n",
-        "numbers": "new",
-        "prefix": None,
-        "stop": (),
-    },
-    "judge": {
-        "system": "You grade answers strictly and fairly.",
-        "user": (
-            "Question: {question}\nReference answers: {answers}\nAnswer to grade: {response}\n\n"
-            "Give 0 to 20 points for each of: correctness against the reference, completeness, relevance to the question, "
-            "absence of unsupported claims, clarity. Reply with a JSON object with the integer keys "
-            "correctness, completeness, relevance, support, clarity."
-        ),
-    },
-}
 # Markers of turns in chat templates. A tokenizer treats them in a document like those of the template, so that a
 # document could end its turn and begin another. With a space after the first character they are plain text.
 TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
 MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
-NUMBERS = ("new", "original")
-PLACEHOLDERS = {
-    ("reranker", "user"): {"question", "documents"},
-    ("reranker", "document"): {"n", "title", "text"},
-    ("reranker", "identifier"): {"n"},
-    ("pointwise", "user"): {"question", "documents"},
-    ("pointwise", "document"): {"n", "title", "text"},
-    ("generator", "user"): {"question", "documents", "instruction"},
-    ("generator", "user_without_documents"): {"question", "instruction"},
-    ("generator", "document"): {"n", "title", "text"},
-    ("judge", "user"): {"question", "answers", "response"},
-}
-# A prompt without these placeholders would lack the question or the documents.
-REQUIRED = {
-    ("reranker", "user"): {"question", "documents"}, ("pointwise", "user"): {"question", "documents"},
-    ("generator", "user"): {"question", "documents"}, ("generator", "user_without_documents"): {"question"},
-    ("reranker", "identifier"): {"n"},
-    **{(name, "document"): {"text"} for name in ("reranker", "pointwise", "generator")}, ("judge", "user"): {"response"},
-}
 
 
 def add_prompts_flag(group: _ActionsContainer) -> None:
     """Add --prompts to a parser or one of its groups."""
     group.add_argument("--prompts", metavar="FILE",
-                       help="YAML file with other prompts; its keys are in dynamicrag/llm/prompts.py")
+                       help="YAML file with other prompts; its keys are in dynamicrag/llm/prompt_texts.py")
 
 
 def as_text(text: str) -> str:

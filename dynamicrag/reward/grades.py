@@ -1,4 +1,8 @@
-"""The judge's grades: five criteria of 0 to 20 points each, the reply formats that ask for them, and a strict reader of the reply."""
+"""The judge's grades and their cost: five criteria of 0 to 20 points each, the reply formats that ask for them, and a strict
+reader of the reply.
+"""
+
+from dataclasses import dataclass
 
 import orjson
 
@@ -35,3 +39,18 @@ def parse_grade(reply: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= POINTS:
             raise UnreadableGrade(f"{criterion} is {value!r}; expected a number from 0 to {POINTS}")
     return sum(points) / (POINTS * len(CRITERIA))
+
+
+@dataclass
+class JudgeUsage:
+    """Counts of calls answered with HTTP 200, of cached prompts, and of tokens as far as replies report them."""
+
+    calls: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    def counts(self) -> dict[str, int | None]:
+        """Return all counts. Token counts are None if no reply reported them."""
+        tokens = ("prompt_tokens", "generated_tokens")
+        return {name: None if name in tokens and self.calls and not value else value for name, value in vars(self).items()}

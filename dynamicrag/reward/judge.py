@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from dynamicrag.llm.endpoint import (
     wait,
 )
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.reward.grades import CRITERIA, POINTS, REPLY_FORMATS, UnreadableGrade, parse_grade
+from dynamicrag.reward.grades import CRITERIA, POINTS, REPLY_FORMATS, JudgeUsage, UnreadableGrade, parse_grade
 from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError, log
 
@@ -55,21 +54,6 @@ class _CutOffReasoning(UnreadableGrade):
 
 class _LimitReached(Exception):
     """The limit of calls is reached."""
-
-
-@dataclass
-class JudgeUsage:
-    """Counts of calls answered with HTTP 200, of cached prompts, and of tokens as far as replies report them."""
-
-    calls: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-
-    def counts(self) -> dict[str, int | None]:
-        """Return all counts. Token counts are None if no reply reported them."""
-        tokens = ("prompt_tokens", "generated_tokens")
-        return {name: None if name in tokens and self.calls and not value else value for name, value in vars(self).items()}
 
 
 class Judge:
@@ -175,28 +159,29 @@ class Judge:
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
-        changed, unreadable, calls = {}, 0, 0
+        changed: dict[str, float] = {}
+        unreadable = 0
 
         def gives_up(state) -> bool:
             return state.attempt_number >= endpoint.ATTEMPTS or unreadable >= MOST_REPLIES
 
+        async def call() -> float:
+            nonlocal changed, unreadable
+            try:
+                return await self._call(client, messages, changed)
+            except UnreadableGrade as error:
+                unreadable += 1
+                if isinstance(error, _CutOffReasoning):
+                    self._allow_more_tokens(error.limit)
+                else:
+                    changed = {"temperature": RETRY_TEMPERATURE}
+                raise
+
+        attempts = AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True)
         try:
-            async for attempt in AsyncRetrying(retry=retry_if_exception(passes), stop=gives_up, wait=wait, reraise=True):
-                calls = attempt.retry_state.attempt_number
-                with attempt:
-                    try:
-                        return await self._call(client, messages, changed)
-                    except UnreadableGrade as error:
-                        unreadable += 1
-                        if isinstance(error, _CutOffReasoning):
-                            self._allow_more_tokens(error.limit)
-                        else:
-                            changed = {"temperature": RETRY_TEMPERATURE}
-                        raise
+            return await attempts(call)
         except (openai.OpenAIError, UnreadableReply, OSError) as error:
-            failure = self._explained(row, error, calls)
-        else:
-            failure = UserError(f"row {row}: the judge {self._model} was not called")
+            failure = self._explained(row, error, attempts.statistics["attempt_number"])
         raise failure  # raised here, so that the original error, which may contain the key, is not attached
 
     def _allow_more_tokens(self, limit: int) -> None:

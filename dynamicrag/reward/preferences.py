@@ -1,8 +1,10 @@
 """Preferences among the trajectories of a question: pairs of selections and pairs of answers (DynamicRAG, DPO)."""
 
 import itertools
+import random
 import re
 import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from dynamicrag.rows.row import Row
@@ -68,3 +70,29 @@ def worth_learning_from(row: Row, keep_mean: tuple[float, float]) -> bool:
         return bool(row["score_terms"])
     low, high = keep_mean
     return low <= statistics.fmean(terms["em"] for terms in row["score_terms"]) <= high
+
+
+def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
+    """Yield a random sample of at most `most` items, in their own order.
+
+    Reservoir sampling: only the sample is in memory.
+    """
+    if most is None:
+        yield from items
+        return
+    rng, sample = random.Random(seed), []
+    for number, item in enumerate(items):
+        place = number if number < most else rng.randrange(number + 1)
+        if place < most:
+            sample[place : place + 1] = [(number, item)]
+    yield from (item for _, item in sorted(sample, key=lambda numbered: numbered[0]))
+
+
+def distinct(pairs: Iterable[tuple[dict[str, str], Mapping]]) -> Iterator[tuple[dict[str, str], Mapping]]:
+    """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
+    seen = set()
+    for row, about in pairs:
+        key = hash((row["instruction"], frozenset((row["chosen"], row["rejected"]))))
+        if key not in seen:
+            seen.add(key)
+            yield row, about

@@ -12,9 +12,8 @@ from functools import cached_property
 
 import regex
 
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import Row
 
-EXPERT_LENGTH = 14  # maximum length of an expert sequence in the paper
 # Tokens of a list. A text with anything else is prose.
 _TOKEN = re.compile(
     r"\s*(?:(?P<n>\d+)|(?P<o>\[)|(?P<c>\])|(?P<s>[,;>&]|and\b)|(?P<r>[-\u2013\u2014]|to\b)|(?P<x>none\b)"
@@ -206,35 +205,6 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
         ranges.append((first, next(taken) if item == "r" else first))
     # [3]-[1] is ambiguous: it may mean two documents or three.
     return ranges if all(first <= last for first, last in ranges) else None
-
-
-def unjudged_position(docs: Sequence[Doc], positions: Sequence[int]) -> int | None:
-    """Return the first of `positions` whose document lacks a rerank score; None if all are judged alike.
-
-    If no document has a score, a rerank_label is enough.
-    """
-    unscored = [position for position in positions if docs[position - 1].get("rerank_score") is None]
-    if 0 < len(unscored) < len(positions):
-        return unscored[0]
-    return next((position for position in unscored if docs[position - 1].get("rerank_label") is None), None)
-
-
-def best_first(docs: Sequence[Doc], positions: Sequence[int]) -> list[int]:
-    """Return the positions by rerank score, best first; equal scores keep their order.
-
-    If a score is missing, the positions are sorted instead: published training data has labels only, with the documents
-    in order.
-    """
-    scores = {position: docs[position - 1].get("rerank_score") for position in positions}
-    known = {position: score for position, score in scores.items() if score is not None}
-    if len(known) < len(scores):
-        return sorted(positions)
-    return sorted(positions, key=lambda position: -known[position])
-
-
-def expert_sequence(docs: Sequence[Doc], true_id: Sequence[int], max_length: int = EXPERT_LENGTH) -> list[int]:
-    """Return the selection of the reranker: its relevant documents, best first, at most `max_length`."""
-    return best_first(docs, true_id)[:max_length]
 
 
 def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:

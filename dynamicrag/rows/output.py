@@ -15,24 +15,21 @@ import fcntl
 import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import orjson
 
 from dynamicrag.files.atomic import atomic_writer, naming
-from dynamicrag.files.jsonio import dump_line, refuse_pipe, write_json
+from dynamicrag.files.jsonio import dump_line, write_json
 from dynamicrag.files.locks import lock
 from dynamicrag.files.paths import written_at
-from dynamicrag.rows.manifest import differences, identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.rows.ahead import prepared_ahead
+from dynamicrag.rows.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
+from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refuse_other_run
 from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
-
-Item = TypeVar("Item")
-Prepared = TypeVar("Prepared")
 
 
 class Output:
@@ -58,21 +55,8 @@ class Output:
         self.started = time.monotonic()
         self._file: BinaryIO | None = None
         self._by_rows = False
-        for path in self.paths:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{path.parent}: the output folder cannot be created: {error.strerror}") from error
-            if path.is_dir():
-                raise UserError(f"{path}: is a folder; give the path of a file")
-            if not os.access(path.parent, os.W_OK):
-                raise UserError(f"{path.parent}: the output folder is not writable; change its permissions")
-        for name in inputs:
-            if not Path(name).exists():
-                raise UserError(f"{name}: no such file; this stage needs it as input")
-            refuse_pipe(Path(name))
-        refuse_overlap(self.paths, inputs)
-        self._refuse_other_owner()
+        check_paths(self.paths, inputs)
+        refuse_other_owner(self.paths, self._given[0])
         self.identity = identity(args, outputs, inputs)
         if args.overwrite:
             for path in self.paths:
@@ -86,18 +70,11 @@ class Output:
     def _begun(self) -> Path:
         return Path(f"{self.partial}.manifest.json")
 
-    def _refuse_other_owner(self) -> None:
-        """Raise UserError if an output belongs to another run, which --overwrite would destroy."""
-        for path in self.paths:
-            owner = (read_manifest(path) or {}).get("outputs", [str(self.path)])[0]
-            if Path(owner).name not in (self.path.name, Path(self._given[0]).name) and os.path.realpath(owner) != os.path.realpath(self.path):
-                raise UserError(f"{path}: belongs to the run that wrote {owner}; give another output path")
-
     def _is_finished(self) -> bool:
         manifest = read_manifest(self.path)
         absent = [path for path in self.paths if not path.exists()]
         if manifest is not None:
-            self._refuse_other(manifest, self.path)
+            refuse_other_run(manifest, self.identity, self.path)
             if absent:
                 raise UserError(f"{absent[0]}: was removed after the run finished; give --overwrite to make all "
                                 "outputs again")
@@ -109,16 +86,6 @@ class Output:
             raise UserError(f"{present[0]}: exists, but is not the finished output of a stage; move it away or give "
                             "--overwrite")
         return False
-
-    def _refuse_other(self, made: dict, path: Path) -> None:
-        what, changed = differences(made, self.identity)
-        if changed:
-            before, now = next(iter(changed.values()))
-            detail = f" ({before!r} before, {now!r} now)" if what == "arguments" else ""
-            raise UserError(
-                f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
-                "give --overwrite to replace it, or another output path to keep both"
-            )
 
     def record(self, device: str | None = None, **resolved: str) -> None:
         """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as
@@ -173,7 +140,7 @@ class Output:
         """Record the identity of this run before its first byte. Return True if an earlier run with it was started."""
         if self._begun.exists():
             begun = parse_manifest(self._begun)
-            self._refuse_other(begun, self.partial)
+            refuse_other_run(begun, self.identity, self.partial)
             before, now = begun.get("device"), self.identity.get("device")
             if before and now and before != now:
                 log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few "
@@ -290,28 +257,3 @@ class Output:
         self.finish(answered=answered, unanswered=unanswered)
 
 
-def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
-    """Raise UserError if an output is the same file as an input or another output, under whatever name or link."""
-    # os.path.realpath, because Path.resolve fails for a link to itself; the code that reads the file reports that
-    # better.
-    read, written = {os.path.realpath(name) for name in inputs}, set()
-    for path in outputs:
-        real = os.path.realpath(path)
-        if real in read:
-            raise UserError(f"{path}: is both input and output of this stage; give another output path")
-        if real in written:
-            raise UserError(f"{path}: is given for two outputs of this stage; give each its own path")
-        written.add(real)
-
-
-def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
-    """Yield prepare(item) for each item, in order. A thread prepares the next item while the caller works on this one.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        upcoming: deque[Future[Prepared]] = deque()
-        for item in items:
-            upcoming.append(thread.submit(prepare, item))
-            if len(upcoming) > 1:
-                yield upcoming.popleft().result()
-        for last in upcoming:
-            yield last.result()

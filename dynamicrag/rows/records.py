@@ -1,6 +1,6 @@
 """The contract between the stages: what a row is, and how rows are read and normalised.
 
-A row is one question. Every stage reads rows through `read_rows`. It accepts the key names of common data sets (`ctxs`
+A row is one question (row.py). Every stage reads rows through `read_rows`. It accepts the key names of common data sets (`ctxs`
 for `docs`, `answer` or `golden_answers` for `answers`, `sample_id` for `id`), checks the keys that the stage needs, and
 keeps unknown keys unchanged. The choices of a multiple-choice question (`choices`) are appended to its `question`,
 which the LLM and the judge read. Retrieval uses the question without them (`retrieved_question`).

@@ -31,7 +31,8 @@ from warm_up import conversations, read_questions
 
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.jsonio import read_json, write_json
-from dynamicrag.llm.prompts import DEFAULT_PROMPTS, Prompts
+from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS
+from dynamicrag.llm.prompts import Prompts
 from dynamicrag.stage import ArgumentParser, UserError, log, run
 
 RECIPE = "recipes/smollm2_135m/warm_up.yaml"

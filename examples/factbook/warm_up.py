@@ -26,7 +26,8 @@ from questions import MAKERS, Pool, find_paragraphs, find_unique
 
 from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, as_text, training_row
-from dynamicrag.llm.training_rows import add_length_flags, check_columns, load_window
+from dynamicrag.llm.recipe import add_length_flags, check_columns
+from dynamicrag.llm.training_rows import load_window
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run

@@ -69,7 +69,7 @@ def listening():
 @pytest.fixture
 def server(listening, monkeypatch):
     monkeypatch.setattr("dynamicrag.llm.endpoint.ATTEMPTS", 1)
-    monkeypatch.setattr("dynamicrag.llm.server.RETRY_SECONDS", 0)
+    monkeypatch.setattr("dynamicrag.llm.server_calls.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     return listening
 
@@ -219,7 +219,7 @@ def refusal(status: int, message: str, param=None, code=None) -> tuple[int, dict
 def fake(monkeypatch):
     monkeypatch.setattr("dynamicrag.llm.endpoint.ATTEMPTS", 4)
     monkeypatch.setattr("dynamicrag.llm.endpoint.MAX_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("dynamicrag.llm.server.RETRY_SECONDS", 0)
+    monkeypatch.setattr("dynamicrag.llm.server_calls.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server = Fake()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -26,8 +26,9 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.records import normalise_row, read_rows
 from dynamicrag.rows.row import RowError
 from dynamicrag.rows.trec import Run, read_qrels
-from dynamicrag.search.passages import read_passages
-from dynamicrag.search.shards import open_shards, read_pickled
+from dynamicrag.search.corpus import read_passages
+from dynamicrag.search.pickled import read_pickled
+from dynamicrag.search.shards import open_shards
 from dynamicrag.stage import UserError
 
 TIMES = int(os.environ.get("FUZZ", "1"))
