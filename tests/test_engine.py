@@ -328,7 +328,7 @@ def test_tags_that_are_special_tokens_are_seen(in_process):
 @pytest.mark.parametrize(("value", "bar"), [("1", False), (None, True)])
 def test_vllms_bar_is_off_if_bars_are(value, bar):
     """In a process of its own: tqdm reads the environment when it is imported."""
-    script = f"from dynamicrag.llm.engine import bars_are_off\nassert bars_are_off() is {not bar}"
+    script = f"from dynamicrag.llm.vllm_environment import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 

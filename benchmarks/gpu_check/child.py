@@ -18,7 +18,7 @@ def main() -> None:
     way = sys.argv[1]
     if way.startswith("prepared"):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from dynamicrag.llm.engine import VLLM_ENVIRONMENT
+        from dynamicrag.llm.vllm_environment import VLLM_ENVIRONMENT
 
         os.environ.update(VLLM_ENVIRONMENT)
         way = "fork" if way.endswith("fork") else os.environ["VLLM_WORKER_MULTIPROC_METHOD"]

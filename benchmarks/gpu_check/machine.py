@@ -106,7 +106,7 @@ def _prepared() -> dict:
     """Call prepare_vllm() in a separate process. Returns whether it chooses the CPU, and the environment that it sets.
     """
     needs("vllm")
-    code = ("import os, json; from dynamicrag.llm.engine import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
+    code = ("import os, json; from dynamicrag.llm.vllm_environment import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
             "print(json.dumps([on_cpu, torch.cuda.is_available(), os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK'), "
             "os.environ.get('VLLM_WORKER_MULTIPROC_METHOD')]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_clean({}), capture_output=True, text=True, timeout=60)
