@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
 # numbered scripts that run on a cluster.
-#     bash scripts/demo.sh                         a first look: under 20 minutes after installation
+#     bash scripts/demo.sh                         a first look: about 25 minutes after installation
 #     DEMO_SIZE=standard bash scripts/demo.sh      about an hour: enough training for the choice to be learned
 #     DEMO_SIZE=full bash scripts/demo.sh          more questions, longer training
 # Run it again and it continues where it stopped; what is finished is not done twice.
