@@ -13,7 +13,7 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && ((EUID == 
         echo "Chromium could not be installed: the tests in a browser are skipped" >&2
 fi
 .venv/bin/ruff check .
-.venv/bin/pyright
+.venv/bin/pyright --project pyproject.toml
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # All of them: one process per core, a file at a time, since the tests of a file share the models they make.
 parallel=(--numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder)
