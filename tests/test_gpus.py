@@ -573,7 +573,9 @@ def test_an_interrupted_script_leaves_no_worker_behind(machine, tmp_path, sent, 
     pids.mkdir()
     work = f'work() {{ {sys.executable} -c "import os, time; open(\'{pids}/\' + str(os.getpid()), \'w\'); time.sleep(60)"; }}'
     script = subprocess.Popen(["bash", "-c", f"source scripts/common.sh; {work}; in_pool work {tmp_path}/log. 0 1 2 3"], cwd=REPO, env=machine(2),
-                              start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                              start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              # Where the tests run in the background, SIGINT is ignored, and bash cannot change that.
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 30
     while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
