@@ -165,7 +165,8 @@ as_group() {
 }
 # next_ended: set $part to one that has ended, or that was killed before it could say so.
 next_ended() {
-    until read -r -t 5 part <&"$ended"; do
+    # An empty line is no part: on a busy machine a read that ran out of time has been seen to succeed with nothing.
+    until read -r -t 5 part <&"$ended" && [[ -n $part ]]; do
         for part in "${!pid_of[@]}"; do kill -0 "${pid_of[$part]}" 2>/dev/null || return 0; done
     done
 }

@@ -345,6 +345,7 @@ def test_shards_without_a_record(tmp_path, encoder_dir, shipped, corpus_tsv, sha
     made.pop("summary")
     path.write_text(json.dumps(made))
     caplog.set_level(logging.INFO)
+    caplog.clear()
     assert len(search(encoder_dir, corpus_tsv, tmp_path / "e", tmp_path / "a.jsonl")) == 120
     with pytest.raises(UserError, match=at("passages_00.npy", "pooling", "'mean'", "'cls'")):
         search(shipped["bge"], corpus_tsv, tmp_path / "e", tmp_path / "b.jsonl")

@@ -566,6 +566,14 @@ def test_an_environment_whose_torch_has_no_gpu_is_not_called_ready(setup, tmp_pa
     assert setup(f"prove {tmp_path}; echo on").stdout == "on\n"
 
 
+def test_an_empty_line_is_no_part_that_has_ended(machine, tmp_path):
+    work = f'work() {{ echo >&"$ended"; sleep 0.2; echo "$1" >>{tmp_path}/done; }}'
+    done = subprocess.run(["bash", "-c", f"source scripts/common.sh; {work}; in_pool work {tmp_path}/log. 0 1 2"], cwd=REPO, env=machine(2),
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "done").read_text().split()) == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize(("sent", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGINT, False, 130), (signal.SIGTERM, False, 143)])
 def test_an_interrupted_script_leaves_no_worker_behind(machine, tmp_path, sent, to_all, status):
     """Ctrl-C in a terminal goes to every process of the foreground group, a signal of a cluster's to the script alone."""

@@ -82,7 +82,7 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     broken.write_text(f"RERANKER={tmp_path}/no-such-model\n" + settings.read_text().replace("RERANKER=/", "UNUSED=/"))
     done = bash("03_rerank.sh", broken, NUM_SHARDS="2")
     assert done.returncode != 0
-    logs = re.findall(r"\S+\.log\b", done.stderr)
+    logs = re.findall(r"[^\s*]+\.log\b", done.stderr)  # not the pattern of all logs
     assert len(logs) == 2 and "no-such-model" in Path(logs[0]).read_text()
     assert not (tmp_path / "run/output/retrieval_data_rerank.jsonl").exists()
 

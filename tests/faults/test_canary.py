@@ -320,4 +320,4 @@ def test_nothing_in_the_repository_trusts_remote_code():
         path for folder in ("dynamicrag", "scripts", "recipes", "configs", "examples", "benchmarks") for path in (ROOT / folder).rglob(f"*.{suffix}"))])
     said = {line.strip() for path in tracked for line in path.read_text(encoding="utf-8").splitlines() if re.search("trust.?remote.?code", line, re.IGNORECASE)}
     told = {line for line in said if not line.startswith(("#", '"""'))}
-    assert told == {'NO_CODE = {"trust_remote_code": False}', *(line for line in told if "TIME_OUT_REMOTE_CODE" in line)}
+    assert told == {'NO_CODE: dict[str, Any] = {"trust_remote_code": False}', *(line for line in told if "TIME_OUT_REMOTE_CODE" in line)}
