@@ -165,7 +165,7 @@ as_group() {
 }
 # next_ended: set $part to one that has ended, or that was killed before it could say so.
 next_ended() {
-    # An empty line is no part: on a busy machine a read that ran out of time has been seen to succeed with nothing.
+    # An empty line names no part. One has been seen on a busy machine; its cause is not known.
     until read -r -t 5 part <&"$ended" && [[ -n $part ]]; do
         for part in "${!pid_of[@]}"; do kill -0 "${pid_of[$part]}" 2>/dev/null || return 0; done
     done

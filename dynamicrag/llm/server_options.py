@@ -47,6 +47,7 @@ def refused_option(error, sent: dict[str, object]) -> str | None:
             named[name] = match.start()
     return min(named, key=lambda name: named[name], default=None)
 
+
 class ServerOptions:
     """The options of a server's calls. Options that the server refuses are left out or replaced for the rest of the run."""
 

@@ -10,8 +10,7 @@ Prepared = TypeVar("Prepared")
 
 
 def prepared_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
-    """Yield prepare(item) for each item, in order. A thread prepares the next item while the caller works on this one.
-    """
+    """Yield prepare(item) for each item, in order. A thread prepares the next item while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[Future[Prepared]] = deque()
         for item in items:

@@ -55,6 +55,7 @@ def refuse_other_run(made: dict, identity: dict, path: Path) -> None:
             "give --overwrite to replace it, or another output path to keep both"
         )
 
+
 def refuse_overlap(outputs: Iterable[str | Path], inputs: Iterable[str]) -> None:
     """Raise UserError if an output is the same file as an input or another output, under whatever name or link."""
     # os.path.realpath, because Path.resolve fails for a link to itself; the code that reads the file reports that
