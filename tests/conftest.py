@@ -15,6 +15,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Each worker and its processes get cores of their own: threads of two processes that share cores wait for each other.
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
 
 def pytest_collection_modifyitems(items):
     """Files whose tests start an engine or a trainer come first: the processes of a parallel run then end at about the same time."""
