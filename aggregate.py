@@ -27,7 +27,7 @@ from dynamicrag.rows.row import Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
-ROWS_A_CHUNK = 1000
+ROWS_PER_CHUNK = 1000
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         rows = read_shards(shards)
     with tqdm(desc="aggregating", unit=" questions") as progress:
-        for chunk in output.chunks(rows, ROWS_A_CHUNK):
+        for chunk in output.chunks(rows, ROWS_PER_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
     if not output.rows:

@@ -35,7 +35,7 @@ from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
 ANSWER_CUTOFF = 20  # cutoff of the measure with the interval if no gold document is known
-QUESTIONS_A_CHUNK = 256  # number of questions whose documents are in memory
+QUESTIONS_PER_CHUNK = 256  # number of questions whose documents are in memory
 
 
 class Scored(NamedTuple):
@@ -94,7 +94,7 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
     is missing.
     """
     scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
-    while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
+    while chunk := list(itertools.islice(questions, QUESTIONS_PER_CHUNK)):
         for order in list(scored):
             ranked: list[tuple[Question, list[Doc]]] = []
             unjudged: list[str] = []

@@ -28,7 +28,7 @@ from dynamicrag.rows.trec import Run
 Judged = tuple[Row, Doc]  # row, document
 
 # Documents are sorted by length across the questions of a chunk. A run continues after the last whole chunk.
-QUESTIONS_A_CHUNK = 64
+QUESTIONS_PER_CHUNK = 64
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         output.record(**place(args.device, args.dtype))
         prepare, work = by_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
-    output.process(rows, QUESTIONS_A_CHUNK, work, count, "reranking", prepare)
+    output.process(rows, QUESTIONS_PER_CHUNK, work, count, "reranking", prepare)
     judged = relevant = 0
     for row in output.written():
         judged += len(row["docs"])

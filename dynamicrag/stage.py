@@ -32,6 +32,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+# Flags of earlier versions, which are still accepted -> their names now. Both with underscores.
+RENAMED_FLAGS = {"max_pairs_a_question": "max_pairs_per_question", "questions_a_pass": "questions_per_pass"}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
 
@@ -39,12 +43,13 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        spelling = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        spelling = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
         given = []
         for word in sys.argv[1:] if args is None else args:
             flag, equals, value = word.partition("=")
             if flag.startswith("--"):
-                word = spelling.get(flag.replace("_", "-"), flag) + equals + value
+                name = flag.removeprefix("--").replace("-", "_")
+                word = spelling.get(f"__{RENAMED_FLAGS.get(name, name)}", flag) + equals + value
             given.append(word)
         return super().parse_known_args(given, namespace)
 

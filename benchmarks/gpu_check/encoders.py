@@ -71,7 +71,7 @@ def encoder(run: Run) -> None:
         finally:
             os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
         return {"passages_per_s": round(len(passages) / seconds), "tokenizer_share": round(tokenizing / seconds, 3),
-                "tokenizer_ms_a_passage": round(1000 * tokenizing / len(passages), 3), "tokens_a_passage": round(fast.seen_tokens / len(passages)),
+                "tokenizer_ms_per_passage": round(1000 * tokenizing / len(passages), 3), "tokens_per_passage": round(fast.seen_tokens / len(passages)),
                 "padding": round(fast.padded_tokens / fast.seen_tokens, 3), **_peak(device)}
 
     fast.encode(passages[:2048])  # warm-up
@@ -203,7 +203,7 @@ def _throughput(folder, pairs, batch_tokens: int, device: str) -> dict:
     scores, seconds = _timed(lambda: model.score(pairs, batch_tokens))
     assert np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()
     return {"documents_per_s": round(len(pairs) / seconds), "tokenizer_share": round(tokenizing / seconds, 3),
-            "tokens_a_document": round(sum(len(tokens) for tokens, _ in inputs) / len(pairs)), **_peak(device)}
+            "tokens_per_document": round(sum(len(tokens) for tokens, _ in inputs) / len(pairs)), **_peak(device)}
 
 
 # ---------------------------------------------------------------- BERTScore

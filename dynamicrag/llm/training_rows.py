@@ -23,9 +23,9 @@ from dynamicrag.stage import UserError, log
 Item = TypeVar("Item")
 # English text has about 4.5 characters per token with a large vocabulary and 3.9 with LLaMA-2's; other scripts have one
 # or fewer.
-CHARACTERS_A_TOKEN = 3.5
+CHARACTERS_PER_TOKEN = 3.5
 TOKENS_OF_TURNS = 32  # tokens that a template adds around system prompt, question and answer
-ROWS_A_BATCH = 256
+ROWS_PER_BATCH = 256
 
 
 class Fitted(NamedTuple):
@@ -144,7 +144,7 @@ class TrainingWindow:
         rows = iter(rows)
         options: dict[str, Any] = {"disable": True} if self._quiet else {}  # the default is an environment variable's
         with tqdm(total=total, unit="row", desc=desc, **options) as progress:
-            while batch := list(itertools.islice(rows, ROWS_A_BATCH)):
+            while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
                 yield from itertools.chain.from_iterable(in_threads(fit, batch))
                 progress.update(len(batch))
 
@@ -161,9 +161,9 @@ class TrainingWindow:
 
 
 def estimated_tokens(text: str) -> int:
-    """Estimate the tokens of a text: one per CHARACTERS_A_TOKEN characters of ASCII, one for every other character."""
+    """Estimate the tokens of a text: one per CHARACTERS_PER_TOKEN characters of ASCII, one for every other character."""
     ascii_only = len(text.encode("ascii", "ignore"))
-    return round(ascii_only / CHARACTERS_A_TOKEN) + len(text) - ascii_only
+    return round(ascii_only / CHARACTERS_PER_TOKEN) + len(text) - ascii_only
 
 
 def load_window(args: Namespace) -> TrainingWindow:
@@ -185,7 +185,7 @@ def load_window(args: Namespace) -> TrainingWindow:
     if tokenizer is None or template is None:
         log.warning(
             "lengths are estimated at %s characters per token for cutoff_len %d: %s. To count tokens, give "
-            "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_A_TOKEN, cutoff_len, why,
+            "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_PER_TOKEN, cutoff_len, why,
         )
         return TrainingWindow(cutoff_len)
     prompts = PromptTokenizer(tokenizer, read_template(template))

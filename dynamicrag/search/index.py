@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ADDED_AT_ONCE = 65536
 ANY_WIDTH = 768
 # Training a faiss index: vectors per cluster, and the minimum number of vectors.
-TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
+TRAINING_PER_CLUSTER, TRAINING_LEAST = 64, 100_000
 # Index types that faiss supports on GPUs, and its limit there for documents and clusters per query.
 ON_GPUS, GPU_MOST = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"), 2048
 # Defaults of approximate search: clusters (IVF), nodes (HNSW), and candidates per requested document.
@@ -135,7 +135,7 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
     if not index.is_trained:
         clusters = getattr(faiss.try_extract_index_ivf(index), "nlist", 0)
         rng = np.random.default_rng(seed)
-        wanted = min(count, max(TRAINING_LEAST, TRAINING_A_CLUSTER * clusters))
+        wanted = min(count, max(TRAINING_LEAST, TRAINING_PER_CLUSTER * clusters))
         chosen = np.sort(rng.choice(count, wanted, replace=False))
         sample, offset = [], 0
         for shard in shards:
