@@ -184,13 +184,13 @@ def finished(folder: str) -> list[dict]:
 
 
 def table(curves: list[dict]) -> str:
-    header = ["direction", "", "minutes", "selections", *(f"{what}, {order}" for order in ORDERS for what in ("exact", "precision", "recall", "k"))]
+    header = ["direction", "description", "minutes", "selections", *(f"{what}, {order}" for order in ORDERS for what in ("exact", "precision", "recall", "k"))]
     lines = []
     for curve in curves:
         for number, point in enumerate(curve["points"]):
             figures = [point[order]["all"] for order in ORDERS]
             lines.append([
-                *(["", ""] if number else [curve["name"], curve["about"]]), f"{point['minutes']:.1f}", f"{point['selections']:,}",
+                *(["", ""] if number else [curve["name"], DIRECTIONS[curve["name"]].about]), f"{point['minutes']:.1f}", f"{point['selections']:,}",
                 *(form.format(one[key]) for one in figures for key, form in (("exact", "{:.1f}"), ("precision", "{:.1f}"), ("recall", "{:.1f}"), ("chosen_k", "{:.2f}"))),
             ])
     return markdown_table(header, lines)
