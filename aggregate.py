@@ -58,8 +58,7 @@ def numbered(pattern: str | Path, suffix: str = "") -> dict[int, Path]:
 
 
 def find_shards(pattern: str, splits_dir: str) -> list[Path]:
-    """Return all shards in order. Raises UserError naming the first that is missing, unfinished or from another split.
-    """
+    """Return all shards in order. Raises UserError naming the first that is missing, unfinished or from another split."""
     unfinished = {number: path for number, path in numbered(pattern, ".partial").items()}
     for path in unfinished.values():
         raise UserError(f"{path}: this shard is unfinished; run its command again to continue it")
@@ -102,8 +101,7 @@ def read_shards(paths: list[Path]) -> Iterator[Row]:
 
 
 def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
-    """Return the identity of one run over `questions` that the answered shards share: stage, arguments, and input
-    hashes.
+    """Return the identity of one run over `questions` that the answered shards share: stage, arguments, and input hashes.
 
     Raises UserError if a shard was made differently from the first one, or the parts are not from the current
     `questions`.

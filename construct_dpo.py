@@ -130,9 +130,7 @@ def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
 def fit_pair(
     build: Callable[[Sequence[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
 ) -> Fitted:
-    """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is
-    removed.
-    """
+    """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is removed."""
     shown = window.documents(build, docs, *targets)
     if shown is None or (len(shown) < len(docs) and (len(shown) < named or not shown)):
         return Fitted(None)

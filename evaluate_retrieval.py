@@ -90,9 +90,7 @@ def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]
 
 
 def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, list[Scored]]:
-    """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score
-    is missing.
-    """
+    """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score is missing."""
     scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
     while chunk := list(itertools.islice(questions, QUESTIONS_PER_CHUNK)):
         for order in list(scored):
@@ -116,9 +114,7 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
 
 
 def summarise(scored: list[Scored], seed: int) -> dict:
-    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main
-    measure.
-    """
+    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main measure."""
     values: dict[str, list[float]] = defaultdict(list)
     for one in scored:
         for name, value in one.measures.items():

@@ -58,9 +58,7 @@ def parse_args(argv=None):
 
 
 def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
-    """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the
-    reranker's labels.
-    """
+    """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the reranker's labels."""
     labels = [doc.get("rerank_label") == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]

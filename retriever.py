@@ -130,8 +130,7 @@ def allocate_from_one_arena() -> None:
 
 
 def process_of_its_own() -> Executor:
-    """Return an executor that encodes questions in a child process, so that all its memory is free before the search.
-    """
+    """Return an executor that encodes questions in a child process, so that all its memory is free before the search."""
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 

@@ -135,8 +135,7 @@ def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bo
 
 
 def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | None]]]:
-    """Return the number of trajectories; and mean, spread and correlation with em and k of every term, the reward and
-    k.
+    """Return the number of trajectories; and mean, spread and correlation with em and k of every term, the reward and k.
 
     A correlation is None if one of the two values is constant.
     """

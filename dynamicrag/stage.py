@@ -13,8 +13,7 @@ log = logging.getLogger("dynamicrag")
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message gives the place, the problem and the remedy; no stack trace is shown.
-    """
+    """An error that the user can fix. The message gives the place, the problem and the remedy; no stack trace is shown."""
 
 
 # ---------------------------------------------------------------- flags
@@ -62,8 +61,7 @@ def add_seed_flag(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags shared by every stage that writes rows. Scoring scripts always rewrite their output and never skip a row.
-    """
+    """Flags shared by every stage that writes rows. Scoring scripts always rewrite their output and never skip a row."""
     group = add_seed_flag(parser)
     group.add_argument("--overwrite", action="store_true", help="discard an existing output or partial output")
     group.add_argument(
@@ -116,8 +114,7 @@ def run(main) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    """Print the message to stderr as one line of limited length, with unprintable characters escaped. Return `status`.
-    """
+    """Print the message to stderr as one line of limited length, with unprintable characters escaped. Return `status`."""
     from tqdm import tqdm
 
     line = " ".join(message.split())
@@ -132,8 +129,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def derive_seed(seed: int, *parts: object) -> int:
-    """Return a 31-bit seed for one purpose, derived from the run's seed and the parts that identify the purpose (such
-    as a row id).
+    """Return a 31-bit seed for one purpose, derived from the run's seed and the parts that identify the purpose (such as a row id).
 
     Random choices made with it do not depend on batching, on the order of the rows or on sharding.
     """

@@ -91,8 +91,7 @@ def read_seeds(paths: list[str]) -> list[dict]:
 
 
 def read_systems(seeds: list[dict], paths: list[str]) -> dict[tuple[str, str, str], System]:
-    """Return the systems of the first seed by (model, documents shown, selector). Every other seed must have them too.
-    """
+    """Return the systems of the first seed by (model, documents shown, selector). Every other seed must have them too."""
     by_seed = [{(one["model"], one["shown"], one["selector"]): one for one in seed["systems"]} for seed in seeds]
     for key in by_seed[0]:
         for path, found in zip(paths, by_seed, strict=True):

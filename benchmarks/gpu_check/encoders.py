@@ -84,8 +84,7 @@ def encoder(run: Run) -> None:
 
 
 def reranker(run: Run) -> None:
-    """Check a T5-base and a BERT-base: MonoT5 and CrossEncoder against the model's own forward; documents per second.
-    """
+    """Check a T5-base and a BERT-base: MonoT5 and CrossEncoder against the model's own forward; documents per second."""
     device = run.device
     questions, documents = data.texts(8, 9, seed=2), data.texts(12 if run.dry else 64, 20 if run.dry else 90, seed=3)
     pairs = [(questions[number % 8] + "?", text) for number, text in enumerate(documents)]

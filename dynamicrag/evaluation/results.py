@@ -15,8 +15,7 @@ from dynamicrag.stage import UserError, log
 
 
 def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[str, Any]]:
-    """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the
-    documents).
+    """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the documents).
 
     Raises UserError as read_rows does, including for a repeated id.
     """

@@ -31,8 +31,7 @@ WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) for every value of a JSON array or JSONL file; `line` is the 1-based line on which the value
-    starts.
+    """Yield (line, value) for every value of a JSON array or JSONL file; `line` is the 1-based line on which the value starts.
 
     Raises UserError, naming file and line, for a missing or empty file, for invalid UTF-8 and for anything that is not
     JSON. NaN and Infinity are not JSON.
@@ -68,8 +67,7 @@ def refuse_pipe(path: Path) -> None:
 
 
 def _value(text: bytes | str) -> object:
-    """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again.
-    """
+    """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again."""
     value = orjson.loads(text)
     brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
     if brackets > MOST_LEVELS:

@@ -82,9 +82,7 @@ def resolve_model(name: str) -> str:
 
 
 def engine_inputs(args: Namespace) -> list[str]:
-    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts,
-    checkpoints.
-    """
+    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints."""
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
     files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
@@ -136,9 +134,7 @@ class VllmEngine:
     """vLLM in this process. Prompts are rendered with the chat template chosen here and passed as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the
-        start.
-        """
+        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the start."""
         # Checks that do not need the weights come first.
         self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
         self.max_model_len = window_of(model, args.max_model_len)
@@ -238,8 +234,7 @@ class VllmEngine:
 
 
 def _refusal(error: Exception) -> str:
-    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information.
-    """
+    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information."""
     if (details := getattr(error, "errors", None)) and (errors := details()):
         return str(errors[0].get("msg", error)).removeprefix("Value error, ")
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

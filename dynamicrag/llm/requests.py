@@ -56,8 +56,7 @@ class Window(Protocol):
 def documents_that_fit(
     engine: Window, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
-    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped
-    from the end.
+    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped from the end.
 
     Raises UserError if the question alone does not fit.
     """
@@ -85,9 +84,8 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
     """Load the selector and the generator.
 
-    They are one model unless --reranker-model is given; `both=False` skips the selector.
-
-    Two models in this process share the GPU memory that one model would get.
+    They are one model unless --reranker-model is given; `both=False` skips the selector. Two models in this process
+    share the GPU memory that one model would get.
     """
     if not (both and args.reranker_model):
         caller = Caller(load_engine(args), args)
@@ -114,9 +112,7 @@ def work_on_fitting(
 
 @contextmanager
 def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
-    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were
-    cut off.
-    """
+    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were cut off."""
     models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
     if overwrite:
         cache.remove()
@@ -200,9 +196,8 @@ class Caller:
     ) -> Request:
         """Return the request to select among `docs`, with `n` samples.
 
-        The default temperature is --selection-temperature.
-
-        `purpose` gives different seeds to different requests of one row.
+        The default temperature is --selection-temperature. `purpose` gives different seeds to different requests of one
+        row.
         """
         return Request(
             messages=self.prompts.reranker(row["question"], docs),

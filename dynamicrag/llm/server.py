@@ -38,9 +38,7 @@ class ApiEngine:
     """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY only."""
 
     def __init__(self, base_url: str, model: str, thinking: str | None = None):
-        """Raises UserError if the URL has parts other than host, path and api-version, or the key is not printable
-        ASCII.
-        """
+        """Raises UserError if the URL has parts other than host, path and api-version, or the key is not printable ASCII."""
         self._url = check_url("--api-base", base_url, "OPENAI_API_KEY")
         self._key = read_key("OPENAI_API_KEY")
         self._model, self._thinking = model, thinking

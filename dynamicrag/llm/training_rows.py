@@ -29,9 +29,7 @@ ROWS_PER_BATCH = 256
 
 
 class Fitted(NamedTuple):
-    """The result of fitting one row: the training row (None if left out), the number of documents removed, values for a
-    report.
-    """
+    """The result of fitting one row: the training row (None if left out), the number of documents removed, values for a report."""
 
     row: dict[str, Any] | None
     removed: int = 0
@@ -39,8 +37,7 @@ class Fitted(NamedTuple):
 
 
 class TrainingWindow:
-    """The maximum tokens of a training conversation (`cutoff_len`), including system prompt, prompt, answer and end
-    token.
+    """The maximum tokens of a training conversation (`cutoff_len`), including system prompt, prompt, answer and end token.
 
     Without a tokenizer, lengths are estimated from characters. Without a cutoff_len, everything fits.
     """
@@ -63,9 +60,7 @@ class TrainingWindow:
         return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages) + max_tokens <= self.cutoff_len
 
     def answer_tokens(self, answer: str) -> int:
-        """Return the tokens of an answer, including everything that the template writes after the prompt, such as the
-        end token.
-        """
+        """Return the tokens of an answer, including everything that the template writes after the prompt, such as the end token."""
         prompts = self._prompts
         if not prompts:
             return estimated_tokens(answer)
@@ -83,17 +78,14 @@ class TrainingWindow:
         return self.answer_tokens(answer) if self._prompts else len(answer)
 
     def documents(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], *answers: str) -> list[Doc] | None:
-        """Return the longest prefix of `docs` that fits together with the longest of `answers`; None if the question
-        does not fit.
-        """
+        """Return the longest prefix of `docs` that fits together with the longest of `answers`; None if the question does not fit."""
         room = max(map(self.answer_tokens, answers))
         if not self.fits(build([]), room):
             return None
         return documents_that_fit(self, build, docs, room)
 
     def conversation(self, row: dict) -> Fitted:
-        """Fit a training row that has a history: keep as many of its first questions as fit, or no row if the first
-        does not.
+        """Fit a training row that has a history: keep as many of its first questions as fit, or no row if the first does not.
 
         `removed` is the number of questions that were removed.
         """

@@ -82,8 +82,7 @@ def refuse_gpus_named_twice() -> None:
 
 
 def listed_gpus() -> int:
-    """Return the number of GPUs that nvidia-smi lists; 0 without a driver or if CUDA_VISIBLE_DEVICES hides all of them.
-    """
+    """Return the number of GPUs that nvidia-smi lists; 0 without a driver or if CUDA_VISIBLE_DEVICES hides all of them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0
     try:

@@ -77,8 +77,7 @@ class Encoder:
     def encode(
         self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
-        """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the
-        device).
+        """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the device).
 
         Returns float32 [len(texts), hidden_size] in the order of the texts. `progress` is called with the size of every
         batch.
@@ -179,8 +178,7 @@ def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tup
 
 
 def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any, int | None]:
-    """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it.
-    """
+    """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it."""
     from sentence_transformers.base.modules import Transformer
 
     class Checked(Transformer):
@@ -203,9 +201,7 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
 
 
 def _read_checkpoint(path: Path) -> tuple[str, dict]:
-    """Read a Contriever training checkpoint, {"model": weights, "opt": arguments}. Returns the base model's name and
-    the weights.
-    """
+    """Read a Contriever training checkpoint, {"model": weights, "opt": arguments}. Returns the base model's name and the weights."""
     import pickle
 
     import torch

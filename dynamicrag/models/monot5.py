@@ -53,9 +53,7 @@ class MonoT5(Pointwise):
         return inputs
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Return P(true) by softmax over the first token's logits of true and false, in float32: [batch, length] ->
-        [batch].
-        """
+        """Return P(true) by softmax over the first token's logits of true and false, in float32: [batch, length] -> [batch]."""
         hidden = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         logits = self._first_token(hidden, mask).float() @ self.model.lm_head.weight[self.true_false].float().T
         return logits.softmax(dim=-1)[:, 0]

@@ -117,8 +117,7 @@ class CrossEncoder(Pointwise):
         return f"a sequence classifier, {of}, at most {self.max_length} tokens"
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
-        """Return the tokens and segments of each pair. Only the document is cut, and a question beyond half the window.
-        """
+        """Return the tokens and segments of each pair. Only the document is cut, and a question beyond half the window."""
         if not pairs:
             return []
         halves = {question: self._first_tokens(question, self.max_length // 2) for question in dict.fromkeys(question for question, _ in pairs)}

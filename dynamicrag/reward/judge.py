@@ -62,9 +62,7 @@ class Judge:
     def __init__(
         self, base_url: str, model: str, cache: str | Path, concurrency: int = 16, limit: int | None = None, reply_format: str = "json_schema",
     ):
-        """Raises UserError for a base URL with more than host and path, a key that is not printable ASCII, or an
-        unusable cache.
-        """
+        """Raises UserError for a base URL with more than host and path, a key that is not printable ASCII, or an unusable cache."""
         self._secret = read_key("JUDGE_API_KEY", "OPENAI_API_KEY")
         self._base_url = check_url("--judge-base-url", base_url, "JUDGE_API_KEY")
         if concurrency < 1:
@@ -154,8 +152,7 @@ class Judge:
             raise failures[min(failures)]
 
     async def _ask(self, client, row: str, messages: Messages) -> float:
-        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached.
-        """
+        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached."""
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
@@ -185,9 +182,7 @@ class Judge:
         raise failure  # raised here, so that the original error, which may contain the key, is not attached
 
     def _allow_more_tokens(self, limit: int) -> None:
-        """Raise the token limit for the rest of the run, because the judge's reasoning does not fit, unless it was
-        raised already.
-        """
+        """Raise the token limit for the rest of the run, because the judge's reasoning does not fit, unless it was raised already."""
         [name] = _LIMITS & self._options.keys()
         if self._options[name] == limit < MAX_REASONING_TOKENS:
             self._options[name] = min(limit * 4, MAX_REASONING_TOKENS)

@@ -119,8 +119,7 @@ def _keep(kept: Path, state: list[int], digest: str) -> None:
 
 
 def _samples(path: Path) -> str:
-    """Return the fingerprint of earlier versions: for a file larger than 64 MiB, of its size and 64 evenly spaced MiB.
-    """
+    """Return the fingerprint of earlier versions: for a file larger than 64 MiB, of its size and 64 evenly spaced MiB."""
     size = path.stat().st_size
     if size <= LARGE:
         return _content(path)
@@ -243,9 +242,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
 
 
 def _read_alike(one: str, other: str) -> bool:
-    """Return whether files of equal content give the same rows: the name may determine the data set, the suffix the
-    format.
-    """
+    """Return whether files of equal content give the same rows: the name may determine the data set, the suffix the format."""
     return Path(one).suffix == Path(other).suffix and derive_dataset("", Path(one).stem) == derive_dataset("", Path(other).stem)
 
 

@@ -88,8 +88,7 @@ class Output:
         return False
 
     def record(self, device: str | None = None, **resolved: str) -> None:
-        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as
-        dtype.
+        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as dtype.
 
         Call it before the first row is written. A run that was started with other resolved values is then refused; one
         that was started on another device is continued, with a warning. A finished output is recognised without this

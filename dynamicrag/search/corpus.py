@@ -44,8 +44,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
 
 def _kind(path: Path) -> str:
-    """Return the suffix that determines how a file is read. Parquet is compressed inside; .parquet.gz is not supported.
-    """
+    """Return the suffix that determines how a file is read. Parquet is compressed inside; .parquet.gz is not supported."""
     inner = Path(path.name.removesuffix(".gz")).suffix
     return inner if path.suffix != ".gz" or inner not in PARQUET else path.suffix
 

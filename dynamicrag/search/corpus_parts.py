@@ -50,8 +50,7 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
 
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
-    """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order.
-    """
+    """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order."""
     for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
         first: Row | None = rows[0]
         scored: list[tuple[float, Doc]] = []

@@ -161,8 +161,7 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
 
 
 def _require_finite(shards: list[Shard], vectors: np.ndarray, positions: np.ndarray) -> None:
-    """Raise UserError naming the first vector with NaN or infinity, which would spoil the codes of the other vectors.
-    """
+    """Raise UserError naming the first vector with NaN or infinity, which would spoil the codes of the other vectors."""
     import numpy as np
 
     wrong = ~np.isfinite(vectors).all(axis=1)

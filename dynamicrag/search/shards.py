@@ -40,8 +40,7 @@ def ids_path(shard: str | Path) -> Path:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the shards that match a glob or are in a folder, sorted. Raises UserError if one is unfinished or missing.
-    """
+    """Return the shards that match a glob or are in a folder, sorted. Raises UserError if one is unfinished or missing."""
     names = [file for path in matching(pattern) for file in (matching(path / "*") if path.is_dir() and path == Path(pattern) else [path])]
     partial = next((name for name in names if name.suffix == ".partial"), None)
     if partial is not None:

@@ -146,9 +146,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
-    """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine
-    only.
-    """
+    """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine only."""
     direction, folder = DIRECTIONS[name], curve_file(args.output_dir, name).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %s", name, direction.about)
