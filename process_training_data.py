@@ -102,7 +102,7 @@ def main(argv=None):
             unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
             if unjudged is not None:
                 raise UserError(
-                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has no rerank_label and rerank_score; run reranker.py first"
+                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has neither rerank_label nor rerank_score; run reranker.py first"
                 )
             gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
             if args.labels == "gold" and gold is None:
@@ -125,8 +125,8 @@ def main(argv=None):
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
         if max_rows < PUBLISHED_EXPERT_ROWS:
-            log.warning("%d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
-                        rows, max_rows)
+            log.warning("%s: %d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
+                        args.input_file, rows, max_rows)
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
     expert_ids = {row_id for row_id, _ in chosen}
 

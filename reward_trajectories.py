@@ -192,7 +192,7 @@ def main(argv=None):
     if args.reweight:
         judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=out.ignore), weights)
     if weights.get("judge") and not judged:
-        log.warning("no judge (--judge-base-url): the weights of the other terms are rescaled to sum to one")
+        log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
     bert = judge = None
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)

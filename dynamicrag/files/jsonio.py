@@ -42,7 +42,7 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
         with opened(path) as file:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UserError(f"{path}: is in UTF-16 or UTF-32; save it as UTF-8")
     if not head:
@@ -86,7 +86,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
                 try:
                     yield number, _value(line)
                 except ValueError as error:
-                    raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+                    raise UserError(f"{path}:{number}: not valid JSON ({error}); correct this line") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -100,7 +100,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
 
         def broken(reason: str) -> UserError:
-            return UserError(f"{path}:{line}: not a valid JSON array: {reason}")
+            return UserError(f"{path}:{line}: not a valid JSON array ({reason}); correct the file")
 
         def read(size: int) -> bool:
             nonlocal buffer, position

@@ -93,8 +93,8 @@ def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     """Return the engine that the flags of add_engine_flags describe."""
     if args.api_base:
         if args.max_model_len:
-            log.warning("--max-model-len has no effect with --api-base; the server has its own window, and a question "
-                        "that exceeds it is left unanswered")
+            log.warning("--max-model-len: has no effect with --api-base; the server has its own window, and a question that "
+                        "exceeds it gets no answer")
         return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
 
@@ -126,7 +126,7 @@ def window_of(model: str, asked: int | None) -> int:
         raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, "
                         "or omit the flag")
     if not asked and own and own < DEFAULT_WINDOW:
-        log.info("--max-model-len is %d, the window of %s", own, model)
+        log.info("--max-model-len: %d, the window of %s", own, model)
     return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
 
 
@@ -166,8 +166,8 @@ class VllmEngine:
             log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "
                         "dynamicrag/llm/prompts.py before you train", self._prompts.name, ", ".join(tokens))
         if self._prompts.opens_reasoning:
-            log.warning("%s starts the model's reasoning; constrained selections (--constrain-ids on) are written "
-                        "without reasoning, and token limits include the reasoning", self._prompts.name)
+            log.warning("%s: starts the model's reasoning; constrained selections (--constrain-ids on) have no reasoning, and "
+                        "token limits include the reasoning", self._prompts.name)
         # If reasoning tags are special tokens, removing special tokens would leave the reasoning in the text.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))

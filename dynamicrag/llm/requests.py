@@ -71,7 +71,7 @@ def documents_that_fit(
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         [question] = [message["content"] for message in build([]) if message["role"] == "user"]
-        raise UserError(f"the question alone is longer than --max-model-len: {question[:80]!r}...; shorten it")
+        raise UserError(f"--max-model-len: the question alone is longer, {question[:80]!r}...; shorten the question or raise the limit")
     return list(docs[:fitting])
 
 
@@ -163,14 +163,15 @@ class Caller:
         for (flag, limit), number in sorted(self._cut_off.items()):
             if number:
                 what = "selections" if flag == "--selection-max-tokens" else "answers"
-                log.warning("%d of %d %s were cut off at %d tokens; raise %s", number, self._texts[flag, limit], what, limit, flag)
+                log.warning("%s: the limit of %d tokens cut off %d of the %d %s to which it applied; raise the limit",
+                            flag, limit, number, self._texts[flag, limit], what)
 
     def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
         fitting = documents_that_fit(self.engine, build, docs, max_tokens)
         if len(fitting) < len(docs) and not self._said_cut:
             log.warning(
-                "%d of %d documents of a question fit the window, the others are left out; this is logged once, and "
-                "docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
+                "--max-model-len: only %d of %d documents of a question fit in the window, and the others are left out; this is "
+                "logged once, and docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
             )
             self._said_cut = True
         return fitting

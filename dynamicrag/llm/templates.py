@@ -148,11 +148,11 @@ def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokeniz
         try_template(text, name, SAMPLE)
     except UserError:
         try_template(text, name, SAMPLE[1:])
-        log.info("%s has no system turn; the system prompt becomes the beginning of the user's turn", name)
+        log.info("%s: has no system turn; the system prompt becomes the beginning of the user turn", name)
         fold_system = True
     prompts = PromptTokenizer(tokenizer, text, name, thinking, fold_system)
     if strange := strange_markers(prompts):
-        log.warning("%s marks turns with %s, which are not tokens of its tokenizer", name, ", ".join(strange))
+        log.warning("%s: marks turns with %s, which are not tokens of the model", name, ", ".join(strange))
     return prompts
 
 

@@ -125,7 +125,7 @@ class TrainingWindow:
         if self.left_out and not self.written:
             how = "" if self._prompts else ", as estimated (--tokenizer counts the tokens)"
             raise UserError(
-                f"{path}: none of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents that its "
+                f"{path}: none of {self.left_out} rows fits in cutoff_len {self.cutoff_len} with the documents that its "
                 f"target names{how}; show fewer documents (--n_docs), use shorter passages, or train with a larger "
                 "cutoff_len"
             )
@@ -144,10 +144,9 @@ class TrainingWindow:
         """Return the numbers of rows shortened and left out, for the manifest, and log a warning if there are any."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d%s: %s removed from the end of prompts: %d, in %d rows; rows left out because nothing "
-                "fits or the target names a removed document: %d",
-                self.cutoff_len, "" if self._prompts else " (estimated)",
-                                                                what, self.removed, self.shortened, self.left_out,
+                "cutoff_len %d%s: %d %s are removed from the end of the prompts of %d rows; %d rows are left out, because "
+                "nothing fits or the target names a removed document",
+                self.cutoff_len, "" if self._prompts else " (estimated)", self.removed, what, self.shortened, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 
@@ -166,7 +165,7 @@ def load_window(args: Namespace) -> TrainingWindow:
     resolve_length_flags(args)
     cutoff_len, model, template = args.cutoff_len, args.tokenizer, args.template
     if cutoff_len is None:
-        log.warning("lengths are not checked: %s does not exist or has no cutoff_len; give --cutoff_len or "
+        log.warning("%s: does not exist or has no cutoff_len, so that lengths are not checked; give --cutoff_len or "
                     "--train_recipe", args.train_recipe)
         return TrainingWindow()
     if cutoff_len < 1:
@@ -176,8 +175,8 @@ def load_window(args: Namespace) -> TrainingWindow:
         why = f"the chat template that {args.train_recipe} names does not exist"
     if tokenizer is None or template is None:
         log.warning(
-            "lengths are estimated at %s characters per token for cutoff_len %d: %s. To count tokens, give "
-            "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_PER_TOKEN, cutoff_len, why,
+            "cutoff_len %d: lengths are estimated at %s characters per token, because %s; to count tokens, give "
+            "--tokenizer the folder of the model to be trained, and --template", cutoff_len, CHARACTERS_PER_TOKEN, why,
         )
         return TrainingWindow(cutoff_len)
     prompts = PromptTokenizer(tokenizer, read_template(template))

@@ -27,7 +27,7 @@ def read_template(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the chat template cannot be read: {error}") from error
+        raise UserError(f"{path}: the chat template cannot be read ({error}); give another --template") from error
     try_template(text, path, SAMPLE)
     return text
 

@@ -67,9 +67,8 @@ def warn_of_unused_gpus(who: str) -> None:
     """
     refuse_gpus_named_twice()
     if unused := listed_gpus():
-        log.warning("%s sees none of the %d GPUs that nvidia-smi lists and runs on the CPU; the driver is too old for "
-                    "its CUDA version, "
-                    "or this is a CPU build; run bash scripts/setup.sh gpu, which reports what is missing", who, unused)
+        log.warning("%s: cannot use any of the %d GPUs that nvidia-smi lists, and runs on the CPU. The driver is too old for its CUDA "
+                    "version, or this is a CPU build; run bash scripts/setup.sh gpu, which reports what is missing", who, unused)
 
 
 def refuse_gpus_named_twice() -> None:
@@ -77,7 +76,7 @@ def refuse_gpus_named_twice() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     named = list(takewhile(_GPU.fullmatch, (entry.strip() for entry in visible.split(","))))
     if twice := next((entry for entry in named if named.count(entry) > 1), None):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: GPU {twice} is named twice, so CUDA uses none; name each "
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: names GPU {twice} twice, so that CUDA uses no GPU; name each "
                         "GPU once")
 
 

@@ -27,8 +27,7 @@ class MonoT5(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self._tokens(word)
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a monoT5 checkpoint, whose "
-                            "tokenizer has it as a single token")
+            raise UserError(f"its tokenizer splits {word!r} into the tokens {tokens}; give a monoT5 checkpoint, in which this word is a single token")
         return tokens[0]
 
     def _tokens(self, text: str | list[str]) -> list:

@@ -56,8 +56,7 @@ class YesNo(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self.tokenizer(word, add_special_tokens=False, **IDS_ALONE)["input_ids"]
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a model that has it as a "
-                            "single token")
+            raise UserError(f"its tokenizer splits {word!r} into the tokens {tokens}; give a model in which this word is a single token")
         return tokens[0]
 
     def _render(self, path: str, instruction: str | None, system_prompt: str | None) -> str:

@@ -64,7 +64,7 @@ class Output:
                     stale.unlink(missing_ok=True)
         self.finished = self._is_finished()
         if self.finished:
-            log.info("%s is already complete; nothing to do (--overwrite makes it again)", self.path)
+            log.info("%s: already complete; give --overwrite to make it again", self.path)
 
     @property
     def _begun(self) -> Path:
@@ -225,7 +225,7 @@ class Output:
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected
-            log.warning("%d malformed rows were set aside in %s", self.rejected, self.rejected_path)
+            log.warning("%s: %d malformed rows were set aside", self.rejected_path, self.rejected)
         manifest = {
             **self.identity,
             "outputs": self._given,
@@ -251,8 +251,8 @@ class Output:
         unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
         if unanswered:
             first = next(row for row in self.written() if "error" in row)
-            log.warning("%d questions could not be answered: %s; the first is %s: %s",
-                        unanswered, self.paths[1], first["id"], first.get("error"))
+            log.warning("%s: %d questions have no answer; the first is %s: %s",
+                        self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
 
 

@@ -162,7 +162,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _lines(path: Path, form: str) -> Iterator[tuple[int, int, bytes, list[str]]]:

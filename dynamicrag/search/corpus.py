@@ -95,7 +95,7 @@ def _read_parquet(path: Path) -> Iterator[Passage]:
                     number += 1
                     yield _passage(record, f"{path}: row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: compressed pages are broken
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
 
 
 def _passage(record: object, where: str) -> Passage:

@@ -50,8 +50,7 @@ class FaissIndex:
         try:
             _, positions = self.index.search(queries, wanted)
         except RuntimeError as error:
-            raise UserError(f"the index cannot be searched for {wanted} documents ({_reason(error)}); reduce "
-                            "--n_docs") from error
+            raise UserError(f"--n_docs: the index cannot return {wanted} documents ({_reason(error)}); give a smaller number") from error
         return rescore(self.vectors, queries, positions, k)
 
 

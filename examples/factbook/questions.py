@@ -396,8 +396,8 @@ def draw(pool: Pool, size: int) -> list[dict]:
             if row is None or row["mark"] in pool.used or row["question"].lower() in pool.used:
                 fruitless += 1
                 if fruitless > PATIENCE:
-                    raise UserError(f"no more questions of the kind {kind!r} can be created ({count} are missing); "
-                                    "reduce --train, --reranker or --test")
+                    raise UserError(f"--passages: give no more questions of the kind {kind!r} ({count} are missing); reduce --train, --reranker "
+                                    "or --test")
                 continue
             fruitless = 0
             pool.used.update((row.pop("mark"), row["question"].lower()))
