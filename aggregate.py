@@ -132,8 +132,7 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
             here, there = shared.get(what, {}), first.get(what, {})
             changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
             if changed:
-                raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its "
-                                f"{shared['stage']}.py again with the same one")
+                raise UserError(f"{path}: its {changed[0]} differs from that of {shards[0]}; run its {shared['stage']}.py again with the same one")
     return first
 
 

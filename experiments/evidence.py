@@ -75,7 +75,7 @@ def parse_args(argv=None):
 
 
 def read_seeds(paths: list[str]) -> list[dict]:
-    """Return the seeds. Raises UserError naming a file that is invalid or has other questions than the first one."""
+    """Return the seeds. Raises UserError naming a file that is invalid or whose questions differ from those of the first one."""
     seeds = []
     for path in paths:
         try:
@@ -85,7 +85,7 @@ def read_seeds(paths: list[str]) -> list[dict]:
             raise UserError(f"{path}: not written by experiments/evidence_seed.py ({error!r}); run "
                             "experiments/evidence.sh again") from error
         if questions != seeds[0]["questions"]:
-            raise UserError(f"{path}: has other questions than {paths[0]}; give seeds with the same data/factbook and "
+            raise UserError(f"{path}: its questions differ from those of {paths[0]}; give seeds with the same data/factbook and "
                             "sizes")
     return seeds
 

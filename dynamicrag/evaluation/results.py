@@ -60,8 +60,8 @@ def result_rows(
                 raise UserError(f"{path}: row {row['id']} is not in {eval_file}; give the evaluation file of these "
                                 "results")
             if asked is not None and _plain(row["question"]) != _plain(asked[row["id"]]["question"]):
-                raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several "
-                                "data sets use the same ids, so give the evaluation file of this one")
+                raise UserError(f"{path}: row {row['id']} has a different question in {eval_file}; several data sets use the "
+                                "same ids, so give the evaluation file of these results")
             responded = responded or (path == results_file and "response" in row)
             if "response" not in row and "error" not in row:
                 without_response = without_response or row

@@ -1,8 +1,8 @@
 """Any OpenAI-compatible server as an engine. Requests that it refuses are left unanswered, and every reply is stored.
 
-Servers differ in the options they support. The first request of each kind is sent alone. What it shows about the server
-(another name of max_tokens, another field for constraints, no seed, no n, no temperature) is logged once and used for
-the rest of the run.
+Servers differ in the options that they support. The first request of each kind is sent alone. If the server does not
+support an option (another name of max_tokens, another field for constraints, no seed, no n, no temperature), this is
+logged once and applies to the rest of the run.
 """
 
 import asyncio

@@ -117,6 +117,6 @@ def _multiplies_bfloat16(device: str) -> bool:
 
 
 def place(device: str, dtype: str | None = None) -> dict[str, str]:
-    """Return what Output.record() stores: the device name and, for a --dtype flag, the resolved dtype."""
+    """Return the arguments of Output.record(): the device name and, for a --dtype flag, the resolved dtype."""
     picked = pick_device(device)
     return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}

@@ -210,9 +210,9 @@ def _read_checkpoint(path: Path) -> tuple[str, dict]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, as it contains more than weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: contains more than weights ({str(error).splitlines()[0]}); give another checkpoint") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with the weights under 'model'")
+        raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with weights under the key 'model'")
     beside = (path.parent / "config.json").is_file()
     base = str(path.parent) if beside else getattr(state.get("opt"), "retriever_model_id", "bert-base-uncased")
     return base, state["model"]
@@ -232,5 +232,5 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
     missing = [name for name in model.load_state_dict(weights, strict=False).missing_keys if "pooler" not in name]
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing:
-        raise UserError(f"{path}: has no weights for {missing[0]} and {len(missing) - 1} more of {base}")
+        raise UserError(f"{path}: lacks {len(missing)} weights of {base}, such as {missing[0]}; give a complete checkpoint")
     return model, load_tokenizer(base, model)

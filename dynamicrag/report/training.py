@@ -119,7 +119,7 @@ def mean(log: list[dict], name: str) -> float:
 
 def trained(work: Path, folder: Path) -> Section:
     """Return the section with losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
-    text = "What the trainer logged for each model, step by step, and the rounds of preference optimisation."
+    text = "The trainer's log of each model, and the rounds of preference optimisation."
     section = Section("training", "Training", text)
     logs, rounds = read_logs(work), read_rounds(work)
     if sft := logs["sft"]:

@@ -44,7 +44,7 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
         if sorted(manifest["inputs"].values()) != sorted(manifests[0]["inputs"].values()):
             changed.append("question file, corpus, encoder or embeddings")
         if changed:
-            raise UserError(f"{by_part[part, parts]}: was made with another {min(changed)} than {by_part[0, parts]}; "
+            raise UserError(f"{by_part[part, parts]}: its {min(changed)} differs from that of {by_part[0, parts]}; "
                             "run its retriever.py again with the same one")
     return [by_part[part, parts] for part in range(parts)]
 

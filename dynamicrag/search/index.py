@@ -81,7 +81,7 @@ def open_index(
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as a RuntimeError
         raise UserError(f"{index_file}: the index cannot be written ({error}); give --index_path") from error
     if not _holds(_made_from(manifest), holds, shards):
-        raise UserError(f"{index_file}: was built from other shards or another factory string; remove it and "
+        raise UserError(f"{index_file}: was built from different shards or with a different factory string; remove it and "
                         f"{manifest.name} to build it again, or give another --index_path")
     return FaissIndex(_load(index_file, device, nprobe), [shard.vectors for shard in shards], candidates)
 
@@ -112,7 +112,7 @@ def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:
 
 
 def _made_from(manifest: Path) -> object:
-    """Return what the index was built from; None if its manifest is not JSON."""
+    """Return the source of the index from its manifest; None if the manifest is not JSON."""
     try:
         return orjson.loads(manifest.read_bytes())
     except orjson.JSONDecodeError:

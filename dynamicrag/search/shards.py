@@ -105,7 +105,7 @@ def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
 
 
 def name_of(shards: list[Shard], position: int) -> str:
-    """Return how errors name the vector at `position`, counted through all shards."""
+    """Return a name for the vector at `position`, counted through all shards, for error messages."""
     for shard in shards:
         if position < len(shard.ids):
             return f"{shard.path}: the vector of passage {shard.ids[position].decode()!r}"
@@ -147,7 +147,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         positions.append(shard_positions)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
-            log.warning("%s was made with another model than %s", shard.path, model)
+            log.warning("%s: was not made with the model %s", shard.path, model)
     if all(isinstance(shard_positions, range) for shard_positions in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
         # The usual case; saves 168 MB per worker for Wikipedia
         together = range(positions[0].start, positions[-1].stop)
