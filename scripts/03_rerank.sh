@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Documents -> documents with the reranker's scores and labels, for training questions and evaluation sets, EVAL_FILES included.
+# Documents -> documents with the reranker's scores and labels, for the training questions and all evaluation sets (also EVAL_FILES).
 source "$(dirname "$0")/common.sh"
 needs "$WORK/output/retrieval_data.jsonl" scripts/02_retrieve.sh
 

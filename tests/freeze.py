@@ -90,7 +90,7 @@ COMMANDS = {
     "reward other weights": "reward_trajectories.py --input_file training_data/rewarded.jsonl --reweight --weights em=1,length=.5 --output_file output/reweighted.jsonl",
     "reward responses": f"{REWARD} --weights em=.5,length=.5 --length-of response --output_file output/rewarded_length.jsonl",
     "pairs": f"{PAIRS} --reranker_file training_data/reranker_dpo.json --generator_file training_data/generator_dpo.json",
-    "pairs all": f"{PAIRS} --cutoff_len 2000 --pairs all --pair-by set --min-margin 0.05 --max-pairs-a-question 3 --max-reranker-pairs 9 --generator-chosen best --reranker_file training_data/all_reranker.json --generator_file training_data/all_generator.json",
+    "pairs all": f"{PAIRS} --cutoff_len 2000 --pairs all --pair-by set --min-margin 0.05 --max-pairs-per-question 3 --max-reranker-pairs 9 --generator-chosen best --reranker_file training_data/all_reranker.json --generator_file training_data/all_generator.json",
     "pairs top bottom": f"{PAIRS} --cutoff_len 2000 --pairs top-bottom:2 --keep-mean .01,.9 --reranker_file training_data/top_reranker.json --generator_file training_data/top_generator.json",
     "pairs published": f"{PAIRS} --cutoff_len 2000 --recipe published --reranker_file training_data/published_reranker.json --generator_file training_data/published_generator.json",
     "answer": f"{ANSWER} --selector dynamic none all top:2 monot5 adaptive pointwise gold --output-json results/{{{{input}}}}_{{{{selector}}}}.json",

@@ -224,11 +224,11 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     base.mkdir()
     (base / "trainer_state.json").write_text("1")
     again = bash("05_sft.sh", settings, **environment, BASE_MODEL=str(base), WORK=str(tmp_path / "run"))
-    assert again.returncode == 2 and f"error: {folder} " in again.stderr
+    assert again.returncode == 2 and f"error: {folder}: " in again.stderr
 
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)
-    assert refused.returncode == 2 and f"error: {folder} " in refused.stderr
+    assert refused.returncode == 2 and f"error: {folder}: " in refused.stderr
 
 
 # ---------------------------------------------------------------- rounds

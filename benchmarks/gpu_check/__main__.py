@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", metavar="DIR", default="runs/gpu_check", help="folder of the results (runs/gpu_check)")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, help="run only these parts")
     parser.add_argument("--list", action="store_true", help="list the parts and exit")
-    parser.add_argument("--began", type=float, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--part", nargs=2, metavar=("NAME", "NOTES"), help=argparse.SUPPRESS)  # one part, in this process
     parser.add_argument("--until", type=float, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -186,7 +186,7 @@ def main(argv=None) -> int:
         return 0
     if args.part:
         return child(args)
-    began = time.monotonic() if args.began is None else time.monotonic() - max(time.time() - args.began, 0)
+    began = time.monotonic() if args.started is None else time.monotonic() - max(time.time() - args.started, 0)
     deadline = began + args.minutes * 60 - CLOSING
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

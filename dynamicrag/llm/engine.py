@@ -82,9 +82,7 @@ def resolve_model(name: str) -> str:
 
 
 def engine_inputs(args: Namespace) -> list[str]:
-    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts,
-    checkpoints.
-    """
+    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints."""
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
     files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
@@ -95,8 +93,8 @@ def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     """Return the engine that the flags of add_engine_flags describe."""
     if args.api_base:
         if args.max_model_len:
-            log.warning("--max-model-len has no effect with --api-base; the server has its own window, and a question "
-                        "that exceeds it is left unanswered")
+            log.warning("--max-model-len: has no effect with --api-base; the server has its own window, and a question that "
+                        "exceeds it gets no answer")
         return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
 
@@ -128,7 +126,7 @@ def window_of(model: str, asked: int | None) -> int:
         raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, "
                         "or omit the flag")
     if not asked and own and own < DEFAULT_WINDOW:
-        log.info("--max-model-len is %d, the window of %s", own, model)
+        log.info("--max-model-len: %d, the window of %s", own, model)
     return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
 
 
@@ -136,9 +134,7 @@ class VllmEngine:
     """vLLM in this process. Prompts are rendered with the chat template chosen here and passed as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the
-        start.
-        """
+        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the start."""
         # Checks that do not need the weights come first.
         self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
         self.max_model_len = window_of(model, args.max_model_len)
@@ -170,8 +166,8 @@ class VllmEngine:
             log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "
                         "dynamicrag/llm/prompts.py before you train", self._prompts.name, ", ".join(tokens))
         if self._prompts.opens_reasoning:
-            log.warning("%s starts the model's reasoning; constrained selections (--constrain-ids on) are written "
-                        "without reasoning, and token limits include the reasoning", self._prompts.name)
+            log.warning("%s: starts the model's reasoning; constrained selections (--constrain-ids on) have no reasoning, and "
+                        "token limits include the reasoning", self._prompts.name)
         # If reasoning tags are special tokens, removing special tokens would leave the reasoning in the text.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
@@ -238,8 +234,7 @@ class VllmEngine:
 
 
 def _refusal(error: Exception) -> str:
-    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information.
-    """
+    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information."""
     if (details := getattr(error, "errors", None)) and (errors := details()):
         return str(errors[0].get("msg", error)).removeprefix("Value error, ")
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -96,10 +96,10 @@ class Prompts:
         except ValueError as error:
             raise UserError(f"{path}: reranker.identifier: {error}; give another identifier, identifier_separator or none") from error
         if notation != DEFAULT_NOTATION and "user" not in given:
-            raise UserError(f"{path}: reranker.user: describes another notation than reranker.identifier; give a text "
+            raise UserError(f"{path}: reranker.user: its notation differs from reranker.identifier; give a text "
                             f"that asks for {notation.write([2, 1])!r} or {notation.none!r}")
         if notation.identifier != DEFAULT_NOTATION.identifier and "document" not in given:
-            raise UserError(f"{path}: reranker.document: shows other identifiers than reranker.identifier; give a text in which "
+            raise UserError(f"{path}: reranker.document: its identifiers differ from reranker.identifier; give a text in which "
                             f"the first document is {notation.write([1])!r}")
         return notation
 

@@ -138,6 +138,6 @@ def check_columns(args: Namespace, output: str) -> None:
     for name in lost:
         log.warning("%s: entry %s would train %s without its system prompt; add \"system\": \"system\" to its columns", info_path, name, output)
     if not entries:
-        log.warning("%s: no entry of %s names this file. %s", output, info_path, note)
+        log.warning("%s: no entry of %s names this file; %s", output, info_path, note)
     elif not lost:
         log.info("%s: %s; %s in %s has it", output, note, ", ".join(entries), info_path)

@@ -56,8 +56,7 @@ class Window(Protocol):
 def documents_that_fit(
     engine: Window, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
-    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped
-    from the end.
+    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped from the end.
 
     Raises UserError if the question alone does not fit.
     """
@@ -72,7 +71,7 @@ def documents_that_fit(
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         [question] = [message["content"] for message in build([]) if message["role"] == "user"]
-        raise UserError(f"the question alone is longer than --max-model-len: {question[:80]!r}...; shorten it")
+        raise UserError(f"--max-model-len: the question alone is longer, {question[:80]!r}...; shorten the question or raise the limit")
     return list(docs[:fitting])
 
 
@@ -85,9 +84,8 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
     """Load the selector and the generator.
 
-    They are one model unless --reranker-model is given; `both=False` skips the selector.
-
-    Two models in this process share the GPU memory that one model would get.
+    They are one model unless --reranker-model is given; `both=False` skips the selector. Two models in this process
+    share the GPU memory that one model would get.
     """
     if not (both and args.reranker_model):
         caller = Caller(load_engine(args), args)
@@ -114,9 +112,7 @@ def work_on_fitting(
 
 @contextmanager
 def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
-    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were
-    cut off.
-    """
+    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were cut off."""
     models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
     if overwrite:
         cache.remove()
@@ -167,14 +163,15 @@ class Caller:
         for (flag, limit), number in sorted(self._cut_off.items()):
             if number:
                 what = "selections" if flag == "--selection-max-tokens" else "answers"
-                log.warning("%d of %d %s were cut off at %d tokens; raise %s", number, self._texts[flag, limit], what, limit, flag)
+                log.warning("%s: the limit of %d tokens cut off %d of the %d %s to which it applied; raise the limit",
+                            flag, limit, number, self._texts[flag, limit], what)
 
     def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
         fitting = documents_that_fit(self.engine, build, docs, max_tokens)
         if len(fitting) < len(docs) and not self._said_cut:
             log.warning(
-                "%d of %d documents of a question fit the window, the others are left out; this is logged once, and "
-                "docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
+                "--max-model-len: only %d of %d documents of a question fit in the window, and the others are left out; this is "
+                "logged once, and docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
             )
             self._said_cut = True
         return fitting
@@ -200,9 +197,8 @@ class Caller:
     ) -> Request:
         """Return the request to select among `docs`, with `n` samples.
 
-        The default temperature is --selection-temperature.
-
-        `purpose` gives different seeds to different requests of one row.
+        The default temperature is --selection-temperature. `purpose` gives different seeds to different requests of one
+        row.
         """
         return Request(
             messages=self.prompts.reranker(row["question"], docs),

@@ -95,10 +95,8 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
 def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTokenizer:
     """Return the prompts of a model with `template`, a file or "auto" for the model's own template.
 
-    The choice of auto is logged.
-
-    Raises UserError if the tokenizer cannot be loaded, or if turn markers of the file are not tokens of the model,
-    which would then see an unknown format.
+    The choice of auto is logged. Raises UserError if the tokenizer cannot be loaded, or if turn markers of the file are
+    not tokens of the model, which would then see an unknown format.
     """
     from transformers import AutoTokenizer
 
@@ -150,11 +148,11 @@ def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokeniz
         try_template(text, name, SAMPLE)
     except UserError:
         try_template(text, name, SAMPLE[1:])
-        log.info("%s has no system turn; the system prompt becomes the beginning of the user's turn", name)
+        log.info("%s: has no system turn; the system prompt becomes the beginning of the user turn", name)
         fold_system = True
     prompts = PromptTokenizer(tokenizer, text, name, thinking, fold_system)
     if strange := strange_markers(prompts):
-        log.warning("%s marks turns with %s, which are not tokens of its tokenizer", name, ", ".join(strange))
+        log.warning("%s: marks turns with %s, which are not tokens of the model", name, ", ".join(strange))
     return prompts
 
 
@@ -171,9 +169,7 @@ def is_token(tokenizer, text: str) -> bool:
 
 
 def fitting_templates(model: str, tokenizer) -> list[str]:
-    """Return the files of template/*.jinja whose markers are tokens of a model, most likely first, by markers and then
-    by name.
-    """
+    """Return the files of template/*.jinja whose markers are tokens of a model, most likely first, by markers and then by name."""
     name = re.sub(r"[^a-z0-9]", "", "".join(Path(model).parts[-2:]).lower())
     ranked = []
     for path in sorted(FOLDER.glob("*.jinja")):
@@ -190,9 +186,7 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
 
 
 def recipe_template(model: str) -> Path | None:
-    """Return the template of the recipe that trained a model; None if `model` is not a recipe's output
-    (`DynamicRAG_llama3_8b/sft`).
-    """
+    """Return the template of the recipe that trained a model; None if `model` is not a recipe's output (`DynamicRAG_llama3_8b/sft`)."""
     recipes = FOLDER.parent / "recipes"
     for part in Path(model).parts[-2:]:
         recipe = recipes / part.removeprefix("DynamicRAG_") / "sft.yaml"

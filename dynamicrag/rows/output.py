@@ -64,7 +64,7 @@ class Output:
                     stale.unlink(missing_ok=True)
         self.finished = self._is_finished()
         if self.finished:
-            log.info("%s is already complete; nothing to do (--overwrite makes it again)", self.path)
+            log.info("%s: already complete; give --overwrite to make it again", self.path)
 
     @property
     def _begun(self) -> Path:
@@ -88,8 +88,7 @@ class Output:
         return False
 
     def record(self, device: str | None = None, **resolved: str) -> None:
-        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as
-        dtype.
+        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as dtype.
 
         Call it before the first row is written. A run that was started with other resolved values is then refused; one
         that was started on another device is continued, with a warning. A finished output is recognised without this
@@ -226,7 +225,7 @@ class Output:
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected
-            log.warning("%d malformed rows were set aside in %s", self.rejected, self.rejected_path)
+            log.warning("%s: %d malformed rows were set aside", self.rejected_path, self.rejected)
         manifest = {
             **self.identity,
             "outputs": self._given,
@@ -252,8 +251,8 @@ class Output:
         unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
         if unanswered:
             first = next(row for row in self.written() if "error" in row)
-            log.warning("%d questions could not be answered: %s; the first is %s: %s",
-                        unanswered, self.paths[1], first["id"], first.get("error"))
+            log.warning("%s: %d questions have no answer; the first is %s: %s",
+                        self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
 
 

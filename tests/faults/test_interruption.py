@@ -47,7 +47,7 @@ STAGES = {
     "generate_passage_embeddings": f"{DENSE} --output_dir {{1}}/embeddings --passage_store {{1}}/store",
     "split_data": "--input_file {0}/train.jsonl --output_dir {1}/splits --num_splits 3",
     "retriever": f"{DENSE} --passages_embeddings {{0}}/embeddings/*.npy --passage_store {{1}}/store --query {{0}}/train.jsonl "
-                 "--output_file {1}/retrieved_0.jsonl --n_docs 6 --questions_a_pass 7",
+                 "--output_file {1}/retrieved_0.jsonl --n_docs 6 --questions_per_pass 7",
     "aggregate": "--input_files {0}/retrieved_*.jsonl --output_file {1}/aggregated.jsonl --splits_dir {0}/none",
     "reranker": "--model_name_or_path {0}/monot5 --input_file {0}/retrieved_0.jsonl --output_file {1}/reranked.jsonl --dtype float32 --device cpu",
     "process_training_data": "--input_file {0}/reranked.jsonl --sequence_file {1}/sequence.jsonl --normal_file {1}/normal.jsonl --n_docs 5",
