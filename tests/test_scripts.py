@@ -32,7 +32,7 @@ def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
     path = tmp_path / "tiny.env"
     path.write_text(
         f"WORK={tmp_path}/run MODEL=smollm2_135m PASSAGES={corpus_tsv} EMBEDDINGS={tmp_path}/embeddings\n"
-        f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS={test}\n"
+        f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS=${{EVAL_QUESTIONS-{test}}}\n"
         f"N_DOCS_RETRIEVED=6 N_DOCS_SHOWN=5\n{published}", encoding="utf-8",
     )
     return path
@@ -59,7 +59,7 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
     assert (tmp_path / "run/eval_data/test.jsonl").exists()
     shutil.rmtree(tmp_path / "run")
     shutil.rmtree(tmp_path / "embeddings")
-    run_to_reranking(settings, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32")
+    run_to_reranking(settings, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32", EVAL_QUESTIONS="")
     sharded = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
     assert [row["id"] for row in sharded] == [row["id"] for row in whole]
     for one, other in zip(whole, sharded, strict=True):
@@ -68,7 +68,7 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
         assert list(again.values()) == pytest.approx(list(scores.values()), rel=1e-3)
         assert len(scores.keys() & again.keys()) >= len(scores) - 1
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/output").glob("*.jsonl")}
-    assert made and bash("03_rerank.sh", settings, NUM_SHARDS="2").returncode == 0
+    assert made and bash("03_rerank.sh", settings, NUM_SHARDS="2", EVAL_QUESTIONS="").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert bash("04_training_data.sh", settings).returncode == 0
     assert (tmp_path / "run/training_data/reranker_bc_training.json").exists()
@@ -76,8 +76,10 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
 
 @pytest.mark.slow
 def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_path):
-    for script in ("01_embed.sh", "02_retrieve.sh"):
-        assert bash(script, settings, NUM_SHARDS="1").returncode == 0
+    docs = [{"id": f"d{n}", "title": "", "text": "x", "score": -n} for n in range(6)]
+    (tmp_path / "run/output").mkdir(parents=True)
+    for name in ("data", "test"):
+        write_jsonl(tmp_path / f"run/output/retrieval_{name}.jsonl", [{"id": f"q{n}", "question": "what?", "answers": ["x"], "docs": docs} for n in range(4)])
     broken = settings.with_name("broken.env")
     broken.write_text(f"RERANKER={tmp_path}/no-such-model\n" + settings.read_text().replace("RERANKER=/", "UNUSED=/"))
     done = bash("03_rerank.sh", broken, NUM_SHARDS="2")
