@@ -133,6 +133,14 @@ class Prompts:
         """The notation of selections."""
         return self._notation
 
+    def for_file(self) -> dict[str, dict]:
+        """Return the content of a prompts file that gives these prompts, with every text that a model is asked with (the
+        judge is another model).
+        """
+        asked = {name: {part: list(text) if isinstance(text, tuple) else text for part, text in parts.items()} for name, parts in self._texts.items() if name != "judge"}
+        instructions = {dataset: text.replace("{", "{{").replace("}", "}}") for dataset, text in self._instructions.items()}
+        return {**asked, **({"instructions": instructions} if instructions else {})}
+
     def stop(self, name: str) -> tuple[str, ...]:
         """Return the texts that end an answer to the prompt `name`. They are not part of the answer."""
         return self._texts[name]["stop"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynamicrag.llm.completion import OPENS
+from dynamicrag.llm.model_files import MANIFEST, TEMPLATE, file_of
 from dynamicrag.llm.prompts import as_text, prefix_of
 from dynamicrag.models.chat_templates import SAMPLE, Messages, fixed_options, read_template, try_template
 from dynamicrag.stage import UserError, log
@@ -95,14 +96,16 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
 def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTokenizer:
     """Return the prompts of a model with `template`, a file or "auto" for the model's own template.
 
-    The choice of auto is logged. Raises UserError if the tokenizer cannot be loaded, or if turn markers of the file are
-    not tokens of the model, which would then see an unknown format.
+    The choice is logged, with a warning if the model was published with a template that gives other prompts. Raises
+    UserError if the tokenizer cannot be loaded, or if turn markers of the file are not tokens of the model, which would
+    then see an unknown format.
     """
     from transformers import AutoTokenizer
 
     from dynamicrag.models.checkpoints import NO_CODE, loading
 
     text = read_template(template) if template != AUTO else ""
+    published = file_of(model, TEMPLATE) if (Path(model) / MANIFEST).is_file() else None
     with loading(model, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
     if template != AUTO:
@@ -112,8 +115,16 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
             advice = f"--template {fitting[0]}, or auto" if fitting else "--template auto, or a template of this model's"
             raise UserError(f"{template}: marks turns with {', '.join(strange)}, which are not tokens of {model}; "
                             f"give {advice}")
+        log.info("--template: using %s", template)
+        own = own_template(model, tokenizer, thinking) if published else None
+        if own and own.ids(SAMPLE) != prompts.ids(SAMPLE):
+            log.warning("--template %s: gives other prompts than %s, with which %s was published; omit the flag, or give "
+                        "auto", template, published, model)
         return prompts
     prompts = own_template(model, tokenizer, thinking)
+    if prompts and published:
+        log.info("--template auto: using %s, which comes with the model", published)
+        return prompts
     recipe = recipe_template(model)
     if prompts and recipe:
         # LLaMA-Factory saves the template of the base model if it has one, even if the recipe trains with another.
