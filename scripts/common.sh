@@ -25,6 +25,11 @@ export PYTHONUNBUFFERED=1
 # A model in a folder needs no hub. HF_HUB_OFFLINE=0 allows names of models on a hub.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
+# An experiment tracker for the trainer and the other stages: wandb, tensorboard, trackio or mlflow. What it is told stays in
+# TRACKING_DIR, unless the tracker's own variables say otherwise.
+export REPORT_TO=${REPORT_TO:-none} TRACKING_DIR=${TRACKING_DIR:-$WORK/tracking}
+[[ $REPORT_TO == @(none|wandb|tensorboard|trackio|mlflow) ]] || refuse "REPORT_TO=$REPORT_TO: expected wandb, tensorboard, trackio, mlflow or none"
+
 source scripts/workers.sh  # GPUs, workers and the parts of a file
 source scripts/training.sh  # training with LLaMA-Factory
 

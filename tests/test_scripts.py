@@ -233,6 +233,40 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     assert refused.returncode == 2 and f"error: {folder}: " in refused.stderr
 
 
+def test_a_tracker_is_told_of_training_and_stays_offline(settings, tmp_path):
+    """With a stand-in for llamafactory-cli, and one for the Python beside it, which has the package or not."""
+    data = tmp_path / "run/training_data"
+    data.mkdir(parents=True)
+    for name in ("reranker_bc_training.json", "generator_sft_training.json"):
+        (data / name).write_text("[]\n")
+    environment = {"LLAMAFACTORY": str(tmp_path / "bin/llamafactory-cli"), "LOG": str(tmp_path / "calls")}
+    stand_ins = {
+        "llamafactory-cli": 'echo "$@" >>"$LOG"; env >"$LOG.env"\nfor word; do case $word in output_dir=*) echo "{}" >"${word#*=}/config.json";; esac; done\n',
+        "python": '[ -f "$LOG.installed" ]\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    refused = [bash("05_sft.sh", settings, **environment, REPORT_TO=name) for name in ("wandb", "no_tracker")]
+    assert [done.returncode for done in refused] == [2, 2] and not (tmp_path / "calls").exists()
+    assert names(refused[0].stderr, "REPORT_TO=wandb", f"{tmp_path}/bin/python -m pip install wandb") and names(refused[1].stderr, "REPORT_TO=no_tracker", "mlflow")
+    (tmp_path / "calls.installed").touch()
+    assert bash("05_sft.sh", settings, **environment, REPORT_TO="wandb").returncode == 0
+    assert bash("05_sft.sh", settings, **environment).returncode == 0, "another tracker is no other training"
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    assert {"report_to=wandb", "run_name=smollm2_135m_sft"} <= set(call.split())
+    told = dict(line.split("=", 1) for line in (tmp_path / "calls.env").read_text().splitlines() if "=" in line)
+    logs = f"{tmp_path}/run/tracking"
+    assert told["WANDB_MODE"] == "offline" and told["MLFLOW_TRACKING_URI"] == f"file://{logs}/mlflow" and told["TENSORBOARD_LOGGING_DIR"] == f"{logs}/smollm2_135m_sft"
+
+    for file in ("calls", "run/DynamicRAG_smollm2_135m"):
+        (tmp_path / file).rename(tmp_path / f"{file}.first")
+    assert bash("05_sft.sh", settings, **environment).returncode == 0
+    assert "report_to" not in (tmp_path / "calls").read_text()
+
+
 # ---------------------------------------------------------------- rounds
 
 
