@@ -68,13 +68,15 @@ layout() {
 # tracking FOLDER: in TRACKING, the words by which the training of FOLDER is reported to REPORT_TO; end here if the trainer cannot.
 # Nothing leaves this machine, unless the variables that are set here were set before.
 tracking() {
-    local python run=${MODEL}_$(basename "$1") logs
+    local python run logs
     TRACKING=()
     [[ $REPORT_TO != none ]] || return 0
     python=$(dirname "$LLAMAFACTORY")/python
     [[ -x $python ]] || python=python
     "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)" "$REPORT_TO" || \
         refuse "REPORT_TO=$REPORT_TO: the trainer's environment lacks the package $REPORT_TO; install it with: $python -m pip install $REPORT_TO"
+    run=${MODEL}_$(basename "$1")
+    # shellcheck disable=SC2153  # common.sh sets it
     mkdir -p "$TRACKING_DIR"
     logs=$(realpath "$TRACKING_DIR")
     export WANDB_MODE=${WANDB_MODE:-offline} WANDB_DIR=${WANDB_DIR:-$logs} WANDB_PROJECT=${WANDB_PROJECT:-dynamicrag}

@@ -333,6 +333,24 @@ def test_what_the_hub_refuses_is_one_line(problem, place, model, hub, monkeypatc
     assert hub.files("me/tiny") == {"README.md": b""}
 
 
+def test_a_token_that_may_not_write_is_one_line(model, hub, monkeypatch):
+    """The hub knows the account, and refuses the commit."""
+    from local_hub import _Handler
+
+    post = _Handler.do_POST
+
+    def do_POST(self) -> None:
+        if "/commit/" not in self.place:
+            return post(self)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        return self.json({"error": "no write"}, 403)
+
+    monkeypatch.setattr(_Handler, "do_POST", do_POST)
+    with pytest.raises(UserError, match=at("me/tiny", "HF_TOKEN")) as error:
+        publish.main([model, "--repo", "me/tiny"])
+    assert "\n" not in str(error.value) and hub.repositories["model", "me/tiny"].commits == {}
+
+
 def test_private_makes_a_private_repository(model, hub):
     publish.main([model, "--repo", "me/tiny", "--private"])
     publish.main([model, "--repo", "me/tiny", "--private"])

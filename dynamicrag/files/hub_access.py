@@ -1,10 +1,11 @@
-"""The model hub: whether it can be reached, uploads, and errors in one line each."""
+"""The account on a model hub: whether the hub can be reached, uploads, and their errors in one line each."""
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynamicrag.files.hub import explained
 from dynamicrag.stage import UserError
 
 SECONDS = 5  # of the one request that asks whether the hub answers
@@ -30,39 +31,25 @@ def why_unreachable() -> str | None:
 
 @contextmanager
 def hub_errors(place: str) -> Iterator[None]:
-    """Turn an error of the hub or of its client into a UserError that begins with `place`.
-
-    Errors of this machine's disk pass unchanged.
+    """Turn an error of the hub or of its client into a UserError that begins with `place`: what explained() says, and what
+    concerns the account.
     """
-    import httpx2
     from huggingface_hub import constants, errors
 
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise UserError(f"{place}: not a name of the hub ({_line(error)}); give OWNER/NAME") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise UserError(f"{place}: the hub is disabled; set HF_HUB_OFFLINE=0") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"{place}: no token of the hub; set HF_TOKEN, or log in with: hf auth login") from error
-    except errors.GatedRepoError as error:
-        raise UserError(f"{place}: is gated; ask for access at {constants.ENDPOINT}/{place}, and set HF_TOKEN to a token "
-                        "of the account that has it") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{place}: no such repository on {constants.ENDPOINT}, or it is private and the token may not "
-                        "read it; check the name and HF_TOKEN") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{place}: {_line(error)}; check the name, and that the hub can be reached") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
+    with explained(place):
+        try:
+            yield
+        except errors.OfflineModeIsEnabled as error:
+            raise UserError(f"{place}: the hub is disabled; set HF_HUB_OFFLINE=0") from error
+        except errors.LocalTokenNotFoundError as error:
+            raise UserError(f"{place}: no token of the hub; set HF_TOKEN, or log in with: hf auth login") from error
+        except errors.LocalEntryNotFoundError as error:
+            raise UserError(f"{place}: {_line(error)}; check that the hub can be reached, then run the same command again") from error
+        except errors.HfHubHTTPError as error:
+            if isinstance(error, errors.RepositoryNotFoundError) or (status := error.response.status_code) not in (401, 403):
+                raise
             what = "the hub does not know the token" if status == 401 else "the token has no right to this"
-            raise UserError(f"{place}: {what}; set HF_TOKEN to a token that may write there, from "
-                            f"{constants.ENDPOINT}/settings/tokens") from error
-        raise UserError(f"{place}: the hub refuses ({_line(error)}); try again later") from error
-    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
-        raise UserError(f"{place}: {constants.ENDPOINT} cannot be reached ({_line(error)}); check the network, or set "
-                        "HF_ENDPOINT to a mirror") from error
+            raise UserError(f"{place}: {what}; set HF_TOKEN to a token that may write there, from {constants.ENDPOINT}/settings/tokens") from error
 
 
 def check_account(repo: str) -> None:
