@@ -25,7 +25,9 @@ def init(**given):
 """,
     "trackio": f"""
 import json, os
-def init(**given): globals()['given'] = given
+def init(**given):
+    globals()['given'] = given
+    print("logged to a folder")
 def log(figures): {TOLD % "[given['project'], given['name'], os.environ['TRACKIO_DIR'], 'local', figures, given['config']]"}
 def finish(): pass
 """,
@@ -78,7 +80,7 @@ def told() -> list[list]:
 
 
 @pytest.mark.parametrize("tracker", tracking.TRACKERS)
-def test_a_stage_tells_the_figures_of_its_manifest(tracker, here, monkeypatch):
+def test_a_stage_tells_the_figures_of_its_manifest(tracker, here, monkeypatch, capsys):
     monkeypatch.setenv("REPORT_TO", tracker)
     process_training_data.main(["--input_file", "in.jsonl", "--sequence_file", "out/a.jsonl", "--normal_file", "out/b.jsonl", "--seed", "7"])
     [(project, run, place, mode, figures, settings)] = told()
@@ -87,6 +89,7 @@ def test_a_stage_tells_the_figures_of_its_manifest(tracker, here, monkeypatch):
     assert str(here / "out/tracking") in place
     assert figures == {**{f"counts/{key}": value for key, value in manifest["counts"].items()}, "seconds": manifest["seconds"]} and len(figures) > 2
     assert (settings["seed"] if isinstance(settings, dict) else settings.split("seed: ")[1][0]) in (7, "7")
+    assert capsys.readouterr().out == "", "standard output is the stage's"
 
 
 def test_scores_are_told_and_no_address(here, monkeypatch):

@@ -19,11 +19,11 @@ from dynamicrag.stage import UserError, log
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Settings of a training run that the card shows, in this order. Paths of the machine are not among them.
+# Settings of a training run that the card shows, in this order. Paths of the machine are not among them, nor the batch of a device,
+# which scripts/training.sh fits to the number of GPUs.
 SHOWN_SETTINGS = (
     "stage", "finetuning_type", "lora_rank", "lora_alpha", "pref_loss", "pref_beta", "pref_ftx", "dataset", "template", "cutoff_len",
-    "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "quantization_bit", "bf16", "seed",
+    "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "quantization_bit", "bf16", "seed",
 )
 SHOWN_ARGUMENTS = ("selector", "topn", "max_context_window", "dtype", "selection_temperature", "constrain_ids", "seed")
 
@@ -59,7 +59,8 @@ def training_of(model: Path) -> tuple[list[dict], str | None]:
             **{key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) is not None},
             **{key: value for key, value in state.items() if value is not None},
         }
-        runs.insert(0, {"name": folder.name, **state, "settings": {key: settings[key] for key in SHOWN_SETTINGS if key in settings}, "data": _data_of(folder), "shown": shown})
+        told = {key: settings[key] for key in SHOWN_SETTINGS if key in settings}
+        runs.insert(0, {"name": folder.name, **state, "settings": told, "data": _data_of(folder), "shown": shown})
         if not base:
             break
         folder = Path(base)
@@ -75,7 +76,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     recipe, *words = path.read_text(encoding="utf-8").split()
     files = [file for file in (Path(recipe), ROOT / recipe) if file.is_file()]
     settings = read_yaml(files[0], "settings") if files else {}
-    given = dict(word.partition("=")[::2] for word in words if "=" in word)
+    given = {key: value for key, _, value in (word.partition("=") for word in words if "=" in word)}
     return {**(settings if isinstance(settings, dict) else {}), **given}
 
 
@@ -86,7 +87,7 @@ def _state_of(folder: Path) -> dict[str, Any]:
     try:
         state = orjson.loads(path.read_bytes())
         losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]
-        return {"steps": state.get("global_step"), "epochs": state.get("epoch"), "last_loss": losses[-1] if losses else None}
+        return {"steps": state.get("global_step"), "epochs": state.get("epoch"), "last_loss": round(losses[-1], 4) if losses else None}
     except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a trainer's state ({error}); train the model again") from error
 
@@ -96,7 +97,8 @@ def _data_of(folder: Path) -> dict[str, str]:
     path = folder / "trained_on.sha256"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     pairs = (line.split(maxsplit=1) for line in lines if line.strip())
-    return {Path(file).name: sha256 for sha256, file in pairs if Path(file).suffix in (".json", ".jsonl") and Path(file).name not in ("config.json", "trainer_state.json")}
+    data = {Path(file).name: sha256 for sha256, file in pairs}  # beside the recipe and what stands for the base model
+    return {name: sha256 for name, sha256 in data.items() if name.endswith((".json", ".jsonl")) and name not in ("config.json", "trainer_state.json")}
 
 
 def _base_of_card(folder: Path) -> str | None:

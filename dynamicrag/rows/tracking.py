@@ -6,6 +6,8 @@ tracker's own variables (WANDB_MODE, MLFLOW_TRACKING_URI) say otherwise. A failu
 process: it never ends a stage.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -36,7 +38,8 @@ def track(stage: str, output: str | Path, figures: Mapping, settings: Mapping) -
         folder = Path(os.environ.get("TRACKING_DIR") or Path(output).absolute().parent / "tracking").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         told = {key: value for key, value in settings.items() if key not in NOT_TOLD}
-        TRACKERS[name](f"{stage}-{Path(output).name}", folder, dict(numbers_of(figures)), told)
+        with contextlib.redirect_stdout(sys.stderr):  # which the tables of a stage have to themselves
+            TRACKERS[name](f"{stage}-{Path(output).name}", folder, dict(numbers_of(figures)), told)
     except Exception as error:  # a tracker may raise anything, and the output is finished
         _failed = True
         log.warning("REPORT_TO=%s: nothing is logged (%s: %s)", name, type(error).__name__, error)
@@ -54,7 +57,7 @@ def numbers_of(figures: Mapping, before: str = "") -> Iterator[tuple[str, float]
 def _wandb(run: str, folder: Path, figures: dict[str, float], settings: dict[str, object]) -> None:
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
+    wandb = importlib.import_module("wandb")
 
     with wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=run, dir=os.environ.get("WANDB_DIR", str(folder)), config=settings) as started:
         started.log(figures)
@@ -71,7 +74,7 @@ def _tensorboard(run: str, folder: Path, figures: dict[str, float], settings: di
 
 def _trackio(run: str, folder: Path, figures: dict[str, float], settings: dict[str, object]) -> None:
     os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when trackio is imported
-    import trackio
+    trackio = importlib.import_module("trackio")
 
     trackio.init(project=PROJECT, name=run, config=settings)
     trackio.log(figures)
@@ -80,7 +83,7 @@ def _trackio(run: str, folder: Path, figures: dict[str, float], settings: dict[s
 
 def _mlflow(run: str, folder: Path, figures: dict[str, float], settings: dict[str, object]) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlflow").as_uri())
-    import mlflow
+    mlflow = importlib.import_module("mlflow")
 
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     with mlflow.start_run(run_name=run):
