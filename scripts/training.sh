@@ -81,7 +81,7 @@ tracking() {
     logs=$(realpath "$TRACKING_DIR")
     export WANDB_MODE=${WANDB_MODE:-offline} WANDB_DIR=${WANDB_DIR:-$logs} WANDB_PROJECT=${WANDB_PROJECT:-dynamicrag}
     export TENSORBOARD_LOGGING_DIR=${TENSORBOARD_LOGGING_DIR:-$logs/$run} TRACKIO_DIR=${TRACKIO_DIR:-$logs/trackio}
-    export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-file://$logs/mlflow} MLFLOW_EXPERIMENT_NAME=${MLFLOW_EXPERIMENT_NAME:-dynamicrag}
+    export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$logs/mlflow.db} MLFLOW_EXPERIMENT_NAME=${MLFLOW_EXPERIMENT_NAME:-dynamicrag}
     TRACKING=(report_to="$REPORT_TO" run_name="$run" project=dynamicrag)
 }
 

@@ -259,7 +259,7 @@ def test_a_tracker_is_told_of_training_and_stays_offline(settings, tmp_path):
     assert {"report_to=wandb", "run_name=smollm2_135m_sft"} <= set(call.split())
     told = dict(line.split("=", 1) for line in (tmp_path / "calls.env").read_text().splitlines() if "=" in line)
     logs = f"{tmp_path}/run/tracking"
-    assert told["WANDB_MODE"] == "offline" and told["MLFLOW_TRACKING_URI"] == f"file://{logs}/mlflow" and told["TENSORBOARD_LOGGING_DIR"] == f"{logs}/smollm2_135m_sft"
+    assert told["WANDB_MODE"] == "offline" and told["MLFLOW_TRACKING_URI"] == f"sqlite:///{logs}/mlflow.db" and told["TENSORBOARD_LOGGING_DIR"] == f"{logs}/smollm2_135m_sft"
 
     for file in ("calls", "run/DynamicRAG_smollm2_135m"):
         (tmp_path / file).rename(tmp_path / f"{file}.first")

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -82,13 +83,13 @@ def _trackio(run: str, folder: Path, figures: dict[str, float], settings: dict[s
 
 
 def _mlflow(run: str, folder: Path, figures: dict[str, float], settings: dict[str, object]) -> None:
-    os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlflow").as_uri())
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     mlflow = importlib.import_module("mlflow")
 
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     with mlflow.start_run(run_name=run):
         mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
-        mlflow.log_metrics(figures)
+        mlflow.log_metrics({re.sub(r"[^\w./: -]", "_", name): value for name, value in figures.items()})  # it refuses other characters
 
 
 TRACKERS: dict[str, Log] = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio, "mlflow": _mlflow}
