@@ -4,12 +4,13 @@
         hub.add("owner/name", {"config.json": b"{}"})            # a model; repo_type="dataset" for data
         url = hub.serve("corpus.tsv.gz", b"...")                 # a file without a repository
         hub.interrupt("model.safetensors", after=1000)           # its next answer ends after 1000 bytes
+        hub.damage("model.safetensors")                          # from now on, it is not the file that the hub lists
         hub.connect(monkeypatch, tmp_path / "cache")             # for this process; hub.environment(...) for another one
         huggingface_hub.upload_folder(repo_id="me/new", ...)     # after create_repo, with the token hub.token
         hub.files("me/new"), hub.requests
 
-A repository keeps every commit; `main` is the newest. Gated and private repositories, uploads and `whoami` need `Authorization: Bearer
-hub.token`.
+A repository keeps every commit; `main` is the newest. The files of a gated repository, private repositories, uploads and `whoami` need
+`Authorization: Bearer hub.token`. As on the real hub, anybody may list the files of a gated repository.
 """
 
 import base64
@@ -79,6 +80,7 @@ class LocalHub:
         self.objects: dict[str, bytes] = {}  # uploaded, by SHA-256
         self.requests: list[Request] = []
         self._cuts: list[tuple[str, int]] = []
+        self._damaged: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -114,6 +116,13 @@ class LocalHub:
     def interrupt(self, path: str, after: int, times: int = 1) -> None:
         """The next downloads of a file whose path ends so are cut off after this number of bytes."""
         self._cuts += [(path, after)] * times
+
+    def damage(self, path: str) -> None:
+        """Files whose path ends so are served with another first byte than they have."""
+        self._damaged.append(path)
+
+    def served(self, path: str, content: bytes) -> bytes:
+        return bytes([content[0] ^ 1]) + content[1:] if path.endswith(tuple(self._damaged)) else content
 
     def cut(self, path: str) -> int | None:
         for place, (end, after) in enumerate(self._cuts):
@@ -176,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, content: bytes, headers: dict[str, str]) -> None:
         """The content, or the part of it that the request asks for."""
+        content = self.hub.served(self.place, content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         cut = self.hub.cut(self.place) if self.command == "GET" else None
         headers = {"Accept-Ranges": "bytes", **headers}
@@ -201,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(("dataset" if match[1] and match[1].startswith("datasets") else "model", match["id"]))
         if repository is None or (repository.private and not self.known):
             return self.refuse(404 if self.known else 401, "RepoNotFound")
-        if repository.gated and not self.known:
+        if repository.gated and "what" not in match.groupdict() and not self.known:
             return self.refuse(401 if "Authorization" not in self.headers else 403, "GatedRepo")
         revision = repository.revision(match["rev"] or "main") if repository.commits else ""
         return self.refuse(404, "RevisionNotFound") if revision is None else (repository, revision)

@@ -1,0 +1,152 @@
+"""Get published files: rows in this project's form, and corpora, embeddings and models in the form that the stages read.
+
+Each result has a manifest with the version and the SHA-256 of what it was made from, and is not fetched again.
+"""
+
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import orjson
+
+from dynamicrag.files.archives import unpack_corpus, unpack_shards
+from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.files.downloads import arrived, check_space, digest_of, first_lines, obtain, size_of
+from dynamicrag.files.hub import Remote, hub_files, url_file
+from dynamicrag.files.published import Published
+from dynamicrag.rows.manifest import identity, manifest_path, read_manifest, versions
+from dynamicrag.rows.output import Output
+from dynamicrag.rows.output_checks import refuse_other_run
+from dynamicrag.rows.published_rows import published_rows
+from dynamicrag.rows.row import Row
+from dynamicrag.stage import UserError, log
+
+OTHER_FORMS = ("original", "onnx", "openvino")  # folders of a model repository that hold the weights again
+WEIGHTS = (".safetensors", ".bin")  # the first that a repository has
+LIMITED = ("questions", "corpus")
+OF_A_PART = "not known of a part"
+
+
+def remote_files(entry: Published, revision: str | None) -> tuple[str, list[Remote]]:
+    """Return the version of a set, and its files: one, or those of a model that its loader reads. Raises UserError."""
+    if entry.url:
+        remote = url_file(entry.url, entry.sha256)
+        return remote.version, [remote]
+    version, remotes = hub_files(entry.place, entry.repo_type, revision or entry.revision, entry.files)
+    if entry.kind == "model":
+        parts = [(remote, PurePosixPath(remote.name)) for remote in remotes]
+        remotes = [remote for remote, path in parts if path.parts[0] not in OTHER_FORMS and not path.name.startswith("consolidated")]
+        suffix = next((suffix for suffix in WEIGHTS if any(remote.name.endswith(suffix) for remote in remotes)), None)
+        if suffix is None:
+            raise UserError(f"{entry.place}: has no weights ({', '.join(WEIGHTS)}) at {version}; give another --revision")
+        return version, [remote for remote in remotes if not remote.name.endswith(WEIGHTS) or remote.name.endswith(suffix)]
+    if len(remotes) > 1:
+        names = ", ".join(remote.name for remote in remotes)
+        raise UserError(f"{entry.place}: {len(remotes)} files fit {' or '.join(entry.files)}: {names}; give another --revision")
+    return version, [replace(remotes[0], sha256=entry.sha256 or remotes[0].sha256)]
+
+
+def is_packed(entry: Published, remote: Remote) -> bool:
+    """Return whether the file is an archive, which is downloaded whole and unpacked."""
+    return entry.kind == "embeddings" or remote.name.endswith(".zip")
+
+
+def is_there(entry: Published, path: Path) -> bool:
+    """Return whether a set is complete."""
+    return path.exists() and read_manifest(path) is not None
+
+
+def run_of(entry: Published, args: Namespace) -> Namespace:
+    """Return what determines the content of a set, in the form of a stage's arguments."""
+    return Namespace(
+        set=entry.name, place=entry.place, revision=args.revision or entry.revision, limit=args.limit if entry.kind in LIMITED else None,
+        seed=args.seed, on_error=args.on_error, overwrite=args.overwrite,
+    )
+
+
+def prepare(entry: Published, args: Namespace) -> None:
+    """Get one set, and remove what it was made from unless args.keep_downloads. Raises UserError."""
+    downloads = Path(args.output_dir) / "downloads" / entry.name
+    path = entry.path(args.output_dir, args.models_dir)
+    if entry.kind == "questions":
+        prepare_questions(entry, path, downloads, run_of(entry, args))
+    else:
+        prepare_files(entry, path, downloads, run_of(entry, args))
+    if not args.keep_downloads:
+        shutil.rmtree(downloads, ignore_errors=True)
+
+
+def prepare_questions(entry: Published, path: Path, downloads: Path, run: Namespace) -> None:
+    """Write the rows of a published file in the form of published_rows()."""
+    out = Output(run, [str(path)], [])
+    if out.finished:
+        return
+    version, [remote] = remote_files(entry, run.revision)
+    whole = downloads / PurePosixPath(remote.name).name
+    raw = whole.with_name(f"first_{run.limit}_{whole.name}")
+    if run.limit and first_lines(remote, run.limit, raw):
+        digest = remote.sha256 or OF_A_PART
+    elif remote.local:
+        raw, digest = remote.local, digest_of(remote.local)
+    else:
+        check_space(downloads, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
+        raw, digest = whole, obtain(remote, whole)
+    out.record(version=version, file=remote.name, sha256=digest)
+    counts = dict.fromkeys(("rows", "with_documents", "without_answers", "without_dataset"), 0)
+
+    def counted() -> Iterator[Row]:
+        from tqdm import tqdm
+
+        for row in tqdm(islice(published_rows(raw, entry.name, entry.dataset, out.reject), run.limit), desc=entry.name, unit="row", total=run.limit or entry.rows):
+            counts["rows"] += 1
+            counts["with_documents"] += bool(row.get("docs"))
+            counts["without_answers"] += not row.get("answers")
+            counts["without_dataset"] += not row.get("dataset")
+            yield row
+
+    out.publish(str(path), counted())
+    if entry.rows and not run.limit and counts["rows"] != entry.rows:
+        log.warning("%s: has %d rows, and %d were published before; the set has changed", path, counts["rows"], entry.rows)
+    out.finish({"licence": entry.licence}, **counts)
+
+
+def prepare_files(entry: Published, path: Path, downloads: Path, run: Namespace) -> None:
+    """Get a corpus (one file), embeddings (a folder of shards) or a model (a folder)."""
+    started, made = time.monotonic(), identity(run, [str(path)], [])
+    manifest = read_manifest(path)
+    if manifest and path.exists() and not run.overwrite:
+        refuse_other_run(manifest, made, path)
+        log.info("%s is already complete; nothing to do (--overwrite makes it again)", path)
+        return
+    version, remotes = remote_files(entry, run.revision)
+    first, archive = remotes[0], downloads / PurePosixPath(remotes[0].name).name
+    packed = is_packed(entry, first)
+    if path.exists() and not run.overwrite and (packed or run.limit):
+        raise UserError(f"{path}: exists, but is not the finished output of this stage; move it away or give --overwrite")
+    manifest_path(path).unlink(missing_ok=True)
+    if entry.kind == "model":
+        check_space(path, sum((remote.size or 0) - arrived(path / remote.name) for remote in remotes), entry.name)
+        digests = {remote.name: obtain(remote, path / remote.name, run.overwrite) for remote in remotes}
+    elif packed:
+        digests = {first.name: obtain(first, archive)}
+        if entry.kind == "corpus":
+            unpack_corpus(archive, path, run.limit)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            unpack_shards(archive, path)
+    elif run.limit:
+        first_lines(first, run.limit + (".tsv" in first.name), path)  # a table has a header
+        digests = {first.name: OF_A_PART}
+    else:
+        digests = {first.name: obtain(first, path, run.overwrite)}
+    manifest = {
+        **made, "outputs": [str(path)], "resolved": {"version": version}, "counts": {"files": len(digests)}, "sha256": digests,
+        "summary": {"licence": entry.licence}, "seconds": round(time.monotonic() - started, 1), "versions": versions(),
+    }
+    with atomic_writer(manifest_path(path)) as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    log.info("%s: %d files, %s", path, len(digests), size_of(sum(remote.size or 0 for remote in remotes)))
