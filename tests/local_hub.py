@@ -37,6 +37,7 @@ class Request(NamedTuple):
     range: str | None
     status: int
     sent: int  # bytes of the body
+    authorized: bool  # whether a token came with it
 
 
 @dataclass
@@ -174,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         sent = b"" if self.command == "HEAD" else body[:cut]
-        self.hub.requests.append(Request(self.command, self.place, self.headers.get("Range"), status, len(sent)))
+        self.hub.requests.append(Request(self.command, self.place, self.headers.get("Range"), status, len(sent), "Authorization" in self.headers))
         self.wfile.write(sent)
 
     def json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:

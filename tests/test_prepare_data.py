@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import at, logged, names, naming, read_jsonl, write_jsonl
 from local_hub import LocalHub
+from test_docs import table
 
 import prepare_data
 from dynamicrag.files import downloads, published
@@ -81,6 +82,18 @@ def test_every_set_says_where_it_goes_and_what_nobody_verified(capsys):
     assert all(names(shown[name], entry.place, entry.unverified.split(",")[0]) for name, entry in SETS.items())
     paths = [entry.path("data", "models") for entry in SETS.values()]
     assert len(set(paths)) == len(paths)
+
+
+def on_the_page(entry: published.Published) -> list[str]:
+    """The line of a set in docs/data.md."""
+    source = f"`{entry.repo}`" if entry.repo else f"[{entry.url.rsplit('/', 1)[1]}]({entry.url})"
+    files = "" if entry.kind == "model" else ", ".join(f"`{name}`" for name in entry.files)
+    return [f"`{entry.name}`", f"{source} {files}".strip(), f"{entry.rows:,}" if entry.rows else "", entry.licence, entry.stage, entry.unverified]
+
+
+def test_every_set_of_the_table_is_on_the_page():
+    page = (REPO / "docs/data.md").read_text(encoding="utf-8")
+    assert table(page, "name | published in") == [on_the_page(entry) for entry in SETS.values()]
 
 
 @pytest.mark.parametrize("name", [name for name, entry in SETS.items() if entry.dataset and entry.dataset != "from_id"])
@@ -229,6 +242,8 @@ def test_a_missing_file_is_named_beside_those_that_are_there(hub):
         prepare("dynamicrag_training")
     with pytest.raises(UserError, match=at(EVAL, "--revision")):
         prepare("dynamicrag_triviaqa", "--revision", "v9")
+    with pytest.raises(UserError, match=at("a/b/c")):
+        prepare_data.main(["--shared_runs", "a/b/c", "--name", "x"])
 
 
 def test_one_set_that_cannot_be_had_does_not_stop_the_others(hub, caplog):
@@ -330,16 +345,31 @@ def test_names_that_lead_out_of_their_folder_are_not_written(hub, tmp_path):
 
 
 def test_a_model_folder_holds_its_weights_once_and_no_code(hub):
-    hub.add("mistralai/Mistral-7B-v0.3", dict.fromkeys([
-        "config.json", "tokenizer.json", "tokenizer.model", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()
+    hub.add("mistralai/Mistral-7B-v0.3", {"model.safetensors.index.json": index, **dict.fromkeys([
+        "config.json", "tokenizer.json", "tokenizer.model", "model-00001-of-00001.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json",
         "consolidated.safetensors", "onnx/config.json", "original/params.json", "modeling.py", "README.md", "1_Pooling/config.json",
-    ], b"{}"))
+    ], b"{}")})
     prepare("Mistral-7B-v0.3")
     kept = ["config.json", "config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
     assert written(Path("models/Mistral-7B-v0.3")) == kept and Path("models/Mistral-7B-v0.3/1_Pooling/config.json").exists()
     hub.add("castorini/monot5-base-msmarco", {"config.json": b"{}", "README.md": b"x"})
     with pytest.raises(UserError, match=at("castorini/monot5-base-msmarco")):
         prepare("monot5-base-msmarco")
+
+
+def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_model(hub, monkeypatch):
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+    hub.add("Qwen/Qwen3-8B", {"config.json": b"{}", "model.safetensors.index.json": index, "model-1.safetensors": b"1", "model-2.safetensors": b"2"})
+    for name in ("config.json", "model.safetensors.index.json", "model-1.safetensors"):
+        huggingface_hub.hf_hub_download("Qwen/Qwen3-8B", name)
+    with monkeypatch.context() as context:
+        context.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError, match=at("models/Qwen3-8B", "model-2.safetensors")):
+            prepare("Qwen3-8B")
+    assert not Path("models/Qwen3-8B.manifest.json").exists()
+    prepare("Qwen3-8B")
+    assert Path("models/Qwen3-8B/model-2.safetensors").read_bytes() == b"2"
 
 
 def packed(files: dict[str, bytes]) -> bytes:
@@ -367,6 +397,15 @@ SHARDS = {
 }
 
 
+def test_a_plain_address_never_sees_the_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.add(EVAL, {"nq.jsonl": evaluation(2)}, "dataset")
+    change(monkeypatch, "psgs_w100", url=hub.serve("c.tsv.gz", gzip.compress(b"id\ttext\ttitle\n1\tx\tt\n")))
+    for flags in (["--dry_run"], ["--limit", "1"], ["--overwrite"]):
+        prepare("psgs_w100", "dynamicrag_nq", *flags)
+    assert {(request.path.startswith("/plain/"), request.authorized) for request in hub.requests} == {(True, False), (False, True)}
+
+
 @pytest.mark.parametrize("limit", [[], ["--limit", "20"]])
 def test_corpora_become_what_the_search_reads(hub, monkeypatch, limit):
     table = b"id\ttext\ttitle\n" + b"".join(f'{n}\t"the ""{n}"" text"\ttitle {n}\n'.encode() for n in range(50))
@@ -387,7 +426,7 @@ def test_published_embeddings_become_shards(hub, monkeypatch):
     assert manifest["sha256"] == {"e.tar": hashlib.sha256(tarred(SHARDS)).hexdigest()}
 
 
-@pytest.mark.parametrize("content", [b"no archive", packed({"a.jsonl": b"{}", "b.tsv": b""}), packed({"readme.txt": b""})])
+@pytest.mark.parametrize("content", [b"no archive", packed({"a.jsonl": b"{}", "b.tsv": b""}), packed({"readme.txt": b""})], ids=["no zip", "two", "none"])
 def test_an_archive_without_one_corpus_is_refused(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(UserError, match=at("a.zip")):
@@ -395,7 +434,7 @@ def test_an_archive_without_one_corpus_is_refused(tmp_path, content):
     assert written(tmp_path) == ["a.zip"]
 
 
-@pytest.mark.parametrize("content", [b"no archive", tarred(SHARDS)[:700], tarred({}), tarred({"a/x": b"1", "b/x": b"2"})])
+@pytest.mark.parametrize("content", [b"no archive", tarred(SHARDS)[:700], tarred({}), tarred({"a/x": b"1", "b/x": b"2"})], ids=["no tar", "cut", "empty", "one name twice"])
 def test_a_broken_archive_of_embeddings_leaves_no_folder(hub, monkeypatch, content):
     change(monkeypatch, "contriever_embeddings", url=hub.serve("e.tar", content))
     with pytest.raises(UserError, match=at("e.tar")):
@@ -416,7 +455,7 @@ def full_hub(hub, monkeypatch):
             if entry.kind == "model":
                 files |= {"config.json": b"{}", "model.safetensors": b"w" * 10}
             elif entry.kind == "questions":
-                files[entry.files[0].replace("*", "l").replace("ll", "l").lstrip("l")] = flashrag(30) if entry.group == "flashrag" else evaluation(30)
+                files[entry.files[0].replace("*", "l")] = flashrag(30) if entry.group == "flashrag" else evaluation(30)
     repositories[TRAINING, "dataset"] = {"train.jsonl": evaluation(30)}
     repositories[FLASHRAG, "dataset"]["retrieval-corpus/wiki18_100w.zip"] = packed({"wiki18_100w.jsonl": WIKI18})
     for (repo, repo_type), files in repositories.items():
@@ -475,7 +514,7 @@ def test_the_script_prepares_what_its_settings_name(hub, tmp_path):
 def retrieved(tmp_path) -> Path:
     """What retriever.py leaves: rows with documents and scores, and a manifest."""
     docs = [[{"id": f"p{4 * n + i}", "title": "t", "text": f"text {n} {i}", "score": 3.0 - i} for i in range(3)] for n in range(4)]
-    rows = write_jsonl(tmp_path / "retrieval_nq.jsonl", [{"id": f"nq_{n}", "question": "q?", "answers": ["a"], "docs": docs[n]} for n in range(4)])
+    rows = write_jsonl(tmp_path / "retrieval_nq.jsonl", [{"id": f"nq_{n}", "dataset": "nq", "question": "q?", "answers": ["a"], "docs": docs[n]} for n in range(4)])
     arguments = {"passages": "data/psgs_w100.tsv", "model_name_or_path": "facebook/contriever-msmarco", "index": ["flat"], "n_docs": 3, "run": []}
     Path(f"{rows}.manifest.json").write_text(json.dumps({"arguments": arguments, "inputs": {}, "outputs": [str(rows)], "counts": {"rows": 4}}))
     return rows

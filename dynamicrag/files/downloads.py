@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dynamicrag.files.atomic import atomic_writer, naming
-from dynamicrag.files.hub import SECONDS, Remote, explained
+from dynamicrag.files.hub import SECONDS, TRY_AGAIN, Remote, explained
 from dynamicrag.files.locks import lock
 from dynamicrag.stage import UserError, log
 
 ATTEMPTS = 8  # in a row without a new byte
 MOST_WAIT = 30  # seconds between two of them
-TRY_AGAIN = {408, 429, 500, 502, 503, 504}  # answers of a server that a later request may not get
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a request for the first lines; each asks for twice as many as the last
 FULL = {errno.ENOSPC, errno.EDQUOT}
 

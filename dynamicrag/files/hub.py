@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from dynamicrag.stage import UserError, log
 
 SECONDS = 30  # without a byte, after which a connection counts as broken
+TRY_AGAIN = {408, 429, 500, 502, 503, 504}  # answers of a server that a later request may not get
 MOST_LISTED = 12  # file names in a message
 
 
@@ -52,7 +53,11 @@ def explained(place: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise UserError(f"{place}: is not in the cache of the hub, and HF_HUB_OFFLINE=1 forbids a download; unset it") from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"{place}: {constants.ENDPOINT} answers {error.response.status_code}; run the same command again later") from error
+        status = error.response.status_code
+        advice = "run the same command again later" if status in TRY_AGAIN else "see whether the file has moved"
+        raise UserError(f"{place}: the server answers {status}; {advice}") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{place}: is neither a folder nor the name of a repository, such as owner/name") from error
     except httpx2.TransportError as error:
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{place}: cannot be reached ({reason}); check the network, HF_ENDPOINT and the proxy, and run the same command again") from error
@@ -121,7 +126,7 @@ def check_access(remote: Remote) -> None:
     """Ask for the file without its content. Raises UserError if the hub refuses it, as it does the files of a gated repository."""
     from huggingface_hub import get_hf_file_metadata
 
-    if remote.local is None:
+    if remote.headers:  # not at a plain address, whose server is not to see the token
         with explained(remote.place):
             get_hf_file_metadata(remote.url, headers=dict(remote.headers), timeout=SECONDS)
 

@@ -43,7 +43,8 @@ def remote_files(entry: Published, revision: str | None) -> tuple[str, list[Remo
         suffix = next((suffix for suffix in WEIGHTS if any(remote.name.endswith(suffix) for remote in remotes)), None)
         if suffix is None:
             raise UserError(f"{entry.place}: has no weights ({', '.join(WEIGHTS)}) at {version}; give another --revision")
-        return version, [remote for remote in remotes if not remote.name.endswith(WEIGHTS) or remote.name.endswith(suffix)]
+        of_weights = (*WEIGHTS, ".index.json")
+        return version, [remote for remote in remotes if not remote.name.endswith(of_weights) or suffix in remote.name]
     if len(remotes) > 1:
         names = ", ".join(remote.name for remote in remotes)
         raise UserError(f"{entry.place}: {len(remotes)} files fit {' or '.join(entry.files)}: {names}; give another --revision")
@@ -131,6 +132,7 @@ def prepare_files(entry: Published, path: Path, downloads: Path, run: Namespace)
     if entry.kind == "model":
         check_space(path, sum((remote.size or 0) - arrived(path / remote.name) for remote in remotes), entry.name)
         digests = {remote.name: obtain(remote, path / remote.name, run.overwrite) for remote in remotes}
+        _check_weights(entry, path)
     elif packed:
         digests = {first.name: obtain(first, archive)}
         if entry.kind == "corpus":
@@ -150,3 +152,15 @@ def prepare_files(entry: Published, path: Path, downloads: Path, run: Namespace)
     with atomic_writer(manifest_path(path)) as file:
         file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     log.info("%s: %d files, %s", path, len(digests), size_of(sum(remote.size or 0 for remote in remotes)))
+
+
+def _check_weights(entry: Published, folder: Path) -> None:
+    """Raise UserError if an index of a model names a file that is not there: the hub's cache may have a part of a model."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            weights = orjson.loads(index.read_bytes())["weight_map"].values()
+        except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: is no index of weights ({error}); give another --revision") from error
+        missing = next((name for name in weights if not (folder / str(name)).is_file()), None)
+        if missing:
+            raise UserError(f"{folder}: {entry.place} has no {missing}, which {index.name} names; check the network and HF_HUB_OFFLINE")
