@@ -12,16 +12,16 @@ Writes   data/prepared/dynamicrag_nq.jsonl      rows, one file per set of questi
     python prepare_data.py --name dynamicrag_nq --limit 20
 """
 
-import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.evaluation.tables import markdown_table
-from dynamicrag.files.downloads import arrived, size_of
-from dynamicrag.files.hub import check_access, no_network
+from dynamicrag.files.downloads import free_space, size_of
+from dynamicrag.files.hub import no_network
 from dynamicrag.files.published import Published, chosen, published
-from dynamicrag.rows.preparation import LIMITED, is_packed, is_there, prepare, remote_files
+from dynamicrag.rows.preparation import Cost, cost_of, is_there, prepare
 from dynamicrag.rows.shared_runs import export_run, import_run
 from dynamicrag.stage import UserError, log
 
@@ -64,37 +64,22 @@ def listing() -> str:
 
 
 def forecast(entries: list[Published], args: Namespace) -> str:
-    """Return a table of what a download costs and what is there already. Sizes that cannot be asked for are those of the table."""
+    """Return a table of what a download costs and what is there already. Without a network, sizes are those of the list."""
     lines, total, reachable = [], 0, True
     for entry in entries:
-        path = entry.path(args.output_dir, args.models_dir)
-        size, there, note = entry.bytes or entry.about_bytes, 0, "size from --list"
-        if is_there(entry, path):
-            lines.append([entry.name, str(path), size_of(size), "0 bytes", "complete", entry.licence, ""])
-            continue
-        if reachable:
-            try:
-                _, remotes = remote_files(entry, args.revision)
-                size, packed = sum(remote.size or 0 for remote in remotes), is_packed(entry, remotes[0])
-                inside = path if entry.kind == "model" else Path(args.output_dir) / "downloads" / entry.name
-                places = [path if entry.kind == "corpus" and not packed else inside / remote.name for remote in remotes]
-                there = sum(remote.size or 0 if remote.local else arrived(place) for remote, place in zip(remotes, places, strict=True))
-                note = "in the cache of the hub" if all(remote.local for remote in remotes) else ""
-                if args.limit and not packed and entry.kind in LIMITED:
-                    note = f"only the beginning, for {args.limit} rows"
-                elif args.limit:
-                    note = "the whole, in spite of --limit"
-                check_access(remotes[0])
-            except UserError as error:
-                note, reachable = str(error), not no_network(error)
-        part = note.startswith("only the beginning")
-        total += 0 if part else (size or 0) - there
-        lines.append([entry.name, str(path), size_of(size), "a part" if part else size_of(size and size - there), size_of(there), entry.licence, note])
-    folders = [Path(folder).absolute() for folder in (args.output_dir, args.models_dir)]
-    free = [shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free for folder in folders]
+        cost = Cost(entry.bytes or entry.about_bytes, note="size as in --list")
+        try:
+            if reachable or is_there(entry, entry.path(args.output_dir, args.models_dir)):
+                cost = cost_of(entry, args)
+        except UserError as error:
+            cost, reachable = replace(cost, note=str(error)), not no_network(error)
+        total += cost.missing or 0
+        lines.append([entry.name, str(entry.path(args.output_dir, args.models_dir)), size_of(cost.size), "a part" if cost.cut else size_of(cost.missing),
+                      size_of(cost.there), entry.licence, cost.note])
     table = markdown_table(["name", "becomes", "size", "to download", "there already", "licence", "note"], lines)
-    return (f"{table}\n\nTo download: {size_of(total)}. Free: {size_of(free[0])} for {args.output_dir}, {size_of(free[1])} for {args.models_dir}. "
-            "Rows and unpacked corpora need as much again while they are made.")
+    free = {folder: size_of(free_space(Path(folder))) for folder in (args.output_dir, args.models_dir)}
+    return (f"{table}\n\nTo download: {size_of(total)}. Free: {', '.join(f'{space} for {folder}' for folder, space in free.items())}. "
+            "Rows and unpacked archives need as much again while they are made.")
 
 
 def prepare_all(entries: list[Published], args: Namespace) -> None:

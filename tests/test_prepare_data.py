@@ -426,7 +426,9 @@ def test_published_embeddings_become_shards(hub, monkeypatch):
     assert manifest["sha256"] == {"e.tar": hashlib.sha256(tarred(SHARDS)).hexdigest()}
 
 
-@pytest.mark.parametrize("content", [b"no archive", packed({"a.jsonl": b"{}", "b.tsv": b""}), packed({"readme.txt": b""})], ids=["no zip", "two", "none"])
+@pytest.mark.parametrize(
+    "content", [b"no archive", packed({"a.jsonl": b"{}", "b.tsv": b""}), packed({"readme.txt": b""})], ids=["no zip", "two", "none"]
+)
 def test_an_archive_without_one_corpus_is_refused(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(UserError, match=at("a.zip")):
@@ -434,12 +436,21 @@ def test_an_archive_without_one_corpus_is_refused(tmp_path, content):
     assert written(tmp_path) == ["a.zip"]
 
 
-@pytest.mark.parametrize("content", [b"no archive", tarred(SHARDS)[:700], tarred({}), tarred({"a/x": b"1", "b/x": b"2"})], ids=["no tar", "cut", "empty", "one name twice"])
+@pytest.mark.parametrize(
+    "content", [b"no archive", tarred(SHARDS)[:700], tarred({}), tarred({"a/x": b"1", "b/x": b"2"})], ids=["no tar", "cut", "empty", "one name twice"]
+)
 def test_a_broken_archive_of_embeddings_leaves_no_folder(hub, monkeypatch, content):
     change(monkeypatch, "contriever_embeddings", url=hub.serve("e.tar", content))
     with pytest.raises(UserError, match=at("e.tar")):
         prepare("contriever_embeddings")
     assert not Path("data/prepared/contriever_embeddings").exists()
+
+
+def test_an_archive_writes_nothing_outside_its_folder(hub, monkeypatch, tmp_path):
+    change(monkeypatch, "contriever_embeddings", url=hub.serve("e.tar", tarred({"../../../up": b"1", "/tmp/dynamicrag_absolute": b"2"})))
+    prepare("contriever_embeddings")
+    assert written(Path("data/prepared/contriever_embeddings")) == ["dynamicrag_absolute", "up"]
+    assert not Path("/tmp/dynamicrag_absolute").exists() and not list(tmp_path.parent.glob("up"))
 
 
 # ---------------------------------------------------------------- everything at once
@@ -481,7 +492,7 @@ def test_a_dry_run_says_what_a_download_costs_and_writes_nothing(full_hub, capsy
     out = capsys.readouterr().out
     shown = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in out.splitlines()[2:] if line.startswith("|")}
     assert shown.keys() == SETS.keys() and written(Path()) == before
-    assert shown["flashrag_nq"][2] == "0 bytes" and names(shown["dynamicrag_nq"][5], 20) and shown["dynamicrag_nq"][2] == "a part"
+    assert shown["flashrag_nq"][2] == "0 bytes" and shown["flashrag_nq"][5] and names(shown["dynamicrag_nq"][5], 20) and shown["dynamicrag_nq"][2] == "a part"
     assert names(shown["wiki18_100w"][5], "--limit") and shown["Qwen3-8B"][1:3] == ["12 bytes", "12 bytes"]
     assert names(shown["Llama-2-7b-hf"][5], "HF_TOKEN") and names(shown["Llama-2-7b-hf"][4], "Llama 2 Community Licence (gated)")
     free = out.splitlines()[-1]
@@ -514,7 +525,8 @@ def test_the_script_prepares_what_its_settings_name(hub, tmp_path):
 def retrieved(tmp_path) -> Path:
     """What retriever.py leaves: rows with documents and scores, and a manifest."""
     docs = [[{"id": f"p{4 * n + i}", "title": "t", "text": f"text {n} {i}", "score": 3.0 - i} for i in range(3)] for n in range(4)]
-    rows = write_jsonl(tmp_path / "retrieval_nq.jsonl", [{"id": f"nq_{n}", "dataset": "nq", "question": "q?", "answers": ["a"], "docs": docs[n]} for n in range(4)])
+    asked = [{"id": f"nq_{n}", "dataset": "nq", "question": "q?", "answers": ["a"], "docs": docs[n]} for n in range(4)]
+    rows = write_jsonl(tmp_path / "retrieval_nq.jsonl", asked)
     arguments = {"passages": "data/psgs_w100.tsv", "model_name_or_path": "facebook/contriever-msmarco", "index": ["flat"], "n_docs": 3, "run": []}
     Path(f"{rows}.manifest.json").write_text(json.dumps({"arguments": arguments, "inputs": {}, "outputs": [str(rows)], "counts": {"rows": 4}}))
     return rows

@@ -27,10 +27,15 @@ FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a request for the first lines; 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError if the disk of a folder, which may not exist yet, has less room than `needed` bytes."""
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which may not exist yet."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError if the disk of a folder has less room than `needed` bytes."""
+    free = free_space(folder)
     if free < needed:
         raise UserError(f"{folder}: {what} needs {size_of(needed)}, the disk has {size_of(free)}; free some or give another folder")
 

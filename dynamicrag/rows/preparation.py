@@ -7,7 +7,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +16,7 @@ import orjson
 from dynamicrag.files.archives import unpack_corpus, unpack_shards
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.downloads import arrived, check_space, digest_of, first_lines, obtain, size_of
-from dynamicrag.files.hub import Remote, hub_files, url_file
+from dynamicrag.files.hub import Remote, check_access, hub_files, url_file
 from dynamicrag.files.published import Published
 from dynamicrag.rows.manifest import identity, manifest_path, read_manifest, versions
 from dynamicrag.rows.output import Output
@@ -51,6 +51,43 @@ def remote_files(entry: Published, revision: str | None) -> tuple[str, list[Remo
     return version, [replace(remotes[0], sha256=entry.sha256 or remotes[0].sha256)]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a set costs to download, in bytes. `cut` means that --limit downloads only its beginning."""
+
+    size: int | None
+    there: int = 0
+    cut: bool = False
+    note: str = ""
+
+    @property
+    def missing(self) -> int | None:
+        return None if self.size is None else 0 if self.cut else self.size - self.there
+
+
+def cost_of(entry: Published, args: Namespace) -> Cost:
+    """Return what a set costs, by what its hub says now. Raises UserError if the hub refuses it or cannot be reached."""
+    if is_there(entry, entry.path(args.output_dir, args.models_dir)):
+        size = entry.bytes or entry.about_bytes or 0
+        return Cost(size, size, note="complete")
+    _, remotes = remote_files(entry, args.revision)
+    check_access(remotes[0])
+    cut = bool(args.limit) and entry.kind in LIMITED and not is_packed(entry, remotes[0])
+    note = f"only the beginning, for {args.limit} rows" if cut else "whole, in spite of --limit" if args.limit else ""
+    there = sum((remote.size or 0) if remote.local else arrived(download_path(entry, remote, args)) for remote in remotes)
+    return Cost(sum(remote.size or 0 for remote in remotes), there, cut, note or ("in the cache of the hub" if all(remote.local for remote in remotes) else ""))
+
+
+def download_path(entry: Published, remote: Remote, args: Namespace) -> Path:
+    """Return where a file is downloaded to: to its place, unless something else is made from it."""
+    path = entry.path(args.output_dir, args.models_dir)
+    if entry.kind == "model":
+        return path / remote.name
+    if entry.kind == "corpus" and not is_packed(entry, remote):
+        return path
+    return Path(args.output_dir) / "downloads" / entry.name / PurePosixPath(remote.name).name
+
+
 def is_packed(entry: Published, remote: Remote) -> bool:
     """Return whether the file is an archive, which is downloaded whole and unpacked."""
     return entry.kind == "embeddings" or remote.name.endswith(".zip")
@@ -63,60 +100,59 @@ def is_there(entry: Published, path: Path) -> bool:
 
 def run_of(entry: Published, args: Namespace) -> Namespace:
     """Return what determines the content of a set, in the form of a stage's arguments."""
+    limit = args.limit if entry.kind in LIMITED else None
     return Namespace(
-        set=entry.name, place=entry.place, revision=args.revision or entry.revision, limit=args.limit if entry.kind in LIMITED else None,
-        seed=args.seed, on_error=args.on_error, overwrite=args.overwrite,
+        set=entry.name, place=entry.place, revision=args.revision or entry.revision, limit=limit, on_error=args.on_error, overwrite=args.overwrite,
     )
 
 
 def prepare(entry: Published, args: Namespace) -> None:
     """Get one set, and remove what it was made from unless args.keep_downloads. Raises UserError."""
-    downloads = Path(args.output_dir) / "downloads" / entry.name
-    path = entry.path(args.output_dir, args.models_dir)
-    if entry.kind == "questions":
-        prepare_questions(entry, path, downloads, run_of(entry, args))
-    else:
-        prepare_files(entry, path, downloads, run_of(entry, args))
+    (prepare_questions if entry.kind == "questions" else prepare_files)(entry, args)
     if not args.keep_downloads:
-        shutil.rmtree(downloads, ignore_errors=True)
+        shutil.rmtree(Path(args.output_dir) / "downloads" / entry.name, ignore_errors=True)
 
 
-def prepare_questions(entry: Published, path: Path, downloads: Path, run: Namespace) -> None:
+def prepare_questions(entry: Published, args: Namespace) -> None:
     """Write the rows of a published file in the form of published_rows()."""
+    path, run = entry.path(args.output_dir, args.models_dir), run_of(entry, args)
     out = Output(run, [str(path)], [])
     if out.finished:
         return
     version, [remote] = remote_files(entry, run.revision)
-    whole = downloads / PurePosixPath(remote.name).name
+    whole = download_path(entry, remote, args)
     raw = whole.with_name(f"first_{run.limit}_{whole.name}")
     if run.limit and first_lines(remote, run.limit, raw):
         digest = remote.sha256 or OF_A_PART
     elif remote.local:
         raw, digest = remote.local, digest_of(remote.local)
     else:
-        check_space(downloads, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
-        raw, digest = whole, obtain(remote, whole)
+        check_space(whole.parent, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
+        raw, digest = whole, obtain(remote, whole, run.overwrite)
     out.record(version=version, file=remote.name, sha256=digest)
     counts = dict.fromkeys(("rows", "with_documents", "without_answers", "without_dataset"), 0)
 
     def counted() -> Iterator[Row]:
         from tqdm import tqdm
 
-        for row in tqdm(islice(published_rows(raw, entry.name, entry.dataset, out.reject), run.limit), desc=entry.name, unit="row", total=run.limit or entry.rows):
+        rows = islice(published_rows(raw, entry.name, entry.dataset, out.reject), run.limit)
+        for row in tqdm(rows, desc=entry.name, unit="row", total=run.limit or entry.rows):
             counts["rows"] += 1
             counts["with_documents"] += bool(row.get("docs"))
             counts["without_answers"] += not row.get("answers")
             counts["without_dataset"] += not row.get("dataset")
             yield row
 
-    out.publish(str(path), counted())
+    if not out.publish(str(path), counted()):
+        raise UserError(f"{raw}: contains no usable row; {out.rejected_path} says why")
     if entry.rows and not run.limit and counts["rows"] != entry.rows:
         log.warning("%s: has %d rows, and %d were published before; the set has changed", path, counts["rows"], entry.rows)
     out.finish({"licence": entry.licence}, **counts)
 
 
-def prepare_files(entry: Published, path: Path, downloads: Path, run: Namespace) -> None:
+def prepare_files(entry: Published, args: Namespace) -> None:
     """Get a corpus (one file), embeddings (a folder of shards) or a model (a folder)."""
+    path, run = entry.path(args.output_dir, args.models_dir), run_of(entry, args)
     started, made = time.monotonic(), identity(run, [str(path)], [])
     manifest = read_manifest(path)
     if manifest and path.exists() and not run.overwrite:
@@ -124,17 +160,17 @@ def prepare_files(entry: Published, path: Path, downloads: Path, run: Namespace)
         log.info("%s is already complete; nothing to do (--overwrite makes it again)", path)
         return
     version, remotes = remote_files(entry, run.revision)
-    first, archive = remotes[0], downloads / PurePosixPath(remotes[0].name).name
-    packed = is_packed(entry, first)
+    first, packed = remotes[0], is_packed(entry, remotes[0])
     if path.exists() and not run.overwrite and (packed or run.limit):
         raise UserError(f"{path}: exists, but is not the finished output of this stage; move it away or give --overwrite")
     manifest_path(path).unlink(missing_ok=True)
     if entry.kind == "model":
         check_space(path, sum((remote.size or 0) - arrived(path / remote.name) for remote in remotes), entry.name)
-        digests = {remote.name: obtain(remote, path / remote.name, run.overwrite) for remote in remotes}
+        digests = {remote.name: obtain(remote, download_path(entry, remote, args), run.overwrite) for remote in remotes}
         _check_weights(entry, path)
     elif packed:
-        digests = {first.name: obtain(first, archive)}
+        archive = download_path(entry, first, args)
+        digests = {first.name: obtain(first, archive, run.overwrite)}
         if entry.kind == "corpus":
             unpack_corpus(archive, path, run.limit)
         else:
