@@ -82,7 +82,8 @@ def hub_files(repo: str, repo_type: str, revision: str, patterns: Sequence[str])
 
     with explained(repo):
         try:
-            info = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, files_metadata=True, timeout=SECONDS)
+            describe = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
+            info = describe(repo, revision=revision, files_metadata=True, timeout=SECONDS)
         except (httpx2.TransportError, errors.OfflineModeIsEnabled):
             commit, cached = _cached(repo, repo_type, revision)
             if not (found := [name for name in cached if _matches(name, patterns)]):
