@@ -255,7 +255,7 @@ def test_one_set_that_cannot_be_had_does_not_stop_the_others(hub, caplog):
 
 def test_a_gated_repository_is_explained_and_opens_with_a_token(hub, monkeypatch):
     hub.add("meta-llama/Llama-2-7b-hf", {"config.json": b"{}", "model.safetensors": b"w" * 100}, gated=True)
-    place = ("meta-llama/Llama-2-7b-hf", "HF_TOKEN", f"{hub.url}/meta-llama/Llama-2-7b-hf")
+    place = ("meta-llama/Llama-2-7b-hf", "gated", "HF_TOKEN", f"{hub.url}/meta-llama/Llama-2-7b-hf")
     with pytest.raises(UserError, match=at(*place)):
         prepare("Llama-2-7b-hf")
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
