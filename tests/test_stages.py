@@ -61,8 +61,8 @@ def run(name: str, *flags: str, cwd: Path | None = None) -> subprocess.Completed
 
 
 def test_every_stage_is_here():
-    """The others read indexes, corpora and whole sets of shards: test_retrieval.py and test_io.py."""
-    assert set(INPUTS) == set(STAGES) - {"aggregate", "retriever", "generate_passage_embeddings"}
+    """The others read indexes, corpora, whole sets of shards and a hub: test_retrieval.py, test_io.py and test_prepare_data.py."""
+    assert set(INPUTS) == set(STAGES) - {"aggregate", "retriever", "generate_passage_embeddings", "prepare_data"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
