@@ -23,6 +23,9 @@ MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_\w{1,20}>|<\uff5c[^
 # Size of the cache of prompt tokens (4 bytes each): a chunk of 2000 prompts of 8192 tokens.
 KEPT_TOKENS = 1 << 24
 
+# A token that only models of a template's kind have, the rarest first.
+KIN = {"mistral": "[INST]", "qwen3": "<think>", "qwen": "<|object_ref_start|>"}
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,7 +49,9 @@ class PromptTokenizer:
         from cachetools import LRUCache
 
         self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
-        self._options, self._fold_system = fixed_options(chat_template, thinking), fold_system
+        # A model without a beginning-of-text token, such as Qwen, writes nothing in its place, as with LLaMA-Factory.
+        missing = {name: "" for name in ("bos_token", "eos_token") if getattr(tokenizer, name, None) is None}
+        self._options, self._fold_system = {**fixed_options(chat_template, thinking), **missing}, fold_system
         self._kept: LRUCache = LRUCache(KEPT_TOKENS, getsizeof=len)
         self._lock = threading.Lock()
 
@@ -188,11 +193,13 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
         if strange_markers(PromptTokenizer(tokenizer, text)):
             continue
         has_markers = bool(MARKER.search(text))
-        # Templates without such markers fit every tokenizer. They are considered only for models of their kind.
-        of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
-        if not (has_markers or of_its_kind or path.stem in name):
+        # Templates without such markers fit every tokenizer, and several have the same. They are for models of their kind.
+        of_its_kind = is_token(tokenizer, KIN[path.stem]) if path.stem in KIN else has_markers or tokenizer.bos_token == "<s>"
+        if not (of_its_kind or path.stem in name):
             continue
-        ranked.append((not has_markers, path.stem not in name, path.stem != "mistral", _shown(path)))
+        longest_name = len(path.stem) if path.stem in name else 0  # "qwen3" is nearer to Qwen3-8B than "qwen"
+        kin = list(KIN).index(path.stem) if path.stem in KIN else len(KIN)
+        ranked.append((not has_markers, -longest_name, kin, _shown(path)))
     return [shown for *_, shown in sorted(ranked)]
 
 
