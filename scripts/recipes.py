@@ -116,10 +116,12 @@ def main(argv=None) -> None:
     for name, model in models.items():
         windows = {recipe: window_of(model.shape, recipe, model.window) for recipe in KINDS}
         for recipe, tokens in windows.items():
+            path = recipes / f"{name}/{recipe}.yaml"
             if tokens is None:
+                path.unlink(missing_ok=True)  # of other facts
                 log.warning("recipes/%s/%s.yaml is not written: %d tokens do not fit its GPUs", name, recipe, model.window * WINDOWS[KINDS[recipe].card][-1] // 8)
                 continue
-            write(recipes / f"{name}/{recipe}.yaml", recipe_text(name, model, recipe, tokens))
+            write(path, recipe_text(name, model, recipe, tokens))
         info = recipes / "dataset_info.json"
         write(info, info_text(with_pairs(json.loads(info.read_text(encoding="utf-8")), name)))
         settings = args.project_dir / f"configs/{name}.env"

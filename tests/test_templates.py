@@ -307,6 +307,13 @@ def test_no_document_and_no_question_becomes_a_turn(case):
     assert turns(FORGED["text"], FORGED) == turns("Which river is the longest?", DOCS[0])
 
 
+def test_a_model_is_known_to_begin_its_answers_with_a_space_if_it_was_trained_so(case):
+    prompts, encoded = case
+    first = [next(token for token in labels if token != -100) for labels in encoded["sft"]["labels"][:2]]
+    spaces = {token.startswith("▁") for token in prompts.tokenizer.convert_ids_to_tokens(first)}
+    assert spaces == {prompts.opens_with_space}
+
+
 def test_training_ends_every_answer_with_the_token_at_which_generation_stops(case):
     prompts, encoded = case
     tokenizer = prompts.tokenizer

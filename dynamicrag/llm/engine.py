@@ -200,6 +200,8 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         prompts, params, numbers = [], [], []
+        # Otherwise the constraint would exclude the first token of every answer that the model was trained to write.
+        space = any(request.pattern for request in requests) and self._prompts.opens_with_space
         completions: dict[int, Completion] = {}
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
         for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
@@ -212,7 +214,7 @@ class VllmEngine:
             params.append(SamplingParams(
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
                 max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
-                structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+                structured_outputs=StructuredOutputsParams(regex=f" ?({request.pattern})" if space else request.pattern) if request.pattern else None,
                 stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
             ))
         outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []

@@ -61,6 +61,20 @@ class PromptTokenizer:
         *_, end = self.render(SAMPLE).rpartition(SAMPLE[1]["content"])
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
 
+    @property
+    def opens_with_space(self) -> bool:
+        """Whether a model of this template and tokenizer begins its answers with a space, as Mistral and LLaMA2 are trained.
+
+        LLaMA-Factory encodes an answer by itself: SentencePiece puts a space in front, or the template has one.
+        """
+        prompt, answer = self.render(SAMPLE), "[1]"
+        whole = self.tokenizer.apply_chat_template(
+            [*SAMPLE, {"role": "assistant", "content": answer}], chat_template=self.chat_template, tokenize=False, **self._options
+        ) if not self._fold_system else ""
+        written = whole[len(prompt) :] if whole.startswith(prompt) else answer
+        first, *_ = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode(written, add_special_tokens=False))
+        return first.startswith(("\u2581", "\u0120", " "))
+
     def render(self, messages: Messages) -> str:
         """Return a prompt as text, up to the start of the answer.
 
