@@ -35,14 +35,14 @@ from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.stage import log
 
 MEASURED = "measured on one NVIDIA H200 (docs/scale.md)"
-# Name: default, what it is, where the default is from; in the order of Rates.
+# Flag: default, what it is, where the default is from; in the order of Rates.
 ASSUMED: dict[str, tuple[float, str, str]] = {
-    "parameters": (8e9, "parameters of the LLM", "a guess: the model is not here"),
-    "flops": (4e14, "operations per second, reading prompts and training", "a guess: 40 % of what an H100 can do in bfloat16"),
-    "generated_per_second": (2000, "tokens per second that an engine generates", "a guess; benchmarks/throughput.py measures it"),
-    "reranked_per_second": (1233, "documents per second that the reranker scores", MEASURED),
-    "scored_per_second": (1035, "answers per second that BERTScore scores", MEASURED),
-    "docs_chosen": (5, "documents that the model chooses per question", "a guess"),
+    "--parameters": (8e9, "parameters of the LLM", "a guess: the model is not here"),
+    "--flops": (4e14, "operations per second, reading prompts and training", "a guess: 40 % of what an H100 can do in bfloat16"),
+    "--generated_per_second": (2000, "tokens per second that an engine generates", "a guess; benchmarks/throughput.py measures it"),
+    "--reranked_per_second": (1233, "documents per second that the reranker scores", MEASURED),
+    "--scored_per_second": (1035, "answers per second that BERTScore scores", MEASURED),
+    "--docs_chosen": (5, "documents that the model chooses per question", "a guess"),
 }
 
 
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     parser.add_argument("--disk", default=".", help="folder whose free space is compared")
     parser.add_argument("--rerank", action="store_true", help="answer: the rows are reranked first")
     rates = parser.add_argument_group("throughput", "of one GPU")
-    for name, (default, unit, _) in ASSUMED.items():
-        rates.add_argument(f"--{name}", type=float, help=f"{unit} (default: {default:g})")
+    for flag, (default, unit, _) in ASSUMED.items():
+        rates.add_argument(flag, type=float, help=f"{unit} (default: {default:g})")
     trained = parser.add_argument_group("training")
     for name, default in (("sft", 3.0), ("dpo", 1.0)):
         trained.add_argument(f"--{name}_epochs", type=float, default=default, help="num_train_epochs of the recipe")
@@ -70,18 +70,23 @@ def parse_args(argv=None):
     own = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:own])
     args.asked = (inference if args.experiment == "answer" else sampling_dpo_trajectories).parse_args(argv[own + 1 :])
-    if args.gpus < 0 or min(args.parts, args.sample, *(value for name in ASSUMED if (value := getattr(args, name)) is not None)) <= 0:
+    if args.gpus < 0 or min(args.parts, args.sample, *given(args).values()) <= 0:
         parser.error("--gpus must be at least 0, and every other number above 0")
     return args
+
+
+def given(args: Namespace) -> dict[str, float]:
+    """Return the figures that flags give."""
+    return {flag: value for flag in ASSUMED if (value := getattr(args, flag.lstrip("-"))) is not None}
 
 
 def assumptions(args: Namespace) -> dict[str, tuple[float, str]]:
     """Return each assumed figure and its source: a flag, the files of the model, or a default."""
     counted = parameters_of(args.asked.llm_model)
-    figures = {name: (default, source) for name, (default, _, source) in ASSUMED.items()}
+    figures = {flag: (default, source) for flag, (default, _, source) in ASSUMED.items()}
     if counted:
-        figures["parameters"] = counted, f"counted in {args.asked.llm_model}"
-    return figures | {name: (value, "given") for name in ASSUMED if (value := getattr(args, name)) is not None}
+        figures["--parameters"] = counted, f"counted in {args.asked.llm_model}"
+    return figures | {flag: (value, "given") for flag, value in given(args).items()}
 
 
 def plan_of(args: Namespace, file: Counted) -> Plan:
@@ -93,7 +98,7 @@ def plan_of(args: Namespace, file: Counted) -> Plan:
     expert = expert_flags.max_rows or min(process_training_data.PUBLISHED_EXPERT_ROWS, max(1, file.rows // process_training_data.EXPERT_SHARE))
     sft, dpo, _ = map(len, split_for_sft_dpo.divide(file.rows - expert, split.sft_size, split.dpo_size, split.dev_size, args.seed))
     samples = args.asked.num_samples + args.asked.include_expert
-    pairs = pair_limits(pair.pairs, samples, dpo, pair.max_pairs_a_question, pair.max_reranker_pairs, pair.max_generator_pairs)
+    pairs = pair_limits(pair.pairs, samples, dpo, pair.max_pairs_per_question, pair.max_reranker_pairs, pair.max_generator_pairs)
     return Plan(file.rows, file.labelled, expert, sft, dpo, samples, args.asked.num_samples if args.asked.permute else 1, *pairs, args.parts,
                 args.sft_epochs, args.dpo_epochs, args.sft_adapters, args.dpo_adapters, not args.no_reference)
 
@@ -114,7 +119,7 @@ def cost_table(costs: list[Cost]) -> str:
 
 def assumption_table(figures: dict[str, tuple[float, str]], rates: Rates, sample: int, counted: str) -> str:
     """Return one line per assumption, with where it is from."""
-    rows = [[f"--{name}", f"{value:,.0f}", ASSUMED[name][1], source] for name, (value, source) in figures.items()]
+    rows = [[flag, f"{value:,.0f}", ASSUMED[flag][1], source] for flag, (value, source) in figures.items()]
     for what, operations in (("prompt tokens per second", 2), ("tokens per second of SFT of all weights", 8)):
         rows.append(["", f"{rates.flops / rates.parameters / operations:,.0f}", what, f"computed: {operations} operations per parameter"])
     rows.append(["--sample", f"{sample}", "rows of each file whose tokens are counted", counted])

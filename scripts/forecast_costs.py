@@ -115,11 +115,11 @@ def answering(stage: str, rows: int, read: float, written: float, size: float, s
     return Cost(stage, rows, rows * read, rows * written, hours=rates.generating(rows * read, rows * written), kept=size * copies(selectors, parts))
 
 
-def pair_limits(pairs: str, samples: int, questions: int, a_question: int | None, reranker: int | None, generator: int | None) -> tuple[int, int]:
+def pair_limits(pairs: str, samples: int, questions: int, per_question: int | None, reranker: int | None, generator: int | None) -> tuple[int, int]:
     """Return the largest numbers of reranker and generator pairs, by construct_dpo.py's --pairs and its limits."""
     every = samples * (samples - 1) // 2
     wanted = every if pairs == "all" else int(pairs.partition(":")[2] or 1) ** 2
-    return min(questions * min(wanted, every, a_question or every), reranker or sys.maxsize), min(questions, generator or sys.maxsize)
+    return min(questions * min(wanted, every, per_question or every), reranker or sys.maxsize), min(questions, generator or sys.maxsize)
 
 
 def training(plan: Plan, means: Means, rates: Rates) -> Iterator[Cost]:

@@ -57,12 +57,12 @@ def test_hours_are_operations_and_tokens_by_their_rates(scripts):
     assert answered.hours == pytest.approx(360 / 100 / 3600 + 1000 * 2e9 / 1e12 / 3600)
 
 
-@pytest.mark.parametrize(("pairs", "a_question", "reranker", "limits"), [
+@pytest.mark.parametrize(("pairs", "per_question", "reranker", "limits"), [
     ("best-worst", None, None, (50, 50)), ("all", None, None, (50 * 28, 50)), ("top-bottom:2", None, None, (200, 50)), ("top-bottom:2", 3, None, (150, 50)),
     ("all", None, 40, (40, 50)), ("top-bottom:9", None, None, (50 * 28, 50)),
 ])
-def test_pairs_are_at_most_those_of_the_flags(scripts, pairs, a_question, reranker, limits):
-    assert scripts("forecast_costs").pair_limits(pairs, 8, 50, a_question, reranker, None) == limits
+def test_pairs_are_at_most_those_of_the_flags(scripts, pairs, per_question, reranker, limits):
+    assert scripts("forecast_costs").pair_limits(pairs, 8, 50, per_question, reranker, None) == limits
 
 
 def test_every_stage_of_training_has_its_tokens_and_bytes(scripts):
