@@ -97,6 +97,13 @@ retrieve() {
         --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" ${SEARCH_FLAGS:-}
 }
 
+# rerank INPUT OUTPUT: the rows with the scores and labels of the settings' reranker.
+rerank() {
+    # shellcheck disable=SC2086  # RERANK_FLAGS is a list of flags
+    sharded "$1" "$2" python reranker.py --model_name_or_path "$RERANKER" --input_file '{in}' --output_file '{out}' \
+        --device auto ${RERANK_FLAGS:-}
+}
+
 # infer MODEL OUTPUT SELECTORS N FILE...: answer the questions of the evaluation files with MODEL, once per selector. Each selector
 # chooses among the first N documents. OUTPUT is the path of the results, with {input} and {selector} in it.
 infer() { answer inference.py "$1" "$2" selector "$3" --topn "$4" -- "${@:5}"; }
