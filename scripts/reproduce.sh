@@ -93,7 +93,7 @@ answer_prepared() {
         if ((${#rerank[@]})); then
             [[ ! -L $file ]] || rm "$file"
             rerank "${set#*=}" "$file"
-        elif ! begun "$file"; then  # else it was reranked before, and its documents are the same
+        elif ! started "$file"; then  # else it was reranked before, and its documents are the same
             place "${set#*=}" "$file"
         fi
     done
