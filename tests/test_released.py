@@ -92,7 +92,7 @@ def test_the_form_of_the_prompts_is_that_of_the_page(caller):
 def test_the_system_text_may_stand_in_the_users_turn(caller):
     """The form of the published DPO rows, token for token in LLaMA-3's format."""
     [turn] = caller(system=None, user="S\nU {question}\n{documents}").select(ROW, DOCS[:1]).messages
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level([*LLAMA3_TOKENS]), bos_token=LLAMA3_TOKENS[0])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level([*LLAMA3_TOKENS], LLAMA3_TOKENS[0]), bos_token=LLAMA3_TOKENS[0])
     prompts = PromptTokenizer(tokenizer, (REPO / "template/llama3.jinja").read_text(encoding="utf-8"))
     assert prompts.tokenizer.decode(prompts.ids([turn])) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nS\nU Which {river} is longest?\n1: Nile = A river.<|eot_id|>"
