@@ -31,6 +31,7 @@ from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questi
 from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc
+from dynamicrag.rows.tracking import track
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
@@ -208,6 +209,7 @@ def main(argv=None):
         order = list(orders)[-1]
         rows = read_rows(args.results_file[0], ("docs",), args.dataset)
         write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
+    track("evaluate_retrieval", output, {"results": results}, vars(args))
     print(table)
     log.info("measures are in %s%s", output, f", the table in {args.table_file}" if args.table_file else "")
 

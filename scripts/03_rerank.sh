@@ -3,11 +3,6 @@
 source "$(dirname "$0")/common.sh"
 needs "$WORK/output/retrieval_data.jsonl" scripts/02_retrieve.sh
 
-rerank() { # INPUT OUTPUT
-    # shellcheck disable=SC2086  # RERANK_FLAGS is a list of flags
-    sharded "$1" "$2" python reranker.py --model_name_or_path "$RERANKER" --input_file '{in}' --output_file '{out}' \
-        --device auto ${RERANK_FLAGS:-}
-}
 rerank "$WORK/output/retrieval_data.jsonl" "$WORK/output/retrieval_data_rerank.jsonl"
 for questions in ${EVAL_QUESTIONS:-}; do
     name=$(stem "$questions")

@@ -25,6 +25,11 @@ export PYTHONUNBUFFERED=1
 # A model in a folder needs no hub. HF_HUB_OFFLINE=0 allows names of models on a hub.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
+# An experiment tracker for the trainer and the other stages: wandb, tensorboard, trackio or mlflow. What it is told stays in
+# TRACKING_DIR, unless the tracker's own variables say otherwise.
+export REPORT_TO=${REPORT_TO:-none} TRACKING_DIR=${TRACKING_DIR:-$WORK/tracking}
+[[ $REPORT_TO == @(none|wandb|tensorboard|trackio|mlflow) ]] || refuse "REPORT_TO=$REPORT_TO: expected wandb, tensorboard, trackio, mlflow or none"
+
 source scripts/workers.sh  # GPUs, workers and the parts of a file
 source scripts/training.sh  # training with LLaMA-Factory
 
@@ -90,6 +95,13 @@ retrieve() {
     # shellcheck disable=SC2086  # RETRIEVER_FLAGS and SEARCH_FLAGS are lists of flags
     sharded "$1" "$2" python retriever.py --model_name_or_path "$RETRIEVER" ${RETRIEVER_FLAGS:-} --passages "$PASSAGES" \
         --passages_embeddings "$EMBEDDINGS/*" --query '{in}' --output_file '{out}' --n_docs "$N_DOCS_RETRIEVED" ${SEARCH_FLAGS:-}
+}
+
+# rerank INPUT OUTPUT: the rows with the scores and labels of the settings' reranker.
+rerank() {
+    # shellcheck disable=SC2086  # RERANK_FLAGS is a list of flags
+    sharded "$1" "$2" python reranker.py --model_name_or_path "$RERANKER" --input_file '{in}' --output_file '{out}' \
+        --device auto ${RERANK_FLAGS:-}
 }
 
 # infer MODEL OUTPUT SELECTORS N FILE...: answer the questions of the evaluation files with MODEL, once per selector. Each selector

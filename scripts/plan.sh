@@ -21,6 +21,7 @@ echo
 row script workers "GPUs of the first" parts "tensor parallel size"
 row --- --- --- --- ---
 output=$WORK/output/retrieval_data
+row 00_prepare.sh 1 CPU 1 -
 work 01_embed.sh "$(embedding_shards)" -
 work 02_retrieve.sh "$(parts_of "$output.jsonl" "$output.jsonl.parts/in")" -
 work 03_rerank.sh "$(parts_of "${output}_rerank.jsonl" "${output}_rerank.jsonl.parts/in")" -

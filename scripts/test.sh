@@ -3,7 +3,7 @@
 #     bash scripts/test.sh                       all tests
 #     bash scripts/test.sh --fast                lint, types, and the tests that start neither an engine nor a trainer
 #     bash scripts/test.sh [pytest arguments]
-#     FULL=1 bash scripts/test.sh                all tests, with every malformed file on every stage instead of a few
+#     FULL=1 bash scripts/test.sh                all tests, with every malformed file on every stage instead of a few, and four families of models
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

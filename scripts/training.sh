@@ -65,6 +65,26 @@ layout() {
     TOTAL_BATCH=$((PER_DEVICE * ACCUMULATION * PROCESSES))
 }
 
+# tracking FOLDER: in TRACKING, the words by which the training of FOLDER is reported to REPORT_TO; end here if the trainer cannot.
+# Nothing leaves this machine, unless the variables that are set here were set before.
+tracking() {
+    local python run logs
+    TRACKING=()
+    [[ $REPORT_TO != none ]] || return 0
+    python=$(dirname "$LLAMAFACTORY")/python
+    [[ -x $python ]] || python=python
+    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)" "$REPORT_TO" || \
+        refuse "REPORT_TO=$REPORT_TO: the trainer's environment lacks the package $REPORT_TO; install it with: $python -m pip install $REPORT_TO"
+    run=${MODEL}_$(basename "$1")
+    # shellcheck disable=SC2153  # common.sh sets it
+    mkdir -p "$TRACKING_DIR"
+    logs=$(realpath "$TRACKING_DIR")
+    export WANDB_MODE=${WANDB_MODE:-offline} WANDB_DIR=${WANDB_DIR:-$logs} WANDB_PROJECT=${WANDB_PROJECT:-dynamicrag}
+    export TENSORBOARD_LOGGING_DIR=${TENSORBOARD_LOGGING_DIR:-$logs/$run} TRACKIO_DIR=${TRACKIO_DIR:-$logs/trackio}
+    export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$logs/mlflow.db} MLFLOW_EXPERIMENT_NAME=${MLFLOW_EXPERIMENT_NAME:-dynamicrag}
+    TRACKING=(report_to="$REPORT_TO" run_name="$run" project=dynamicrag)
+}
+
 # hold LOCK FOLDER: lock FOLDER until this process and all that it starts have ended. Exits with an error if another process trains it.
 hold() {
     local status=0
@@ -114,6 +134,7 @@ train_alone() {
         refuse "$output: $(cat "$processes") processes wrote its checkpoint, which $PROCESSES processes cannot load (DeepSpeed ZeRO-3);" \
             "use the same number of GPUs, or remove $output/checkpoint-* to train from the start"
     fi
+    tracking "$folder"
     mkdir -p "$WORK/recipes" "$output"
     cmp -s recipes/dataset_info.json "$WORK/recipes/dataset_info.json" || cp recipes/dataset_info.json "$WORK/recipes/"
     if ((rank == 0)); then
@@ -145,7 +166,7 @@ start_training() (
     fi
     ((TORCHRUN == 0)) || export FORCE_TORCHRUN=1
     for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE; do [[ -z ${!name:-} ]] || export "${name?}"; done
-    words+=(gradient_accumulation_steps="$ACCUMULATION")
+    words+=(gradient_accumulation_steps="$ACCUMULATION" "${TRACKING[@]}")
     echo "training $folder: $PER_DEVICE per device x $ACCUMULATION accumulated x $PROCESSES processes = $TOTAL_BATCH per step," \
         "on ${TRAIN_ON[*]:-the CPU}" >&2
     trainer train "$recipe" dataset_dir="$WORK/recipes" output_dir="$output" "${words[@]}" "$@"

@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items):
 
 # Stages that only score: every row counts, and measures are always rewritten, so they have neither --on_error nor --overwrite.
 SCORERS = ("evaluate", "evaluate_retrieval")
+# Scripts beside the stages: they write no rows, and the chain does not run them.
+TOOLS = ("publish",)
 WORDS = (
     "river mountain country population export import capital border area climate oil gas farming religion language "
     "president court election which of the longest has true false Query Document Relevant Title : ?"

@@ -67,6 +67,8 @@ COMMANDS = {
                                "--query_prompt 'a question: ' --max_length 9 --output_file output/prompted.jsonl",
     "retrieve bm25": f"{WORDS} --output_file output/bm25.jsonl",
     "retrieve run": "retriever.py --passages data/passages.tsv --passage_store cache/tsv --query data/test.json --n_docs 5 --run data/reranker.run --output_file output/run.jsonl",
+    "share": "prepare_data.py --export_run output/run.jsonl --run_name run_of_others --encoder none --output_dir cache/shared",
+    "take what is shared": "prepare_data.py --shared_runs cache/shared --name run_of_others --output_dir output/prepared",
     "rerank": "reranker.py --input_file output/retrieval_data.jsonl --run data/reranker.run --output_file output/retrieval_data_rerank.jsonl",
     "rerank sorted": "reranker.py --input_file output/fused.jsonl --run data/reranker.run --sort --logits --output_file output/sorted.jsonl",
     "rerank monot5": f"{RERANK} --model_name_or_path models/monot5 --output_file output/monot5.jsonl",

@@ -130,6 +130,8 @@ def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, c
         (b"reranker: {user: '{question} {documents}', none: '[1]'}", r"reranker\.identifier"), (b"reranker: {identifier: null}", r"reranker\.identifier"),
         (b"reranker: {prefix: ''}", r"reranker\.prefix"), (b"generator: {prefix: '<|im_end|>'}", r"generator\.prefix"), (b"judge: {prefix: 'a'}", r"judge\.prefix"),
         (b"generator: {stop: ''}", r"generator\.stop"), (b"generator: {stop: [a, 5]}", r"generator\.stop"), (b"generator: {stop: {a: b}}", r"generator\.stop"),
+        (b"reranker: {user: {from: a book}}", r"reranker\.user: .*a book"), (b"instructions: {nq: {from: a book}}", r"instructions\.nq: .*a book"),
+        (b"reranker: {system: {from: a}, user: x}\ngenerator: {stop: {from: b}}", r"reranker\.system: .*generator\.stop"),
         (b"1: {user: x}", r"1\.user: "), (b"reranker: {system: ''}", r"reranker\.system: "),
     ],
 )

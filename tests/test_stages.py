@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCORERS, names
+from conftest import SCORERS, TOOLS, names
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+STAGES = [name for name in SCRIPTS if name not in TOOLS]
 HEAVY = ("torch", "vllm", "transformers", "faiss", "datasets", "spacy", "numpy", "openai", "bert_score")
 
 # A broken row goes in here: the flag of the input file, and flags without which the stage stops earlier.
@@ -60,11 +61,11 @@ def run(name: str, *flags: str, cwd: Path | None = None) -> subprocess.Completed
 
 
 def test_every_stage_is_here():
-    """The others read indexes, corpora and whole sets of shards: test_retrieval.py and test_io.py."""
-    assert set(INPUTS) == set(STAGES) - {"aggregate", "retriever", "generate_passage_embeddings"}
+    """The others read indexes, corpora, whole sets of shards and a hub: test_retrieval.py, test_io.py and test_prepare_data.py."""
+    assert set(INPUTS) == set(STAGES) - {"aggregate", "retriever", "generate_passage_embeddings", "prepare_data"}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_path):
     seconds = []
     for _ in range(2):
@@ -75,14 +76,14 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
             break
     assert done.returncode == 0
     assert f"python {name}.py" in done.stdout, "one command to copy"
-    assert "--seed" in done.stdout
+    assert ("--seed" in done.stdout) == (name in STAGES)
     for flag in ("--overwrite", "--on_error"):
-        assert (flag in done.stdout) == (name not in SCORERS)
+        assert (flag in done.stdout) == (name in STAGES and name not in SCORERS)
     assert min(seconds) < 1
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_args(["--help"])
@@ -96,7 +97,7 @@ def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
         "import importlib, json, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "found = {}\n"
-        f"for name in {STAGES!r}:\n"
+        f"for name in {SCRIPTS!r}:\n"
         "    module = importlib.import_module(name)\n"
         f"    found[name] = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
         "    assert callable(module.main) and callable(module.parse_args), name\n"
@@ -105,7 +106,7 @@ def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {name: [] for name in STAGES}
+    assert json.loads(done.stdout) == {name: [] for name in SCRIPTS}
     assert not list(tmp_path.iterdir())
 
 

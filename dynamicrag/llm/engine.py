@@ -20,6 +20,7 @@ from dynamicrag.llm.completion import (
     leaves_open,
     refused,
 )
+from dynamicrag.llm.model_files import manifest_of
 from dynamicrag.llm.prompts import prefix_of
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.templates import (
@@ -39,7 +40,8 @@ DEFAULT_WINDOW = 8192  # tokens; a larger window uses memory that no prompt here
 def add_engine_flags(parser: ArgumentParser) -> None:
     """Add the flags of every stage that calls an LLM."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
+    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name; "
+                       "prompts and template that come with a published model are used")
     group.add_argument("--template", default=AUTO,
                        help="chat template: a file of template/*.jinja, or auto for the checkpoint's own template, or "
                             "else the file that it was trained with")
@@ -82,11 +84,15 @@ def resolve_model(name: str) -> str:
 
 
 def engine_inputs(args: Namespace) -> list[str]:
-    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints."""
+    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints.
+
+    The manifest of a model that is published on the hub stands for all its files.
+    """
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
     files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
-    return [*files, *(name for name in checkpoints if Path(name).is_dir())]
+    manifests = [str(path) for name in checkpoints if not Path(name).exists() and (path := manifest_of(name))]
+    return [*files, *(name for name in checkpoints if Path(name).is_dir()), *manifests]
 
 
 def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
@@ -194,6 +200,8 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         prompts, params, numbers = [], [], []
+        # Otherwise the constraint would exclude the first token of every answer that the model was trained to write.
+        space = any(request.pattern for request in requests) and self._prompts.opens_with_space
         completions: dict[int, Completion] = {}
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
         for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
@@ -206,7 +214,7 @@ class VllmEngine:
             params.append(SamplingParams(
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
                 max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
-                structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+                structured_outputs=StructuredOutputsParams(regex=f" ?({request.pattern})" if space else request.pattern) if request.pattern else None,
                 stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
             ))
         outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.completion_cache import CompletionCache
-from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine
+from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine, resolve_model
+from dynamicrag.llm.model_files import prompts_for, pull
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.models.chat_templates import Messages
@@ -85,15 +86,25 @@ def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"
     """Load the selector and the generator.
 
     They are one model unless --reranker-model is given; `both=False` skips the selector. Two models in this process
-    share the GPU memory that one model would get.
+    share the GPU memory that one model would get. Each is asked with the prompts of --prompts, or else with those that
+    come with it, or else with the project's.
     """
     if not (both and args.reranker_model):
-        caller = Caller(load_engine(args), args)
+        caller = _load_caller(args)
         return caller, caller
     shared = {**vars(args), "gpu_memory_utilization": args.gpu_memory_utilization / 2}
     choosing = {"llm_model": args.reranker_model, "template": args.reranker_template or args.template}
-    generator = Caller(load_engine(Namespace(**shared)), args)
-    return Caller(load_engine(Namespace(**{**shared, **choosing})), args), generator
+    generator = _load_caller(Namespace(**shared))
+    return _load_caller(Namespace(**{**shared, **choosing})), generator
+
+
+def _load_caller(args: Namespace) -> "Caller":
+    model = args.llm_model
+    if not args.api_base:  # a server's model is only a name
+        model = pull(resolve_model(model))
+        if model != resolve_model(args.llm_model):
+            args = Namespace(**{**vars(args), "llm_model": model})
+    return Caller(load_engine(args), Namespace(**{**vars(args), "prompts": prompts_for(model, args.prompts)}))
 
 
 def work_on_fitting(

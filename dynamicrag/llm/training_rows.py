@@ -51,13 +51,15 @@ class TrainingWindow:
     def unit(self) -> str:
         return "tokens" if self._prompts else "characters"
 
+    def prompt_tokens(self, messages: Messages) -> int:
+        """Return the tokens of a prompt, counted or estimated."""
+        if self._prompts:
+            return len(self._prompts.ids(messages))
+        return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages)
+
     def fits(self, messages: Messages, max_tokens: int) -> bool:
         """Return whether the prompt leaves room for an answer of max_tokens."""
-        if self.cutoff_len is None:
-            return True
-        if self._prompts:
-            return len(self._prompts.ids(messages)) + max_tokens <= self.cutoff_len
-        return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages) + max_tokens <= self.cutoff_len
+        return self.cutoff_len is None or self.prompt_tokens(messages) + max_tokens <= self.cutoff_len
 
     def answer_tokens(self, answer: str) -> int:
         """Return the tokens of an answer, including everything that the template writes after the prompt, such as the end token."""

@@ -29,6 +29,7 @@ from dynamicrag.rows.ahead import prepared_ahead
 from dynamicrag.rows.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refuse_other_run
 from dynamicrag.rows.row import Row
+from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
 
 
@@ -129,7 +130,7 @@ class Output:
         try:
             lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
         except BlockingIOError as error:
-                raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
+            raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
         if not self._mark_begun():
             self._file.truncate(0)
         self._file.seek(0)
@@ -213,8 +214,7 @@ class Output:
     def finish(self, summary: Mapping | None = None, /, **counts: object) -> None:
         """Move every file to its final path, write the manifest that marks the run as complete, and log the paths.
 
-        `counts` are logged and stored in the manifest. `summary` holds a stage's numbers for other programs and is
-        stored only.
+        `counts` are logged and stored in the manifest. `summary` holds numbers for other programs and is stored only.
         """
         if self._by_rows:
             if not self.path.exists():
@@ -241,6 +241,7 @@ class Output:
         self._begun.unlink(missing_ok=True)
         if self._file is not None:
             self._file.close()
+        track(manifest["stage"], self.path, {key: manifest.get(key) for key in ("counts", "summary", "seconds")}, manifest["arguments"])
         counts = {key: "not known" if value is None else value for key, value in counts.items()}
         shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
         log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
