@@ -74,8 +74,8 @@ def rerank(rows: list[Row], score: Callable[[list[Judged]], Iterable[float]], n_
         judged: list[Doc] = []
         for doc, value in zip(docs, scores, strict=False):
             if not 0 <= value <= 1:
-                raise stage.UserError(f"row {row['id']!r}: document {doc['id']!r}: its score is {value}, which is not a probability; try "
-                                      "--dtype float32, or --logits for a --run of log-odds")
+                raise stage.UserError(f"score {value} of row {row['id']!r} and document {doc['id']!r}: not a probability; try --dtype float32, "
+                                      "or --logits for a --run of log-odds")
             judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
         if sort:
             judged.sort(key=lambda doc: -doc.get("rerank_score", 0.0))

@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
     output.process(rows, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     if without:
-        stage.log.warning("%s: %d of %d questions have no document; %s", args.query, without, searched,
+        stage.log.warning("%d of %d questions of %s have no document; %s", without, searched, args.query,
                           "the passages contain none of their words" if args.index == ["bm25"] else "check --index, --nprobe and --run")
     Path(queries).unlink(missing_ok=True)  # removed before the run is complete, because nothing would remove it later
     output.finish(docs_per_question=min(args.n_docs, len(store)))

@@ -64,6 +64,6 @@ def unpack_shards(archive: Path, folder: Path) -> int:
                 shutil.copyfileobj(source, file, BLOCK)
     shards = len(list(building.iterdir()))
     if not shards:
-        raise UserError(f"{archive}: holds no file; expected shards of embeddings")
+        raise UserError(f"{archive}: contains no file; give an archive of embedding shards")
     building.replace(folder)
     return shards

@@ -117,7 +117,7 @@ def full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(f"{path}: the disk is full; free some of it and run the same command again, which continues") from error
+        raise UserError(f"{path}: the disk is full; free some space, then run the same command again to continue") from error
 
 
 def digest_of(path: Path) -> str:

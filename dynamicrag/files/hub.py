@@ -45,7 +45,7 @@ def explained(place: str) -> Iterator[None]:
         token = "the token has no access yet" if get_token() else "no token was sent"
         raise UserError(f"{place}: is gated, and {token}; accept its terms on {page} and set HF_TOKEN to a token of that account") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{place}: has no such revision; give another --revision, such as main") from error
+        raise UserError(f"{place}: this revision does not exist; give another --revision, such as main") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{place}: there is no such repository, or it is private; see {page}, and set HF_TOKEN if it is yours") from error
     except errors.RemoteEntryNotFoundError as error:
@@ -101,7 +101,7 @@ def hub_files(repo: str, repo_type: str, revision: str, patterns: Sequence[str])
     if not remotes:
         names = sorted(file.rfilename for file in info.siblings or ())
         there = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
-        raise UserError(f"{repo}: has no file {' or '.join(patterns)} at {commit}; it has {there or 'none'}; another --revision may have it")
+        raise UserError(f"{repo}: has no file {' or '.join(patterns)} at {commit}; it has {there or 'none'}; try another --revision")
     return commit, remotes
 
 
