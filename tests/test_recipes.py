@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import at, logged
 
+from dynamicrag.files.published import published
 from dynamicrag.stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,3 +163,8 @@ def test_the_settings_of_a_model_name_its_facts_and_give_every_other_setting():
         assert (ROOT / given["TEMPLATE"]).is_file() and int(given["N_DOCS_SHOWN"]) * 8192 == 40 * facts["window"]
         of_the_model = ("MODEL", "BASE_MODEL", "TEMPLATE", "N_DOCS_SHOWN", "ENGINE_FLAGS")
         assert {name: value for name, value in given.items() if name not in of_the_model} == {name: value for name, value in published.items() if name not in of_the_model}
+
+
+def test_every_base_model_can_be_prepared_by_name():
+    hubs = {yaml.safe_load((ROOT / f"recipes/models/{model}.yaml").read_text())["hub"] for model in MODELS}
+    assert hubs <= {entry.repo for entry in published().values()}
