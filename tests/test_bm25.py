@@ -5,7 +5,8 @@ import random
 import re
 
 import pytest
-from conftest import make_text, read_jsonl, write_jsonl
+from conftest import read_jsonl, write_jsonl
+from stubs import make_text
 
 import retriever
 from dynamicrag.search import bm25

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_rooms import ROOMS, rooms_of_imports
-from test_stages import GOOD, refused
+from rooms import ROOMS, rooms_of_imports
+from running import refused
+from stages import REPO, STAGES, row
 
 from dynamicrag.evaluation.metrics import METRIC_NAMES
 from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
 from dynamicrag.rows.row import RESULT_KEYS, Doc, Row
 from dynamicrag.rows.tasks import TASKS, dataset_named
-
-REPO = Path(__file__).parents[1]
 
 
 def page(path: str) -> str:
@@ -34,19 +33,19 @@ def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-STAGES = table(page("README.md"), "stage | command | reads")
+STAGE_TABLE = table(page("README.md"), "stage | command | reads")
 
 
 # ---------------------------------------------------------------- README's table of stages
 
 
 def test_every_stage_has_its_place_in_the_table():
-    scripts = [name for _, command, *_ in STAGES for name in code(command) if name.endswith(".py")]
-    assert sorted(scripts) == sorted(path.name for path in REPO.glob("*.py"))
-    assert [int(stage.split()[0]) for stage, *_ in STAGES] == list(range(1, 11))
+    scripts = [name for _, command, *_ in STAGE_TABLE for name in code(command) if name.endswith(".py")]
+    assert sorted(scripts) == sorted(f"{name}.py" for name in STAGES)
+    assert [int(stage.split()[0]) for stage, *_ in STAGE_TABLE] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("line", STAGES, ids=lambda line: line[0])
+@pytest.mark.parametrize("line", STAGE_TABLE, ids=lambda line: line[0])
 def test_paths_and_keys_are_those_of_the_stages(line):
     """A path stands in the docstring of one of the scripts, or is what a recipe of the line writes; a key stands in docs/data.md."""
     _, command, reads, writes = line
@@ -75,8 +74,7 @@ NEEDED = [
 @pytest.mark.parametrize(("stage", "key"), NEEDED)
 def test_a_row_without_a_key_that_the_page_names_is_refused(stage, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = {name: value for name, value in json.loads(GOOD).items() if name != key}
-    Path("in.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    Path("in.jsonl").write_text(json.dumps(row(**{key: None})), encoding="utf-8")
     if stage != "evaluate_retrieval":
         assert refused(stage, "in.jsonl").startswith(f"in.jsonl:1: key '{key}'")
 
@@ -130,7 +128,7 @@ def test_a_room_has_its_entrances_and_is_used_by_the_stages_named(line):
     for name in code(entrances):
         assert name.startswith("python -m ") or re.search(rf"^(?:(?:def|class) {name}\b|{name}\b.* = )", sources, re.MULTILINE), name
     used = {
-        number for number, (_, command, *_) in enumerate(STAGES, start=1)
+        number for number, (_, command, *_) in enumerate(STAGE_TABLE, start=1)
         if any(code(room)[0] in rooms_of_imports(REPO / script) for script in code(command) if script.endswith(".py"))
     }
     if stages == "all":

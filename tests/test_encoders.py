@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS, _bert_config, _bert_tokenizer, at, logged, make_text, read_jsonl, write_jsonl
+from conftest import at, logged, read_jsonl, write_jsonl
+from stubs import WORDS, _bert_config, _bert_tokenizer, make_text
 
 import generate_passage_embeddings
 import retriever

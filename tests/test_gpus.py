@@ -211,7 +211,7 @@ STUB_INFERENCE = """
 import sys
 import time
 from pathlib import Path
-from test_inference import StubEngine
+from stubs import StubEngine
 from dynamicrag.llm import requests
 from dynamicrag import stage
 script = Path(sys.argv[1]).stem

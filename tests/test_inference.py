@@ -11,68 +11,19 @@ import pytest
 from conftest import at, naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stubs import StubEngine, documents, question
 
 import inference
 import sampling_dpo_trajectories
 import top_inference
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
-from dynamicrag.llm import requests
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
 from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
-
-SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
-
-
-class StubEngine:
-    """Answers every request with `reply(request, kind, titles)`; `kind` is the prompt it was built with.
-
-    A prompt of more than `window` documents does not fit.
-    """
-
-    def __init__(self, reply=None, window: int = 10**6):
-        self.reply = reply or (lambda request, kind, titles: "None")
-        self.window = window
-        self.batches: list[list] = []
-
-    @staticmethod
-    def kind(request) -> str:
-        system = request.messages[0]["content"]
-        return "select" if "choose" in system else "judge" if "judge" in system else "answer"
-
-    @staticmethod
-    def titles(messages) -> list[str]:
-        return [title for _, title in SHOWN.findall(messages[-1]["content"])]
-
-    def fits(self, messages, max_tokens: int) -> bool:
-        return len(self.titles(messages)) <= self.window
-
-    def complete(self, requests):
-        self.batches.append(requests)
-        assert len(self.batches) < 100, "it goes on for ever"
-        completions = []
-        for request in requests:
-            kind, titles = self.kind(request), self.titles(request.messages)
-            texts = self.reply(request, kind, titles)
-            texts = [texts] * request.n if isinstance(texts, str) else texts
-            completions.append(Completion(texts, prompt_tokens=100 + len(titles), generated_tokens=len(texts)))
-        return completions
-
-
-def documents(count: int, prefix: str = "d", **more) -> list[dict]:
-    return [
-        {"id": f"{prefix}{n}", "title": f"{prefix}{n}", "text": f"text {n}", "score": 1.0 - n / 1000, **more}
-        for n in range(1, count + 1)
-    ]
-
-
-def question(number: int = 1, docs: int | list[dict] = 5, **more) -> dict:
-    docs = documents(docs) if isinstance(docs, int) else docs
-    return {"id": f"q{number}", "question": f"what is {number}?", "answers": ["a"], "docs": docs, **more}
 
 
 def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Caller:
@@ -272,29 +223,6 @@ def test_a_question_longer_than_the_window_is_an_error_that_quotes_it():
 
 
 # ---------------------------------------------------------------- the stage
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model, a template and three questions, as the working folder; returns the engines loaded."""
-    monkeypatch.chdir(tmp_path)
-    Path("t.jinja").write_text("x")
-    Path("DynamicRAG_llama3_8b").mkdir()
-    Path("DynamicRAG_llama3_8b/config.json").write_text("{}")
-    Path("q.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (1, 2, 3)))
-    loaded = []
-
-    def load_engine(args):
-        loaded.append(StubEngine(lambda request, kind, titles: (
-            "an answer" if kind == "answer" else "Yes" if kind == "judge"
-            else "prose" if "is 2?" in request.messages[1]["content"] else "[1]"
-        )))
-        loaded[-1].model = args.llm_model
-        loaded[-1].memory = args.gpu_memory_utilization
-        return loaded[-1]
-
-    monkeypatch.setattr(requests, "load_engine", load_engine)
-    return loaded
 
 
 def run(module, *flags: str) -> None:

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read_jsonl, write_jsonl
+from conftest import at, logged, naming, read_jsonl, write_jsonl
+from stubs import WORDS, _bert_tokenizer, make_text
 
 import reranker
 from dynamicrag.models import yes_no

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import at, write_jsonl
-from running import assert_refused, flags_of, make_good, retriever_manifest, row, run
+from running import assert_refused, good_input, make_good, retriever_manifest, run
+from stages import STAGES, flags_of, row
 
 from dynamicrag.models import chat_templates
 from dynamicrag.reward.judge_cache import GradeCache
@@ -523,11 +524,7 @@ def pth(content: object) -> Callable[[Path, Path], None]:
     return make
 
 
-MODEL_STAGES = {
-    "generate_passage_embeddings": ("encoder", "--model_name_or_path {bad} --passages {good}/corpus.tsv"),
-    "reranker": ("monot5", "--model_name_or_path {bad} --device cpu"),
-    "reward_trajectories": ("encoder", "--bert_model {bad} --device cpu --weights bert=1"),
-}
+MODELS_OF = {"generate_passage_embeddings": "encoder", "reranker": "monot5", "reward_trajectories": "encoder"}
 LOADED = r"^error: (--bert_model )?\S*/m: "
 BAD_MODELS: dict[str, tuple[Callable[[str], Callable[[Path, Path], None]], str]] = {
     "nothing": (lambda source: lambda path, good: None, LOADED),
@@ -549,16 +546,12 @@ BAD_MODELS: dict[str, tuple[Callable[[str], Callable[[Path, Path], None]], str]]
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-@pytest.mark.parametrize("name", MODEL_STAGES)
+@pytest.mark.parametrize("name", MODELS_OF)
 def test_a_model_that_is_none(name, case, good, out, monkeypatch):
-    source, flags = MODEL_STAGES[name]
     make, says = BAD_MODELS[case]
-    rows = flags_of(name, good, out, good / "rows_0.jsonl")
-    if name == "reranker":
-        rows = [flag for flag in rows if flag not in ("--run", f"{good}/reranker.run")]
-    make(source)(out.parent / "m", good)
-    flags = flags.format(bad=out.parent / "m", good=good).split()
-    assert_refused(*run(name, [*rows, *flags], monkeypatch), says, out)
+    make(MODELS_OF[name])(out.parent / "m", good)
+    flags = flags_of(name, good, out, good_input(name, good), f"{STAGES[name].model} {out.parent}/m", full=True)
+    assert_refused(*run(name, flags, monkeypatch), says, out)
 
 
 MODELS = {
@@ -573,7 +566,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_an_encoder_that_is_none(case, good, out, monkeypatch):
-    check(Case("generate_passage_embeddings", MODEL_STAGES["generate_passage_embeddings"][1], "m", *MODELS[case]), good, out, monkeypatch)
+    check(Case("generate_passage_embeddings", "--model_name_or_path {bad} --passages {good}/corpus.tsv", "m", *MODELS[case]), good, out, monkeypatch)
 
 
 def test_a_reranker_without_a_classifier(good, out, monkeypatch):

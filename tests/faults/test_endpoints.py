@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import at, logged, names, naming, write_jsonl
-from running import flags_of, make_good, row, run
+from running import make_good, run
+from stages import LLM_STAGES, REPO, flags_of, row
+from stubs import StubServer, chat_completion
 
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
@@ -21,9 +22,8 @@ from dynamicrag.llm.endpoint import check_url, read_key
 from dynamicrag.llm.engine import ApiEngine, Request
 from dynamicrag.stage import UserError
 
-REPO = Path(__file__).parents[2]
 SECRET = "sk-canary-0123456789"
-GOOD = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
+GOOD = chat_completion("a")
 REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, what of it the error names
     "not JSON": (200, b"<html>", None),
     "empty": (200, b"", None),
@@ -45,25 +45,11 @@ REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, what of i
 
 @pytest.fixture(scope="module")
 def listening():
-    """A server that gives each request the status and the bytes of `reply`."""
+    """The address of a server that gives each request the status and the bytes of `reply`, and that list."""
     reply = [200, b""]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(reply[0])
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(reply[1])))
-            self.end_headers()
-            self.wfile.write(reply[1])
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1", reply
-    listening.shutdown()
+    server = StubServer(lambda request, body: tuple(reply))
+    yield server.url, reply
+    server.close()
 
 
 @pytest.fixture
@@ -130,7 +116,7 @@ def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, enc
     (tmp_path / "good").mkdir()
     good, out = make_good(tmp_path / "good", encoder_dir), tmp_path / "out"
     rows = write_jsonl(tmp_path / "rows_0.jsonl", [row(1)])
-    completion = {**GOOD, "choices": [{"index": n, "finish_reason": "stop", "message": {"role": "assistant", "content": "[1]"}} for n in range(2)]}
+    completion = chat_completion("[1]", "[1]")
     for status, content, expected in ((200, json.dumps(completion).encode(), 0), (401, REPLIES["an error that repeats the key"][1], 2)):
         reply[:2] = status, content
         flags = flags_of("inference", good, out / str(expected), rows, f"--api-base {url} --llm-model m")
@@ -143,53 +129,31 @@ def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, enc
 # ---------------------------------------------------------------- servers that differ, refuse and fail
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(StubServer):
     """A chat endpoint. `behave(body)` gives a status with an error, or changes to the completion; None answers as a good server does.
 
     A good server selects [1], and answers with the question's last word. `paid` holds the question of every call it answered.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, behave=lambda body: None):
         self.behave, self.bodies, self.paid, self.paths, self.headers_seen = behave, [], [], [], []
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        super().__init__(self.reply)
 
-    def handle_error(self, *_):
-        pass
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        fake: Fake = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with fake.lock:
-            fake.bodies.append(body)
-            fake.paths.append(self.path)
-            fake.headers_seen.append(dict(self.headers))
-        changes = fake.behave(body)
+    def reply(self, request, body: dict) -> tuple | None:
+        with self.lock:
+            self.bodies.append(body)
+            self.paths.append(request.path)
+            self.headers_seen.append(dict(request.headers))
+        changes = self.behave(body)
         if changes == "cut":
-            self.connection.close()
-            return
-        kind = "application/json"
+            return None
         if isinstance(changes, tuple):
-            status, reply, kind = (*changes, kind)[:3]
-        else:
-            status, reply = 200, completion_for(body, **(changes or {}))
-            with fake.lock:
-                fake.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
-        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+            status, content, *kind = changes
+            return status, content, {"Content-Type": kind[0] if kind else "application/json"}
+        content = completion_for(body, **(changes or {}))
+        with self.lock:
+            self.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
+        return 200, content
 
 
 def kind_of(body: dict) -> str:
@@ -205,10 +169,8 @@ def word_of(body: dict) -> str:
 def completion_for(body: dict, content=..., finish="stop", n=None, usage=None, **message) -> dict:
     if content is ...:
         content = {"choose": "[1]", "judge": "Yes"}.get(kind_of(body), f"answer {word_of(body)}")
-    choices = [
-        {"index": i, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}} for i in range(n or body.get("n") or 1)
-    ]
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices, "usage": usage or {"prompt_tokens": 10, "completion_tokens": 5}}
+    usage = usage or {"prompt_tokens": 10, "completion_tokens": 5}
+    return chat_completion(*[content] * (n or body.get("n") or 1), model=body["model"], finish=finish, message=message, usage=usage)
 
 
 def refusal(status: int, message: str, param=None, code=None) -> tuple[int, dict]:
@@ -222,10 +184,8 @@ def fake(monkeypatch):
     monkeypatch.setattr("dynamicrag.llm.server_calls.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server = Fake()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 class Stage:
@@ -444,7 +404,7 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
     assert len(fake.paid) == len(set(fake.paid)) == 24
 
 
-@pytest.mark.parametrize("stage", ["inference", "top_inference", "sampling_dpo_trajectories"])
+@pytest.mark.parametrize("stage", LLM_STAGES)
 def test_the_cost_of_a_row_is_not_known_if_that_of_one_of_its_calls_is_not(fake, asked, stage):
     fake.behave = lambda body: {"usage": {"prompt_tokens": None}} if kind_of(body) == "answer" and word_of(body) == "7" else None
     assert asked(stage=stage)[0] == 0

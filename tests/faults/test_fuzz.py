@@ -15,7 +15,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import row
+from stages import row
 
 from dynamicrag.files import jsonio
 from dynamicrag.files.jsonio import read_json

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import SCORERS, read_jsonl, write_jsonl
-from running import DOCS, ROW_STAGES, ShortWindow, answer, flags_of, make_good, retriever_manifest, row, run
+from bad_rows import BAD_ROWS
+from conftest import read_jsonl, write_jsonl
+from running import make_good, retriever_manifest, run
+from stages import DOCS, LLM_STAGES, ROW_STAGES, SCORERS, flags_of, row
+from stubs import ShortWindow, select_and_answer
 
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
@@ -21,7 +24,6 @@ from dynamicrag.llm.prompts import TURN_MARKERS, Prompts, as_text, training_row
 from dynamicrag.llm.templates import forgeable
 from dynamicrag.rows.identifiers import parse_ids
 
-LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
 MADE = {
     "sampling_dpo_trajectories": "sampled.json", "inference": "answered.json", "top_inference": "windows.jsonl", "reranker": "reranked.jsonl",
     "aggregate": "all.jsonl", "reward_trajectories": "rewarded.jsonl", "process_training_data": "normal.jsonl", "split_data": "splits/split_0.json",
@@ -42,7 +44,7 @@ def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypatch, engine=None, more: str = "") -> dict[str, bytes]:
+def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypatch, engine=None, more: str = "", full: bool = False) -> dict[str, bytes]:
     """What a stage writes, by path; manifests, which name times and places, left out."""
     path = out.parent / "rows_0.jsonl"
     if isinstance(rows, bytes):
@@ -51,7 +53,7 @@ def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypa
         write_jsonl(path, rows)
     if name == "aggregate":
         retriever_manifest(path)
-    status, said = run(name, [*flags_of(name, good, out, path, more), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)
+    status, said = run(name, [*flags_of(name, good, out, path, more, full), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)
     assert status == 0, said
     files = sorted(file for file in out.rglob("*") if file.is_file() and not file.name.endswith((".manifest.json", ".lock")))
     return {str(file.relative_to(out)): file.read_bytes().replace(str(path).encode(), b"") for file in files}
@@ -121,10 +123,7 @@ def test_no_id_is_ever_a_path(name, good, out, monkeypatch):
     ids = ["../../../../etc/passwd", "/etc/passwd", "a\nb", "..", "~", "$HOME", "x\0y", "con", "q" * 5000, "C:\\x", "file:///etc/passwd", "-rf", "*"]
     rows = [row(n, id=one, docs=[{**doc, "id": f"{one}{doc['id']}"} for doc in DOCS], final_docs=None, dataset=ids[0]) for n, one in enumerate(ids)]
     before = {path for path in [*good.rglob("*"), *out.parent.rglob("*")]}
-    more = "" if name != "reranker" else "--model_name_or_path {good}/monot5 --device cpu"
-    if name == "reranker":
-        monkeypatch.setitem(__import__("running").STAGES, name, "--input_file {rows} --output_file {out}/reranked.jsonl")
-    made = made_by(name, rows, good, out, monkeypatch, more=more)
+    made = made_by(name, rows, good, out, monkeypatch, full=name == "reranker")  # the run of its smallest command line has other ids
     after = {path for path in [*good.rglob("*"), *out.parent.rglob("*")] if "store" not in str(path)}
     strange = [path for path in after - before if path.parent not in (out, out.parent, out / "splits") or len(path.name) > 60]
     assert strange == [] and made
@@ -197,9 +196,7 @@ def test_a_field_of_a_corpus_may_hold_lines_tabs_and_quotes(good, out, monkeypat
 
 
 def test_what_is_set_aside_is_whole_and_the_others_go_on(good, out, monkeypatch):
-    """--on_error skip, over every malformed row of test_bad_input.py at once."""
-    from test_bad_input import BAD_ROWS
-
+    """--on_error skip, over every malformed row at once."""
     bad = [json.dumps(row(100 + n, **changes)).replace('"null"', "null") for n, (changes, _) in enumerate(BAD_ROWS.values())]
     lines = "\n".join([json.dumps(row(1)), *bad, json.dumps(row(2))])
     for name in set(MADE) - {"aggregate"}:
@@ -308,7 +305,7 @@ def test_every_other_text_is_left_as_it_is(text):
 def test_what_the_engine_is_asked_holds_no_forged_turn_and_the_row_keeps_its_text(name, good, out, monkeypatch):
     rows = [row(n, question=f"which {text}?", docs=[{"id": "1", "title": text, "text": text}]) for n, text in enumerate(FORGED)]
     engine = Recording()
-    engine.reply = answer
+    engine.reply = select_and_answer
     made_by(name, rows, good, out, monkeypatch, engine)
     asked = [request.messages for batch in engine.batches for request in batch]
     assert asked and not any(markers_of(message["content"]) for messages in asked for message in messages)

@@ -30,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_text, write_jsonl
-from test_inference import StubEngine
+from conftest import write_jsonl
+from running import make_good
+from stages import CONTINUING, LLM_STAGES, STAGES, flags_of
+from stubs import StubEngine, make_text
 from tqdm import tqdm
 
 from dynamicrag import stage
@@ -40,29 +42,8 @@ from dynamicrag.llm import requests
 KILLS = int(os.environ.get("KILLS", "3"))
 QUESTIONS = 40
 
-# Flags of each stage: {0} is the folder of the inputs, {1} that of the outputs. What one writes is there for the next.
-DENSE = "--model_name_or_path {0}/encoder --passages {0}/passages.tsv --dtype float32 --device cpu"
-LLM = "--template {0}/t.jinja --llm-model {0}/encoder --chunk-size 7 --topn 5"
-STAGES = {
-    "generate_passage_embeddings": f"{DENSE} --output_dir {{1}}/embeddings --passage_store {{1}}/store",
-    "split_data": "--input_file {0}/train.jsonl --output_dir {1}/splits --num_splits 3",
-    "retriever": f"{DENSE} --passages_embeddings {{0}}/embeddings/*.npy --passage_store {{1}}/store --query {{0}}/train.jsonl "
-                 "--output_file {1}/retrieved_0.jsonl --n_docs 6 --questions_a_pass 7",
-    "aggregate": "--input_files {0}/retrieved_*.jsonl --output_file {1}/aggregated.jsonl --splits_dir {0}/none",
-    "reranker": "--model_name_or_path {0}/monot5 --input_file {0}/retrieved_0.jsonl --output_file {1}/reranked.jsonl --dtype float32 --device cpu",
-    "process_training_data": "--input_file {0}/reranked.jsonl --sequence_file {1}/sequence.jsonl --normal_file {1}/normal.jsonl --n_docs 5",
-    "reranker_sequence": "--input_file {0}/sequence.jsonl --output_file {1}/bc.json",
-    "split_for_sft_dpo": "--input_file {0}/normal.jsonl --sft_file {1}/sft.jsonl --dpo_file {1}/dpo.jsonl --dev_file {1}/dev.jsonl --dev_size 4",
-    "construct_generator_sft": "--input_file {0}/sft.jsonl --output_file {1}/generator.json",
-    "sampling_dpo_trajectories": f"{LLM} --input-json {{0}}/normal.jsonl --output-json {{1}}/sampled.json",
-    "reward_trajectories": "--input_file {0}/sampled.json --output_file {1}/rewarded.jsonl --bert_model {0}/encoder --device cpu --chunk_size 7",
-    "construct_dpo": "--input_file {0}/rewarded.jsonl --reranker_file {1}/reranker.json --generator_file {1}/generator.json",
-    "inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/answered.json",
-    "top_inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/windows.jsonl --max-context-window 2",
-}
-LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
-# Files of another stage's folder that are copied beside the inputs once they are made.
-HANDED_ON = ("embeddings", "retrieved_0.jsonl", "retrieved_0.jsonl.manifest.json", "reranked.jsonl", "sequence.jsonl", "normal.jsonl", "sft.jsonl", "sampled.json", "rewarded.jsonl")
+# Files of a stage's outputs that later stages read: they are copied to the inputs.
+HANDED_ON = {"embeddings", *(path.replace("*", "0") for path in (STAGES[name].reads for name in CONTINUING))}
 
 
 def reply(request, kind: str, titles: list[str]) -> str | list[str]:
@@ -100,7 +81,7 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
             tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
             requests.load_engine = lambda args: StubEngine(reply)
             prepare()
-            stage.run(lambda: module.main(STAGES[name].format(inputs, out).split()))
+            stage.run(lambda: module.main(flags_of(name, inputs, out, inputs / STAGES[name].reads, full=True)))
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
@@ -163,11 +144,9 @@ def within_bytes(size: int, then: int) -> Callable[[], None]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, dict[str, Undisturbed]]:
     """The folder of all inputs, and what each stage writes when nothing happens."""
-    inputs = tmp_path_factory.mktemp("inputs")
-    (inputs / "encoder").symlink_to(encoder_dir)
+    inputs = make_good(tmp_path_factory.mktemp("inputs"), encoder_dir)
     (inputs / "monot5").symlink_to(monot5_dir)
-    shutil.copy(corpus_tsv, inputs / "passages.tsv")
-    (inputs / "t.jinja").write_text("x")
+    shutil.copy(corpus_tsv, inputs / "corpus.tsv")
     rng = random.Random(11)
     questions = [{"id": f"q{n}", "question": make_text(rng, 3, 9), "answers": [make_text(rng, 1, 2)]} for n in range(QUESTIONS)]
     write_jsonl(inputs / "train.jsonl", questions)
@@ -177,7 +156,7 @@ def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, d
     def count() -> None:
         operations[:] = (int.from_bytes(operations[:], "big") + 1).to_bytes(8, "big")
 
-    for name in STAGES:
+    for name in CONTINUING:
         importlib.import_module(name)
         for _ in range(2):  # the first one imports
             out, before = tmp_path_factory.mktemp(name), time.monotonic()
@@ -185,9 +164,9 @@ def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, d
             status, said = in_a_process(name, inputs, out, each_operation(count))
             seconds = time.monotonic() - before
             assert status == 0, said
-        for made in HANDED_ON:
-            if (out / made).exists():
-                (shutil.copytree if (out / made).is_dir() else shutil.copy)(out / made, inputs / made)
+        for made in out.iterdir():
+            if made.name.removesuffix(".manifest.json") in HANDED_ON:
+                (shutil.copytree if made.is_dir() else shutil.copy)(made, inputs / made.name)
         undisturbed[name] = Undisturbed(contents(out), seconds, int.from_bytes(operations[:], "big"))
     return inputs, undisturbed
 
@@ -218,7 +197,7 @@ def torn(out: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_killed_at_any_moment(runs, tmp_path, name, capsys):
     inputs, undisturbed = runs[0], runs[1][name]
     rng = random.Random(f"{name} {os.environ.get('KILL_SEED', 0)}")
@@ -255,7 +234,7 @@ def test_killed_at_any_moment(runs, tmp_path, name, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_asked_to_stop(runs, out, name, number, status):
     inputs, undisturbed = runs[0], runs[1][name]
     operation = random.Random(f"{name} {number}").randint(1, undisturbed.operations)
@@ -265,7 +244,7 @@ def test_asked_to_stop(runs, out, name, number, status):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
     inputs, undisturbed = runs[0], runs[1][name]
     size = random.Random(name).randrange(max(map(len, undisturbed.files.values())))
@@ -285,7 +264,7 @@ def without_privileges() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_disk_that_was_full_has_room_again(runs, out, name):
     """A real one, of a size at which the largest file does not fit, where this user may mount one."""
     inputs, undisturbed = runs[0], runs[1][name]
@@ -303,7 +282,7 @@ def test_a_disk_that_was_full_has_room_again(runs, out, name):
         subprocess.run(["umount", out], check=True)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
     inputs, undisturbed = runs[0], runs[1][name]
     made = {out / Path(path).parts[0] for path in undisturbed.files if len(Path(path).parts) > 1 and not path.startswith("store")}
@@ -320,23 +299,21 @@ def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_an_input_that_vanished_is_named_and_what_was_done_is_kept(runs, out, tmp_path, name):
     inputs, undisturbed = runs[0], runs[1][name]
     last = on_operation(undisturbed.operations, ended_by(signal.SIGKILL))
     ended, said = in_a_process(name, inputs, out, last)
     assert ended == -signal.SIGKILL, said
     kept = contents(out)
-    flags = STAGES[name].split()
-    [vanished] = [flags[number + 1] for number, flag in enumerate(flags) if flag in ("--input_file", "--input-json", "--query", "--input_files")] or ["{0}/passages.tsv"]
-    [path] = inputs.glob(Path(vanished.format("x", "x")).name)
+    [path] = inputs.glob(STAGES[name].reads)
     path.rename(tmp_path / "vanished")
     try:
         status, said = in_a_process(name, inputs, out)
     finally:
         (tmp_path / "vanished").rename(path)
     assert status == 2, said
-    assert Path(vanished).name in said.splitlines()[-1] and "Traceback" not in said
+    assert STAGES[name].reads in said.splitlines()[-1] and "Traceback" not in said
     assert contents(out) == kept
     assert_completes(name, inputs, out, undisturbed)
 
@@ -360,7 +337,7 @@ def test_an_engine_that_dies_costs_its_batch(runs, out, name):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_two_runs_at_once_do_not_mix(runs, out, name):
     """The first is stopped where it has the lock; the second is refused; the first goes on."""
     inputs, undisturbed = runs[0], runs[1][name]
