@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import at, make_tiny_llama, names
+from conftest import at, names
+from stubs import StubServer, chat_completion, make_tiny_llama
 
 from dynamicrag.llm.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.llm.templates import PromptTokenizer, in_threads
@@ -59,38 +58,18 @@ def test_a_broken_template_is_named_with_its_line(tmp_path):
 
 @pytest.fixture
 def server():
-    """Answers every prompt with its seed, once for each sample asked for, or one only where it is told to ignore n."""
-    received = []
+    """A server that answers every prompt with its seed, once per sample, or once if its `ignores_n` is set. It keeps the requests in `received`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        ignore_n = False
+    def answer(_, body):
+        server.received.append(body)
+        samples = 1 if server.ignores_n else body.get("n", 1)
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        return 200, chat_completion(*[f" {body['seed']} "] * samples, model=body["model"], usage=usage)
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            received.append(body)
-            n = 1 if Handler.ignore_n else body.get("n", 1)
-            choices = [
-                {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {body['seed']} "}}
-                for i in range(n)
-            ]
-            reply = {
-                "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices,
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-            }
-            data = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1", received, Handler
-    listening.shutdown()
+    server = StubServer(answer)
+    server.received, server.ignores_n = [], False
+    yield server
+    server.close()
 
 
 def ask(seed: int, **more) -> Request:
@@ -98,20 +77,18 @@ def ask(seed: int, **more) -> Request:
 
 
 def test_a_server_gets_every_setting_and_answers_come_back_in_order(server):
-    url, received, _ = server
-    completions = ApiEngine(url, "some-model").complete([ask(seed, n=2, pattern="None") for seed in range(20)])
+    completions = ApiEngine(server.url, "some-model").complete([ask(seed, n=2, pattern="None") for seed in range(20)])
     assert [completion.texts for completion in completions] == [[str(seed)] * 2 for seed in range(20)]
     assert completions[0].prompt_tokens == 7 and completions[0].generated_tokens == 3
-    assert {body["model"] for body in received} == {"some-model"}
-    assert received[0]["max_tokens"] == 5 and received[0]["structured_outputs"] == {"regex": "None"}
+    assert {body["model"] for body in server.received} == {"some-model"}
+    assert server.received[0]["max_tokens"] == 5 and server.received[0]["structured_outputs"] == {"regex": "None"}
 
 
 def test_a_server_that_ignores_n_is_asked_once_a_sample(server):
-    url, received, handler = server
-    handler.ignore_n = True
-    [completion] = ApiEngine(url, "some-model").complete([ask(1, n=4)])
+    server.ignores_n = True
+    [completion] = ApiEngine(server.url, "some-model").complete([ask(1, n=4)])
     assert completion.texts == ["1", "2", "3", "4"] and completion.prompt_tokens == 4 * 7
-    assert len(received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
+    assert len(server.received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):

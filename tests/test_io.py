@@ -5,12 +5,20 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
-from argparse import Namespace
 
 import pytest
 from conftest import at, naming, read_jsonl, write_jsonl
+from copying_stage import (
+    ROWS,
+    Killed,
+    arguments,
+    check_that_a_second_run_is_refused,
+    check_that_workers_take_turns,
+    put,
+    run_stage,
+    values,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +26,6 @@ from dynamicrag import stage
 from dynamicrag.files import jsonio
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.jsonio import read_json, write_json
-from dynamicrag.files.locks import in_turn
 from dynamicrag.rows import output
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
@@ -26,16 +33,6 @@ from dynamicrag.rows.records import count_rows, normalise_row, read_rows
 from dynamicrag.rows.row import RowError
 from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
-
-
-def values(path):
-    return [value for _, value in read_json(path)]
-
-
-def put(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
 
 # ---------------------------------------------------------------- jsonio
 
@@ -99,7 +96,6 @@ def test_elements_larger_than_a_read(tmp_path):
 
 def test_long_arrays_do_not_cost_more_a_row(tmp_path):
     """A megabyte of short elements takes well under a second: no element copies the rest of what was read."""
-    import time
 
     path = put(tmp_path / "a.json", json.dumps([{"id": number} for number in range(60_000)]))
     began = time.process_time()
@@ -395,37 +391,6 @@ def test_a_split_after_the_name_of_a_file_does_not_count(tmp_path, name, dataset
 # ---------------------------------------------------------------- stage
 
 
-ROWS = [{"id": str(number), "question": f"question {number}"} for number in range(10)]
-
-
-def arguments(**changes):
-    return Namespace(**{"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes})
-
-
-class Killed(Exception):
-    pass
-
-
-def run_stage(folder, suffix=".jsonl", stop_after=None, rows=ROWS, tear=b"", **changes):
-    """A stage that copies rows in chunks of 3; returns how many rows it computed."""
-    source, target = folder / "in.jsonl", folder / f"out{suffix}"
-    if not source.exists():
-        write_jsonl(source, rows)
-    output = Output(arguments(**changes), [str(target)], [str(source)])
-    computed = 0
-    if output.finished:
-        return 0
-    for number, chunk in enumerate(output.chunks(read_rows(source), 3)):
-        if number == stop_after:
-            output._file.write(tear)
-            output._file.close()
-            raise Killed
-        output.write([{**row, "length": len(row["question"])} for row in chunk])
-        computed += len(chunk)
-    output.finish()
-    return computed
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("tear", [b"", b'{"id": "9', b'{"id":"x"}\n{"id":"y"}\n', b'{"id":"x"}\n{"id":"y"}\n{"id'])
 def test_killed_anywhere_the_bytes_are_the_same(tmp_path, suffix, tear):
@@ -502,11 +467,7 @@ def test_a_foreign_file_is_not_replaced(tmp_path):
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
-    first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
-    next(first.chunks(iter(ROWS), 3))
-    with pytest.raises(UserError, match=at("out.jsonl.partial")):
-        run_stage(tmp_path)
+    check_that_a_second_run_is_refused(tmp_path)
 
 
 def test_missing_input_and_bad_folder(tmp_path):
@@ -617,22 +578,4 @@ def test_a_finished_output_that_lost_a_file_is_not_mixed_with_another_run(tmp_pa
 
 
 def test_workers_work_one_at_a_time_and_go_on_together(tmp_path):
-    log, lock, ready = [], threading.Lock(), threading.Barrier(4)
-
-    def worker(number: int) -> None:
-        ready.wait()
-        time.sleep(0.02 * number)  # all have started before the first is done
-        with in_turn(tmp_path / "work"):
-            for event in ("begins", "ends"):
-                with lock:
-                    log.append(event)
-                time.sleep(0.1)
-        with lock:
-            log.append("goes on")
-
-    threads = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert log == ["begins", "ends"] * 4 + ["goes on"] * 4
+    check_that_workers_take_turns(tmp_path)

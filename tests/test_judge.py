@@ -15,12 +15,13 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import orjson
 import pytest
 from conftest import at, names
+from stubs import StubServer, chat_completion
 
 from dynamicrag.llm import endpoint
 from dynamicrag.llm.prompts import Prompts
@@ -78,22 +79,16 @@ def test_anything_else_is_unreadable_and_never_a_number(reply):
 
 
 def completion(text, **other) -> bytes:
-    message = {"role": "assistant", "content": text}
-    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, **other}).encode()
+    return json.dumps(chat_completion(text, **other)).encode()
 
 
-class Server(ThreadingHTTPServer):
+class Server(StubServer):
     """Answers each prompt with the next of its scripted replies, and the last of them ever after.
 
     A prompt has the script of its answer to grade, else `script`. A reply is a status, or a misbehaviour, and what goes with it.
     """
 
-    daemon_threads = True
-    request_queue_size = 512
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.script: list = [(200, grades(10))]
         self.scripts: dict[str, list] = {}
         self.seen: dict[str, int] = Counter()
@@ -104,18 +99,11 @@ class Server(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.now = self.most = self.sent_200 = 0
         self.outlasted = False
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__(handler=Handler)
 
     @property
     def requests(self) -> int:
         return sum(self.seen.values())
-
-    def handle_error(self, request, client_address):
-        pass
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -191,11 +179,8 @@ def server(monkeypatch):
     monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1)
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 @pytest.fixture
@@ -413,8 +398,7 @@ def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status
 
 
 def truncated(text, **message) -> bytes:
-    choices = [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": text, **message}}]
-    return completion("", choices=choices)
+    return completion(text, finish="length", message=message)
 
 
 @pytest.mark.parametrize("reply", [

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import at, logged, naming, write_jsonl
-from test_io import (
+from copying_stage import (
     ROWS,
     Killed,
     arguments,
+    check_that_a_second_run_is_refused,
+    check_that_workers_take_turns,
     put,
     run_stage,
-    test_two_runs_do_not_write_one_output,
-    test_workers_work_one_at_a_time_and_go_on_together,
     values,
 )
 
@@ -32,9 +32,6 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
-
-two_runs, taking_turns = test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together
-del test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together  # they are test_io.py's
 
 # ---------------------------------------------------------------- fingerprints
 
@@ -303,12 +300,12 @@ def test_locks_work_as_nfs_has_them(tmp_path, monkeypatch, caplog):
         fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
     monkeypatch.setattr(fcntl, "flock", NfsLocks())
-    taking_turns(tmp_path)
+    check_that_workers_take_turns(tmp_path)
     with exclusive(tmp_path / "store"):
         pass
     assert run_stage(tmp_path) == 10
     (tmp_path / "two").mkdir()
-    two_runs(tmp_path / "two")
+    check_that_a_second_run_is_refused(tmp_path / "two")
     assert not logged(caplog)
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import at, logged, make_text, naming, read_jsonl, write_jsonl
+from conftest import at, logged, naming, read_jsonl, write_jsonl
+from searching import QUESTIONS, embed, retrieve
+from stubs import make_text
 
 import aggregate
 import generate_passage_embeddings
@@ -30,8 +32,6 @@ from dynamicrag.search.pickled import read_pickled
 from dynamicrag.search.shards import Shard, find_shards, open_shards
 from dynamicrag.stage import UserError
 
-QUESTIONS = [{"id": f"q{number}", "question": make_text(random.Random(number), 3, 9)} for number in range(11)]
-
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
@@ -42,21 +42,6 @@ def questions(tmp_path) -> Path:
 def shards(tmp_path, shards_dir) -> Path:
     """A copy of the shards that a test may damage."""
     return shutil.copytree(shards_dir, tmp_path / "shards")
-
-
-def embed(model, passages, folder, *flags):
-    generate_passage_embeddings.main([
-        "--model_name_or_path", str(model), "--passages", str(passages), "--output_dir", str(folder), "--dtype", "float32",
-        "--device", "cpu", *map(str, flags),
-    ])
-
-
-def retrieve(model, passages, embeddings, query, output, *flags):
-    retriever.main([
-        "--model_name_or_path", str(model), "--passages", str(passages), "--passages_embeddings", f"{embeddings}/*", "--query",
-        str(query), "--output_dir", str(output), "--dtype", "float32", "--device", "cpu", *map(str, flags),
-    ])
-    return read_jsonl(output)
 
 
 def plain_vector(folder, text, normalize=False):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import at, logged, make_text, names, naming, read_jsonl, write_jsonl
-from test_retrieval import QUESTIONS, retrieve
+from conftest import at, logged, names, naming, read_jsonl, write_jsonl
+from searching import QUESTIONS, retrieve
+from stubs import make_text
 
 import aggregate
 import retriever

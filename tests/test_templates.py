@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import CASES, SPECIAL, TRAIN_PYTHON, byte_level, save_tokenizer
 from conftest import at, logged, names, naming
 
 from dynamicrag.llm.prompts import Prompts, training_row
@@ -19,7 +20,6 @@ from dynamicrag.models.chat_templates import read_template
 from dynamicrag.stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN_PYTHON = ROOT / ".venv-train" / "bin" / "python"
 
 # In .venv-train. Arguments: cases.json (name -> [template, tokenizer folder, trained folder]), rows.json, dataset_info
 # folder, output. A trained folder gets the tokenizer as LLaMA-Factory would save it beside the weights.
@@ -58,76 +58,6 @@ for name, (template, folder, trained) in cases.items():
 json.dump(encoded, open(output, "w"))
 """
 
-TEXTS = [
-    "Question: Which river is the longest?\n\n[1] River\nThe Nile, {title}. [1]\n\nWrite their identifiers.",
-    "None of the documents [2], [1]. São Tomé costs 3 % more.", "You choose the documents that are needed.",
-]
-SPECIAL = {
-    "llama2": ("<s>", "</s>", []),
-    "llama3": (
-        "<|begin_of_text|>", "<|end_of_text|>",
-        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    ),
-    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]"]),
-    "mistral_v1": ("<s>", "</s>", []),
-    "smollm2": ("<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),
-    "smollm2_real": ("<|im_start|>", "<|im_end|>", []),
-}
-
-
-def byte_level(special: list[str]):
-    """Llama 3's and SmolLM2's kind; it puts a beginning-of-text token in front of whatever it is not told not to."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        TEXTS * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )
-    raw.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
-    return raw
-
-
-def sentencepiece_like(special: list[str], prepend_always: bool):
-    """Llama 2's kind (a space in front of every piece between special tokens) and Mistral v0.3's (of the text only)."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, "<unk>", *bytes_], show_progress=False)
-    raw.train_from_iterator(TEXTS * 3, trainer)
-    fresh = json.loads(raw.to_str())
-    fresh["added_tokens"] = [token for token in fresh["added_tokens"] if token["content"] not in bytes_]
-    raw = Tokenizer.from_str(json.dumps(fresh))
-    if prepend_always:
-        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        raw.pre_tokenizer = None
-    else:
-        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    raw.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
-    return raw
-
-
-def save_tokenizer(name: str, folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    bos, eos, others = SPECIAL[name]
-    special = [bos, eos, *others]
-    if name in ("llama3", "smollm2"):
-        raw = byte_level(special)
-    else:
-        raw = sentencepiece_like(special, prepend_always=name != "mistral")
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos).save_pretrained(folder)
-
-
-CASES = {
-    "llama2": "llama2", "llama3": "llama3", "mistral": "mistral", "mistral_v1": "mistral", "smollm2": "smollm2",
-    "smollm2_real": "smollm2",
-}
 DOCS = [
     {"id": "1", "title": "Nile", "text": "A river of {{content}} km, {braces} and <image>."},
     {"id": "2", "title": "", "text": " São Tomé 河\n\ttabs  and  spaces \n"},

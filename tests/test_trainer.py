@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import at, logged, make_text, naming, write_jsonl
-from test_templates import CASES, TRAIN_PYTHON, save_tokenizer
+from chat_tokenizers import CASES, TRAIN_PYTHON, save_tokenizer
+from conftest import at, logged, naming, write_jsonl
+from stubs import make_text
 
 import construct_dpo
 import construct_generator_sft
