@@ -55,7 +55,7 @@ def run(*files: str, **flags) -> dict:
     return json.loads(Path(flags.get("output_file", f"{files[0]}.metrics.json")).read_text())["results"]
 
 
-# ---------------------------------------------------------------- the denominator (behaviour 26)
+# ---------------------------------------------------------------- the denominator
 
 
 RIGHT, WRONG = [make_row(n) for n in range(1, 7)], [make_row(n, "bad") for n in range(7, 9)]
@@ -300,13 +300,13 @@ def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
 
 
 @pytest.mark.parametrize("response", [None, 5, ["gold", "gold"], [], [5], {"text": "gold"}])
-def test_a_response_that_is_not_a_string_is_no_answer(response):  # behaviour 24
+def test_a_response_that_is_not_a_string_is_no_answer(response):
     write("r.json", [{**make_row(1), "response": response}, make_row(2)])
     found = run("r.json")["r"]
     assert (found["n"], found["score"], found["unanswered"]) == (2, 50.0, 1)
 
 
-# ---------------------------------------------------------------- metrics (behaviour 27)
+# ---------------------------------------------------------------- metrics
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_all_questions_are_asked_in_two_batches():
         ("[6], [7]", None), ("prose", None), ("", None), ("[None]", []), ("[9], None", None),
     ],
 )
-def test_what_the_model_writes_becomes_a_selection_or_an_error(written, ids):  # behaviours 15, 24
+def test_what_the_model_writes_becomes_a_selection_or_an_error(written, ids):
     rows, _ = answered([question(1), question(2)], reply=lambda request, kind, titles: (
         "an answer" if kind == "answer" else "[1]" if "is 2?" in request.messages[1]["content"] else written
     ))
@@ -238,7 +238,7 @@ def read(path: str) -> list[dict]:
     ("module", "flags", "out"),
     [(inference, [], "dynamic"), (top_inference, ["--max-context-window", "2", "--topn", "4"], "{selector}")],
 )
-def test_rows_without_an_answer_go_to_the_remain_file_and_all_others_to_the_output(here, module, flags, out):  # behaviour 26
+def test_rows_without_an_answer_go_to_the_remain_file_and_all_others_to_the_output(here, module, flags, out):
     run(module, *flags)
     rows, remain = read(f"out/{out}.json"), read(f"out/{out}_remain.json")
     assert [row["id"] for row in rows] == ["q1", "q3"]
@@ -392,12 +392,12 @@ def always_last(windows):
     return [Selection([len(docs)], True) for _, docs in windows]
 
 
-def test_positions_within_a_window_become_documents_before_windows_are_merged():  # behaviour 22
+def test_positions_within_a_window_become_documents_before_windows_are_merged():
     kept = top_inference.reduce_to_window([documents(500)], 40, always_last)
     assert [doc["id"] for doc in kept[0]] == [f"d{n}" for n in (*range(40, 481, 40), 500)]
 
 
-def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour 22
+def test_top_500_with_a_model_that_takes_the_last_of_each_window():
     def reply(request, kind, titles):
         if kind == "answer":
             return "a"
@@ -450,7 +450,7 @@ WRITTEN = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 1000), window=st.integers(1, 1100), written=st.lists(WRITTEN, min_size=1, max_size=8), seed=st.integers(0, 99),
        order=st.sampled_from(["final", "retrieval"]))
-def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):  # behaviour 23
+def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):
     """Repeated ids among the documents, and any text as a selection: nothing from outside, nothing twice, and an end."""
     rng = random.Random(seed)
     docs = [{**doc, "id": f"d{rng.randrange(count)}"} for doc in documents(count)]
@@ -500,7 +500,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
     assert rows[1]["response"] == "a"
 
 
-def test_documents_are_identified_by_id_not_by_position_or_text():  # behaviour 23
+def test_documents_are_identified_by_id_not_by_position_or_text():
     docs = [{**doc, "text": "same", "title": f"d{n}", "id": f"d{n % 5}"} for n, doc in enumerate(documents(12))]
     kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
@@ -521,7 +521,7 @@ def test_top_inference_shows_no_more_than_topn():
     counts=st.lists(st.integers(0, 1000), min_size=1, max_size=3), window=st.integers(1, 120), seed=st.integers(0, 10**6),
     greed=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]), repeats=st.booleans(),
 )
-def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, window, seed, greed, repeats):  # behaviour 23
+def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, window, seed, greed, repeats):
     rng = random.Random(seed)
     questions = [
         [{"id": f"{q}/{rng.randrange(count) if repeats else n}"} for n in range(count)] for q, count in enumerate(counts)

@@ -545,7 +545,7 @@ def test_help_needs_no_heavy_import(script, request):
 
 
 def test_no_output_is_an_input_or_another_output_or_another_runs(tmp_path):
-    """--overwrite would destroy what it needs (behaviour 2)."""
+    """--overwrite would destroy what it needs."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
     with pytest.raises(UserError, match=at("in.jsonl")):
         Output(arguments(overwrite=True), [str(source)], [str(source)])

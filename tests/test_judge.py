@@ -48,7 +48,7 @@ def grades(points: float = 20, **other) -> str:
     return json.dumps({**dict.fromkeys(CRITERIA, points), **other})
 
 
-# ---------------------------------------------------------------- reading a grade (behaviour 16)
+# ---------------------------------------------------------------- reading a grade
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_first_reply_of_something_else_means_another_address_and_is_said_at_on
 
 
 @pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut",), HANG, (200, {"error": {"message": "overloaded"}})], ids=str)
-def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):  # behaviour 18
+def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):
     server.script = [trouble]
     with pytest.raises(UserError, match=at("row row-a", "m", 3)):
         make().grade(prompts("a"))

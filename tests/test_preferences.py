@@ -60,7 +60,7 @@ def training_rows(make, row, *flags):
         ([WRONG, RIGHT, WORSE], 0.0, ("[1]", "[4]")),
         ([RIGHT], 0.0, None), ([], 0.0, None), ([RIGHT, RIGHT], 0.0, None),
         ([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 0.0, None),  # equal rewards
-        ([([1], "a", 0.5, 0.0), ([1, 2], "a", 0.4, 0.0)], 0.0, ("[1]", "[1], [2]")),  # behaviour 17: equal answers
+        ([([1], "a", 0.5, 0.0), ([1, 2], "a", 0.4, 0.0)], 0.0, ("[1]", "[1], [2]")),  # equal answers
         ([([], "a", 0.5, 0.0), ([1], "a", 0.4, 0.0)], 0.0, ("None", "[1]")),
         ([([1], "a", 0.75, 0.0), ([2], "b", 0.5, 0.0)], 0.25, None),  # not further apart than the margin
         ([([1], "a", 0.75, 0.0), ([2], "b", 0.25, 0.0)], 0.25, ("[1]", "[2]")),
@@ -86,7 +86,7 @@ def test_a_reranker_pair_asks_about_the_documents_that_were_shown():
     ("trajectories", "gold", "best"),
     [
         ([RIGHT, WRONG, WORSE], ("gold 1", "worse"), ("gold 1", "worse")),
-        ([RIGHT], None, None), ([], None, None),  # behaviour 19: right answers are never rejected
+        ([RIGHT], None, None), ([], None, None),  # right answers are never rejected
         ([([1], "GOLD 1", 0.9, 1.0), ([2], "gold 1", 0.1, 1.0), WRONG], ("gold 1", "bad"), ("GOLD 1", "bad")),
         ([RIGHT, ([2], "", 0.0, 0.0)], None, None), ([RIGHT, ([2], " \n", 0.0, 0.0), WRONG], ("gold 1", "bad"), ("gold 1", "bad")),
         ([WRONG, WORSE], ("gold 1", "worse"), ("bad", "worse")),
@@ -97,7 +97,7 @@ def test_a_reranker_pair_asks_about_the_documents_that_were_shown():
         ([RIGHT, ([1], "gold 1 ", 0.1, 0.5)], None, None),
     ],
 )
-def test_a_generator_pair_rejects_the_lowest_scoring_wrong_response(trajectories, gold, best):  # behaviours 16, 19
+def test_a_generator_pair_rejects_the_lowest_scoring_wrong_response(trajectories, gold, best):
     row = make_row(trajectories)
     assert generator(row) == gold
     assert generator(row, "best") == best
@@ -126,7 +126,7 @@ trajectory = st.tuples(
     trajectories=st.lists(trajectory, max_size=8), margin=st.sampled_from([0.0, 0.2]), most=st.sampled_from([None, 1, 3]),
     which=st.sampled_from(["best-worst", "all", "top-bottom:1", "top-bottom:2", "top-bottom:9"]),
 )
-def test_every_pair_prefers_the_better_selection(trajectories, margin, which, most):  # behaviours 17, 19
+def test_every_pair_prefers_the_better_selection(trajectories, margin, which, most):
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     scores, pairs = row["response_scores"], reranker_pairs(row, which, margin, most)
     for pair in pairs:
@@ -145,7 +145,7 @@ def test_every_pair_prefers_the_better_selection(trajectories, margin, which, mo
 
 
 @given(trajectories=st.lists(trajectory, max_size=8), chosen_from=st.sampled_from(["gold", "best"]), first=st.booleans())
-def test_every_answer_rejected_is_wrong_and_of_this_question(trajectories, chosen_from, first):  # behaviours 17, 19
+def test_every_answer_rejected_is_wrong_and_of_this_question(trajectories, chosen_from, first):
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     scores = row["response_scores"]
     pair = generator_pair(row, chosen_from, first)
@@ -209,11 +209,11 @@ def make(rows: list[dict], *flags: str) -> tuple[list[dict], list[dict]]:
     )
 
 
-def test_one_question_is_enough_for_both_sets():  # behaviour 20
+def test_one_question_is_enough_for_both_sets():
     assert tuple(map(len, make([make_row([RIGHT, WORSE])]))) == (1, 1)
 
 
-def test_nothing_leaks_from_one_question_into_the_next():  # behaviour 19
+def test_nothing_leaks_from_one_question_into_the_next():
     rows = [
         make_row([([1], f"gold {n}", 0.9, 1.0), ([2], f"bad {n}", 0.1, 0.0)] if n % 3 else [([1], f"gold {n}", 0.9, 1.0)], n)
         for n in range(1, 13)
@@ -226,7 +226,7 @@ def test_nothing_leaks_from_one_question_into_the_next():  # behaviour 19
     assert {pair["system"] for pair in generator_pairs} != {pair["system"] for pair in reranker_pairs}
 
 
-def test_questions_without_trajectories_cost_nothing_else():  # behaviour 15
+def test_questions_without_trajectories_cost_nothing_else():
     assert tuple(map(len, make([make_row([], 2), make_row([RIGHT, WORSE])]))) == (1, 1)
 
 
@@ -239,7 +239,7 @@ def test_questions_without_trajectories_cost_nothing_else():  # behaviour 15
         ([make_row([([1], "x", 0.1, 0.0), ([1], "x", 0.1, 0.0)])], naming("reranker", 1)),
     ],
 )
-def test_a_missing_set_is_an_error_and_not_an_empty_file(rows, says):  # behaviour 20
+def test_a_missing_set_is_an_error_and_not_an_empty_file(rows, says):
     with pytest.raises(UserError, match=says):
         make(rows)
     assert not list(Path("training_data").glob("*_dpo.json"))

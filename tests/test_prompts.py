@@ -1,4 +1,4 @@
-"""dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
+"""dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones."""
 
 import re
 from argparse import Namespace

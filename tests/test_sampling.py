@@ -39,7 +39,7 @@ def sampled(rows, texts, *flags: str):
 EIGHT = ["[1], [2]", "prose", "[2], [1]", "[1], [2]", "None", "[9]", "[2], [1], [2]", "[3]"]
 
 
-def test_a_bad_trajectory_costs_that_trajectory_alone():  # behaviour 15
+def test_a_bad_trajectory_costs_that_trajectory_alone():
     [row], _ = sampled([question()], EIGHT)
     assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]]
     assert row["responses"] == ["from d1 d2", "from d2 d1", "from d1 d2", "from ", "from d2 d1", "from d3"]

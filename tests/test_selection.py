@@ -31,7 +31,7 @@ def test_reading_is_the_inverse_of_writing(case):
 @given(text=prose, n=st.integers(0, 50))
 @example(text="[" + "9" * 10_000 + "]", n=50)
 @example(text="[" + "0" * 10_000 + "1]", n=50)
-def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n):  # behaviour 15
+def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n):
     selection = parse_ids(text, n)
     assert all(1 <= position <= n for position in selection.ids)
     assert len(set(selection.ids)) == len(selection.ids)
@@ -73,7 +73,7 @@ def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n): 
         ("[-1]", 40, Selection([], False)), ("[1.5]", 40, Selection([], False)), ("[\u00b2]", 40, Selection([], False)), ("[\u0663]", 40, Selection([], False)),
     ],
 )
-def test_none_is_not_the_same_as_invalid(text, n, expected):  # behaviour 15
+def test_none_is_not_the_same_as_invalid(text, n, expected):
     assert parse_ids(text, n) == expected
 
 

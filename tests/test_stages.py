@@ -162,7 +162,7 @@ def here(tmp_path, monkeypatch):
     (name, problem) for name in ALONE for problem in BROKEN
     if (name, problem) != ("evaluate", "an id used twice")  # it counts the first: test_evaluate.py
 ])
-def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, problem, here):  # behaviour 31
+def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, problem, here):
     content, says = BROKEN[problem]
     Path("in.jsonl").write_text(content)
     message = refused(name, "in.jsonl")
@@ -179,7 +179,7 @@ def test_a_missing_input_is_named(name, here):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):  # behaviour 31
+def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):
     Path("in.jsonl").write_text(f"{GOOD}\n{{broken\n")
     done = run(name, STAGES[name].input, "in.jsonl", *([STAGES[name].model, "missing/model"] if STAGES[name].model else []), cwd=here)
     assert done.returncode == 2
@@ -190,7 +190,7 @@ def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):  # 
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here):  # behaviour 5
+def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here):
     Path("file").write_text("in the way")
     Path("in.jsonl").write_text("{broken")
     for flag in STAGES[name].outputs:
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here)
 
 
 @pytest.mark.parametrize("name", ["construct_dpo", "construct_generator_sft", "process_training_data", "reranker_sequence", "split_for_sft_dpo"])
-def test_bad_rows_may_be_set_aside_and_a_finished_run_is_not_repeated(name, here, caplog):  # behaviours 2, 31
+def test_bad_rows_may_be_set_aside_and_a_finished_run_is_not_repeated(name, here, caplog):
     rows = [json.dumps(row(n)) for n in range(4)]
     Path("in.jsonl").write_text("\n".join([*rows[:2], '{"id": "bad"}', *rows[2:]]))
     flags = ["--input_file", "in.jsonl", "--on-error", "skip"]

@@ -142,7 +142,7 @@ def answer_ids(prompts: PromptTokenizer, messages: list[dict], answer: str) -> l
     return prompts.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
 
 
-def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):  # behaviour 21
+def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):
     prompts, encoded = case
     sft, dpo = encoded["sft"], encoded["dpo"]
     for number, (messages, (good, bad)) in enumerate(zip(conversations(), ANSWERS, strict=True)):
@@ -193,7 +193,7 @@ def test_training_uses_no_token_the_base_model_does_not_have(case):
     assert max(map(max, encoded["sft"]["input_ids"] + encoded["dpo"]["rejected_input_ids"])) < encoded["size"]
 
 
-def test_a_prompt_has_exactly_one_beginning_of_text(case, request):  # behaviour 21
+def test_a_prompt_has_exactly_one_beginning_of_text(case, request):
     prompts, _ = case
     name = request.node.callspec.params["case"]
     bos = prompts.tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
