@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that the chat templates are for, and the Python that has LLaMA-Factory."""
+"""Tokenizers for each chat template, and the Python environment of LLaMA-Factory."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SPECIAL = {
 
 
 def byte_level(special: list[str]):
-    """Llama 3's and SmolLM2's kind; it puts a beginning-of-text token in front of whatever it is not told not to."""
+    """The kind of Llama 3 and SmolLM2. It puts a beginning-of-text token before every text unless it is told not to."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     raw = Tokenizer(models.BPE())
@@ -39,7 +39,7 @@ def byte_level(special: list[str]):
 
 
 def sentencepiece_like(special: list[str], prepend_always: bool):
-    """Llama 2's kind (a space in front of every piece between special tokens) and Mistral v0.3's (of the text only)."""
+    """The kind of Llama 2, which puts a space before every piece between special tokens, and of Mistral v0.3, which puts one before the text only."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and what they compare messages with."""
+"""Fixtures of all tests, and patterns with which they check messages."""
 
 import csv
 import json

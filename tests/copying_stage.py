@@ -67,7 +67,7 @@ def check_that_workers_take_turns(folder: Path) -> None:
 
     def worker(number: int) -> None:
         ready.wait()
-        time.sleep(0.02 * number)  # all have started before the first is done
+        time.sleep(0.02 * number)  # all workers have started before the first one ends
         with in_turn(folder / "work"):
             for event in ("begins", "ends"):
                 with lock:

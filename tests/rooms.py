@@ -1,14 +1,14 @@
-"""The rooms of the package, and which of them a module imports."""
+"""The rooms of the package, and the rooms that a module imports."""
 
 import ast
 from pathlib import Path
 
-# From the ground up. A room may import the rooms before it, and dynamicrag.stage.
+# A room may import the rooms before it, and dynamicrag.stage.
 ROOMS = ["files", "rows", "models", "search", "llm", "evaluation", "reward", "report"]
 
 
 def rooms_of_imports(path: Path) -> set[str]:
-    """The rooms that a module imports, wherever in it the import stands."""
+    """The rooms that a module imports, at its top or within a function."""
     imported = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):

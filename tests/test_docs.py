@@ -47,7 +47,7 @@ def test_every_stage_has_its_place_in_the_table():
 
 @pytest.mark.parametrize("line", STAGE_TABLE, ids=lambda line: line[0])
 def test_paths_and_keys_are_those_of_the_stages(line):
-    """A path stands in the docstring of one of the scripts, or is what a recipe of the line writes; a key stands in docs/data.md."""
+    """A path occurs in the docstring of one of the scripts or in a recipe of the line. A key occurs in docs/data.md."""
     _, command, reads, writes = line
     sources = "".join(page(name) if name.endswith(".py") else page(name.split()[-1]) for name in code(command))
     keys = {key for cell, *_ in table(page("docs/data.md"), "key |") for key in code(cell)}
@@ -64,7 +64,7 @@ def test_every_key_of_a_row_is_described():
     assert set(Doc.__annotations__) <= described | {"id", "title", "text", "score"}
 
 
-# Cells that name keys alone, without a choice among them.
+# Cells that only name keys, without a choice between them.
 NEEDED = [
     (code(stage)[0].removesuffix(".py"), key)
     for stage, keys in table(page("docs/data.md"), "stage | keys that a row needs") if not re.search(r" or |;", keys) for key in code(keys)

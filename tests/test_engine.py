@@ -1,4 +1,4 @@
-"""The engine's edges: which checkpoint a name means, templates, and OpenAI-compatible servers. vLLM's start by stand-ins; vLLM itself: test_chain.py."""
+"""The edges of the engine: the checkpoint of a name, templates, OpenAI-compatible servers, and the start of vLLM with stand-ins. test_chain.py runs vLLM itself."""
 
 import json
 import os
@@ -99,8 +99,8 @@ def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
 
 # ---------------------------------------------------------------- vLLM and its child process
 
-# Stand-ins for torch and vLLM that keep their rules: a process that asked for a GPU, but not through NVML, passes a broken CUDA on to
-# its forked children; importing vLLM makes the question harmless; the engine is a child process, forked unless told otherwise.
+# Stand-ins for torch and vLLM with the same rules. If a process has asked for a GPU, but not through NVML, CUDA is broken in its
+# forked children. After an import of vLLM the question does no harm. The engine is a child process, and is forked by default.
 STAND_INS = {
     "torch/__init__.py": "from torch import cuda\n",
     "torch/cuda.py": (
@@ -146,7 +146,7 @@ def start_engine(folder: Path, *words: str, **environment: str) -> subprocess.Co
 
 @pytest.mark.parametrize("words", [(), ("cuda",)])
 def test_on_a_gpu_the_engine_starts_as_a_child_process(tmp_path, words):
-    """Even in a process that has asked torch for a GPU before."""
+    """This holds even if the process has already asked torch for a GPU."""
     started = start_engine(tmp_path, *words)
     assert started.returncode == 0, started.stderr
     assert started.stdout.strip() == "False"
@@ -167,7 +167,7 @@ def test_a_gpu_build_of_vllm_without_a_gpu_is_refused_in_one_line(tmp_path, monk
 
 
 class CountingTokenizer:
-    """A word is a token. Counts what it has encoded."""
+    """A tokenizer whose tokens are words. It keeps the texts that it has encoded."""
 
     def __init__(self):
         self.encoded = []
@@ -235,7 +235,7 @@ def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch):
 
 
 class Output:
-    """One request's, as vLLM has it."""
+    """vLLM's output of one request."""
 
     def __init__(self, *samples: tuple[str, str]):
         self.prompt_token_ids = [1, 2, 3]
@@ -243,7 +243,7 @@ class Output:
 
 
 class Words:
-    """Stands for a PromptTokenizer: a word is a token."""
+    """A PromptTokenizer whose tokens are words."""
 
     def __init__(self, opens_reasoning: bool = False):
         self.opens_reasoning = opens_reasoning
@@ -254,7 +254,7 @@ class Words:
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """An engine whose vLLM gives `outputs`; what it was asked is in `engine.sent`."""
+    """An engine whose vLLM returns `outputs`. Its requests are in `engine.sent`."""
     vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     vllm.SamplingParams, sampling_params.StructuredOutputsParams = Namespace, Namespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
@@ -304,7 +304,7 @@ def test_tags_that_are_special_tokens_are_seen(in_process):
 
 @pytest.mark.parametrize(("value", "bar"), [("1", False), (None, True)])
 def test_vllms_bar_is_off_if_bars_are(value, bar):
-    """In a process of its own: tqdm reads the environment when it is imported."""
+    """The test needs a new process, since tqdm reads the environment when it is imported."""
     script = f"from dynamicrag.llm.vllm_environment import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
@@ -312,7 +312,7 @@ def test_vllms_bar_is_off_if_bars_are(value, bar):
 
 @pytest.mark.slow
 def test_the_engine_continues_a_prefix_and_ends_at_a_stop_string(tmp_path):
-    """A special token never is in vLLM's text, so that its id ends the output; an open block of reasoning in the prefix counts."""
+    """vLLM's text never has a special token, so the id of the token ends the output. A block of reasoning that the prefix opens counts as reasoning."""
     from transformers import AutoTokenizer
     from vllm.outputs import CompletionOutput
 

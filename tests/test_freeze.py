@@ -13,7 +13,7 @@ REPO = Path(__file__).parents[1]
 
 
 def test_every_stage_writes_what_is_recorded():
-    """After a change that is meant to change an output: python tests/freeze.py --record tests/frozen.json."""
+    """If a change is meant to change an output: python tests/freeze.py --record tests/frozen.json."""
     command = [sys.executable, "tests/freeze.py", "--compare", "tests/frozen.json"]
     done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"

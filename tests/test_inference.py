@@ -1,4 +1,4 @@
-"""Choosing and answering with a stub in place of the LLM: inference.py, top_inference.py, sampling_dpo_trajectories.py."""
+"""Selections and answers with a stub in place of the LLM: inference.py, top_inference.py, sampling_dpo_trajectories.py."""
 
 import json
 import random
@@ -114,7 +114,7 @@ def test_identifiers_are_constrained_to_the_documents_shown(constrain, constrain
 
 
 def test_a_row_of_an_earlier_run_carries_nothing_of_it_over():
-    """The remain file is a usable input, and so is a result file: what they say of the last run is gone."""
+    """The remain file and a result file are usable inputs. Keys of the last run are removed from their rows."""
     old = {"error": "old", "response": "old", "id_list": [5], "final_docs": ["d5"]}
     rows, _ = answered([question(1, **old), question(2, **old)], reply=lambda request, kind, titles: (
         "new" if kind == "answer" else "[1]" if "is 1?" in request.messages[1]["content"] else "prose"
@@ -384,7 +384,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
 
 
 def picks(*positions: int):
-    """A chooser of the same positions in every window, those it has."""
+    """A selector of the same positions in every window, if the window has them."""
     return lambda windows: [Selection([p for p in positions if p <= len(docs)], True) for _, docs in windows]
 
 
@@ -451,7 +451,7 @@ WRITTEN = st.one_of(
 @given(count=st.integers(1, 1000), window=st.integers(1, 1100), written=st.lists(WRITTEN, min_size=1, max_size=8), seed=st.integers(0, 99),
        order=st.sampled_from(["final", "retrieval"]))
 def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):
-    """Repeated ids among the documents, and any text as a selection: nothing from outside, nothing twice, and an end."""
+    """Documents have repeated ids, and a selection may be any text. No foreign document is selected, none twice, and the loop ends."""
     rng = random.Random(seed)
     docs = [{**doc, "id": f"d{rng.randrange(count)}"} for doc in documents(count)]
     read_from = []

@@ -1,4 +1,4 @@
-"""Files: what is read, what is refused, and that an interruption loses nothing."""
+"""Files: which ones are read, which ones are refused, and that an interruption loses nothing."""
 
 import json
 import os
@@ -79,7 +79,7 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(JSON, min_size=1, max_size=8), indent=st.sampled_from([None, 1]), size=st.integers(1, 40))
 def test_arrays_cut_anywhere_read_the_same(tmp_path_factory, rows, indent, size):
-    """Elements straddle the reads of the file in every possible way."""
+    """Each read of the file ends at another place of an element."""
     path = put(tmp_path_factory.mktemp("cut") / "a.json", json.dumps(rows, indent=indent, ensure_ascii=False))
     original, jsonio.READ_BYTES = jsonio.READ_BYTES, size
     try:
@@ -95,7 +95,7 @@ def test_elements_larger_than_a_read(tmp_path):
 
 
 def test_long_arrays_do_not_cost_more_a_row(tmp_path):
-    """A megabyte of short elements takes well under a second: no element copies the rest of what was read."""
+    """A megabyte of short elements takes less than a second, since no element copies the rest of the text."""
 
     path = put(tmp_path / "a.json", json.dumps([{"id": number} for number in range(60_000)]))
     began = time.process_time()
@@ -237,7 +237,7 @@ def test_answers_are_read_in_the_forms_of_the_fields_files(given, answers):
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"answers": "['Jane Roe' 'J. Roe']"}, "answers"),  # as numpy writes a list; Python reads one string of it
+        ({"answers": "['Jane Roe' 'J. Roe']"}, "answers"),  # numpy writes a list in this way; Python reads it as one string
         ({"answers": "[politician, leader]"}, "answers"), ({"answer": "[1945]"}, "answer"), ({"possible_answers": "['a', nan]"}, "possible_answers"), ({"answer": "['a'"[:-1] + "]"}, "answer"),
         ({"answer": {"aliases": ["x"]}}, "answer"), ({"answer": {"value": "x", "aliases": [1]}}, "answer"), ({"answer": '{"aliases": ["x"]}'}, "answer"), ({"answer": 5}, "answer"),
         ({"answers": [["a"], ["b"]]}, "answers"), ({"answers": [["a"]]}, "answers"), ({"answer": "x", "answer_aliases": [1]}, "answer_aliases"),
@@ -422,7 +422,7 @@ def test_killed_before_the_manifest(tmp_path, suffix, monkeypatch):
 
 
 def test_killed_between_whole_files(tmp_path):
-    """A stage that publishes several files and dies after the first starts again without --overwrite."""
+    """If a stage with several files dies after the first file, the same command starts again without --overwrite."""
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
     names = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     Output(arguments(), names, [str(source)]).publish(names[0], ROWS[:5])
@@ -519,7 +519,7 @@ def test_errors_are_one_line_and_a_status(body, status, said):
 
 
 def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
-    """As a terminal shows it: after a carriage return, what is written covers what stood there, character by character."""
+    """The text is compared as a terminal shows it: after a carriage return, new characters replace old ones."""
     body = ("from tqdm import tqdm; import sys\n    bar = tqdm(total=9, desc='working', mininterval=0, file=sys.stderr)\n"
             "    for n in range(3):\n        bar.update()\n        stage.log.warning('noted %d', n)\n    raise stage.UserError('broken')")
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
@@ -537,7 +537,7 @@ def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
 
 @pytest.mark.parametrize("script", ["split_data", "generate_passage_embeddings", "retriever", "aggregate", "reranker"])
 def test_help_needs_no_heavy_import(script, request):
-    """--help is quick because nothing heavy is imported; counted instead of timed, machines differ."""
+    """--help is fast because it imports nothing heavy. The imports are counted instead of timed, since machines differ."""
     code = (f"import sys, {script}\ntry: {script}.parse_args(['--help'])\nexcept SystemExit: pass\n"
             "sys.stderr.write(' '.join({'torch', 'transformers', 'faiss', 'datasets', 'numpy'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath)
@@ -545,7 +545,7 @@ def test_help_needs_no_heavy_import(script, request):
 
 
 def test_no_output_is_an_input_or_another_output_or_another_runs(tmp_path):
-    """--overwrite would destroy what it needs."""
+    """--overwrite would destroy the input."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
     with pytest.raises(UserError, match=at("in.jsonl")):
         Output(arguments(overwrite=True), [str(source)], [str(source)])

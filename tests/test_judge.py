@@ -83,9 +83,9 @@ def completion(text, **other) -> bytes:
 
 
 class Server(StubServer):
-    """Answers each prompt with the next of its scripted replies, and the last of them ever after.
+    """Answers each prompt with the next reply of its script, and then always with the last one.
 
-    A prompt has the script of its answer to grade, else `script`. A reply is a status, or a misbehaviour, and what goes with it.
+    `scripts` has the script of an answer to grade; `script` is for all other answers. A reply is a status or a fault, and its details.
     """
 
     def __init__(self):
@@ -141,14 +141,14 @@ class Handler(BaseHTTPRequestHandler):
         if status == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        if status in ("half", "trickle"):  # half: `content` and no more, though more was promised
+        if status in ("half", "trickle"):  # half: `content` and nothing more, although more was promised
             self.head(200, 100_000)
             self.wfile.write(content)
             self.wfile.flush()
             if status == "half":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            for _ in range(100):  # no pause is as long as the timeout, the whole is far longer
+            for _ in range(100):  # each pause is shorter than the timeout, all together are far longer
                 time.sleep(0.1)
                 self.wfile.write(b" ")
                 self.wfile.flush()
@@ -194,7 +194,7 @@ def make(server, cache):
 
 
 def prompts(*responses: str) -> list:
-    """Each answer as the row of its name."""
+    """A row per answer, with the answer as its name."""
     return [(f"row-{response}", Prompts().judge("what?", ["gold"], response)) for response in responses]
 
 
@@ -289,7 +289,7 @@ TROUBLES = [
     ("slow", 2.5),
     ("cut",),
     ("half", b'{"id": "1", "choices": [{"index": 0, "mess'),
-    ("half", completion(grades(3))),  # all of a reply but for what was promised to follow
+    ("half", completion(grades(3))),  # a whole reply, although more was promised
     ("trickle", completion(grades(3))),
     (200, "I would give this answer 80 out of 100."),
     (200, grades(3)[:-4]),
@@ -301,12 +301,12 @@ TROUBLES = [
 
 
 def storm(response: str) -> tuple[list, float]:
-    """What befalls an answer before it is graded, and its grade: both depend on its text alone."""
+    """The replies to an answer before it is graded, and its grade. Both depend only on its text."""
     rng = random.Random(response)
     points = [rng.randint(0, POINTS) for _ in CRITERIA]
     troubles = rng.choices(TROUBLES, k=rng.randint(0, 5))
     replies = [trouble for trouble in troubles if trouble[0] == 200 and isinstance(trouble[1], str)]
-    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end it
+    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end the run
         troubles.remove(trouble)
     return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
 
@@ -476,7 +476,7 @@ def test_the_same_model_at_another_address_is_the_same_judge_and_another_row_the
 
 
 def test_grades_kept_by_an_earlier_version_are_not_paid_for_again(server, make, cache):
-    """Their keys held the address of the judge."""
+    """The keys of the earlier version had the address of the judge."""
     [(_, messages)] = prompts("a")
     key = hashlib.sha256(orjson.dumps([server.url, "m", messages, REPLY_FORMATS["json_schema"], CRITERIA, POINTS])).hexdigest()
     GradeCache(cache).put(key, 0.25)
@@ -507,7 +507,7 @@ def together(*functions) -> list:
 
 
 def test_judges_that_share_a_cache_agree_and_ask_little_twice(server, make):
-    """A server of moods: where two judges ask for one grade at once, the one that came first counts for both."""
+    """The server's grades change. If two judges ask for one grade at once, the first grade counts for both."""
     responses = [f"answer {number}" for number in range(60)]
     rng = random.Random(3)
     server.scripts = {response: [("late", (0.02, (200, grades(rng.randint(0, 20))))) for _ in range(4)] for response in responses}

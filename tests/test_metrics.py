@@ -1,4 +1,4 @@
-"""dynamicrag/evaluation/metrics.py and the task table: each metric against cases worked out by hand (test_metrics_reference.py: against references)."""
+"""dynamicrag/evaluation/metrics.py and the task table, against cases worked out by hand. test_metrics_reference.py compares with public references."""
 
 import random
 
@@ -52,7 +52,7 @@ def test_a_score_lies_between_0_and_1_whatever_the_text(metric, response, answer
 
 def test_a_gold_answer_of_punctuation_is_not_in_every_response():
     assert metrics.match("anything", ["..."]) == 0
-    assert metrics.match("anything", ["a"]) == 1  # as a substring; the metric is containment
+    assert metrics.match("anything", ["a"]) == 1  # found as a substring, since the metric is containment
 
 
 def test_rouge_is_of_the_response_against_the_reference_and_not_the_other_way_round(monkeypatch):
@@ -324,7 +324,7 @@ def test_a_paired_comparison_finds_no_difference_where_there_is_none_about_as_of
 
 
 def test_a_paired_comparison_uses_the_pairs():
-    """Two systems that differ on few questions, always the same way: unpaired, the difference would drown in the spread."""
+    """Two systems differ on few questions and always in the same direction. Without pairs, the spread would hide the difference."""
     own = [float(n % 2) for n in range(200)]
     others = [score if n % 20 else 0.0 for n, score in enumerate(own, start=1)]
     found = paired_bootstrap(own, others, 1)

@@ -1,4 +1,4 @@
-"""What a run is known by, where its output lies, and which locks it holds."""
+"""The fingerprint of a run, the place of its output, and its locks."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ from dynamicrag.stage import UserError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A folder of fingerprints that starts empty."""
+    """An empty folder of fingerprints."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -55,7 +55,7 @@ def test_a_change_is_seen_in_a_file_of_any_size(tmp_path, monkeypatch):
             byte = file.read(1)
             file.seek(place)
             file.write(bytes([byte[0] ^ 1]))
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an editor does that keeps the time
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # some editors keep the time of a file
         seen.add(manifest.fingerprint(path))
     assert len(seen) == 5
     assert manifest.fingerprint(put(tmp_path / "copy", path.read_bytes())) in seen
@@ -63,7 +63,7 @@ def test_a_change_is_seen_in_a_file_of_any_size(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Files above a thousand bytes are large; the names of the files whose bytes were read for their fingerprint."""
+    """The names of the files that were read for their fingerprint. Files of more than a thousand bytes count as large."""
     found, real = [], manifest.hashlib.file_digest
 
     def file_digest(file, digest):
@@ -92,7 +92,7 @@ def test_a_large_file_is_read_once_while_it_stays_what_it_was(tmp_path, reads, c
         assert manifest.fingerprint(path) == second
     del reads[:]
     assert manifest.fingerprint(path) == second and reads == []
-    monkeypatch.setattr(manifest, "SETTLED_NS", 10**12)  # it changed a moment ago: it may change again within the clock's tick
+    monkeypatch.setattr(manifest, "SETTLED_NS", 10**12)  # the file has just changed, and may change again within one tick of the clock
     put(path, b"z" * 2000)
     assert manifest.fingerprint(path) == manifest.fingerprint(path) and reads == ["large", "large"]
 
@@ -105,7 +105,7 @@ def test_without_a_place_to_keep_it_a_fingerprint_is_made_again(tmp_path, reads,
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_an_earlier_version_goes_on_and_a_changed_input_is_seen(tmp_path, monkeypatch, caplog, finished):
-    """That version knew large files by 64 samples."""
+    """The earlier version made the fingerprint of a large file from 64 samples."""
     monkeypatch.setattr(manifest, "LARGE", 2 << 20)
     rows = [{**row, "text": "x" * (300 << 10)} for row in ROWS]
     with monkeypatch.context() as patch:
@@ -146,7 +146,7 @@ def test_the_same_file_by_another_path_is_the_same_input(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a_copy.jsonl", ROWS)
     for path in ("./data/rows.jsonl", str(tmp_path / "data/rows.jsonl"), "linked/rows.jsonl", "by_link.jsonl", "a_copy.jsonl"):
         assert finished(path) and finished(path, str(tmp_path / "out.jsonl"), str(shard), str(tmp_path / "linked"))
-    for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that says which data set the rows are of
+    for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that gives the data set of the rows
         with pytest.raises(UserError, match=naming("arguments", "files, input_file")):
             finished(path)
     with pytest.raises(UserError, match=naming("inputs", "data/shard_0.npy")):
@@ -171,7 +171,7 @@ def test_two_inputs_that_changed_places_are_other_inputs(tmp_path):
 
 
 def test_shards_that_changed_their_names_are_other_inputs(tmp_path):
-    """They are found through a glob: their order is that of their names."""
+    """A glob finds the shards in the order of their names."""
     for folder, contents in (("a", b"xy"), ("b", b"xy"), ("c", b"yx")):
         (tmp_path / folder).mkdir()
         for number, content in enumerate(contents):
@@ -204,7 +204,7 @@ GPU, CPU = {"device": "NVIDIA H100", "dtype": "bfloat16"}, {"device": "cpu", "dt
 
 
 def computed(folder, resolved: dict, chunks: int = 9, dtype: str = "auto") -> Output:
-    """A stage that writes so many chunks at most, with what its --dtype and --device come to."""
+    """Run a stage that writes at most so many chunks. Its manifest has the resolved --dtype and --device."""
     source = write_jsonl(folder / "in.jsonl", ROWS)
     out = Output(arguments(dtype=dtype), [str(folder / "out.jsonl")], [str(source)])
     if out.finished:
@@ -224,7 +224,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path, caplog):
     with pytest.raises(UserError, match=at("out.jsonl.partial", "arguments", "dtype", "'bfloat16'", "'float32'")):
         computed(tmp_path, CPU)
     assert not logged(caplog, "out.jsonl.partial")
-    computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # asked for by name
+    computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # the type is asked for by name
     assert logged(caplog, "out.jsonl.partial", "NVIDIA H100", "cpu") == 1
     computed(tmp_path, GPU)
     assert logged(caplog, "out.jsonl.partial") == 1, "on the device it was begun on there is nothing to say"
@@ -248,7 +248,7 @@ def test_a_run_of_an_earlier_version_that_noted_no_precision_goes_on(tmp_path, c
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("name", ["out", "elsewhere"])
 def test_an_output_that_is_a_link_stays_one(tmp_path, suffix, name):
-    """The home folder is small: nothing is written there beside the link."""
+    """The home folder may be small, so nothing is written there except the link."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -277,7 +277,7 @@ def test_every_whole_file_is_written_where_its_link_leads(tmp_path):
 
 
 class NfsLocks:
-    """flock as Linux' NFS client has it: byte-range locks, which the file's mode must allow, and which may not be upgraded."""
+    """flock as in Linux' NFS client: byte-range locks that need a matching file mode and cannot be upgraded."""
 
     def __init__(self):
         self.shared, self.flock = set(), fcntl.flock
@@ -320,7 +320,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, num
     with pytest.raises(UserError, match=at("store.lock", "flock")), exclusive(tmp_path / "store"):
         raise AssertionError("it goes on without the lock")
     went_on = False
-    with in_turn(tmp_path / "corpus"):  # which only saves memory
+    with in_turn(tmp_path / "corpus"):  # this lock only saves memory
         went_on = True
     assert went_on and logged(caplog, "flock") == 1
 

@@ -22,7 +22,7 @@ PROMPTS = Prompts()
 
 
 def make_row(trajectories: list[tuple[list[int], str, float, float]], number: int = 1, docs_shown: int = 5, **more) -> dict:
-    """Trajectories are (identifiers, response, reward, em)."""
+    """A row with trajectories (identifiers, response, reward, em)."""
     docs = [{"id": f"d{n}", "title": f"title {n}", "text": f"text {n}", "score": 0.5} for n in range(1, 8)]
     ids, responses, scores, ems = map(list, zip(*trajectories, strict=True)) if trajectories else ([], [], [], [])
     return {
@@ -37,7 +37,7 @@ WORSE = ([4], "worse", 0.1, 0.0)
 
 
 def reranker(row, margin=0.0, which="best-worst", most=None):
-    """What is chosen and rejected, by pair."""
+    """The chosen and the rejected text of each pair."""
     pairs = reranker_pairs(row, which, margin, most)
     return [(format_ids(row["id_lists"][pair.chosen]), format_ids(row["id_lists"][pair.rejected])) for pair in pairs]
 
@@ -62,10 +62,10 @@ def training_rows(make, row, *flags):
         ([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 0.0, None),  # equal rewards
         ([([1], "a", 0.5, 0.0), ([1, 2], "a", 0.4, 0.0)], 0.0, ("[1]", "[1], [2]")),  # equal answers
         ([([], "a", 0.5, 0.0), ([1], "a", 0.4, 0.0)], 0.0, ("None", "[1]")),
-        ([([1], "a", 0.75, 0.0), ([2], "b", 0.5, 0.0)], 0.25, None),  # not further apart than the margin
+        ([([1], "a", 0.75, 0.0), ([2], "b", 0.5, 0.0)], 0.25, None),  # the difference is not larger than the margin
         ([([1], "a", 0.75, 0.0), ([2], "b", 0.25, 0.0)], 0.25, ("[1]", "[2]")),
         ([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0), ([3], "c", 0.1, 0.0), ([4], "d", 0.1, 0.0)], 0.0, ("[1]", "[3]")),
-        ([([2, 1], "a", 0.5, 0.0), ([1, 2], "b", 0.4, 0.0)], 0.0, ("[2], [1]", "[1], [2]")),  # order alone
+        ([([2, 1], "a", 0.5, 0.0), ([1, 2], "b", 0.4, 0.0)], 0.0, ("[2], [1]", "[1], [2]")),  # only the order differs
     ],
 )
 def test_a_reranker_pair_is_the_best_against_the_worst_selection(trajectories, margin, pair):
@@ -90,7 +90,7 @@ def test_a_reranker_pair_asks_about_the_documents_that_were_shown():
         ([([1], "GOLD 1", 0.9, 1.0), ([2], "gold 1", 0.1, 1.0), WRONG], ("gold 1", "bad"), ("GOLD 1", "bad")),
         ([RIGHT, ([2], "", 0.0, 0.0)], None, None), ([RIGHT, ([2], " \n", 0.0, 0.0), WRONG], ("gold 1", "bad"), ("gold 1", "bad")),
         ([WRONG, WORSE], ("gold 1", "worse"), ("bad", "worse")),
-        ([WORSE], ("gold 1", "worse"), None),  # the best is the worst
+        ([WORSE], ("gold 1", "worse"), None),  # the best one is also the worst one
         ([([1], "x", 0.2, 0.0), ([2], "y", 0.2, 0.0)], ("gold 1", "x"), None),
         ([([1], "y", 0.3, 0.0), ([2], "x", 0.3, 0.0), ([3], "x", 0.3, 0.0)], ("gold 1", "y"), None),
         ([([1], "", 0.9, 0.0), WORSE], ("gold 1", "worse"), None),  # the best response is empty
@@ -262,7 +262,7 @@ def test_caps_take_a_seeded_sample_in_the_order_of_the_questions():
 
 def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_answer(monkeypatch):
     rows = [make_row([([2], "gold 0", 0.5, 0.0), RIGHT, WORSE], n) for n in range(1, 11)]
-    rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # scores do not differ: not counted
+    rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # equal scores are not counted
     reranker_set, generator_set = make(rows, "--recipe", "published")
     asked = [[int(re.search(r"what is (\d+)\?", pair["instruction"])[1]) for pair in pairs] for pairs in (generator_set, reranker_set)]
     assert asked == [[1, 2], list(range(3, 11))]

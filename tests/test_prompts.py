@@ -1,4 +1,4 @@
-"""dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones."""
+"""dynamicrag/llm/prompts.py: the words of the prompts, which are the same in training, sampling and inference."""
 
 import re
 from argparse import Namespace
@@ -158,7 +158,7 @@ def prompts_file(request, tmp_path):
 
 
 class Window:
-    """An engine into which everything fits."""
+    """An engine whose window is large enough for every prompt."""
 
     def fits(self, messages, max_tokens):
         return True
@@ -169,7 +169,7 @@ def caller(prompts_file) -> Caller:
 
 
 def turns(row: dict) -> list[dict]:
-    """What LLaMA-Factory makes of a row's columns."""
+    """The messages that LLaMA-Factory makes of a row's columns."""
     return [{"role": "system", "content": row["system"]}, {"role": "user", "content": "\n".join(filter(None, [row["instruction"], row["input"]]))}]
 
 
@@ -202,7 +202,7 @@ def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
 
 @pytest.mark.parametrize(("setting", "place"), [("system: null", "system: null"), ("prefix: 'Needed:'", "prefix")])
 def test_nothing_is_trained_that_the_trainers_rows_cannot_express(tmp_path, setting, place):
-    """LLaMA-Factory puts a system prompt of its own in the place of none."""
+    """If there is no system prompt, LLaMA-Factory adds its own."""
     (tmp_path / "p.yaml").write_text(f"reranker: {{{setting}}}")
     with pytest.raises(UserError, match=place):
         training_row(Prompts(str(tmp_path / "p.yaml")).reranker("q", DOCS), output="None")

@@ -1,4 +1,4 @@
-"""scripts/report.sh: the numbers are evaluate.py's, the page stands alone, nothing in the data is ever run, and its browser works."""
+"""scripts/report.sh: the numbers are those of evaluate.py, the page needs no other file, no data is run, and its browser works."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def documents(number: int) -> list[dict]:
 
 
 def questions(count: int = 12, **more) -> list[dict]:
-    """Of three kinds; every third is of a data set with a graded metric, and document 2 has the answer."""
+    """Questions of three kinds. Every third one is of a data set with a graded metric. Document 2 has the answer."""
     return [
         {"id": f"q{n}", "question": f"what is {n}?", "answers": [f"gold{n}"], "kind": ("one", "two", "long")[n % 3], "docs": documents(n),
          "dataset": "factbook_long" if n % 3 == 2 else "factbook", "gold_docs": [f"d{n}_2"], **more}
@@ -47,7 +47,7 @@ def questions(count: int = 12, **more) -> list[dict]:
 
 def finish_run(results: Path, name: str, rows: list[dict], selector: str = "dynamic", model: str = "dpo", right=lambda n: n % 2 == 0, failed=(),
                questions_file: str = "test", reranker: str | None = None, seconds: float = 4, **arguments) -> Path:
-    """A results file, its remain file and their manifests, as inference.py makes them. `right` says which are answered right, or how."""
+    """Write a results file, its remain file and their manifests, as inference.py does. `right` gives the right answers or the responses."""
     asked = write_jsonl(results.parent / f"{questions_file}.jsonl", rows)
     path, remain = results / f"{name}.json", results / f"{name}_remain.json"
     arguments = {"selector": selector, "topn": 4, **arguments}
@@ -83,7 +83,7 @@ def make(results: Path, *flags: str) -> str:
 
 
 def cells(page: str, file: str) -> list[str]:
-    """A line of the result table, as text."""
+    """The text of a line of the result table."""
     [line] = re.findall(rf'<tr data-file="{re.escape(file)}".*?</tr>', page, re.DOTALL)
     return [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", line, re.DOTALL)]
 
@@ -134,7 +134,7 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "b", questions(), "top:2", model="x/sft")
     finish_run(results, "c", questions(), model="x/sft", reranker="other/chooser")
     finish_run(results, "d", questions(), model="x/sft", reranker="other/chooser", prompts="mine.yaml")
-    finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made again
+    finish_run(results, "e", questions(5), model="x/dpo")  # the evaluation file was made again before
     read = reading.read_systems(results, None, 1)
     assert [(one.path.stem, one.evaluation_set) for one in read] == [("b", "test"), ("c", "test"), ("d", "test"), ("a", "test"), ("e", "test (2)")]
     called = [("sft · top 2",), ("sft · dynamic", "chooser", "(c)"), ("sft · dynamic", "chooser", "(d)"), ("dpo · dynamic",), ("dpo · dynamic",)]
@@ -333,7 +333,7 @@ def test_nothing_in_the_data_is_markup(results):
 def test_cases_hold_each_document_once_and_refer_to_what_was_chosen(results):
     rows = questions()
     for row in rows:
-        row["docs"] = documents(1)  # every question retrieves the same
+        row["docs"] = documents(1)  # every question retrieves the same documents
     finish_run(results, "test_dynamic", rows, failed=(2,))
     finish_run(results, "test_all", rows, "all", right=lambda n: False)
     [data] = case_data(make(results))
@@ -393,7 +393,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def page_file(tmp_path_factory) -> Path:
-    """A report of two systems. One question and its documents are hostile, and one has no answer of the dynamic system."""
+    """A report of two systems. One question and its documents are hostile, and the dynamic system has no answer to another one."""
     results = tmp_path_factory.mktemp("run") / "results"
     results.mkdir()
     rows = questions()
@@ -407,7 +407,7 @@ def page_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def opened(page_file, chromium):
-    """Opens the report in a window of a width; in the end there was no message on the console and no request but for the page."""
+    """Opens the report in a window of this width. Afterwards it checks that the console has no message and that only the page was requested."""
     said, asked, pages = [], [], []
 
     def open_at(width: int = 1280, fragment: str = ""):
@@ -416,7 +416,7 @@ def opened(page_file, chromium):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(page.url + fragment)
-        page.reload()  # with everything recorded from the beginning
+        page.reload()  # which records everything from the start
         pages.append(page)
         return page
 
@@ -469,7 +469,7 @@ def test_a_case_opens_by_click_by_keyboard_and_by_its_address(opened):
     page.get_by_role("button", name="Next").press("Enter")
     expect(heading).to_contain_text("window.hacked")
     assert heading.text_content() == HOSTILE
-    page.keyboard.press("Enter")  # the button has kept the focus
+    page.keyboard.press("Enter")  # the button still has the focus
     expect(heading).to_have_text("what is 5?")
     page.go_back()
     expect(heading).to_contain_text("window.hacked")
@@ -508,7 +508,7 @@ def test_the_page_fits_its_window(opened, width):
 
 
 def test_pictures_are_taken_at_both_widths(chromium, page_file, tmp_path):
-    script = "import sys, screenshots; screenshots.main(sys.argv[1:])"  # a process of its own: one Playwright a thread
+    script = "import sys, screenshots; screenshots.main(sys.argv[1:])"  # in a new process, since a thread can have only one Playwright
     subprocess.run([sys.executable, "-c", script, str(page_file), "--output_dir", str(tmp_path / "docs")], check=True, cwd=REPO / "experiments")
     widths = {path.stem: struct.unpack(">I", path.read_bytes()[16:20])[0] for path in (tmp_path / "docs").iterdir()}
     assert widths["report_desktop"] == 1280 and widths["report_phone"] == 780 and widths["report_case"] == 1280

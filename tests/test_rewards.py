@@ -50,7 +50,7 @@ def test_weights_that_make_no_sense_are_refused(text):
     ("terms", "weights", "reward"),
     [
         (dict.fromkeys(TERMS, 1.0), EQUAL, 1.0), (dict.fromkeys(TERMS, 0.0), EQUAL, 0.0),
-        ({"em": 1.0, "bert": 0.5, "rouge": 0.5, "length": 0.25}, EQUAL, 2.25 / 4),  # no judge: rescaled
+        ({"em": 1.0, "bert": 0.5, "rouge": 0.5, "length": 0.25}, EQUAL, 2.25 / 4),  # without a judge the weights are rescaled
         ({"em": 1.0, "length": 0.5}, {"em": 3.0, "length": 1.0}, 3.5 / 4),  # weights need not sum to one
         ({"em": 1.0, "rouge": 0.0}, {"em": 0.2}, 1.0),  # terms without a weight do not count
     ],
@@ -166,7 +166,7 @@ def test_a_bert_model_that_is_missing_or_has_no_such_layer_is_an_error(model, la
 
 
 def test_similarities_below_zero_do_not_depend_on_the_padding_beside_them(bert):
-    """The package pads with a similarity of 0, which wins over a negative one."""
+    """The package pads with a similarity of 0, which is larger than a negative one."""
     import torch
 
     opposite, long = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]] * 9)

@@ -1,4 +1,4 @@
-"""The package's rooms: each is entered from those above it alone, so that a part can be read without the others."""
+"""The rooms of the package: a room imports only the rooms below it, so that it can be read without the others."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""sampling_dpo_trajectories.py: trajectories, with a stub in place of the LLM, and with the real engine on a tiny one."""
+"""sampling_dpo_trajectories.py: trajectories with a stub in place of the LLM, and with the real engine and a tiny LLM."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def read(path: str) -> list[dict]:
 
 
 def sampled(rows, texts, *flags: str):
-    """The rows with the first n of `texts` as the n selections of each, and the engine that was asked."""
+    """The sampled rows and the engine. The n selections of each row are the first n of `texts`."""
     call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles))
     args = sampling_dpo_trajectories.parse_args(list(flags))
     return sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args), call.engine
@@ -88,7 +88,7 @@ def test_the_sampling_flags_reach_the_requests():
 
 
 def judged(*scores: float, **more) -> dict:
-    """A question whose documents have these rerank scores, true above .5."""
+    """A question whose documents have these rerank scores. The label is true for a score above 0.5."""
     docs = [{**doc, "rerank_score": score, "rerank_label": "true"} for doc, score in zip(documents(len(scores)), scores, strict=True)]
     return question(1, docs, true_id=[n for n, score in enumerate(scores, start=1) if score > 0.5], **more)
 
@@ -122,7 +122,7 @@ def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded
 
 @pytest.mark.parametrize(("flags", "status"), [([], None), (["--topn", "3"], 3), (["--topn", "4"], None), (["--topn", "2"], 2)])
 def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(here, flags, status, monkeypatch):
-    """4 documents, of which 4 were labelled: any number of at least 4 shows them all."""
+    """Each question has 4 documents, and all 4 were labelled. Any number of at least 4 shows them all."""
     row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
     write_jsonl(Path("q.jsonl"), [row])
 
@@ -233,10 +233,10 @@ def test_another_model_may_choose(here):
 
 @pytest.mark.slow
 def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
-    """Two models in one process, constrained and not: chunks, order and company change no trajectory of a question.
+    """Two models in one process, constrained and not: chunks, order and other questions change no trajectory of a question.
 
-    In float32 on one engine; benchmarks/sampling.py measures the share that survives bfloat16's batch-dependent rounding.
-    The process is a new one, as the stage's is: vLLM goes through all modules that others have imported, and falls over one.
+    The engine computes in float32. benchmarks/sampling.py measures the share that stays the same in bfloat16, whose rounding depends on
+    the batch. The test needs a new process, since vLLM inspects all imported modules and fails at one of them.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(compare_real_trajectories, tmp_path).result()

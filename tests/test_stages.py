@@ -1,4 +1,4 @@
-"""What every top-level stage script has in common: flags, imports, and how it refuses bad input."""
+"""What all stages have in common: flags, imports, and the refusal of bad input."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from running import refused
 from stages import DOCS, LLM_STAGES, MODEL, REPO, SCORERS, STAGES, flags_of, of_kind, page_commands, row
 
 HEAVY = ("torch", "vllm", "transformers", "faiss", "datasets", "spacy", "numpy", "openai", "bert_score")
-# Stages that read a file of rows alone. The others read indexes, corpora and whole sets of shards: test_retrieval.py and test_io.py.
+# Stages that read one file of rows. The others read indexes, corpora and sets of shards: test_retrieval.py and test_io.py.
 ALONE = [name for name in STAGES if name not in ("aggregate", "retriever", "generate_passage_embeddings")]
 WRITERS = [name for name in ALONE if name not in (*SCORERS, "split_data")]  # split_data reads its input before it makes the folder
 GOOD = json.dumps(row())
@@ -44,7 +44,7 @@ def test_every_script_at_the_root_is_registered():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_registered_flags_are_those_of_the_stage(name):
-    """The stage understands both command lines, and the flags that are called inputs and outputs name the files."""
+    """The stage understands both command lines, and their flags name {rows} and files in {out}."""
     parse, stage = load(name).parse_args, STAGES[name]
     assert stage.outputs and stage.input in stage.inputs
     for full in (False, True):
@@ -160,7 +160,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "problem"), [
     (name, problem) for name in ALONE for problem in BROKEN
-    if (name, problem) != ("evaluate", "an id used twice")  # it counts the first: test_evaluate.py
+    if (name, problem) != ("evaluate", "an id used twice")  # evaluate.py counts the first row: test_evaluate.py
 ])
 def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, problem, here):
     content, says = BROKEN[problem]

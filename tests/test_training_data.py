@@ -196,7 +196,7 @@ def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_
 
 
 def published(row: dict) -> dict:
-    """The row as published training data has it: labels without scores."""
+    """The row in the form of published training data: labels without scores."""
     return {**row, "docs": [{key: value for key, value in doc.items() if key not in ("rerank_score", "score")} for doc in row["docs"]]}
 
 

@@ -1,4 +1,4 @@
-"""Rows that no stage accepts: the changes that make the third of four rows wrong, and a pattern of what is said of it."""
+"""Rows that no stage accepts: the changes that make a row wrong, and a pattern of the message."""
 
 from stages import DOCS
 

@@ -1,7 +1,7 @@
-"""Malformed and hostile files, stage by stage: each is one clear error, or a result that is written down here.
+"""Malformed and hostile files, stage by stage: each one gives one clear error, or a result that these tests state.
 
-A stage refuses a file with exit status 2 and one line on stderr that names the file, the place in it and what was expected. It
-never ends in a stack trace, never hangs, and never goes on with something else than what the file says.
+A stage refuses a file with exit status 2 and one line on stderr that names the file, the place in it and the expected content. It
+never ends in a stack trace, never hangs, and never continues with content that the file does not have.
 """
 
 import codecs
@@ -94,17 +94,17 @@ BROKEN_FILES: dict[str, tuple[bytes | str, str]] = {
 }
 
 
-# TREC runs, which begin with neither { nor [, are results too.
+# Results may be TREC runs too: these files begin with neither { nor [.
 IS_A_RUN = r"rows_0\.jsonl: .*--eval_file"
 
 
 def sentinels(table: dict, *few: str) -> list[str]:
-    """All stages read rows by one reader, which is tested with the whole table: of each stage a few cases show that it does. FULL=1: all."""
+    """The cases that each stage runs: a few, since the reader that all stages share is tested with the whole table. FULL=1: all of them."""
     return list(table) if os.environ.get("FULL") else [case for case in table if case in few]
 
 
 def reads(path: Path, content: bytes | str) -> str:
-    """What the reader of every stage says of a file."""
+    """The message of the reader that all stages share."""
     with pytest.raises(UserError) as error:
         count_rows(str(put(path, content)))
     return str(error.value)
@@ -147,21 +147,21 @@ def third_of_four(changes: dict) -> str:
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_the_reader_refuses_a_row_that_is_none(case, tmp_path):
-    """The first line of the file is line 1."""
+    """Line numbers start at 1."""
     changes, says = BAD_ROWS[case]
     assert re.search(rf"rows_0\.jsonl:3: key {says}", reads(tmp_path / "rows_0.jsonl", third_of_four(changes)))
 
 
 @pytest.mark.parametrize(("name", "case"), [
     (name, case) for name in ROW_STAGES for case in sentinels(BAD_ROWS, "an id that is used already", "answers of mixed types", "a document whose text is a list")
-    if not (name == "evaluate" and "used" in case)  # of rows that answer one question the first counts, and the others are warned of
+    if not (name == "evaluate" and "used" in case)  # the first row of a question counts, and a warning names the others
 ])
 def test_a_row_that_is_none(name, case, good, out, monkeypatch):
     changes, says = BAD_ROWS[case]
     refused(name, third_of_four(changes), rf"rows_0\.jsonl:3: key {says}", good, out, monkeypatch)
 
 
-# What a stage needs of a row that others do without.
+# Keys that only some stages need.
 NEEDS: list[tuple[tuple[str, ...], dict, str]] = [
     (("aggregate", "reranker", "process_training_data", "reranker_sequence", *LLM_STAGES, "evaluate_retrieval"), {"docs": None}, "'docs': "),
     (("reranker_sequence", "split_for_sft_dpo", "construct_generator_sft"), {"true_id": None}, "'true_id': "),
@@ -209,7 +209,7 @@ def test_a_row_without_what_the_stage_needs(name, changes, says, good, out, monk
 
 
 def test_an_error_is_one_line_whatever_it_quotes(good, out, monkeypatch):
-    """A terminal obeys what is between the lines of an id as little as a log takes it for lines of its own."""
+    """Control characters in an id reach neither the terminal nor the log, and line ends in it do not make new lines."""
     strange = row(3, id="q\x1b[2J\r\n12:00:00 all is well\u202e\u2028" + "x" * 10_000, docs=[{"id": "\x07", "text": "t"}])
     rows = write_jsonl(out.parent / "rows_0.jsonl", [row(1), strange])
     status, said = run("process_training_data", flags_of("process_training_data", good, out, rows), monkeypatch)

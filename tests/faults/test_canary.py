@@ -1,6 +1,6 @@
-"""No input runs code: for every flag of every script that names a file, files that would write a canary if they were run.
+"""No input runs code. Every flag that names a file gets files that would write a canary file if they were run.
 
-Each payload is tried first on the loader it is made for, so that the silence of a stage means something.
+Each payload is first tried on the loader for which it was made. So a missing canary means that the stage did not run the payload.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def saved_by_torch(canary: Path, **changes) -> bytes:
 
 
 JINJA = "{{ messages }}{{ cycler.__init__.__globals__.os.close(cycler.__init__.__globals__.os.open(%r, 64)) }}"
-# Content by what it is made for.
+# Content by the loader for which it is made.
 PAYLOADS: dict[str, Callable[[Path], bytes]] = {
     "pickle": lambda canary: pickle.dumps(Payload(canary)),
     "pickle as published embeddings are": lambda canary: pickle.dumps((["p1"], Payload(canary)), protocol=2),
@@ -137,12 +137,12 @@ def test_every_flag_that_names_an_input_is_tried(stage):
 # ---------------------------------------------------------------- files
 
 
-# Flags whose files all stages read by one reader.
+# Flags of rows, which all stages read with one reader.
 ROWS_FLAGS = {"--query", "--input_file", "--input_files", "--input-json", "--results_file", "--remain_file", "--eval_file", "--questions"}
 
 
 def payloads_of_flags() -> Iterator[tuple[str, str, str]]:
-    """Every payload for the first flag that is read by a reader, a few for the others (FULL=1: every one)."""
+    """Every payload for the first flag of each reader, and a few for the other flags. FULL=1: every payload for every flag."""
     met = set()
     for name, stage in STAGES.items():
         for flag in (*stage.inputs, *stage.full_inputs):
@@ -168,7 +168,7 @@ def test_no_file_runs(stage, flag, payload, good, out, monkeypatch):
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_file_beside_another_runs(payload, good, out, monkeypatch):
-    """Manifests, caches of a corpus, and what a folder of a corpus holds beside it: a loading script, as hubs have them."""
+    """Manifests, caches of a corpus, and other files in a corpus's folder, such as the loading scripts that hubs have."""
     canary, content = out.parent / "canary", PAYLOADS[payload](out.parent / "canary")
     folder = out.parent / "corpus"
     folder.mkdir()
@@ -233,7 +233,7 @@ def has_a_checkpoint(folder: Path, canary: Path) -> None:
 
 
 def names_another_base(folder: Path, canary: Path) -> None:
-    """A checkpoint of weights alone, whose arguments name a model that brings code."""
+    """A checkpoint with nothing but weights, whose arguments name a model with code."""
     from argparse import Namespace
 
     import torch
@@ -260,7 +260,7 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize(("stage", "flag"), [(name, flag) for name, stage in STAGES.items() for flag in (*stage.inputs, *stage.full_inputs) if flag in MODEL_FLAGS])
 def test_no_model_runs(stage, flag, kind, good, out, monkeypatch):
-    """(The LLM itself is not loaded here. vLLM is never told trust_remote_code either: see below.)"""
+    """The LLM itself is not loaded here. vLLM never gets trust_remote_code: see the last test."""
     folder, canary = out.parent / "bad_0", out.parent / "canary"
     shutil.copytree(good / ("monot5" if stage == "reranker" else "encoder"), folder)
     FOLDERS[kind](folder, canary)

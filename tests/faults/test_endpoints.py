@@ -1,4 +1,4 @@
-"""Servers that answer with anything, addresses with a password in them, and keys: an error in one line, and the key nowhere."""
+"""Servers that misbehave, addresses that hold a password, and keys: the error has one line, and the key is nowhere."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ from dynamicrag.stage import UserError
 
 SECRET = "sk-canary-0123456789"
 GOOD = chat_completion("a")
-REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, what of it the error names
+REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, and the part of it that the error names
     "not JSON": (200, b"<html>", None),
     "empty": (200, b"", None),
     "null": (200, b"null", None),
@@ -111,7 +111,7 @@ def test_a_key_no_header_can_hold_is_refused_and_not_repeated(monkeypatch, key):
 
 
 def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, encoder_dir, caplog):
-    """The engine is the real one; the judge's key: test_judge.py."""
+    """The engine is the real ApiEngine. test_judge.py tests the judge's key."""
     url, reply = server
     (tmp_path / "good").mkdir()
     good, out = make_good(tmp_path / "good", encoder_dir), tmp_path / "out"
@@ -130,9 +130,9 @@ def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, enc
 
 
 class Fake(StubServer):
-    """A chat endpoint. `behave(body)` gives a status with an error, or changes to the completion; None answers as a good server does.
+    """A chat endpoint. `behave(body)` returns a status with an error, or changes of the completion. If it returns None, the server behaves well.
 
-    A good server selects [1], and answers with the question's last word. `paid` holds the question of every call it answered.
+    A good server selects [1], and its answer has the question's number. `paid` holds the question of every call that it answered.
     """
 
     def __init__(self, behave=lambda body: None):
@@ -161,7 +161,7 @@ def kind_of(body: dict) -> str:
 
 
 def word_of(body: dict) -> str:
-    """The number of the question, "" for what the engine asks on its own."""
+    """The number of the question, or "" for a request that the engine makes on its own."""
     asked = [message["content"] for message in body["messages"] if message["role"] == "user"]
     return "".join(re.findall(r"Question: .*number (\d+)\?", asked[-1])[:1])
 
@@ -189,7 +189,7 @@ def fake(monkeypatch):
 
 
 class Stage:
-    """A stage on twelve questions and a server; what it wrote, what it said, and the exit status."""
+    """A stage with a server and twelve questions. Calling it returns the exit status and the messages."""
 
     def __init__(self, tmp_path, encoder_dir, monkeypatch, url, caplog):
         (tmp_path / "good").mkdir()
@@ -198,7 +198,7 @@ class Stage:
 
     def __call__(self, more: str = "", stage: str = "inference", constrain: str = "on") -> tuple[int, str]:
         self.caplog.clear()
-        gc.collect()  # a run that failed in this process holds its lock until then
+        gc.collect()  # until then a run that failed in this process holds its lock
         engine = ApiEngine(self.url, "m", "on" if "--enable-thinking" in more else None)
         flags = flags_of(stage, self.good, self.out, self.rows, f"--api-base {self.url} --llm-model m --constrain-ids {constrain} {more}")
         status, said = run(stage, flags, self.monkeypatch, engine)
@@ -283,7 +283,7 @@ def test_a_refused_answer_costs_its_trajectories_alone(fake, asked):
         assert {len(made[key]) for key in ("id_lists", "responses", "response_tokens", "from_expert", "selections")} == {len(made["id_lists"])}
 
 
-OPTIONS = {  # what a server refuses, and what is then sent
+OPTIONS = {  # the refused option, and the options that are sent instead
     "max_tokens": (refusal(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter"),
                    {"max_completion_tokens"}),
     "temperature": (refusal(400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value"), set()),
@@ -397,7 +397,7 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
             seen[key] += 1
         return TROUBLES[trouble] if seen[key] <= 2 and int(word_of(body)) % 3 == first else None
 
-    first = 1 if trouble == "not JSON" else 0  # as its first reply it would mean another address
+    first = 1 if trouble == "not JSON" else 0  # such a first reply would mean that the address is wrong
     fake.behave = behave
     assert asked()[0] == 0
     all_right(asked)
@@ -439,7 +439,7 @@ def test_a_page_in_place_of_a_later_reply_is_asked_again(fake, asked):
 
 @pytest.mark.parametrize(("trouble", "chunk"), [("429", ""), ("500", "--chunk-size 5"), ("cut", ""), ("not JSON", "")])
 def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, asked, trouble, chunk):
-    """The server fails for good in the middle of a run; the same command continues when it is back."""
+    """The server fails in the middle of a run and is repaired later. Then the same command continues."""
     fake.behave = lambda body: TROUBLES[trouble] if len(fake.paid) >= 17 else None
     status, said = asked(chunk)
     assert status == 2 and re.search(at(f"{fake.url}: m"), said.splitlines()[-1])
@@ -454,12 +454,12 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, aske
 
 
 def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_path, asked):
-    """The stage as a process of its own, killed while the server lets it wait."""
+    """The stage runs in its own process, which is killed while it waits for the server."""
     hold = threading.Event()
     fake.behave = lambda body: (hold.wait(30), (503, b""))[1] if len(fake.paid) >= 17 and not hold.is_set() else None
     flags = ["--template", f"{asked.good}/chat.jinja", "--llm-model", "m", "--api-base", fake.url, "--input-json", str(asked.rows), "--output-json", f"{asked.out}/answered.json"]
     command = [sys.executable, str(REPO / "inference.py"), *flags]
-    # The first calls come one by one and the others all at once: those answered at the moment of the kill are on their way.
+    # The first calls come one by one and the others all at once. The replies that were sent must be on disk before the kill.
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
         kept = asked.out / "answered.json.partial.completions.jsonl"
@@ -478,7 +478,7 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_p
 
 
 def test_remaining_questions_are_asked_again_and_evaluated_with_the_others(fake, asked):
-    """As the README has it."""
+    """The commands are those of the README."""
     fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) in ("3", "7") else None
     assert asked("--output-json {out}/first.json")[0] == 0 and list(asked.read("first_remain.json")) == ["q3", "q7"]
     fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) == "7" else None
@@ -492,7 +492,7 @@ def test_remaining_questions_are_asked_again_and_evaluated_with_the_others(fake,
 
 @pytest.mark.parametrize("questions", [12, 1])
 def test_a_request_that_always_fails_while_others_are_answered_costs_its_own_question(fake, asked, questions):
-    """Even if it is the only one left: the same command would fail for ever."""
+    """This holds for the last open request too. Otherwise the same command would fail each time."""
     fake.behave = lambda body: (500, b"broken") if word_of(body) == "7" and kind_of(body) == "answer" else None
     if questions == 1:
         write_jsonl(asked.rows, [row(7)])
@@ -556,7 +556,7 @@ def test_an_answer_that_is_all_reasoning_goes_to_the_remaining_rows_with_the_rea
 
 
 def test_reasoning_whose_tag_the_servers_template_opens_is_no_answer_when_it_is_cut_off(fake, asked):
-    """Only the other replies show that the template opens it."""
+    """The other replies show that the template opens the reasoning."""
     fake.behave = lambda body: None if kind_of(body) == "choose" else (
         {"content": "The Nile is", "finish": "length"} if word_of(body) in "07" else REASONING["no opening tag"](f"answer {word_of(body)}")
     )
@@ -578,7 +578,7 @@ def test_what_was_cut_off_is_said_once_a_run(fake, asked, limits):
     assert asked("--chunk-size 3")[0] == 0
     assert logged(asked.caplog, 12) == len(limits)
     assert all(logged(asked.caplog, 6, 12, {"answer": "--answer-max-tokens", "choose": "--selection-max-tokens"}[kind]) == 1 for kind in limits)
-    all_right(asked)  # a text that is cut off is a text: it is the score's to say what it is worth
+    all_right(asked)  # a text that is cut off is still an answer, and is scored as one
 
 
 @pytest.mark.parametrize("content", [{"content": "Geor", "finish": "content_filter"}, {"content": None}, {"content": None, "refusal": "I cannot"}])

@@ -1,4 +1,4 @@
-"""Whatever is in a file, a reader gives a result or says what is wrong; whatever a model writes, it names documents shown.
+"""A reader of any file returns a result or says what is wrong. A selection from any text names only shown documents.
 
     FUZZ=50 pytest tests/faults/test_fuzz.py       fifty times as many examples as in the usual run of about 20 s
 """
@@ -32,7 +32,7 @@ from dynamicrag.search.shards import open_shards
 from dynamicrag.stage import UserError
 
 TIMES = int(os.environ.get("FUZZ", "1"))
-SECONDS = 5  # no example is read for longer, and none is larger than a megabyte
+SECONDS = 5  # no reader takes longer for an example, which has at most a megabyte
 
 
 def examples(number: int):
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def result_or_user_error(read, path: Path, content: bytes) -> object:
-    """What read() gives of a file, or None where it refuses it; it does neither forever."""
+    """The result of read() for a file, or None if it refuses the file. Neither takes longer than SECONDS."""
     path.write_bytes(content)
     began = time.process_time()
     try:
@@ -62,7 +62,7 @@ def result_or_user_error(read, path: Path, content: bytes) -> object:
 
 
 def damaged(*good: bytes):
-    """Bytes made from good files: slices of them and of noise, in any order."""
+    """Slices of good files and of noise in any order."""
     whole = st.sampled_from(good)
     cut = st.builds(lambda content, start, length: content[start : start + length], whole, st.integers(0, 400), st.integers(0, 400))
     noise = st.binary(max_size=20) | st.sampled_from([
@@ -181,7 +181,7 @@ NEEDED = ("docs", "answers", "docs_shown", *POSITION_KEYS, *TRAJECTORY_KEYS)
 
 @st.composite
 def nearly_rows(draw) -> dict:
-    """A good row with a few keys changed, one deep inside it or not."""
+    """A good row with a few changed keys, also within its documents."""
     changes = draw(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4))
     made = {**row(1), **changes}
     if draw(st.booleans()) and isinstance(made.get("docs"), list) and made["docs"] and isinstance(made["docs"][0], dict):
@@ -194,8 +194,8 @@ def nearly_rows(draw) -> dict:
 @examples(1500)
 @given(value=nearly_rows() | ANYTHING, needs=st.sets(st.sampled_from(NEEDED)).map(lambda some: tuple(key for key in NEEDED if key in some)))
 def test_rows(value, needs):
-    """A row is in the project's form, and stays as it is when it is read again; what is not is a RowError."""
-    if "id_lists" not in needs:  # a stage that needs what belongs to trajectories needs the trajectories, and their order is the needs'
+    """A row that is accepted is in the project's form and does not change if it is read again. Any other row is a RowError."""
+    if "id_lists" not in needs:  # a stage that needs a key of trajectories needs the trajectories too, in this order
         needs = tuple(key for key in needs if key not in TRAJECTORY_KEYS)
     if "sequence" in needs:
         needs = tuple(dict.fromkeys(("true_id", "false_id", *needs)))

@@ -1,7 +1,7 @@
-"""Rows that are well formed and mean harm, or are merely strange: each stage does with them what is written down here.
+"""Well-formed rows that are hostile or strange: these tests state what each stage does with them.
 
-Texts go through unchanged, whatever is in them. A selection comes from what the model wrote and from nothing else. No text
-becomes a path, a placeholder or a turn of the conversation.
+Texts pass through unchanged. A selection comes only from the text that the model wrote. No text becomes a path, a placeholder or
+a turn of the conversation.
 """
 
 import codecs
@@ -45,7 +45,7 @@ def out(tmp_path) -> Path:
 
 
 def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypatch, engine=None, more: str = "", full: bool = False) -> dict[str, bytes]:
-    """What a stage writes, by path; manifests, which name times and places, left out."""
+    """The files that a stage writes, by path, without manifests, which name times and places."""
     path = out.parent / "rows_0.jsonl"
     if isinstance(rows, bytes):
         path.write_bytes(rows)
@@ -80,7 +80,7 @@ def test_the_form_of_a_file_changes_nothing(name, good, out, monkeypatch):
     assert expected
 
     def content(files: dict[str, bytes]) -> dict[str, object]:
-        """Files by what is in them: a key may stand elsewhere in its row."""
+        """The files as values, since the order of keys may differ."""
         return {
             path: json.loads(raw) if path.endswith(".json") else [json.loads(line) for line in raw.splitlines()]
             for path, raw in files.items()
@@ -119,11 +119,11 @@ def test_texts_go_through_unchanged(name, good, out, monkeypatch):
 
 @pytest.mark.parametrize("name", ROW_STAGES)
 def test_no_id_is_ever_a_path(name, good, out, monkeypatch):
-    """Nothing is read or written but what the flags name; an id is handed on as it is."""
+    """A stage reads and writes only the files that its flags name, and does not change an id."""
     ids = ["../../../../etc/passwd", "/etc/passwd", "a\nb", "..", "~", "$HOME", "x\0y", "con", "q" * 5000, "C:\\x", "file:///etc/passwd", "-rf", "*"]
     rows = [row(n, id=one, docs=[{**doc, "id": f"{one}{doc['id']}"} for doc in DOCS], final_docs=None, dataset=ids[0]) for n, one in enumerate(ids)]
     before = {path for path in [*good.rglob("*"), *out.parent.rglob("*")]}
-    made = made_by(name, rows, good, out, monkeypatch, full=name == "reranker")  # the run of its smallest command line has other ids
+    made = made_by(name, rows, good, out, monkeypatch, full=name == "reranker")  # the TREC run of the smallest command line has other ids
     after = {path for path in [*good.rglob("*"), *out.parent.rglob("*")] if "store" not in str(path)}
     strange = [path for path in after - before if path.parent not in (out, out.parent, out / "splits") or len(path.name) > 60]
     assert strange == [] and made
@@ -159,7 +159,7 @@ def test_a_question_of_a_megabyte_fails_alone(name, good, out, monkeypatch):
 
 
 def test_a_megabyte_for_the_encoder_and_the_reranker(good, out, monkeypatch):
-    """Cut before it is tokenised: what the model would not read costs no time."""
+    """The text is cut before it is tokenised, so that the part that the model would not read costs no time."""
     text = "river " * 170_000
     (out.parent / "large.tsv").write_text(f"id\ttext\ttitle\n1\t{text}\t{text}\n2\triver\tx\n")
     began = time.process_time()
@@ -196,7 +196,7 @@ def test_a_field_of_a_corpus_may_hold_lines_tabs_and_quotes(good, out, monkeypat
 
 
 def test_what_is_set_aside_is_whole_and_the_others_go_on(good, out, monkeypatch):
-    """--on_error skip, over every malformed row at once."""
+    """--on_error skip, with every malformed row in one file."""
     bad = [json.dumps(row(100 + n, **changes)).replace('"null"', "null") for n, (changes, _) in enumerate(BAD_ROWS.values())]
     lines = "\n".join([json.dumps(row(1)), *bad, json.dumps(row(2))])
     for name in set(MADE) - {"aggregate"}:
@@ -220,7 +220,7 @@ INJECTED = [
 
 
 class Recording(ShortWindow):
-    """Always selects document 2, whatever it reads."""
+    """Selects document 2 for every prompt."""
 
     def __init__(self):
         super().__init__(lambda request, kind, titles: "[2]" if kind == "select" else "an answer")
@@ -323,7 +323,7 @@ def test_a_template_whose_markers_are_not_known_is_warned_of(encoder_dir):
 
 
 def test_every_template_is_free_of_markers_that_are_not_known():
-    """A template added to template/ must have its markers in TURN_MARKERS: they are what it writes between the texts."""
+    """TURN_MARKERS must have the markers of every template in template/, which it writes between the texts."""
     literals = {
         literal for path in (Path(__file__).parents[2] / "template").glob("*.jinja") for literal in re.findall(r"'([^']*)'", path.read_text())
     }

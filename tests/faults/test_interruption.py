@@ -1,10 +1,10 @@
-"""Every stage interrupted: killed at any moment, within a write, or asked to stop; without disk, permission, input or engine; run twice.
+"""Every stage is interrupted: killed at any moment or within a write, asked to stop, without disk, permission, input or engine, or run twice.
 
-After each, the same command completes what an undisturbed run writes, byte for byte, leaves nothing else, and says in its
-exit status what happened. Stages run in forked processes, as their scripts would, on tiny models; a stub stands in for the
-LLM, since what is tested are the files.
+Then the same command completes the files, byte for byte as an undisturbed run writes them, and leaves no others. The exit status
+says what happened. Stages run in forked processes, as their scripts would run, on tiny models. A stub stands in for the LLM, since
+these tests are about files.
 
-    KILLS=20 pytest tests/faults/test_interruption.py -s       the long version: as many kills a stage; otherwise 3
+    KILLS=20 pytest tests/faults/test_interruption.py -s       20 kills per stage instead of 3
 """
 
 import ctypes
@@ -47,7 +47,7 @@ HANDED_ON = {"embeddings", *(path.replace("*", "0") for path in (STAGES[name].re
 
 
 def reply(request, kind: str, titles: list[str]) -> str | list[str]:
-    """Depends on the request alone, as the engine's does."""
+    """The reply depends on the request alone, as the engine's does."""
     rng = random.Random(request.seed)
     if kind == "answer":
         return rng.choice(["oil", "gas", make_text(rng, 1, 5)])
@@ -56,7 +56,7 @@ def reply(request, kind: str, titles: list[str]) -> str | list[str]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a stage writes when nothing happens, in how many seconds, and with how many operations on files."""
+    """The files of an undisturbed run, its seconds, and the number of its operations on files."""
 
     files: dict[str, bytes]
     seconds: float
@@ -64,9 +64,9 @@ class Undisturbed:
 
 
 def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None] = lambda: None, interfere=lambda pid: None) -> tuple[int, str]:
-    """Run a stage as its script would; exit status (negative: the signal that ended it) and what it said on stderr."""
+    """Run a stage as its script would. Returns the exit status, or minus the signal that ended it, and the text on stderr."""
     said = out.with_name(f"{out.name}.stderr")
-    said.touch()  # it may be killed before it opens it
+    said.touch()  # the process may be killed before it opens the file
     module = importlib.import_module(name)
     pid = os.fork()
     if pid == 0:
@@ -74,11 +74,11 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
         try:
             with said.open("w") as file:
                 os.dup2(file.fileno(), 2)
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - of this process to its end
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - open until the process ends
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            logging.root.handlers.clear()  # pytest's; stage.run makes its own
-            tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
+            logging.root.handlers.clear()  # pytest's handlers; stage.run makes its own
+            tqdm.set_lock(threading.RLock())  # the lock of tqdm is shared with earlier processes, one of which was killed while it held the lock
             requests.load_engine = lambda args: StubEngine(reply)
             prepare()
             stage.run(lambda: module.main(flags_of(name, inputs, out, inputs / STAGES[name].reads, full=True)))
@@ -95,7 +95,7 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its path; of manifests, what is not about time."""
+    """Every file by its path. Manifests are without their times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix not in (".lock", ".started"):
@@ -110,7 +110,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def each_operation(act: Callable[[], None]) -> Callable[[], None]:
-    """A `prepare` that acts whenever the process is about to open for writing, rename, remove, truncate or lock a file."""
+    """A `prepare` that calls `act` each time the process is about to open a file for writing, or to rename, remove, truncate or lock one."""
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("os.rename", "os.remove", "os.truncate", "fcntl.flock") or (
@@ -122,7 +122,7 @@ def each_operation(act: Callable[[], None]) -> Callable[[], None]:
 
 
 def on_operation(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """A `prepare` that acts at the `number`-th of those operations, from 1."""
+    """A `prepare` that calls `act` at the `number`-th of those operations. The first one is number 1."""
     left = itertools.count(number - 1, -1)
     return each_operation(lambda: act() if next(left) == 0 else None)
 
@@ -132,7 +132,7 @@ def ended_by(number: signal.Signals) -> Callable[[], None]:
 
 
 def within_bytes(size: int, then: int) -> Callable[[], None]:
-    """A `prepare` after which no file grows beyond `size` bytes: the write that would is cut there, and `then` decides how it goes on."""
+    """A `prepare` after which no file can have more than `size` bytes. A longer write is cut there and raises the signal whose handler is `then`."""
 
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, then)
@@ -143,7 +143,7 @@ def within_bytes(size: int, then: int) -> Callable[[], None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, dict[str, Undisturbed]]:
-    """The folder of all inputs, and what each stage writes when nothing happens."""
+    """The folder of all inputs, and the undisturbed run of each stage."""
     inputs = make_good(tmp_path_factory.mktemp("inputs"), encoder_dir)
     (inputs / "monot5").symlink_to(monot5_dir)
     shutil.copy(corpus_tsv, inputs / "corpus.tsv")
@@ -158,7 +158,7 @@ def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, d
 
     for name in CONTINUING:
         importlib.import_module(name)
-        for _ in range(2):  # the first one imports
+        for _ in range(2):  # the first run also imports modules
             out, before = tmp_path_factory.mktemp(name), time.monotonic()
             operations[:] = bytes(8)
             status, said = in_a_process(name, inputs, out, each_operation(count))
@@ -190,7 +190,7 @@ def assert_completes(name: str, inputs: Path, out: Path, undisturbed: Undisturbe
 
 
 def torn(out: Path) -> bool:
-    """Whether a write was cut off: a temporary file was left, or a line without its end."""
+    """Whether a write was cut off: there is a temporary file, or a line without its end."""
     return any(
         path.name.endswith(".writing") or (path.name.endswith(".jsonl.partial") and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0)
         for path in out.rglob("*")
@@ -222,7 +222,7 @@ def test_killed_at_any_moment(runs, tmp_path, name, capsys):
             else:
                 ended, said = in_a_process(name, inputs, out, within_bytes(rng.randrange(largest), signal.SIG_DFL))
             assert ended in (0, -signal.SIGKILL, -signal.SIGXFSZ), said
-            if ended == 0:  # it was done before: the machine is faster now than when it was timed
+            if ended == 0:  # the stage ended before the kill: the machine is faster now than in the undisturbed run
                 longest *= 0.8
                 shutil.rmtree(out)
                 out.mkdir()
@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
 
 
 def without_privileges() -> None:
-    """Root may write anywhere: this process gives up all its capabilities."""
+    """Give up all capabilities of this process, since root may write anywhere."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
@@ -266,7 +266,7 @@ def without_privileges() -> None:
 
 @pytest.mark.parametrize("name", CONTINUING)
 def test_a_disk_that_was_full_has_room_again(runs, out, name):
-    """A real one, of a size at which the largest file does not fit, where this user may mount one."""
+    """The disk is a real one, too small for the largest file. The test is skipped if this user may not mount it."""
     inputs, undisturbed = runs[0], runs[1][name]
     pages = random.Random(name).randint(1, max(max(map(len, undisturbed.files.values())) // 4096, 1))
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", out], capture_output=True).returncode:
@@ -339,11 +339,11 @@ def test_an_engine_that_dies_costs_its_batch(runs, out, name):
 
 @pytest.mark.parametrize("name", CONTINUING)
 def test_two_runs_at_once_do_not_mix(runs, out, name):
-    """The first is stopped where it has the lock; the second is refused; the first goes on."""
+    """The first run is stopped while it holds the lock, the second run is refused, and the first one continues."""
     inputs, undisturbed = runs[0], runs[1][name]
 
     def stops_with_the_lock() -> None:
-        """Once: at the first file it opens after it has locked the partial file."""
+        """Stop once, at the first file that is opened after the partial file is locked."""
         state = ["before"]
 
         def hook(event: str, arguments: tuple) -> None:
