@@ -1,10 +1,13 @@
 """Fixtures of all tests, and patterns with which they check messages."""
 
 import csv
+import functools
+import gc
 import json
 import os
 import random
 import re
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,14 +79,25 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported by now stays: the garbage collector need not look at a million objects again and again
 
 
-@pytest.fixture(autouse=True)
-def encoding_in_this_process(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context():
+    """All clients share one SSL context: to read the certificates again takes longer than most tests last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encoding_in_this_process():
     """The retriever encodes in this process: a new one takes longer to start than most tests last. test_kill.py starts the new process."""
     import retriever
 
-    monkeypatch.setattr(retriever, "process_of_its_own", lambda: ThreadPoolExecutor(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retriever, "process_of_its_own", lambda: ThreadPoolExecutor(1))
+        yield
 
 
 @pytest.fixture

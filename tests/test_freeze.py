@@ -12,6 +12,7 @@ import pytest
 REPO = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_every_stage_writes_what_is_recorded():
     """If a change is meant to change an output: python tests/freeze.py --record tests/frozen.json."""
     command = [sys.executable, "tests/freeze.py", "--compare", "tests/frozen.json"]

@@ -3,11 +3,11 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from copying_stage import (
     run_stage,
     values,
 )
+from tqdm import tqdm
 
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.locks import exclusive, in_turn
@@ -344,32 +345,27 @@ def test_turns_are_of_one_machine_and_leave_nothing_beside_the_corpus(tmp_path, 
 
 # ---------------------------------------------------------------- what stages note and show
 
-CHAIN = """
-import sys
-from pathlib import Path
-import aggregate, evaluate_retrieval, generate_passage_embeddings, reranker, retriever, reward_trajectories, split_data
-corpus, encoder, monot5 = sys.argv[1:]
-common = ["--device", "cpu"]
-split_data.main(["--input_file", "questions.jsonl", "--output_dir", "splits", "--num_splits", "1"])
-generate_passage_embeddings.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--output_dir", "embeddings", *common])
-retriever.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--passages_embeddings", "embeddings", "--query",
-                "splits/split_0.json", "--output_file", "found_0.jsonl", "--index", "flat", "bm25", "--n_docs", "3", "--dtype", "float32", *common])
-aggregate.main(["--input_files", "found_*.jsonl", "--splits_dir", "splits", "--output_file", "all.jsonl"])
-reranker.main(["--model_name_or_path", monot5, "--input_file", "all.jsonl", "--output_file", "reranked.jsonl", "--dtype", "bfloat16", *common])
-reward_trajectories.main(["--input_file", "sampled.jsonl", "--output_file", "rewarded.jsonl", "--bert_model", encoder, "--bert_layer", "1", *common])
-evaluate_retrieval.main(["--results_file", "reranked.jsonl"])
-"""
 
-
-def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, request, encoder_dir, monot5_dir, corpus_tsv):
+def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, monkeypatch, capfd, encoder_dir, monot5_dir, corpus_tsv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))  # as TQDM_DISABLE=1 does if it is set before the import
     write_jsonl(tmp_path / "questions.jsonl", [{**row, "answers": ["x"]} for row in ROWS])
     write_jsonl(tmp_path / "sampled.jsonl", [
         {"id": "1", "question": "what?", "answers": ["a"], "docs": [], "id_lists": [[], []], "responses": ["a", "b"], "response_tokens": [1, 1]},
     ])
-    done = subprocess.run([sys.executable, "-c", CHAIN, corpus_tsv, encoder_dir, monot5_dir], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(request.config.rootpath)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not re.search(r"\d%\||it/s|/s\]", done.stderr)
+    encode = f"--model_name_or_path {encoder_dir} --passages {corpus_tsv} --passage_store store --device cpu"
+    for command in (
+        "split_data --input_file questions.jsonl --output_dir splits --num_splits 1",
+        f"generate_passage_embeddings {encode} --output_dir embeddings",
+        f"retriever {encode} --passages_embeddings embeddings --query splits/split_0.json --output_file found_0.jsonl --index flat bm25 --n_docs 3 --dtype float32",
+        "aggregate --input_files found_*.jsonl --splits_dir splits --output_file all.jsonl",
+        f"reranker --model_name_or_path {monot5_dir} --input_file all.jsonl --output_file reranked.jsonl --dtype bfloat16 --device cpu",
+        f"reward_trajectories --input_file sampled.jsonl --output_file rewarded.jsonl --bert_model {encoder_dir} --bert_layer 1 --device cpu",
+        "evaluate_retrieval --results_file reranked.jsonl",
+    ):
+        name, *flags = command.split()
+        importlib.import_module(name).main(flags)
+    assert not re.search(r"\d%\||it/s|/s\]", capfd.readouterr().err)
     noted = {name: read_manifest(tmp_path / name) for name in ("embeddings/passages_00.npy", "found_0.jsonl", "reranked.jsonl", "rewarded.jsonl")}
     assert {made["device"] for made in noted.values()} == {"cpu"}
     automatic, *given, none = (made["resolved"].get("dtype") for made in noted.values())

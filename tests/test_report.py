@@ -1,5 +1,6 @@
 """scripts/report.sh: the numbers are those of evaluate.py, the page needs no other file, no data is run, and its browser works."""
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from conftest import at, logged, names, naming, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from playwright.sync_api import expect
 
 import evaluate
@@ -77,9 +79,21 @@ def results(tmp_path) -> Path:
     return folder
 
 
-def make(results: Path, *flags: str) -> str:
+def make_drawn(results: Path, *flags: str) -> str:
+    """The page of a folder of results."""
     report.main([str(results), *flags])
     return (results / "report/index.html").read_text(encoding="utf-8")
+
+
+def make(results: Path, *flags: str) -> str:
+    """The page with empty figures: they are made but not rendered, which takes longer than the rest of the page."""
+
+    def save_empty(figure: Figure, file: io.StringIO | Path, **options) -> None:
+        file.write("<svg></svg>") if isinstance(file, io.StringIO) else file.write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_empty)
+        return make_drawn(results, *flags)
 
 
 def cells(page: str, file: str) -> list[str]:
@@ -262,7 +276,7 @@ def test_everything_there_is_has_a_figure_and_a_caption_of_its_numbers(results):
     log_of(run / "rounds/1/DynamicRAG_m/dpo", **{"rewards/accuracies": 0.875})
     dev = {"score": 30.0, "low": 20.0, "high": 40.0, "documents": 1.0}
     (run / "rounds/rounds.json").write_text(json.dumps({"best": 1, "rounds": [{"dev": dev}, {"dev": {**dev, "score": 35.5}, "reward": {"reward": {"mean": 0.4}}}]}))
-    page = make(results)
+    page = make_drawn(results)
     assert 'id="missing"' not in page
     pictures = {"generators", "rerankers_nq", "k_nq", "chosen_nq", "sft", "dpo", "rounds", "topn_nq", "efficiency_nq"}
     assert {path.stem for path in (results / "report").glob("*.png")} == pictures
@@ -292,7 +306,7 @@ def test_generators_are_compared_on_every_data_set_of_every_evaluation_set(resul
 def test_a_picture_is_drawn_for_both_widths_says_what_it_shows_and_lies_beside_the_page(results):
     finish_run(results, "test_dynamic", questions())
     finish_run(results, "test_top1", questions(), "top:1", right=lambda n: True)
-    page = make(results)
+    page = make_drawn(results)
     alts = re.findall(r'<svg role="img" aria-label="(.*?)"', page)
     assert len(alts) == 2 * page.count("<figure>") and all(len(alt) > 20 for alt in alts)
     ids = re.findall(r'\bid="([^"]+)"', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
@@ -313,7 +327,7 @@ def test_published_numbers_stand_only_beside_runs_of_the_same_data_set(results, 
 
 def test_the_page_stands_alone(results):
     finish_run(results, "test_dynamic", questions())
-    page = make(results)
+    page = make_drawn(results)
     assert "default-src 'none'" in page
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import|<link', page)
 
@@ -323,7 +337,7 @@ def test_nothing_in_the_data_is_markup(results):
     rows[3] |= {"question": HOSTILE, "answers": [HOSTILE], "kind": HOSTILE, "id": HOSTILE}
     rows[3]["docs"][1] |= {"title": HOSTILE, "text": HOSTILE}
     finish_run(results, "test_dynamic", rows, model=f"m/{HOSTILE}")
-    page = make(results)
+    page = make_drawn(results)
     assert page.count("<script") == 2 == page.count("</script>") and "<!--" not in page and "<img" not in page and "\u2028" not in re.sub(r"<svg.*?</svg>", "", page[page.index('id="cases"'):], flags=re.DOTALL)
     [one] = case_data(page)
     [case] = [case for case in one["cases"] if case["id"] == HOSTILE]
@@ -401,7 +415,7 @@ def page_file(tmp_path_factory) -> Path:
     rows[3]["docs"][1] |= {"title": HOSTILE, "text": HOSTILE}
     finish_run(results, "test_dynamic", rows, failed=(5,))
     finish_run(results, "test_top1", rows, "top:1", right=lambda n: n <= 6)
-    make(results)
+    make_drawn(results)
     return results / "report/index.html"
 
 

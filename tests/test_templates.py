@@ -118,7 +118,7 @@ def parity(tmp_path_factory):
     return json.loads(files[-1].read_text()), {name: Path(trained) for name, (_, _, trained) in cases.items()}
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def case(request, parity):
     """The tokenizer of the trained checkpoint with the project's template, and LLaMA-Factory's tokens."""
     from transformers import AutoTokenizer

@@ -194,14 +194,16 @@ class Stage:
     def __init__(self, tmp_path, encoder_dir, monkeypatch, url, caplog):
         (tmp_path / "good").mkdir()
         self.good, self.out, self.url, self.monkeypatch, self.caplog = make_good(tmp_path / "good", encoder_dir), tmp_path / "out", url, monkeypatch, caplog
-        self.rows = write_jsonl(tmp_path / "rows_0.jsonl", [row(n) for n in range(12)])
+        self.rows, self.failed = write_jsonl(tmp_path / "rows_0.jsonl", [row(n) for n in range(12)]), False
 
     def __call__(self, more: str = "", stage: str = "inference", constrain: str = "on") -> tuple[int, str]:
         self.caplog.clear()
-        gc.collect()  # until then a run that failed in this process holds its lock
+        if self.failed:
+            gc.collect()  # until then the failed run holds its lock
         engine = ApiEngine(self.url, "m", "on" if "--enable-thinking" in more else None)
         flags = flags_of(stage, self.good, self.out, self.rows, f"--api-base {self.url} --llm-model m --constrain-ids {constrain} {more}")
         status, said = run(stage, flags, self.monkeypatch, engine)
+        self.failed = status != 0
         return status, self.caplog.text + "\n".join(said)
 
     def read(self, name: str = "answered.json") -> dict[str, dict]:
