@@ -27,7 +27,7 @@ from dynamicrag.rows.row import Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
-ROWS_A_CHUNK = 1000
+ROWS_PER_CHUNK = 1000
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -58,8 +58,7 @@ def numbered(pattern: str | Path, suffix: str = "") -> dict[int, Path]:
 
 
 def find_shards(pattern: str, splits_dir: str) -> list[Path]:
-    """Return all shards in order. Raises UserError naming the first that is missing, unfinished or from another split.
-    """
+    """Return all shards in order. Raises UserError naming the first that is missing, unfinished or from another split."""
     unfinished = {number: path for number, path in numbered(pattern, ".partial").items()}
     for path in unfinished.values():
         raise UserError(f"{path}: this shard is unfinished; run its command again to continue it")
@@ -102,8 +101,7 @@ def read_shards(paths: list[Path]) -> Iterator[Row]:
 
 
 def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
-    """Return the identity of one run over `questions` that the answered shards share: stage, arguments, and input
-    hashes.
+    """Return the identity of one run over `questions` that the answered shards share: stage, arguments, and input hashes.
 
     Raises UserError if a shard was made differently from the first one, or the parts are not from the current
     `questions`.
@@ -134,8 +132,7 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
             here, there = shared.get(what, {}), first.get(what, {})
             changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
             if changed:
-                raise UserError(f"{path}: was made with another {changed[0]} than {shards[0]}; run its "
-                                f"{shared['stage']}.py again with the same one")
+                raise UserError(f"{path}: its {changed[0]} differs from that of {shards[0]}; run its {shared['stage']}.py again with the same one")
     return first
 
 
@@ -194,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         rows = read_shards(shards)
     with tqdm(desc="aggregating", unit=" questions") as progress:
-        for chunk in output.chunks(rows, ROWS_A_CHUNK):
+        for chunk in output.chunks(rows, ROWS_PER_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
     if not output.rows:

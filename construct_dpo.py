@@ -80,7 +80,7 @@ def parse_args(argv=None):
         "pair differs in the order only",
     )
     pairs.add_argument("--min-margin", type=float, default=0.0, help="minimum difference in reward of a reranker pair")
-    pairs.add_argument("--max-pairs-a-question", type=int,
+    pairs.add_argument("--max-pairs-per-question", type=int,
                        help="maximum number of reranker pairs per question; the widest margins are kept")
     pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold",
                        help="chosen answer: the gold answer, or the best sampled one")
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not PAIRS.fullmatch(args.pairs):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
-    caps = (args.max_pairs_a_question, args.max_reranker_pairs, args.max_generator_pairs)
+    caps = (args.max_pairs_per_question, args.max_reranker_pairs, args.max_generator_pairs)
     if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
         parser.error("--min-margin must be at least 0, and each --max-... at least 1")
     if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
@@ -130,9 +130,7 @@ def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
 def fit_pair(
     build: Callable[[Sequence[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
 ) -> Fitted:
-    """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is
-    removed.
-    """
+    """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is removed."""
     shown = window.documents(build, docs, *targets)
     if shown is None or (len(shown) < len(docs) and (len(shown) < named or not shown)):
         return Fitted(None)
@@ -147,7 +145,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
     def build(some: Sequence[Doc]) -> Messages:
         return prompts.reranker(row["question"], some)
 
-    for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_a_question, args.pair_by):
+    for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_per_question, args.pair_by):
         chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
         targets, named = (format_ids(chosen, prompts.notation), format_ids(rejected, prompts.notation)), max([*chosen, *rejected], default=0)
         pairs.append(fit_pair(build, docs, named, targets, window, figures(row, pair, args.input_file)))

@@ -87,10 +87,10 @@ def main(argv=None):
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
     count = out.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
-        log.warning("%d rows have no gold answer and are not used; the first is %s", len(unanswered), unanswered[0])
+        log.warning("%s: %d rows have no gold answer and are not used; the first is %s", args.input_file, len(unanswered), unanswered[0])
     if unscored:
-        log.warning("%d rows have relevant documents without rerank_score; the order of their documents is used "
-                    "instead", unscored)
+        log.warning("%s: %d rows have relevant documents without rerank_score; the order of the documents is used instead",
+                    args.input_file, unscored)
     check_columns(args, args.output_file)
     out.finish(examples=count, **window.counts())
 

@@ -32,6 +32,7 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.row import Row
+from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
 
 
@@ -114,6 +115,7 @@ def main(argv=None):
     if args.table_file:
         with atomic_writer(args.table_file) as file:
             file.write(f"{table}\n".encode())
+    track("evaluate", output, {"results": summaries, "compared": compared}, vars(args))
     print(table)
     log.info("metrics are in %s%s", output, f", the table in {args.table_file}" if args.table_file else "")
 

@@ -31,11 +31,12 @@ from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questi
 from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc
+from dynamicrag.rows.tracking import track
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
 ANSWER_CUTOFF = 20  # cutoff of the measure with the interval if no gold document is known
-QUESTIONS_A_CHUNK = 256  # number of questions whose documents are in memory
+QUESTIONS_PER_CHUNK = 256  # number of questions whose documents are in memory
 
 
 class Scored(NamedTuple):
@@ -90,11 +91,9 @@ def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]
 
 
 def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, list[Scored]]:
-    """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score
-    is missing.
-    """
+    """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score is missing."""
     scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
-    while chunk := list(itertools.islice(questions, QUESTIONS_A_CHUNK)):
+    while chunk := list(itertools.islice(questions, QUESTIONS_PER_CHUNK)):
         for order in list(scored):
             ranked: list[tuple[Question, list[Doc]]] = []
             unjudged: list[str] = []
@@ -116,9 +115,7 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
 
 
 def summarise(scored: list[Scored], seed: int) -> dict:
-    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main
-    measure.
-    """
+    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main measure."""
     values: dict[str, list[float]] = defaultdict(list)
     for one in scored:
         for name, value in one.measures.items():
@@ -212,6 +209,7 @@ def main(argv=None):
         order = list(orders)[-1]
         rows = read_rows(args.results_file[0], ("docs",), args.dataset)
         write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
+    track("evaluate_retrieval", output, {"results": results}, vars(args))
     print(table)
     log.info("measures are in %s%s", output, f", the table in {args.table_file}" if args.table_file else "")
 

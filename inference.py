@@ -94,9 +94,7 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
 
 
 def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list[list[int] | str], list[Usage]]:
-    """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the
-    cost.
-    """
+    """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the cost."""
     usages = [Usage() for _ in rows]
     choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":

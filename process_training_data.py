@@ -58,9 +58,7 @@ def parse_args(argv=None):
 
 
 def label(row: Row, n_docs: int, gold: set[str] | None = None) -> Row:
-    """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the
-    reranker's labels.
-    """
+    """Add 1-based positions of relevant and irrelevant documents among the first n_docs, by `gold` or else by the reranker's labels."""
     labels = [doc.get("rerank_label") == "true" if gold is None else doc["id"] in gold for doc in row["docs"][:n_docs]]
     true_id = [position for position, relevant in enumerate(labels, start=1) if relevant]
     false_id = [position for position, relevant in enumerate(labels, start=1) if not relevant]
@@ -104,7 +102,7 @@ def main(argv=None):
             unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
             if unjudged is not None:
                 raise UserError(
-                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has no rerank_label and rerank_score; run reranker.py first"
+                    f"{args.input_file}: row {row['id']}: document {shown[unjudged - 1]['id']} has neither rerank_label nor rerank_score; run reranker.py first"
                 )
             gold = needed_documents(row, args.input_file) if args.labels == "gold" else None
             if args.labels == "gold" and gold is None:
@@ -127,8 +125,8 @@ def main(argv=None):
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
         if max_rows < PUBLISHED_EXPERT_ROWS:
-            log.warning("%d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
-                        rows, max_rows)
+            log.warning("%s: %d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
+                        args.input_file, rows, max_rows)
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
     expert_ids = {row_id for row_id, _ in chosen}
 

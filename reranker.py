@@ -28,7 +28,7 @@ from dynamicrag.rows.trec import Run
 Judged = tuple[Row, Doc]  # row, document
 
 # Documents are sorted by length across the questions of a chunk. A run continues after the last whole chunk.
-QUESTIONS_A_CHUNK = 64
+QUESTIONS_PER_CHUNK = 64
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -74,9 +74,8 @@ def rerank(rows: list[Row], score: Callable[[list[Judged]], Iterable[float]], n_
         judged: list[Doc] = []
         for doc, value in zip(docs, scores, strict=False):
             if not 0 <= value <= 1:
-                raise stage.UserError(f"the reranker gives {value} for question {row['id']!r} and document "
-                                      f"{doc['id']!r}, but a probability is needed; try --dtype float32, or --logits "
-                                      "for a --run of log-odds")
+                raise stage.UserError(f"row {row['id']!r}: document {doc['id']!r}: its score is {value}, which is not a probability; try "
+                                      "--dtype float32, or --logits for a --run of log-odds")
             judged.append({**doc, "rerank_score": value, "rerank_label": "true" if value > 0.5 else "false"})
         if sort:
             judged.sort(key=lambda doc: -doc.get("rerank_score", 0.0))
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         output.record(**place(args.device, args.dtype))
         prepare, work = by_model(args)
     rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
-    output.process(rows, QUESTIONS_A_CHUNK, work, count, "reranking", prepare)
+    output.process(rows, QUESTIONS_PER_CHUNK, work, count, "reranking", prepare)
     judged = relevant = 0
     for row in output.written():
         judged += len(row["docs"])

@@ -45,8 +45,7 @@ def sft_row(row: Row, prompts: Prompts) -> dict[str, Any] | None:
 
 
 def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
-    """Return one SFT example with the labelled documents that fit the window; no row if the target names another one.
-    """
+    """Return one SFT example with the labelled documents that fit the window; no row if the target names another one."""
     labelled = row["docs"][: len(row["true_id"]) + len(row["false_id"])]
     target = format_ids(row["sequence"], prompts.notation)
 

@@ -50,7 +50,7 @@ Search = Callable[[list[Row]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
 # Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
-QUESTIONS_A_PASS = {"cpu": 1024, "cuda": 4096}
+QUESTIONS_PER_PASS = {"cpu": 1024, "cuda": 4096}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                        help="candidates of a compressed index per requested document")
     group.add_argument("--corpus_shard",
                        default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
-    group.add_argument("--questions_a_pass",
+    group.add_argument("--questions_per_pass",
                        type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
@@ -104,9 +104,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--corpus_shard and --index_path accept one index only; ranks within a part cannot be fused")
     if not args.index and not args.run:
         parser.error("--index or --run is required")
-    counts = [args.n_docs, args.nprobe, args.candidates, *([] if args.questions_a_pass is None else [args.questions_a_pass])]
+    counts = [args.n_docs, args.nprobe, args.candidates, *([] if args.questions_per_pass is None else [args.questions_per_pass])]
     if min(counts) < 1:
-        parser.error("--n_docs, --questions_a_pass, --nprobe and --candidates must be at least 1")
+        parser.error("--n_docs, --questions_per_pass, --nprobe and --candidates must be at least 1")
     return args
 
 
@@ -130,8 +130,7 @@ def allocate_from_one_arena() -> None:
 
 
 def process_of_its_own() -> Executor:
-    """Return an executor that encodes questions in a child process, so that all its memory is free before the search.
-    """
+    """Return an executor that encodes questions in a child process, so that all its memory is free before the search."""
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
@@ -245,13 +244,12 @@ def main(argv: list[str] | None = None) -> None:
         return attach_docs(rows, scores, positions, store)
 
     rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
-    output.process(rows, args.questions_a_pass or QUESTIONS_A_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
+    output.process(rows, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     if without:
-        stage.log.warning("%d of %d questions have no document; %s", without, searched,
-                          "the passages contain none of their "
-                          "words" if args.index == ["bm25"] else "check --index, --nprobe and --run")
+        stage.log.warning("%s: %d of %d questions have no document; %s", args.query, without, searched,
+                          "the passages contain none of their words" if args.index == ["bm25"] else "check --index, --nprobe and --run")
     Path(queries).unlink(missing_ok=True)  # removed before the run is complete, because nothing would remove it later
-    output.finish(docs_a_question=min(args.n_docs, len(store)))
+    output.finish(docs_per_question=min(args.n_docs, len(store)))
 
 
 if __name__ == "__main__":

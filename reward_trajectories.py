@@ -135,8 +135,7 @@ def check_terms(path: str, rows: Iterable[Row], weights: dict[str, float]) -> bo
 
 
 def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | None]]]:
-    """Return the number of trajectories; and mean, spread and correlation with em and k of every term, the reward and
-    k.
+    """Return the number of trajectories; and mean, spread and correlation with em and k of every term, the reward and k.
 
     A correlation is None if one of the two values is constant.
     """
@@ -193,7 +192,7 @@ def main(argv=None):
     if args.reweight:
         judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=out.ignore), weights)
     if weights.get("judge") and not judged:
-        log.warning("no judge (--judge-base-url): the weights of the other terms are rescaled to sum to one")
+        log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
     bert = judge = None
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)

@@ -87,9 +87,7 @@ def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list
 
 
 def read_selections(samples: list[tuple[Completion, list[int]]], notation: Notation) -> tuple[list[tuple[str, list[int]]], list[str], str]:
-    """Return the valid samples as (text, positions in docs), the texts of the others, and a reason if no sample is
-    valid.
-    """
+    """Return the valid samples as (text, positions in docs), the texts of the others, and a reason if no sample is valid."""
     valid, invalid, reason = [], [], ""
     for completion, order in samples:
         for number, text in enumerate(completion.texts):

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sizes = split_sizes(count_rows(args.input_file, skip_malformed=args.on_error == "skip"), args.num_splits)
     if len(sizes) < args.num_splits:
-        stage.log.warning("%d questions fill only %d of %d parts", sum(sizes), len(sizes), args.num_splits)
+        stage.log.warning("--num_splits %d: the %d questions fill only %d parts", args.num_splits, sum(sizes), len(sizes))
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
     output = Output(args, list(map(str, paths)), [args.input_file])
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)

@@ -52,12 +52,12 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int,
         sft_size = PUBLISHED_SFT_ROWS
         if rows < PUBLISHED_ROWS:
             sft_size = min(PUBLISHED_SFT_ROWS, max(1, round(left * 3 / 5)), max(left - 1, 0))
-            log.warning("%d rows are fewer than the published 120,000; %d are used for SFT, the rest for DPO",
+            log.warning("--sft_size: the %d rows are fewer than the published 120,000; %d are used for SFT, the others for DPO",
                         rows, sft_size)
     sft, dpo = rest[:sft_size], rest[sft_size:][:dpo_size]
     if not sft or not dpo:
         raise UserError(
-            f"{rows} rows cannot be divided into {len(sft)} for SFT, {len(dpo)} for DPO and {len(dev)} held out; lower --sft_size or --dev_size"
+            f"--sft_size: of {rows} rows, {len(sft)} would be for SFT, {len(dpo)} for DPO and {len(dev)} held out; lower --sft_size or --dev_size"
         )
     return set(sft), set(dpo), set(dev)
 

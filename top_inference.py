@@ -80,8 +80,7 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
 
 
 def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """Return the answered rows. A row whose last selection or answer cannot be read has `error` instead of `response`.
-    """
+    """Return the answered rows. A row whose last selection or answer cannot be read has `error` instead of `response`."""
     chooser, generator = callers
     usages = [Usage() for _ in rows]
 

@@ -111,8 +111,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
-    """Run commands in parallel. Returns the peak of each kind of memory, summed over all of them (GB), and the seconds.
-    """
+    """Run commands in parallel. Returns the peak of each kind of memory, summed over all of them (GB), and the seconds."""
     began = time.perf_counter()
     running = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) for command in commands]
     peak = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}

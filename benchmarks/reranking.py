@@ -68,8 +68,7 @@ def make_model(folder: Path, texts: list[str]) -> None:
 
 
 def spread(model: MonoT5, pairs: list[Pair]) -> None:
-    """Set the weights of `true` so that half of these pairs are relevant and the log-odds have a standard deviation of
-    3.
+    """Set the weights of `true` so that half of these pairs are relevant and the log-odds have a standard deviation of 3.
 
     A random model gives all documents the same label, and scores so close to 0.5 that rounding errors change it.
     """

@@ -52,7 +52,7 @@ def seconds(attention: str, memory: dict[str, str], folder: Path, args) -> float
     environment = {**os.environ, **memory, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([args.trainer, "train", str(folder / "settings.yaml")], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise UserError(f"LLaMA-Factory failed: {done.stderr[-1500:]}; check --trainer, --recipe and --model")
+        raise UserError(f"{args.trainer}: failed: {done.stderr[-1500:]}; check --trainer, --recipe and --model")
     return json.loads((folder / "model/train_results.json").read_text())["train_runtime"]
 
 

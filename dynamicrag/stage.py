@@ -13,8 +13,7 @@ log = logging.getLogger("dynamicrag")
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message gives the place, the problem and the remedy; no stack trace is shown.
-    """
+    """An error that the user can fix. The message gives the place, the problem and the remedy; no stack trace is shown."""
 
 
 # ---------------------------------------------------------------- flags
@@ -32,6 +31,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+# Flags of earlier versions, which are still accepted -> their names now. Both with underscores.
+RENAMED_FLAGS = {"max_pairs_a_question": "max_pairs_per_question", "questions_a_pass": "questions_per_pass"}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
 
@@ -39,12 +42,13 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        spelling = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        spelling = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
         given = []
         for word in sys.argv[1:] if args is None else args:
             flag, equals, value = word.partition("=")
             if flag.startswith("--"):
-                word = spelling.get(flag.replace("_", "-"), flag) + equals + value
+                name = flag.removeprefix("--").replace("-", "_")
+                word = spelling.get(f"__{RENAMED_FLAGS.get(name, name)}", flag) + equals + value
             given.append(word)
         return super().parse_known_args(given, namespace)
 
@@ -57,8 +61,7 @@ def add_seed_flag(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags shared by every stage that writes rows. Scoring scripts always rewrite their output and never skip a row.
-    """
+    """Flags shared by every stage that writes rows. Scoring scripts always rewrite their output and never skip a row."""
     group = add_seed_flag(parser)
     group.add_argument("--overwrite", action="store_true", help="discard an existing output or partial output")
     group.add_argument(
@@ -111,8 +114,7 @@ def run(main) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    """Print the message to stderr as one line of limited length, with unprintable characters escaped. Return `status`.
-    """
+    """Print the message to stderr as one line of limited length, with unprintable characters escaped. Return `status`."""
     from tqdm import tqdm
 
     line = " ".join(message.split())
@@ -127,8 +129,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def derive_seed(seed: int, *parts: object) -> int:
-    """Return a 31-bit seed for one purpose, derived from the run's seed and the parts that identify the purpose (such
-    as a row id).
+    """Return a 31-bit seed for one purpose, derived from the run's seed and the parts that identify the purpose (such as a row id).
 
     Random choices made with it do not depend on batching, on the order of the rows or on sharding.
     """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What the further data sets of the demo's behaviour cloning are worth: its SFT again without each of them, from the same
-# warm-up, and 500 questions with every needed passage among the documents shown, in the retriever's order and shuffled.
-#     bash experiments/ablation.sh      after DEMO_SIZE=standard bash scripts/demo.sh; some 50 minutes on two cores
-export DEMO_SIZE=${DEMO_SIZE:-standard}  # the default size is too small to show anything
+# Measure what the two extra data sets of the demo's behaviour cloning are worth. The SFT is repeated without each of them, from the same
+# warm-up. The models answer 500 questions with every needed passage among the documents shown, in the retriever's order and shuffled.
+#     bash experiments/ablation.sh      after DEMO_SIZE=standard bash scripts/demo.sh; about 50 minutes on two cores
+export DEMO_SIZE=${DEMO_SIZE:-standard}  # the default size is too small to show a difference
 source "$(dirname "$0")/../scripts/common.sh" configs/demo.env
 needs "$MODEL_DIR/sft/trained_on.sha256" scripts/demo.sh
 

@@ -28,16 +28,18 @@ FIXED = ("none", "top1", "top2", "top3", "all")
 # (documents shown, selector) -> name in the tables.
 NAMES = {
     ("retrieved", "none"): "none", ("retrieved", "top1"): "top 1", ("retrieved", "top2"): "top 2", ("retrieved", "top3"): "top 3",
-    ("retrieved", "all"): "all five shown", ("retrieved", "monot5"): "the reranker's labels", ("retrieved", "dynamic"): "DynamicRAG",
-    ("retrieved", "gold"): "gold of those shown", ("all needed", "dynamic"): "DynamicRAG, all gold shown", ("all needed", "gold"): "all gold",
+    ("retrieved", "all"): "all five shown", ("retrieved", "monot5"): "reranker labels", ("retrieved", "dynamic"): "DynamicRAG",
+    ("retrieved", "gold"): "gold among those shown", ("all needed", "dynamic"): "DynamicRAG, all gold shown", ("all needed", "gold"): "all gold",
 }
 DYNAMIC, GOLD, ALL_GOLD = ("dpo", "retrieved", "dynamic"), ("dpo", "retrieved", "gold"), ("dpo", "all needed", "gold")
 DYNAMIC_SFT = ("sft", "retrieved", "dynamic")
 COMPARED = (DYNAMIC_SFT, DYNAMIC, GOLD, ALL_GOLD)  # (model, documents shown, selector) that every seed must have
+# Figure of a round (evidence_seed.py) -> its heading and format.
 ROUND_COLUMNS = {
-    "score": "{:.1f}", "documents": "{:.2f}", "reward": "{:.3f}", "right": "{:.3f}", "reward with right": "{:.2f}", "reward with k": "{:.2f}",
-    "pairs": "{:.0f}", "margin": "{:.2f}", "k chosen": "{:.2f}", "k rejected": "{:.2f}", "only shorter": "{:.2f}",
-    "gold in chosen": "{:.2f}", "gold in rejected": "{:.2f}",
+    "score": ("score on dev", "{:.1f}"), "documents": ("documents", "{:.2f}"), "reward": ("reward", "{:.3f}"), "right": ("correct", "{:.3f}"),
+    "reward with right": ("correlation of reward and correctness", "{:.2f}"), "reward with k": ("correlation of reward and k", "{:.2f}"),
+    "pairs": ("pairs", "{:.0f}"), "margin": ("margin", "{:.2f}"), "k chosen": ("k of chosen", "{:.2f}"), "k rejected": ("k of rejected", "{:.2f}"),
+    "only shorter": ("only shorter", "{:.2f}"), "gold in chosen": ("gold in chosen", "{:.2f}"), "gold in rejected": ("gold in rejected", "{:.2f}"),
 }
 
 
@@ -73,7 +75,7 @@ def parse_args(argv=None):
 
 
 def read_seeds(paths: list[str]) -> list[dict]:
-    """Return the seeds. Raises UserError naming a file that is invalid or has other questions than the first one."""
+    """Return the seeds. Raises UserError naming a file that is invalid or whose questions differ from those of the first one."""
     seeds = []
     for path in paths:
         try:
@@ -83,14 +85,13 @@ def read_seeds(paths: list[str]) -> list[dict]:
             raise UserError(f"{path}: not written by experiments/evidence_seed.py ({error!r}); run "
                             "experiments/evidence.sh again") from error
         if questions != seeds[0]["questions"]:
-            raise UserError(f"{path}: has other questions than {paths[0]}; give seeds with the same data/factbook and "
+            raise UserError(f"{path}: its questions differ from those of {paths[0]}; give seeds with the same data/factbook and "
                             "sizes")
     return seeds
 
 
 def read_systems(seeds: list[dict], paths: list[str]) -> dict[tuple[str, str, str], System]:
-    """Return the systems of the first seed by (model, documents shown, selector). Every other seed must have them too.
-    """
+    """Return the systems of the first seed by (model, documents shown, selector). Every other seed must have them too."""
     by_seed = [{(one["model"], one["shown"], one["selector"]): one for one in seed["systems"]} for seed in seeds]
     for key in by_seed[0]:
         for path, found in zip(paths, by_seed, strict=True):
@@ -121,16 +122,16 @@ def system_table(systems: dict[tuple[str, str, str], System]) -> str:
         ]
         for (model, shown, selector), system in systems.items()
     ]
-    return markdown_table(["model", "documents from", "score", "of each seed", "documents", "exact set", "precision", "recall", "prompt tokens"], lines)
+    return markdown_table(["model", "selector", "score", "score per seed", "documents", "exact set", "precision", "recall", "prompt tokens"], lines)
 
 
 def comparisons(systems: dict[tuple[str, str, str], System], best: str, asked: list[int], seed: int) -> dict[str, Comparison]:
     pairs = {
-        f"after DPO, DynamicRAG less the best fixed k ({NAMES['retrieved', best]})": (DYNAMIC, ("dpo", "retrieved", best)),
-        "after DPO, DynamicRAG less the reranker's labels": (DYNAMIC, ("dpo", "retrieved", "monot5")),
-        "DynamicRAG, after DPO less after SFT": (DYNAMIC, DYNAMIC_SFT),
-        "lost by selection: gold of those shown less DynamicRAG": (GOLD, DYNAMIC),
-        "lost by retrieval: all gold less gold of those shown": (ALL_GOLD, GOLD),
+        f"after DPO: DynamicRAG minus the best fixed k ({NAMES['retrieved', best]})": (DYNAMIC, ("dpo", "retrieved", best)),
+        "after DPO: DynamicRAG minus reranker labels": (DYNAMIC, ("dpo", "retrieved", "monot5")),
+        "DynamicRAG: after DPO minus after SFT": (DYNAMIC, DYNAMIC_SFT),
+        "loss by selection: gold among those shown minus DynamicRAG": (GOLD, DYNAMIC),
+        "loss by retrieval: all gold minus gold among those shown": (ALL_GOLD, GOLD),
     }
     return {name: compare(systems[one], systems[other], asked, seed) for name, (one, other) in pairs.items() if other in systems}
 
@@ -139,7 +140,7 @@ def kind_table(systems: dict[tuple[str, str, str], System], best: str, kinds: li
     best_fixed = ("dpo", "retrieved", best)
     columns = {
         "SFT, DynamicRAG": DYNAMIC_SFT, "DPO, DynamicRAG": DYNAMIC, f"DPO, {NAMES['retrieved', best]}": best_fixed,
-        "DPO, gold of those shown": GOLD, "DPO, all gold": ALL_GOLD,
+        "DPO, gold among those shown": GOLD, "DPO, all gold": ALL_GOLD,
     }
     lines = []
     for kind in sorted(set(kinds)):
@@ -149,7 +150,7 @@ def kind_table(systems: dict[tuple[str, str, str], System], best: str, kinds: li
             kind, *(f"{mean(figures, 'score'):.1f} ({mean(figures, 'documents'):.1f})" for figures in of_kind.values()),
             *(signed(compare(systems[DYNAMIC], systems[other], asked, seed)) for other in (best_fixed, DYNAMIC_SFT)),
         ])
-    return markdown_table(["kind", *columns, f"DynamicRAG less {NAMES['retrieved', best]}", "DPO less SFT"], lines)
+    return markdown_table(["kind", *columns, f"DynamicRAG minus {NAMES['retrieved', best]}", "DPO minus SFT"], lines)
 
 
 def choice_table(choices: list[dict]) -> str:
@@ -165,15 +166,15 @@ def choice_table(choices: list[dict]) -> str:
                 *(f"{mean(every, key):.1f}" for key in ("precision", "recall")), f"{mean(every, 'chosen_k'):.2f}",
                 *(f"{mean(figures, 'exact'):.0f} ({mean(figures, 'chosen_k'):.1f})" for figures in kinds.values()),
             ])
-    return markdown_table(["model", "order", "exact set", "of each seed", "precision", "recall", "k", *kinds], lines)
+    return markdown_table(["model", "order", "exact set", "exact set per seed", "precision", "recall", "k", *kinds], lines)
 
 
 def rounds_table(rounds: list[list[dict]]) -> str:
     """Return a table of the rewards and pairs of the rounds of scripts/iterate.sh; one list of rounds per seed."""
     lines = []
     for number, of_round in enumerate(zip(*rounds, strict=False)):  # the shortest list determines the number
-        lines.append([str(number), *(form.format(mean(of_round, key)) if key in of_round[0] else "" for key, form in ROUND_COLUMNS.items())])
-    return markdown_table(["round", "score on dev", *[*ROUND_COLUMNS][1:]], lines)
+        lines.append([str(number), *(form.format(mean(of_round, key)) if key in of_round[0] else "" for key, (_, form) in ROUND_COLUMNS.items())])
+    return markdown_table(["round", *(heading for heading, _ in ROUND_COLUMNS.values())], lines)
 
 
 def main(argv=None):
@@ -191,10 +192,10 @@ def main(argv=None):
     choices, rounds = [seed["choice"] for seed in seeds], [seed["rounds"] for seed in seeds]
     text = "\n\n".join([
         f"{len(kinds)} questions, seeds: {len(seeds)}; scores are each kind's own metric, 0 to 100.", system_table(systems),
-        "Differences, question by question:\n\n" + markdown_table(["", "difference", "95 %", "p"], differences),
-        "By kind, score and documents read in brackets:\n\n" + kind_table(systems, best, kinds, args.bootstrap_seed),
-        *([f"Exact selections where every needed document is among the five shown:\n\n{choice_table(choices)}"] if all(choices) else []),
-        *([f"Rounds of sampling, reward and DPO; correlations are of the reward, over trajectories:\n\n{rounds_table(rounds)}"] if all(rounds) else []),
+        "Differences, question by question:\n\n" + markdown_table(["comparison", "difference", "95 %", "p"], differences),
+        "By kind: score, and documents used in brackets:\n\n" + kind_table(systems, best, kinds, args.bootstrap_seed),
+        *([f"Exact selections if every needed document is among the five shown:\n\n{choice_table(choices)}"] if all(choices) else []),
+        *([f"Rounds of sampling, reward and DPO; correlations are over trajectories:\n\n{rounds_table(rounds)}"] if all(rounds) else []),
     ])
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

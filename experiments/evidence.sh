@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The evidence for docs/evidence.md: the demo's chain from several seeds, with more questions, rounds of DPO and every selector
-# under the same generators, in one file of tables:
-#     bash experiments/evidence.sh                          three seeds, some 75 minutes each on two cores
+# Make the tables of docs/evidence.md. The demo's chain runs from several seeds, with more questions and rounds of DPO, and compares all
+# selectors under the same generators.
+#     bash experiments/evidence.sh                          three seeds, about 75 minutes each on two cores
 #     SEEDS="1" DEMO_SIZE=standard bash experiments/evidence.sh
-# Everything is resumed: run it again after an interruption, or with more SEEDS. What a seed comes to is one small file,
-# EVIDENCE/seed_N.json, and a seed that has its file is not run again, whichever machine it ran on.
+# The same command continues after an interruption, or with more SEEDS. The figures of a seed are one small file, EVIDENCE/seed_N.json.
+# A seed whose file exists does not run again, so that files may come from other machines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DEMO_SIZE=${DEMO_SIZE:-evidence} ROUNDS=${ROUNDS:-2}
-export STAGES="sft dpo"  # of the rounds, the last; the best on few questions is the best by chance
-export TOP_N=""  # nothing here is about more documents than a window holds
+export STAGES="sft dpo"  # dpo is the last round; the best round on few questions is the best by chance
+export TOP_N=""  # no answers from more documents than fit in one window
 SEEDS=${SEEDS:-1 2 3}
 EVIDENCE=${EVIDENCE:-runs/evidence}
 MODEL=${MODEL:-smollm2_135m}
@@ -26,7 +26,7 @@ for SEED in $SEEDS; do
     for stage in sft dpo; do
         choice=$WORK/results/test_${stage}_choice.json
         [[ -f $choice ]] && continue
-        echo "what the $stage model chooses when every needed document is shown, in the retriever's order and shuffled" >&2
+        echo "selections of the $stage model, with every needed document shown, in the retriever's order and shuffled" >&2
         .venv/bin/python examples/factbook/choice.py --model "$WORK/DynamicRAG_$MODEL/$stage" \
             --input_file "$WORK/output/retrieval_test.jsonl" --output_file "$choice"
     done

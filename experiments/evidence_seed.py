@@ -73,7 +73,7 @@ def all_systems(run: Path, name: str, seed: int) -> tuple[dict[str, str], list[d
         figures, scores, kinds = system_figures(path, seed)
         questions = questions or kinds
         if scores.keys() != questions.keys():
-            raise UserError(f"{path}: has other questions than the other results; remove it and run "
+            raise UserError(f"{path}: its questions differ from those of the other results; remove it and run "
                             "experiments/evidence.sh again")
         systems.append({"model": model, "selector": selector, "shown": shown, **figures, "scores": [scores[row_id] for row_id in questions]})
     return questions, systems

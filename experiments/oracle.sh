@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What retrieval and selection cost the demo: its questions with every needed passage among the documents shown, answered from
-# those chosen and from those needed.
+# Measure what retrieval and selection cost the demo. Its questions, with every needed passage among the documents shown, are answered
+# from the chosen documents and from the gold documents.
 #     bash experiments/oracle.sh configs/demo.env
 source "$(dirname "$0")/../scripts/common.sh"
 

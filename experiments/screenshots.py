@@ -44,7 +44,7 @@ def find_chromium() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         if found := shutil.which(name):
             return found
-    raise UserError("no Chromium found; install one (for example with apt-get install chromium), or set CHROMIUM")
+    raise UserError("CHROMIUM: no browser found; install one (for example with apt-get install chromium), or set this variable")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Corpus -> embedding shards. Shards that an earlier run began are finished in their own number.
+# Corpus -> embedding shards. If an earlier run has started, its number of shards is kept.
 source "$(dirname "$0")/common.sh"
 given_inputs
 

@@ -2,7 +2,7 @@
 # Questions -> questions with documents: the training questions and every evaluation set.
 source "$(dirname "$0")/common.sh"
 given_inputs
-# shellcheck disable=SC2086  # a wrong flag is said before embeddings are asked for that it may not need
+# shellcheck disable=SC2086  # reports a wrong flag before missing embeddings, which it may not need
 python -c "import retriever; retriever.parse_args()" ${SEARCH_FLAGS:-}
 [[ " ${SEARCH_FLAGS:-} " == *" --index bm25 "* ]] || needs "$EMBEDDINGS" scripts/01_embed.sh
 

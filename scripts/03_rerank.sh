@@ -1,13 +1,8 @@
 #!/usr/bin/env bash
-# Documents -> documents with the reranker's scores and labels, for training questions and evaluation sets, EVAL_FILES included.
+# Documents -> documents with the reranker's scores and labels, for the training questions and all evaluation sets (also EVAL_FILES).
 source "$(dirname "$0")/common.sh"
 needs "$WORK/output/retrieval_data.jsonl" scripts/02_retrieve.sh
 
-rerank() { # INPUT OUTPUT
-    # shellcheck disable=SC2086  # RERANK_FLAGS is a list of flags
-    sharded "$1" "$2" python reranker.py --model_name_or_path "$RERANKER" --input_file '{in}' --output_file '{out}' \
-        --device auto ${RERANK_FLAGS:-}
-}
 rerank "$WORK/output/retrieval_data.jsonl" "$WORK/output/retrieval_data_rerank.jsonl"
 for questions in ${EVAL_QUESTIONS:-}; do
     name=$(stem "$questions")

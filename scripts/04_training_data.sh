@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Reranked questions -> expert sequences, generator SFT set, and the questions left for DPO.
+# Reranked questions -> SFT sets of reranker and generator, questions for DPO, and held-out questions.
 source "$(dirname "$0")/common.sh"
 needs "$WORK/output/retrieval_data_rerank.jsonl" scripts/03_rerank.sh
 
-# A base model that is trained later (the demo's) has the tokenizer of CHAT_MODEL.
+# The demo trains its base model later, from CHAT_MODEL. Both have the same tokenizer.
 # shellcheck disable=SC2086  # the *_FLAGS are lists of flags
 fit_to "$SFT_RECIPE" "${CHAT_MODEL:-$BASE_MODEL}" ${SFT_FLAGS:-}
 # shellcheck disable=SC2086

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The SFT model (or POLICY) samples trajectories: selections of documents, each answered.
+# Questions for DPO -> trajectories. The SFT model (or POLICY) samples selections of documents, and answers from each.
 source "$(dirname "$0")/common.sh"
 needs "$POLICY/config.json" scripts/05_sft.sh
 

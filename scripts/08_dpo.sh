@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rewards -> preference pairs -> LLaMA-Factory DPO from the model that sampled. DPO_RECIPE=dpo_ftx or simpo for its
-# variants, dpo_lora or dpo_qlora for an adapter trained on one GPU and merged.
+# Rewards -> preference pairs -> DPO model, which LLaMA-Factory trains from the model that sampled. DPO_RECIPE=dpo_ftx or simpo trains
+# with a variant of DPO; DPO_RECIPE=dpo_lora or dpo_qlora trains an adapter on one GPU and merges it.
 source "$(dirname "$0")/common.sh"
 needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Documents and answers -> two tables per evaluation set: how well the documents were found, and a line per model and selector:
-# the models of scripts/09_infer.sh, and any other of scripts/infer_all.sh.
+# Documents and answers -> two tables per evaluation set. One scores the retrieved documents; the other has one line per model and
+# selector, for the models of scripts/09_infer.sh and of scripts/infer_all.sh.
 source "$(dirname "$0")/common.sh"
 
-# others_of SET: the models besides sft, dpo and best that have answered it, one a line. A result is called SET_MODEL_SELECTOR.json;
-# one of a set whose name goes on from this one's (nq, nq_hard) is not this one's.
+# others_of SET: print the models other than sft, dpo and best that have answered SET, one per line. The name of a results file is
+# SET_MODEL_SELECTOR.json. A file of nq_hard also begins with nq_, but is not a result of the set nq.
 others_of() {
     local selector end file model other
     for selector in $SELECTORS; do
@@ -29,7 +29,7 @@ for name in "${SET_NAMES[@]}"; do
             [[ -f $file ]] && results+=("$file")
         done
     done
-    ((${#results[@]})) || refuse "no results for $name; make them with: bash scripts/09_infer.sh $CONFIG, or of another model with:" \
+    ((${#results[@]})) || refuse "$WORK/results: no results of the set $name; make them with: bash scripts/09_infer.sh $CONFIG, or for another model:" \
         "bash scripts/infer_all.sh $CONFIG MODEL"
     python evaluate_retrieval.py --results_file "$WORK/eval_data/$name.jsonl" --group_by "$GROUP_BY" \
         --output_file "$WORK/results/${name}_retrieval.json" --table_file "$WORK/results/${name}_retrieval.md"

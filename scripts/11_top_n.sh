@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# More documents than one window holds: chosen window by window, beside one window of the first, and beside the reranker's
-# choice among as many, in one table per evaluation set: score, documents, calls and tokens.
-#     TOP_N="100 500" bash scripts/11_top_n.sh configs/llama3_8b.env      after retrieving as many (N_DOCS_RETRIEVED=500)
+# Answer from more documents than fit in one window. One table per evaluation set compares the choice over all windows with the choice
+# in the first window and with the reranker's choice among as many documents: score, documents, calls and tokens.
+#     TOP_N="100 500" bash scripts/11_top_n.sh configs/llama3_8b.env      after retrieval with N_DOCS_RETRIEVED=500
 source "$(dirname "$0")/common.sh"
-[[ -n $TOP_N ]] || { echo "TOP_N is empty: nothing beyond a window is asked for" >&2; exit 0; }
-# shellcheck disable=SC2086  # a wrong selector is said before the windows are asked
+[[ -n $TOP_N ]] || { echo "TOP_N is empty: skipping more documents than fit in one window" >&2; exit 0; }
+# shellcheck disable=SC2086  # reports a wrong selector before any model is loaded
 python -c "import inference; inference.parse_args()" --selector $TOP_N_SELECTORS
 model=$(newest_model)
 needs "$model/config.json" scripts/05_sft.sh

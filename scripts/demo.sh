@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From a clone to a result table: the whole of DynamicRAG on the CIA World Factbook, on two CPU cores, with the same
-# numbered scripts that run on a cluster.
+# Run every stage of DynamicRAG on the CIA World Factbook, on two CPU cores, with the numbered scripts that also run on a cluster. The
+# result is a table and a report.
 #     bash scripts/demo.sh                         a first look: about 25 minutes after installation
-#     DEMO_SIZE=standard bash scripts/demo.sh      about an hour: enough training for the choice to be learned
+#     DEMO_SIZE=standard bash scripts/demo.sh      about an hour: enough training to learn the choice
 #     DEMO_SIZE=full bash scripts/demo.sh          more questions, longer training
-# Run it again and it continues where it stopped; what is finished is not done twice.
+# If it is interrupted, the same command continues. Finished steps are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -28,9 +28,9 @@ corpus() {
 }
 models() { python examples/factbook/models.py --output_dir models; }
 cross_encoder() {
-    # Exact search in one part, whatever the settings: the reranker is then the same with every index and number of workers.
+    # Exact search in one part, so that the reranker is the same with every index and every number of workers.
     SEARCH_FLAGS="" NUM_SHARDS=1 SHARDS="" retrieve "$RERANKER_QUESTIONS" "$WORK/output/retrieval_reranker.jsonl"
-    [[ -z ${MONOT5:-} ]] || { echo "using the reranker $MONOT5" >&2; return; }
+    [[ -z ${MONOT5:-} ]] || { echo "$MONOT5: used as the reranker; none is trained" >&2; return; }
     [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
         --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --max_pairs "$RERANKER_PAIRS" --seed "$SEED"
 }
@@ -45,7 +45,7 @@ warm_up() {
     done <<<"warm_up reranker $WARM_UP_SIZE
 rehearsal reranker $REHEARSAL_SIZE
 answers generator $ANSWERS_SIZE"
-    [[ $BASE_MODEL == "$MODEL_DIR/warm_up" ]] || { echo "starting from $BASE_MODEL, which is not warmed up" >&2; return; }
+    [[ $BASE_MODEL == "$MODEL_DIR/warm_up" ]] || { echo "$BASE_MODEL: used as the base model; no warm-up is trained" >&2; return; }
     # shellcheck disable=SC2086
     train warm_up warm_up "$WORK/training_data/factbook_warm_up.json" -- model_name_or_path="$CHAT_MODEL" $WARM_UP_FLAGS
 }
@@ -72,11 +72,11 @@ else
 fi
 step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
 step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
-step "more documents than a window holds" bash scripts/11_top_n.sh "$CONFIG"
+step "more documents than fit in a window" bash scripts/11_top_n.sh "$CONFIG"
 step "the report" bash scripts/report.sh "$WORK/results"
 
 printf '\nMinutes of each step:\n' >&2
 printf '%s\n' "${TIMES[@]}" >&2
-printf '\nA system is SET_MODEL_SELECTOR: the model answers, and chooses where the selector is dynamic; monot5 is the reranker.\n' >&2
-printf 'Done in %d min. The table is in %s/results/test.md, the report in %s/results/report/index.html\n' \
+printf '\nThe name of a system is SET_MODEL_SELECTOR. The model answers; if the selector is dynamic, it also chooses. The selector monot5 is the reranker.\n' >&2
+printf 'Finished in %d min. The table is %s/results/test.md, the report is %s/results/report/index.html\n' \
     $(((SECONDS - STARTED) / 60)) "$WORK" "$WORK" >&2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One model over every evaluation set, with every selector; the model is loaded once (on several GPUs: once on each, and the
-# questions of every set are divided among them):
+# Answer every evaluation set with one model and every selector. The model is loaded once. With several GPUs it is loaded once per GPU,
+# and the questions of every set are divided among them.
 #     bash scripts/infer_all.sh configs/llama3_8b.env [MODEL]
-# MODEL is a checkpoint folder; without it the newest stage of the settings' model. Results are named by the set, MODEL's last
-# part and the selector; scripts/10_evaluate.sh tabulates them too.
+# MODEL is a checkpoint folder (default: the DPO model of the settings if it exists, otherwise the SFT model). The name of a results
+# file is SET_MODEL_SELECTOR.json, with the name of the folder as MODEL; scripts/10_evaluate.sh includes these files in its tables.
 source "$(dirname "$0")/common.sh"
 model=${2:-$(newest_model)}
 needs "$model/config.json" scripts/05_sft.sh

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Rounds of sampling, reward, preference pairs and DPO, each from the model before it, compared on held-out questions:
+# Run several rounds of sampling, rewards, preference pairs and DPO. Each round starts from the model of the round before it, and
+# held-out questions compare the models.
 #     bash scripts/iterate.sh ROUNDS [configs/demo.env]
-# It stops when a round (or PATIENCE of them) is no better than the best so far; DynamicRAG_$MODEL/best is then the best
-# round's model, and rounds/rounds.md has a line a round. Run again, with more ROUNDS or after an interruption, it continues.
-# The questions held out are those of DEV_QUESTIONS, or of SPLIT_FLAGS="--dev_size N" in scripts/04_training_data.sh.
+# It stops after one round (or PATIENCE rounds) without a better score than the best round. DynamicRAG_$MODEL/best is the model of the
+# best round, and rounds/rounds.md has one line per round. The same command continues after an interruption, or with more ROUNDS.
+# The held-out questions are DEV_QUESTIONS (default: those of SPLIT_FLAGS="--dev_size N" in scripts/04_training_data.sh).
 set -euo pipefail
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash scripts/iterate.sh ROUNDS [SETTINGS]" >&2; exit 2; }
 ROUNDS=$1
@@ -12,9 +13,9 @@ source "$(dirname "$0")/common.sh"
 needs "$MODEL_DIR/sft/config.json" scripts/05_sft.sh
 needs "$WORK/training_data/training_data_dpo.jsonl" scripts/04_training_data.sh
 DEV_QUESTIONS=${DEV_QUESTIONS:-$WORK/training_data/training_data_dev.jsonl}
-[[ -f $DEV_QUESTIONS ]] || refuse "$DEV_QUESTIONS is missing; name a file of rows with docs as DEV_QUESTIONS; or set" \
+[[ -f $DEV_QUESTIONS ]] || refuse "$DEV_QUESTIONS: does not exist; set DEV_QUESTIONS to a file of rows with docs, or set" \
     "SPLIT_FLAGS=\"--dev_size N\", move $WORK/training_data away and run scripts/04_training_data.sh again"
-[[ -z $SHARDS ]] || refuse "SHARDS=\"$SHARDS\": the rounds run on one machine; unset it, or run the numbered scripts"
+[[ -z $SHARDS ]] || refuse "SHARDS=\"$SHARDS\": rounds run on one machine only; unset SHARDS, or run the numbered scripts"
 
 BASE=$(realpath "$WORK")
 BEST=$MODEL_DIR/best
@@ -44,7 +45,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     best=$(cat "$BASE/rounds/best")
     if [[ $best == 0 ]]; then best_model=$MODEL_DIR/sft; else best_model=$BASE/rounds/$best/DynamicRAG_$MODEL/dpo; fi
     ln -sfn "$(realpath --relative-to="$MODEL_DIR" "$best_model")" "$BEST"
-    ((round - best < ${PATIENCE:-1})) || { echo "round $round is no better than round $best: stopping" >&2; break; }
+    ((round - best < ${PATIENCE:-1})) || { echo "round $round: not better than round $best; stopping" >&2; break; }
 done
 cat "$BASE/rounds/rounds.md"
-echo "the best round is $best; its model is $BEST, the table $BASE/rounds/rounds.md" >&2
+echo "$BEST: the model of the best round, $best; the table of all rounds is $BASE/rounds/rounds.md" >&2

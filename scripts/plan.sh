@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What every numbered script would start on this machine, by the functions that the scripts use. It starts nothing.
+# Print what every numbered script would start on this machine, computed with the functions of these scripts. It starts nothing.
 #     bash scripts/plan.sh [configs/llama3_8b.env]
 source "$(dirname "$0")/common.sh"
 
 row() { printf '| %-19s |' "$1"; printf ' %-12s |' "${@:2}"; echo; }
 on() { if (($#)); then (IFS=,; echo "$*"); else echo CPU; fi; }
 
-work() { # SCRIPT PARTS SIZE: a file that is not divided is one worker's, who sees all GPUs
+work() { # SCRIPT PARTS SIZE: a worker of an undivided file sees all GPUs
     local gpus
     gpus=$(if (($2 == 1)); then on "${GPUS[@]}"; else gpus_of 0; fi)
     row "$1" $(($2 < WORKERS ? $2 : WORKERS)) "${gpus:-CPU}" "$2" "$3"
 }
-answers() { # SCRIPT: of the first evaluation set
+answers() { # SCRIPT: a row for the first evaluation set
     work "$1" "$(parts_of "" "$WORK/results/parts/split/${SET_NAMES[0]}")" "$size"
 }
 size=$(engine_size)
@@ -21,6 +21,7 @@ echo
 row script workers "GPUs of the first" parts "tensor parallel size"
 row --- --- --- --- ---
 output=$WORK/output/retrieval_data
+row 00_prepare.sh 1 CPU 1 -
 work 01_embed.sh "$(embedding_shards)" -
 work 02_retrieve.sh "$(parts_of "$output.jsonl" "$output.jsonl.parts/in")" -
 work 03_rerank.sh "$(parts_of "${output}_rerank.jsonl" "${output}_rerank.jsonl.parts/in")" -
@@ -38,7 +39,7 @@ row --- --- --- --- --- --- --- --- ---
 training() { # SCRIPT RECIPE KEY=VALUE...
     local recipe=recipes/$MODEL/$2.yaml said
     if said=$( (layout "$recipe" "${@:3}") 2>&1); then
-        layout "$recipe" "${@:3}"  # again, here, for its variables
+        layout "$recipe" "${@:3}"  # again in this shell, to set its variables
         row "$1" "$2" "$(on "${TRAIN_ON[@]}")" "$PROCESSES" "$PER_DEVICE" "$ACCUMULATION" "$TOTAL_BATCH" \
             "$([[ -n $DEEPSPEED ]] && echo yes || echo no)" "$TORCHRUN"
     else

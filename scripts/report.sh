@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Results -> one HTML page: tables, the figures of the paper, and every case to browse. It opens from disk, without a network.
+# Results -> one HTML page with tables, the figures of the paper, and a browser of cases. It opens from disk and needs no network.
 #     bash scripts/report.sh runs/demo_default/results [--cases 500]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -74,9 +74,7 @@ def figure(summaries: dict, keys: tuple[str, ...]) -> float | None:
 
 
 def best_round(scores: list[float]) -> int:
-    """Return the number of the round with the highest score; of equal rounds the earliest, because it needs least
-    training.
-    """
+    """Return the number of the round with the highest score; of equal rounds the earliest, because it needs least training."""
     return max(range(len(scores)), key=lambda number: (scores[number], -number))
 
 

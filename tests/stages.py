@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-ROWS, MODEL, ENGINE, SCORES = "rows", "model", "engine", "scores"
+ROWS, MODEL, ENGINE, SCORES, HUB = "rows", "model", "engine", "scores", "hub"
 MODEL_FLAGS = ("--model_name_or_path", "--bert_model", "--llm-model", "--reranker-model")
 
 
@@ -21,7 +21,7 @@ class Stage:
     """
 
     name: str
-    kind: str  # ROWS: reads and writes rows. MODEL: loads an encoder or a reranker. ENGINE: asks an LLM. SCORES: only scores rows
+    kind: str  # ROWS: reads and writes rows. MODEL: loads an encoder or a reranker. ENGINE: asks an LLM. SCORES: only scores rows. HUB: prepares data
     flags: str  # flags of every command line; the first one names {rows}
     light: str = ""  # further flags of the smallest command line, which loads no model if there is a choice
     full: str = ""  # the same of a command line that loads the model and has several chunks of 40 rows
@@ -54,6 +54,8 @@ LLM_CHUNKS = "--chunk-size 7 --topn 5"
 
 # In an order in which each stage finds the files that it reads.
 STAGES = {stage.name: stage for stage in (
+    Stage("prepare_data", HUB, "--export_run {rows} --output_dir {out}/shared --run_name shared --corpus none --encoder none",
+          inputs={"--export_run": "", "--shared_runs": "--name shared"}),  # the hub itself: test_prepare_data.py
     Stage("generate_passage_embeddings", MODEL,
           "--passages {rows} --passage_store {out}/store --output_dir {out}/embeddings --device cpu --model_name_or_path {good}/encoder",
           full="--dtype float32", reads="corpus.tsv", inputs={"--passages": "", "--passage_store": "", "--model_name_or_path": ""}),
@@ -62,7 +64,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("retriever", MODEL, "--query {rows} --passages {good}/corpus.tsv --output_file {out}/retrieved.jsonl",
           light="--passage_store {good}/store --index bm25",
           full="--passage_store {out}/store --model_name_or_path {good}/encoder --passages_embeddings {good}/embeddings/*.npy --dtype float32 --device cpu "
-               "--n_docs 6 --questions_a_pass 7 --output_file {out}/retrieved_0.jsonl",
+               "--n_docs 6 --questions_per_pass 7 --output_file {out}/retrieved_0.jsonl",
           reads="train.jsonl", inputs={"--query": "", "--passages": "", "--passage_store": "", "--run": "--index"},
           full_inputs={"--passages_embeddings": "", "--model_name_or_path": "", "--index_path": "--index IVF1,SQ8"}),
     Stage("aggregate", ROWS, "--input_files {rows} --output_file {out}/all.jsonl --splits_dir {out}/none",
@@ -102,9 +104,10 @@ def of_kind(*kinds: str) -> tuple[str, ...]:
     return tuple(stage.name for stage in STAGES.values() if stage.kind in kinds)
 
 
-ROW_STAGES = tuple(name for name, stage in STAGES.items() if stage.input != "--passages")
+ROW_STAGES = tuple(name for name, stage in STAGES.items() if stage.kind != HUB and stage.input != "--passages")
 LLM_STAGES = of_kind(ENGINE)
 SCORERS = of_kind(SCORES)  # they always rewrite their output and use every row, so they have neither --on_error nor --overwrite
+TOOLS = ("publish",)  # scripts at the root that are no stages: they write no rows, and the chain does not run them
 CONTINUING = of_kind(ROWS, MODEL, ENGINE)  # a second start of them goes on from what the first one left
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import code, page, table
 from rooms import ROOMS, rooms_of_imports
 from running import refused
 from stages import REPO, STAGES, row
@@ -16,22 +17,6 @@ from dynamicrag.evaluation.metrics import METRIC_NAMES
 from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
 from dynamicrag.rows.row import RESULT_KEYS, Doc, Row
 from dynamicrag.rows.tasks import TASKS, dataset_named
-
-
-def page(path: str) -> str:
-    return (REPO / path).read_text(encoding="utf-8")
-
-
-def table(text: str, header: str) -> list[list[str]]:
-    """The cells of the table whose first line begins with `header`."""
-    after = text.split(f"\n| {header}", 1)[1]
-    body = after.split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])] for line in body]
-
-
-def code(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
-
 
 STAGE_TABLE = table(page("README.md"), "stage | command | reads")
 
@@ -42,7 +27,7 @@ STAGE_TABLE = table(page("README.md"), "stage | command | reads")
 def test_every_stage_has_its_place_in_the_table():
     scripts = [name for _, command, *_ in STAGE_TABLE for name in code(command) if name.endswith(".py")]
     assert sorted(scripts) == sorted(f"{name}.py" for name in STAGES)
-    assert [int(stage.split()[0]) for stage, *_ in STAGE_TABLE] == list(range(1, 11))
+    assert [int(stage.split()[0]) for stage, *_ in STAGE_TABLE] == list(range(11))
 
 
 @pytest.mark.parametrize("line", STAGE_TABLE, ids=lambda line: line[0])
@@ -128,7 +113,7 @@ def test_a_room_has_its_entrances_and_is_used_by_the_stages_named(line):
     for name in code(entrances):
         assert name.startswith("python -m ") or re.search(rf"^(?:(?:def|class) {name}\b|{name}\b.* = )", sources, re.MULTILINE), name
     used = {
-        number for number, (_, command, *_) in enumerate(STAGE_TABLE, start=1)
+        number for number, (_, command, *_) in enumerate(STAGE_TABLE)
         if any(code(room)[0] in rooms_of_imports(REPO / script) for script in code(command) if script.endswith(".py"))
     }
     if stages == "all":

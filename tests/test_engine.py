@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -245,8 +246,8 @@ class Output:
 class Words:
     """A PromptTokenizer whose tokens are words."""
 
-    def __init__(self, opens_reasoning: bool = False):
-        self.opens_reasoning = opens_reasoning
+    def __init__(self, opens_reasoning: bool = False, opens_with_space: bool = False):
+        self.opens_reasoning, self.opens_with_space = opens_reasoning, opens_with_space
 
     def ids(self, messages):
         return [len(word) for word in messages[-1]["content"].split()]
@@ -286,6 +287,17 @@ def test_a_template_that_opens_the_reasoning_is_known(in_process):
     engine = in_process(Output(("[1] is", "length")), Output(("[1]</think>[3]", "stop")), Output(("[2]", "stop")), opens_reasoning=True)
     cut_off, closed, constrained = engine.complete([ask(1), ask(2), ask(3, pattern=r"\[2\]")])
     assert cut_off.reason("answer") and closed.texts == ["[3]"] and constrained.texts == ["[2]"]
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_a_constraint_allows_the_space_with_which_a_model_begins_its_answers(in_process, space):
+    engine = in_process(Output((" [2]" if space else "[2]", "stop")), Output(("any", "stop")))
+    engine._prompts = Words(opens_with_space=space)
+    constrained, _ = engine.complete([ask(1, pattern=r"\[2\]|None"), ask(2)])
+    [with_pattern, without] = engine.sent[0][1]
+    assert constrained.texts == ["[2]"] and without.structured_outputs is None
+    allowed = [text for text in ("[2]", "None", " [2]", " None", "  [2]") if re.fullmatch(with_pattern.structured_outputs.regex, text)]
+    assert allowed == ["[2]", "None", " [2]", " None"][: 4 if space else 2]
 
 
 def test_a_prompt_longer_than_the_window_costs_itself(in_process):

@@ -289,7 +289,7 @@ def test_a_whole_file_equals_a_plain_implementation_however_it_is_cut_into_chunk
         rows.append(make_row(number, rng.sample(docs, rng.randrange(16)), gold_docs=[f"d{n}" for n in rng.sample(range(20), rng.randint(1, 4))]))
     results = {}
     for size in (3, 1000):
-        monkeypatch.setattr(evaluate_retrieval, "QUESTIONS_A_CHUNK", size)
+        monkeypatch.setattr(evaluate_retrieval, "QUESTIONS_PER_CHUNK", size)
         results[size] = run(write_jsonl(Path("r.jsonl"), rows), k=[1, 3, 10])["r"]
     assert results[3] == results[1000]
     for order, key in (("retrieval", "score"), ("reranking", "rerank_score")):
@@ -523,7 +523,7 @@ def test_reranked_rows_make_two_lines(capsys):
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_where_one_document_was_not_judged_the_rerankers_order_is_not_scored(number, monkeypatch):
-    monkeypatch.setattr(evaluate_retrieval, "QUESTIONS_A_CHUNK", 1)
+    monkeypatch.setattr(evaluate_retrieval, "QUESTIONS_PER_CHUNK", 1)
     rows = [make_row(n, make_docs("ab", None, [0.2, 0.8]), gold_docs=["b"]) for n in range(3)]
     rows[number]["docs"][1]["rerank_score"] = None
     path = write_jsonl(Path("r.jsonl"), rows)

@@ -370,8 +370,8 @@ def test_every_line_of_the_documented_tables_is_what_their_files_come_to(tmp_pat
 
 
 def test_the_results_of_the_readme_are_lines_of_the_evidence():
-    evidence_lines = [line for line in table_after("docs/evidence.md", "| model | documents from") if line["model"] == "DPO"]
-    face = table_after("README.md", "| documents from")
+    evidence_lines = [line for line in table_after("docs/evidence.md", "| model | selector") if line["model"] == "DPO"]
+    face = table_after("README.md", "| selector")
     assert len(face) == 4
     for line in face:
         assert any(line.items() <= whole.items() for whole in evidence_lines), line

@@ -1,5 +1,6 @@
 """The check of a machine with a GPU: a wrong result fails its part, nothing ends the others, and a dry run works on a CPU."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -148,9 +149,21 @@ def test_a_part_that_takes_too_long_is_ended_with_all_its_processes(tmp_path, mo
         time.sleep(0.01)
     below = runner.tree(process.pid)[1:]
     runner.end(process)
-    time.sleep(0.1)
     alive = [pid for pid in below if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
     assert not alive
+
+
+def test_what_was_ended_holds_no_lock_any_more(tmp_path):
+    """A process gives its memory back before its files: one that has much of it holds its locks for a while after the kill."""
+    holder = (
+        "import fcntl, sys, time; memory = b'x' * (600 << 20); file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(["bash", "-c", '"$0" -c "$1" "$2" & wait', sys.executable, holder, str(tmp_path / "lock")], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    runner.end(process)
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_failed_part_is_the_exit_status_and_the_table_says_why(tmp_path, monkeypatch, capsys):

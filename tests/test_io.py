@@ -27,7 +27,7 @@ from dynamicrag.files import jsonio
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.rows import output
-from dynamicrag.rows.manifest import read_manifest
+from dynamicrag.rows.manifest import differences, read_manifest
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, normalise_row, read_rows
 from dynamicrag.rows.row import RowError
@@ -499,6 +499,17 @@ def test_flags_are_whole_and_dashes_are_underscores():
     assert parser.parse_args(["--input-file", "b"]).input_file == parser.parse_args(["--input_file=b"]).input_file == "b"
     with pytest.raises(SystemExit):
         parser.parse_args(["--input", "b"])
+
+
+def test_a_renamed_flag_keeps_its_old_name_on_the_command_line_and_in_manifests():
+    for old, new in stage.RENAMED_FLAGS.items():
+        parser = stage.ArgumentParser("A stage.")
+        parser.add_argument(f"--{new}", type=int)
+        for spelling in (old, old.replace("_", "-")):
+            assert vars(parser.parse_args([f"--{spelling}", "3"])) == vars(parser.parse_args([f"--{spelling}=3"])) == {new: 3}
+        now = {"arguments": {new: 3}, "inputs": {}}
+        assert differences({"arguments": {old: 3}}, now) == ("inputs", {})
+        assert differences({"arguments": {old: 2}}, now) == ("arguments", {new: (2, 3)})
 
 
 def test_seeds_depend_on_what_they_are_for():

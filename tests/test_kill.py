@@ -56,7 +56,7 @@ def test_embedding(tmp_path, encoder_dir):
 def test_retrieval(tmp_path, encoder_dir, corpus_tsv, shards_dir):
     query = write_jsonl(tmp_path / "q.jsonl", [{"id": f"q{n}", "question": make_text(random.Random(n), 3, 9)} for n in range(4000)])
     flags = ["--model_name_or_path", encoder_dir, "--passages", corpus_tsv, "--passages_embeddings", f"{shards_dir}/*",
-             "--query", query, "--n_docs", 20, "--questions_a_pass", 100]
+             "--query", query, "--n_docs", 20, "--questions_per_pass", 100]
     complete_after_a_kill(tmp_path, "retriever", flags, "--output_file", "retrieved.jsonl")
 
 

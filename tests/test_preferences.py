@@ -277,7 +277,7 @@ def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_
     "flags",
     [
         ["--pairs", "best"], ["--pairs", "top-bottom:0"], ["--pairs", "top-bottom"], ["--keep-mean", ".5"], ["--keep-mean", ".9,.1"],
-        ["--keep-mean", "0,2"], ["--keep-mean", "a,b"], ["--min-margin", "-1"], ["--max-pairs-a-question", "0"],
+        ["--keep-mean", "0,2"], ["--keep-mean", "a,b"], ["--min-margin", "-1"], ["--max-pairs-per-question", "0"],
         ["--max-reranker-pairs", "0"], ["--max-generator-pairs", "-1"], ["--min-margin", "nan"], ["--recipe", "published", "--pairs", "all"], ["--recipe", "published", "--min-margin", ".1"],
     ],
 )

@@ -4,6 +4,8 @@ import re
 from argparse import Namespace
 
 import pytest
+from prompt_rows import DOCS, ROW
+from stubs import StubEngine
 
 import construct_dpo
 import construct_generator_sft
@@ -16,16 +18,6 @@ from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of
 from dynamicrag.stage import UserError
-
-DOCS = [
-    {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},
-    {"id": "b", "title": "{question} {0}", "text": "braces {} {{x}} %s \\n", "rerank_score": 0.1, "rerank_label": "false", "score": 0.9},
-    {"id": "c", "title": "São Tomé", "text": "Zeile\neins ", "rerank_score": 0.8, "rerank_label": "true", "score": 0.8},
-]
-ROW = {
-    "id": "nq_1", "dataset": "nq", "question": "Which {river} is longest?", "answers": ["the Nile"], "docs": DOCS, "docs_shown": 3,
-    "id_lists": [[3, 1], [2]], "responses": ["the Nile", "Amazon"], "response_scores": [0.9, 0.1], "score_terms": [{"em": 1.0}, {"em": 0.0}],
-}
 
 
 def user(messages) -> str:
@@ -130,6 +122,8 @@ def test_a_prompts_file_changes_what_it_names_and_nothing_else(tmp_path, yaml, c
         (b"reranker: {user: '{question} {documents}', none: '[1]'}", r"reranker\.identifier"), (b"reranker: {identifier: null}", r"reranker\.identifier"),
         (b"reranker: {prefix: ''}", r"reranker\.prefix"), (b"generator: {prefix: '<|im_end|>'}", r"generator\.prefix"), (b"judge: {prefix: 'a'}", r"judge\.prefix"),
         (b"generator: {stop: ''}", r"generator\.stop"), (b"generator: {stop: [a, 5]}", r"generator\.stop"), (b"generator: {stop: {a: b}}", r"generator\.stop"),
+        (b"reranker: {user: {from: a book}}", r"reranker\.user: .*a book"), (b"instructions: {nq: {from: a book}}", r"instructions\.nq: .*a book"),
+        (b"reranker: {system: {from: a}, user: x}\ngenerator: {stop: {from: b}}", r"reranker\.system: .*generator\.stop"),
         (b"1: {user: x}", r"1\.user: "), (b"reranker: {system: ''}", r"reranker\.system: "),
     ],
 )
@@ -157,15 +151,8 @@ def prompts_file(request, tmp_path):
     return str(path)
 
 
-class Window:
-    """An engine whose window is large enough for every prompt."""
-
-    def fits(self, messages, max_tokens):
-        return True
-
-
 def caller(prompts_file) -> Caller:
-    return Caller(Window(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
+    return Caller(StubEngine(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
 
 
 def turns(row: dict) -> list[dict]:
@@ -227,7 +214,7 @@ def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
 def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
-    asked = Caller(Window(), inference.parse_args(flags))
+    asked = Caller(StubEngine(), inference.parse_args(flags))
     assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
     assert asked.answer(ROW, DOCS).temperature == 0.0
 

@@ -439,7 +439,7 @@ def test_labels_of_another_reranker_are_replaced_and_it_is_said(retrieved, tmp_p
 
 def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_path, monkeypatch):
     """The check is whether the run has any question of the file, not any of the questions that are left."""
-    monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)
+    monkeypatch.setattr(reranker, "QUESTIONS_PER_CHUNK", 4)
     (tmp_path / "other.trec").write_text("q2 Q0 d1 1 0.75 other\n")
     flags = ("--run", tmp_path / "other.trec")
     run("no model", retrieved, tmp_path / "whole.jsonl", *flags)
@@ -459,7 +459,7 @@ def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_pat
 
 
 def test_reranking_interrupted(monot5_dir, retrieved, tmp_path, monkeypatch):
-    monkeypatch.setattr(reranker, "QUESTIONS_A_CHUNK", 4)
+    monkeypatch.setattr(reranker, "QUESTIONS_PER_CHUNK", 4)
     run(monot5_dir, retrieved, tmp_path / "whole.jsonl")
     score, calls = MonoT5.score_tokens, []
 

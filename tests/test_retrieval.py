@@ -318,7 +318,7 @@ def test_integer_ids_resolve(tmp_path, encoder_dir, questions):
 
 
 def test_retrieval_interrupted(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions, monkeypatch):
-    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "whole.jsonl", "--questions_a_pass", 4)
+    retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "whole.jsonl", "--questions_per_pass", 4)
     attach, calls = retriever.attach_docs, []
 
     def fail_later(*given):
@@ -329,11 +329,11 @@ def test_retrieval_interrupted(tmp_path, encoder_dir, corpus_tsv, shards_dir, qu
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(retriever, "attach_docs", fail_later)
-        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_a_pass", 4)
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_per_pass", 4)
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(retriever, "attach_docs", lambda *given: (calls.append(1), attach(*given))[1])
-        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_a_pass", 4)
+        retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "torn.jsonl", "--questions_per_pass", 4)
     assert len(calls) == 1, "two of three chunks were kept"
     assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -675,7 +675,7 @@ def test_an_index_on_gpus_is_asked_for_no_more_than_they_return(kind, limit):
     assert asked == [limit] and positions.shape == (2, 500)
 
 
-@pytest.mark.parametrize(("device", "flags", "size"), [("cpu", [], 1024), ("cuda", [], 4096), ("cuda:1", [], 4096), ("cuda", ["--questions_a_pass", "7"], 7)])
+@pytest.mark.parametrize(("device", "flags", "size"), [("cpu", [], 1024), ("cuda", [], 4096), ("cuda:1", [], 4096), ("cuda", ["--questions_per_pass", "7"], 7)])
 def test_a_gpu_searches_more_questions_in_a_pass(device, flags, size, monkeypatch, tmp_path, corpus_tsv, encoder_dir, shards_dir, questions):
     sizes = []
     monkeypatch.setattr(retriever, "pick_device", lambda name: device)

@@ -32,7 +32,7 @@ def settings(tmp_path, encoder_dir, monot5_dir, corpus_tsv) -> Path:
     path = tmp_path / "tiny.env"
     path.write_text(
         f"WORK={tmp_path}/run MODEL=smollm2_135m PASSAGES={corpus_tsv} EMBEDDINGS={tmp_path}/embeddings\n"
-        f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS={test}\n"
+        f"RETRIEVER={encoder_dir} RERANKER={monot5_dir} TRAIN_QUESTIONS={questions} EVAL_QUESTIONS=${{EVAL_QUESTIONS-{test}}}\n"
         f"N_DOCS_RETRIEVED=6 N_DOCS_SHOWN=5\n{published}", encoding="utf-8",
     )
     return path
@@ -59,7 +59,7 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
     assert (tmp_path / "run/eval_data/test.jsonl").exists()
     shutil.rmtree(tmp_path / "run")
     shutil.rmtree(tmp_path / "embeddings")
-    run_to_reranking(settings, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32")
+    run_to_reranking(settings, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32", EVAL_QUESTIONS="")
     sharded = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
     assert [row["id"] for row in sharded] == [row["id"] for row in whole]
     for one, other in zip(whole, sharded, strict=True):
@@ -68,7 +68,7 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
         assert list(again.values()) == pytest.approx(list(scores.values()), rel=1e-3)
         assert len(scores.keys() & again.keys()) >= len(scores) - 1
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/output").glob("*.jsonl")}
-    assert made and bash("03_rerank.sh", settings, NUM_SHARDS="2").returncode == 0
+    assert made and bash("03_rerank.sh", settings, NUM_SHARDS="2", EVAL_QUESTIONS="").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert bash("04_training_data.sh", settings).returncode == 0
     assert (tmp_path / "run/training_data/reranker_bc_training.json").exists()
@@ -76,8 +76,10 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
 
 @pytest.mark.slow
 def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_path):
-    for script in ("01_embed.sh", "02_retrieve.sh"):
-        assert bash(script, settings, NUM_SHARDS="1").returncode == 0
+    docs = [{"id": f"d{n}", "title": "", "text": "x", "score": -n} for n in range(6)]
+    (tmp_path / "run/output").mkdir(parents=True)
+    for name in ("data", "test"):
+        write_jsonl(tmp_path / f"run/output/retrieval_{name}.jsonl", [{"id": f"q{n}", "question": "what?", "answers": ["x"], "docs": docs} for n in range(4)])
     broken = settings.with_name("broken.env")
     broken.write_text(f"RERANKER={tmp_path}/no-such-model\n" + settings.read_text().replace("RERANKER=/", "UNUSED=/"))
     done = bash("03_rerank.sh", broken, NUM_SHARDS="2")
@@ -224,11 +226,45 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     base.mkdir()
     (base / "trainer_state.json").write_text("1")
     again = bash("05_sft.sh", settings, **environment, BASE_MODEL=str(base), WORK=str(tmp_path / "run"))
-    assert again.returncode == 2 and f"error: {folder} " in again.stderr
+    assert again.returncode == 2 and f"error: {folder}: " in again.stderr
 
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)
-    assert refused.returncode == 2 and f"error: {folder} " in refused.stderr
+    assert refused.returncode == 2 and f"error: {folder}: " in refused.stderr
+
+
+def test_a_tracker_is_told_of_training_and_stays_offline(settings, tmp_path):
+    """With a stand-in for llamafactory-cli, and one for the Python beside it, which has the package or not."""
+    data = tmp_path / "run/training_data"
+    data.mkdir(parents=True)
+    for name in ("reranker_bc_training.json", "generator_sft_training.json"):
+        (data / name).write_text("[]\n")
+    environment = {"LLAMAFACTORY": str(tmp_path / "bin/llamafactory-cli"), "LOG": str(tmp_path / "calls")}
+    stand_ins = {
+        "llamafactory-cli": 'echo "$@" >>"$LOG"; env >"$LOG.env"\nfor word; do case $word in output_dir=*) echo "{}" >"${word#*=}/config.json";; esac; done\n',
+        "python": '[ -f "$LOG.installed" ]\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    refused = [bash("05_sft.sh", settings, **environment, REPORT_TO=name) for name in ("wandb", "no_tracker")]
+    assert [done.returncode for done in refused] == [2, 2] and not (tmp_path / "calls").exists()
+    assert names(refused[0].stderr, "REPORT_TO=wandb", f"{tmp_path}/bin/python -m pip install wandb") and names(refused[1].stderr, "REPORT_TO=no_tracker", "mlflow")
+    (tmp_path / "calls.installed").touch()
+    assert bash("05_sft.sh", settings, **environment, REPORT_TO="wandb").returncode == 0
+    assert bash("05_sft.sh", settings, **environment).returncode == 0, "another tracker is no other training"
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    assert {"report_to=wandb", "run_name=smollm2_135m_sft"} <= set(call.split())
+    told = dict(line.split("=", 1) for line in (tmp_path / "calls.env").read_text().splitlines() if "=" in line)
+    logs = f"{tmp_path}/run/tracking"
+    assert told["WANDB_MODE"] == "offline" and told["MLFLOW_TRACKING_URI"] == f"sqlite:///{logs}/mlflow.db" and told["TENSORBOARD_LOGGING_DIR"] == f"{logs}/smollm2_135m_sft"
+
+    for file in ("calls", "run/DynamicRAG_smollm2_135m"):
+        (tmp_path / file).rename(tmp_path / f"{file}.first")
+    assert bash("05_sft.sh", settings, **environment).returncode == 0
+    assert "report_to" not in (tmp_path / "calls").read_text()
 
 
 # ---------------------------------------------------------------- rounds

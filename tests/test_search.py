@@ -181,7 +181,7 @@ def test_indexes_and_runs_fuse_in_one_search(tmp_path, search):
     (["--corpus_shard", "2/2"], ["--corpus_shard 2/2"]), (["--corpus_shard", "x"], ["--corpus_shard x"]), (["--corpus_shard", "0/0"], ["--corpus_shard 0/0"]),
     (["--corpus_shard", "0/2", "--index", "flat", "bm25"], ["--corpus_shard", "BM25"]), (["--corpus_shard", "0/2", "--run", "x"], ["--corpus_shard"]),
     (["--corpus_shard", "0/2", "--index", "flat", "HNSW8"], ["--corpus_shard", "--index_path"]), (["--index", "SQ8", "HNSW8", "--index_path", "x"], ["--index_path"]),
-    (["--index"], ["--index", "--run"]), (["--questions_a_pass", "0"], ["--questions_a_pass", 1]),
+    (["--index"], ["--index", "--run"]), (["--questions_per_pass", "0"], ["--questions_per_pass", 1]),
 ])
 def test_flags_that_do_not_go_together(flags, named, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -209,7 +209,7 @@ def test_a_run_of_other_questions_is_refused(tmp_path, search):
 
 def test_a_run_of_a_few_questions_continues_where_it_has_none(tmp_path, search, monkeypatch):
     """The check is whether the run has any question of the file, not any of the questions that are left."""
-    flags = ("--run", trec(tmp_path / "r.trec", {"q1": [("p1", 1)]}), "--questions_a_pass", 4)
+    flags = ("--run", trec(tmp_path / "r.trec", {"q1": [("p1", 1)]}), "--questions_per_pass", 4)
     whole, attach = search("whole.jsonl", *flags), retriever.attach_docs
 
     def fail_later(rows, *rest):

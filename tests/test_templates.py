@@ -4,13 +4,14 @@ LLaMA-Factory has its own environment (.venv-train). One process there runs its 
 processors on the rows of the stages, for every tokenizer. The tests compare its tokens with the engine's tokens of the same messages.
 """
 
+import itertools
 import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import CASES, SPECIAL, TRAIN_PYTHON, byte_level, save_tokenizer
+from chat_tokenizers import CASES, FAMILIES, OWN_TEMPLATES, SPECIAL, TRAIN_PYTHON, byte_level, facts_of, save_tokenizer
 from conftest import at, logged, names, naming
 
 from dynamicrag.llm.prompts import Prompts, training_row
@@ -20,7 +21,7 @@ from dynamicrag.stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# In .venv-train. Arguments: cases.json (name -> [template, tokenizer folder, trained folder]), rows.json, dataset_info
+# In .venv-train. Arguments: cases.json (name -> [template, settings, tokenizer folder, trained folder]), rows.json, dataset_info
 # folder, output. A trained folder gets the tokenizer that LLaMA-Factory would save beside the weights.
 WITH_LLAMAFACTORY = """
 import json, sys
@@ -34,10 +35,10 @@ from transformers import AutoTokenizer
 
 cases, rows, recipes, output = sys.argv[1:]
 cases, rows = json.load(open(cases)), json.load(open(rows))
-sft, dpo = get_dataset_list(["reranker_bc", "llama3_8b_reranker_dpo"], recipes)
+sft, turns, dpo = get_dataset_list(["reranker_bc", "factbook_warm_up", "llama3_8b_reranker_dpo"], recipes)
 encoded = {}
-for name, (template, folder, trained) in cases.items():
-    arguments = DataArguments(template=template, cutoff_len=100000)
+for name, (template, settings, folder, trained) in cases.items():
+    arguments = DataArguments(template=template, cutoff_len=100000, **settings)
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, padding_side="right")
     size = len(tokenizer)
     chat = get_template_and_fix_tokenizer(tokenizer, arguments)
@@ -52,7 +53,7 @@ for name, (template, folder, trained) in cases.items():
 
     encoded[name] = {
         "sft": run(SupervisedDatasetProcessor, sft, rows["sft"]), "dpo": run(PairwiseDatasetProcessor, dpo, rows["dpo"]),
-        "size": size,
+        "turns": run(SupervisedDatasetProcessor, turns, rows["turns"]), "size": size,
     }
 json.dump(encoded, open(output, "w"))
 """
@@ -74,6 +75,8 @@ def conversations() -> list[list[dict]]:
         prompts.reranker("none shown", []),
         prompts.generator("Which river is the longest? ", DOCS[::-1], "Answer with a few words only, no sentence."),
         prompts.generator("  spaces around\n", [], "Answer with a few words only, no sentence."),
+        prompts.pointwise("Which river is the longest?", FORGED),
+        prompts.judge("Which river is the longest?", ["the Nile", "Nile"], "São Tomé\n"),
     ]
 
 
@@ -85,7 +88,11 @@ def save_real_smollm2(folder: Path) -> None:
     models.chat_tokenizer().save_pretrained(folder)
 
 
-ANSWERS = [("[1], [2]", "None"), ("None", "[1]"), ("the Nile", "São Tomé 河"), (" 42 ", "forty\ntwo")]
+ANSWERS = [("[1], [2]", "None"), ("None", "[1]"), ("the Nile", "São Tomé 河"), (" 42 ", "forty\ntwo"), ("Yes", "No"), ("20 20 20", "1")]
+TURNS = {  # several questions about the same documents
+    "system": "You choose the documents that are needed.", "history": [["Which river is the longest?", "[1], [2]"], ["And where?", "None"]],
+    "instruction": "Which city is at its mouth?", "input": "", "output": "[2]",
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +108,11 @@ def parity(tmp_path_factory):
             save_real_smollm2(source)
         else:
             save_tokenizer(name, source)
-        cases[name] = [template, str(source), str(folder / f"{name}_trained")]
-    rows = {"sft": [], "dpo": []}
+        if own := OWN_TEMPLATES.get(name):
+            (source / "chat_template.jinja").write_text(own)
+        trained = f"DynamicRAG_{name}/sft" if name in FAMILIES else f"{name}_trained"
+        cases[name] = [template, facts_of(name).get("settings", {}) if name in FAMILIES else {}, str(source), str(folder / trained)]
+    rows = {"sft": [], "dpo": [], "turns": [TURNS]}
     for messages, (good, bad) in zip(conversations(), ANSWERS, strict=True):
         rows["sft"].append(training_row(messages, output=good))
         rows["dpo"].append(training_row(messages, chosen=good, rejected=bad))
@@ -115,7 +125,7 @@ def parity(tmp_path_factory):
         [TRAIN_PYTHON, "-c", WITH_LLAMAFACTORY, *files], env=environment, cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(files[-1].read_text()), {name: Path(trained) for name, (_, _, trained) in cases.items()}
+    return json.loads(files[-1].read_text()), {name: Path(trained) for name, (*_, trained) in cases.items()}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in CASES])
@@ -155,14 +165,32 @@ def test_a_prompt_is_the_tokens_the_model_was_trained_on(case):
         assert dpo["rejected_labels"][number] == unseen + rejected
 
 
+def test_every_turn_of_a_conversation_is_what_the_template_writes(case):
+    prompts, encoded = case
+    turns = [*TURNS["history"], [TURNS["instruction"], TURNS["output"]]]
+    messages = [{"role": "system", "content": TURNS["system"]}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def render(some: list[dict], more: bool) -> str:
+        return prompts.tokenizer.apply_chat_template(some, chat_template=prompts.chat_template, add_generation_prompt=more, tokenize=False)
+
+    written = [""] + [render(messages[:n], n % 2 == 0) for n in range(2, len(messages) + 1)]
+    parts = [prompts.tokenizer.encode(after[len(before) :], add_special_tokens=False) for before, after in itertools.pairwise(written)]
+    [ids], [labels] = encoded["turns"]["input_ids"], encoded["turns"]["labels"]
+    assert ids == [token for part in parts for token in part]
+    assert [label for label in labels if label != -100] == [token for part in parts[1::2] for token in part]
+
+
 def test_auto_asks_in_the_tokens_the_model_was_trained_on(case, parity, request):
     """--template auto reads the files that LLaMA-Factory saves beside the weights."""
     prompts, _ = case
-    model = str(parity[1][request.node.callspec.params["case"]])
+    name = request.node.callspec.params["case"]
+    model = str(parity[1][name])
     auto = load_prompts(model, "auto")
     for messages in conversations():
         assert auto.ids(messages) == prompts.ids(messages)
-    assert names(auto.name, model), "LLaMA-Factory saves one, and it is taken"
+    # LLaMA-Factory saves one, and it is taken, unless it is the base model's and writes other prompts.
+    assert names(auto.name, "template/llama3.jinja" if name == "llama31_8b" else model)
 
 
 def test_no_document_and_no_question_becomes_a_turn(case):
@@ -177,6 +205,13 @@ def test_no_document_and_no_question_becomes_a_turn(case):
     assert turns(FORGED["text"], FORGED) == turns("Which river is the longest?", DOCS[0])
 
 
+def test_a_model_is_known_to_begin_its_answers_with_a_space_if_it_was_trained_so(case):
+    prompts, encoded = case
+    first = [next(token for token in labels if token != -100) for labels in encoded["sft"]["labels"][:2]]
+    spaces = {token.startswith("▁") for token in prompts.tokenizer.convert_ids_to_tokens(first)}
+    assert spaces == {prompts.opens_with_space}
+
+
 def test_training_ends_every_answer_with_the_token_at_which_generation_stops(case):
     prompts, encoded = case
     tokenizer = prompts.tokenizer
@@ -184,6 +219,14 @@ def test_training_ends_every_answer_with_the_token_at_which_generation_stops(cas
         answer = [token for token in labels if token != -100]
         assert answer.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(answer[answer.index(tokenizer.eos_token_id) + 1 :]).strip() == ""
+
+
+@pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("llama31_8b", "<|eot_id|>"), ("mistral_7b", "</s>"), ("qwen25_7b", "<|im_end|>"), ("qwen3_8b", "<|im_end|>")])
+def test_the_end_of_a_turn_is_the_trained_tokenizers_end_token(parity, name, end):
+    """vLLM ends a reply at the tokenizer's end token, besides those of generation_config.json."""
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(parity[1][name]).eos_token == end
 
 
 def test_training_uses_no_token_the_base_model_does_not_have(case):
@@ -195,12 +238,12 @@ def test_training_uses_no_token_the_base_model_does_not_have(case):
 def test_a_prompt_has_exactly_one_beginning_of_text(case, request):
     prompts, _ = case
     name = request.node.callspec.params["case"]
-    bos = prompts.tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
+    bos = prompts.tokenizer.convert_tokens_to_ids(SPECIAL[name][0] or "<|im_start|>")
     for system, user in conversations():
         ids = prompts.ids([system, user])
         assert ids[0] == bos
-        # SmolLM2 has no beginning-of-text token; its first token begins each of the three turns.
-        assert ids.count(bos) == (3 if name.startswith("smollm2") else 1)
+        # SmolLM2 and Qwen have no beginning-of-text token; their first token begins each of the three turns.
+        assert ids.count(bos) == (3 if name.startswith(("smollm2", "qwen")) else 1)
 
 
 FORMS = {
@@ -210,7 +253,8 @@ FORMS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
     "mistral": "<s>[INST] S\n\nU[/INST]",
-    "smollm2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+    **dict.fromkeys(("smollm2", "qwen"), "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 }
 
 
@@ -269,6 +313,7 @@ def end_of(prompts: PromptTokenizer) -> str:
 
 @pytest.mark.parametrize(("kind", "name", "taken"), [
     ("llama3", "model", "llama3"), ("smollm2", "model", "smollm2"), ("mistral", "model", "mistral"), ("llama2", "model", "llama2"),
+    ("qwen25_7b", "model", "qwen"), ("qwen3_8b", "model", "qwen3"), ("qwen3_8b", "Qwen3-8B", "qwen3"), ("smollm2", "Qwen2-7B", "qwen"),
     ("mistral_v1", "Mistral-7B-v0.1", "mistral"), ("llama2", "Llama-2-7b-hf", "llama2"), ("llama3", "llama2_or_not", "llama3"),
 ])
 def test_auto_without_a_template_of_its_own_takes_the_one_that_fits(checkpoint, caplog, kind, name, taken):
@@ -288,7 +333,7 @@ def test_auto_takes_the_checkpoints_own_and_says_so(checkpoint, caplog):
 def test_auto_is_refused_if_nothing_fits(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=byte_level(["<eos>"]), bos_token="<eos>", eos_token="<eos>").save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(["<eos>"], "<eos>"), bos_token="<eos>", eos_token="<eos>").save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=at("model", "--template")):
         load_prompts(str(tmp_path / "model"), "auto")
 
@@ -324,6 +369,13 @@ def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_tur
 def test_reasoning_is_off_unless_asked_for(checkpoint, thinking, end, opens):
     prompts = load_prompts(checkpoint("smollm2", THINKING), "auto", thinking)
     assert end_of(prompts).endswith(end) and prompts.opens_reasoning is opens
+
+
+@pytest.mark.parametrize(("thinking", "end"), [(False, "assistant\n<think>\n\n</think>\n\n"), (True, "assistant\n")])
+def test_qwen3_reasons_only_if_asked_to(checkpoint, thinking, end):
+    for template in ("auto", str(ROOT / "template/qwen3.jinja")):
+        prompts = load_prompts(checkpoint("qwen3_8b", OWN_TEMPLATES["qwen3_8b"]), template, thinking)
+        assert end_of(prompts).endswith(end) and not prompts.opens_reasoning
 
 
 def test_a_prompt_does_not_depend_on_the_day(checkpoint):

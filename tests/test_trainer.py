@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_tokenizers import CASES, TRAIN_PYTHON, save_tokenizer
+from chat_tokenizers import CASES, FAMILIES, TRAIN_PYTHON, facts_of, save_tokenizer
 from conftest import at, logged, naming, write_jsonl
 from stubs import make_text
 
@@ -303,7 +303,7 @@ def test_published_recipes_differ_from_ours_in_batch_and_names_alone():
 
 # ---------------------------------------------------------------- the real trainer's tokens
 
-# In .venv-train. Arguments: cases.json (name -> [template, tokenizer folder, recipe]), sets.json (name -> rows), output.
+# In .venv-train. Arguments: cases.json (name -> [template, settings, tokenizer folder, recipe]), sets.json (name -> rows), output.
 WITH_LLAMAFACTORY = """
 import json, sys, yaml
 from llamafactory.data.converter import AlpacaDatasetConverter
@@ -317,11 +317,11 @@ from transformers import AutoTokenizer
 cases, sets, info = (json.load(open(path)) for path in sys.argv[1:4])
 output = sys.argv[4]
 encoded = {}
-for case, (template, folder, recipe) in cases.items():
+for case, (template, settings, folder, recipe) in cases.items():
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, padding_side="right")
     for limit in ("recipe", "none"):
         cutoff_len = yaml.safe_load(open(recipe))["cutoff_len"] if limit == "recipe" else 1000000
-        arguments = DataArguments(template=template, cutoff_len=cutoff_len)
+        arguments = DataArguments(template=template, cutoff_len=cutoff_len, **settings)
         chat = get_template_and_fix_tokenizer(tokenizer, arguments)
         for name, rows in sets[case].items():
             attributes, = get_dataset_list([name], info)
@@ -345,10 +345,10 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     published = {f"{name}_published": {**info[name], "columns": {key: column for key, column in info[name]["columns"].items() if key != "system"}} for name in SETS}
     cases, sets = {}, {}
     for name, template in CASES.items():
-        if name == "smollm2_real":
-            continue
+        if name == "smollm2_real" or (name in FAMILIES and name != "qwen3_8b"):
+            continue  # these are longest by no other tokens than the others
         save_tokenizer(name, tmp_path / name)
-        cases[name] = [template, str(tmp_path / name), str(SFT)]
+        cases[name] = [template, facts_of(name).get("settings", {}) if name in FAMILIES else {}, str(tmp_path / name), str(SFT)]
         write_sets(long_rows(8), "--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja"))
         sets[name] = {f"{entry}{form}": read(path) for entry, path in SETS.items() for form in ("", "_published")}
         flags = ["--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja")]
@@ -361,7 +361,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     done = subprocess.run([TRAIN_PYTHON, "-c", WITH_LLAMAFACTORY, *files], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     encoded = json.loads(Path("encoded.json").read_text())
-    for name, (template, folder, _) in cases.items():
+    for name, (template, _, folder, _) in cases.items():
         prompts = PromptTokenizer(training_rows.load_tokenizer(folder)[0], read_template(str(ROOT / f"template/{template}.jinja")))
         assert encoded[name]["factbook_warm_up"]["recipe"] == encoded[name]["factbook_warm_up"]["none"], name
         for entry in SETS:

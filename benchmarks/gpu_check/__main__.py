@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", metavar="DIR", default="runs/gpu_check", help="folder of the results (runs/gpu_check)")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, help="run only these parts")
     parser.add_argument("--list", action="store_true", help="list the parts and exit")
-    parser.add_argument("--began", type=float, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--part", nargs=2, metavar=("NAME", "NOTES"), help=argparse.SUPPRESS)  # one part, in this process
     parser.add_argument("--until", type=float, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -87,13 +88,37 @@ def tree(pid: int) -> list[int]:
     return [pid, *(below for child in children for below in tree(child))]
 
 
-def end(process: subprocess.Popen) -> None:
-    for pid in reversed(tree(process.pid)):
-        try:
-            os.kill(pid, 9)
-        except (ProcessLookupError, PermissionError):
-            pass
+def end(process: subprocess.Popen, patience: float = 30) -> None:
+    """Kill a process and all its descendants, and wait until none runs: until then they hold their locks and GPU memory.
+
+    The wait ends after `patience` seconds.
+    """
+    stopped: list[int] = []
+    while running := [pid for pid in tree(process.pid) if pid not in stopped]:  # a stopped process starts no other
+        for pid in running:
+            _signal(pid, signal.SIGSTOP)
+        stopped += running
+    for pid in stopped:
+        _signal(pid, signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + patience
+    while any(_runs(pid) for pid in stopped) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process exists that is not a zombie: a zombie holds nothing any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def run_part(name: str, limit: float, args, wheels: dict, log) -> dict:
@@ -161,7 +186,7 @@ def main(argv=None) -> int:
         return 0
     if args.part:
         return child(args)
-    began = time.monotonic() if args.began is None else time.monotonic() - max(time.time() - args.began, 0)
+    began = time.monotonic() if args.started is None else time.monotonic() - max(time.time() - args.started, 0)
     deadline = began + args.minutes * 60 - CLOSING
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

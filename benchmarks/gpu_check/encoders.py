@@ -71,7 +71,7 @@ def encoder(run: Run) -> None:
         finally:
             os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
         return {"passages_per_s": round(len(passages) / seconds), "tokenizer_share": round(tokenizing / seconds, 3),
-                "tokenizer_ms_a_passage": round(1000 * tokenizing / len(passages), 3), "tokens_a_passage": round(fast.seen_tokens / len(passages)),
+                "tokenizer_ms_per_passage": round(1000 * tokenizing / len(passages), 3), "tokens_per_passage": round(fast.seen_tokens / len(passages)),
                 "padding": round(fast.padded_tokens / fast.seen_tokens, 3), **_peak(device)}
 
     fast.encode(passages[:2048])  # warm-up
@@ -84,8 +84,7 @@ def encoder(run: Run) -> None:
 
 
 def reranker(run: Run) -> None:
-    """Check a T5-base and a BERT-base: MonoT5 and CrossEncoder against the model's own forward; documents per second.
-    """
+    """Check a T5-base and a BERT-base: MonoT5 and CrossEncoder against the model's own forward; documents per second."""
     device = run.device
     questions, documents = data.texts(8, 9, seed=2), data.texts(12 if run.dry else 64, 20 if run.dry else 90, seed=3)
     pairs = [(questions[number % 8] + "?", text) for number, text in enumerate(documents)]
@@ -203,7 +202,7 @@ def _throughput(folder, pairs, batch_tokens: int, device: str) -> dict:
     scores, seconds = _timed(lambda: model.score(pairs, batch_tokens))
     assert np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()
     return {"documents_per_s": round(len(pairs) / seconds), "tokenizer_share": round(tokenizing / seconds, 3),
-            "tokens_a_document": round(sum(len(tokens) for tokens, _ in inputs) / len(pairs)), **_peak(device)}
+            "tokens_per_document": round(sum(len(tokens) for tokens, _ in inputs) / len(pairs)), **_peak(device)}
 
 
 # ---------------------------------------------------------------- BERTScore

@@ -103,8 +103,7 @@ def _clean(more: dict) -> dict:
 
 
 def _prepared() -> dict:
-    """Call prepare_vllm() in a separate process. Returns whether it chooses the CPU, and the environment that it sets.
-    """
+    """Call prepare_vllm() in a separate process. Returns whether it chooses the CPU, and the environment that it sets."""
     needs("vllm")
     code = ("import os, json; from dynamicrag.llm.vllm_environment import prepare_vllm; on_cpu = prepare_vllm(); import torch; "
             "print(json.dumps([on_cpu, torch.cuda.is_available(), os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK'), "

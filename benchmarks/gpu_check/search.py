@@ -274,8 +274,7 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
 
 
 def _rescored(index, questions: np.ndarray, size: int, expected) -> dict:
-    """Return the seconds of a pass that compares `size` candidates per step, and check that the results are the same.
-    """
+    """Return the seconds of a pass that compares `size` candidates per step, and check that the results are the same."""
     from dynamicrag.search import inner_products
 
     with patch.object(inner_products, "RESCORED", dict.fromkeys(inner_products.RESCORED, size)):

@@ -202,8 +202,7 @@ def _trained(folder: Path, start: Path, steps: int) -> dict:
 
 
 def dpo_memory(run: Run) -> None:
-    """Measure the peak GPU memory of DPO on 2 x 8192 tokens with Llama 3's vocabulary and one layer, mainly the logits.
-    """
+    """Measure the peak GPU memory of DPO on 2 x 8192 tokens with Llama 3's vocabulary and one layer, mainly the logits."""
     if run.dry or run.device == "cpu":
         raise Skipped("a CPU has no GPU memory to measure")
     place = Training(run)

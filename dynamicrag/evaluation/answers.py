@@ -72,8 +72,7 @@ def unanswered_reason(row: Row) -> str:
 def summarise(
     rows: Iterable[Row], metric: str | None, group_by: str, seed: int, path: str = "the results", repeated: Mapping[str, int] | None = None
 ) -> tuple[dict, dict[str, float]]:
-    """Return a summary with scores from 0 to 100 and costs per question, and the score of each question in [0, 1] by
-    id.
+    """Return a summary with scores from 0 to 100 and costs per question, and the score of each question in [0, 1] by id.
 
     Rows without `response` count as wrong and have no documents. A cost is the mean over the questions for which it is
     known, answered or not; `calls_known` etc. give their number, and the mean is None if there are none. Rows without a

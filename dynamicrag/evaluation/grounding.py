@@ -27,9 +27,7 @@ _JOINTS = re.compile(r"['’]s\b|[-‐-―/“”‘’„«»…]")
 
 
 class Support(NamedTuple):
-    """The number of distinct entities of an answer, and their shares, in [0, 1], found in the chosen and retrieved
-    documents.
-    """
+    """The number of distinct entities of an answer, and their shares, in [0, 1], found in the chosen and retrieved documents."""
 
     entities: int
     chosen: float
@@ -82,9 +80,7 @@ def support_of(entities: set[str], row: Row, path: str) -> Support:
 
 
 def summarise_support(supports: list[Support]) -> dict:
-    """Return the number of answers with entities, the number of entities, and the mean shares over these answers, 0 to
-    100.
-    """
+    """Return the number of answers with entities, the number of entities, and the mean shares over these answers, 0 to 100."""
     return {
         "responses": len(supports),
         "entities": sum(support.entities for support in supports),

@@ -33,9 +33,8 @@ _ANY_WORD = rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}\p{{M}}])+"
 def normalise(text: str) -> str:
     """Return SQuAD's normalised form of a text.
 
-    If only articles and punctuation would be removed, words are kept in lower case.
-
-    SQuAD's script reduces "the", "A" and "?" to nothing, so that they equal each other.
+    If only articles and punctuation would be removed, words are kept in lower case. SQuAD's script reduces "the", "A"
+    and "?" to nothing, so that they equal each other.
     """
     lowered = composed(text).lower()
     bare = lowered.translate(_PUNCTUATION)
@@ -63,9 +62,7 @@ def match(response: str, answers: Sequence[str]) -> float:
 
 
 def accuracy(response: str, answers: Sequence[str], choices: Sequence[Choice] = ()) -> float:
-    """Return 1 if the response names the right label: the choice it names (choices.chosen_label), or the label at its
-    start.
-    """
+    """Return 1 if the response names the right label: the choice it names (choices.chosen_label), or the label at its start."""
     return float(any(_names_label(response, answer, choices) for answer in answers))
 
 
@@ -79,8 +76,7 @@ def _names_label(response: str, answer: str, choices: Sequence[Choice]) -> bool:
 
 
 def token_f1(response: str, answers: Sequence[str], whole_answers: Sequence[str] = ()) -> float:
-    """Return F1 over bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer
-    tokens.
+    """Return F1 over bags of normalised tokens: 2PR / (P + R), P = common / response tokens, R = common / answer tokens.
 
     If one side is one of `whole_answers` (HotpotQA: yes, no, noanswer), F1 is 0 unless both sides are equal.
     """
@@ -116,9 +112,7 @@ def rouge_lsum(response: str, answers: Sequence[str]) -> float:
 
 
 def str_em(response: str, short_answers: Sequence[Sequence[str]]) -> float:
-    """Return ASQA's STR-EM (Stelmakh et al. 2022): the share of readings with a short answer that occurs in the
-    response.
-    """
+    """Return ASQA's STR-EM (Stelmakh et al. 2022): the share of readings with a short answer that occurs in the response."""
     return sum(match(response, answers) for answers in short_answers) / len(short_answers)
 
 

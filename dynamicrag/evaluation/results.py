@@ -15,8 +15,7 @@ from dynamicrag.stage import UserError, log
 
 
 def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[str, Any]]:
-    """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the
-    documents).
+    """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the documents).
 
     Raises UserError as read_rows does, including for a repeated id.
     """
@@ -61,8 +60,8 @@ def result_rows(
                 raise UserError(f"{path}: row {row['id']} is not in {eval_file}; give the evaluation file of these "
                                 "results")
             if asked is not None and _plain(row["question"]) != _plain(asked[row["id"]]["question"]):
-                raise UserError(f"{path}: row {row['id']} answers another question than that of {eval_file}; several "
-                                "data sets use the same ids, so give the evaluation file of this one")
+                raise UserError(f"{path}: row {row['id']} has a different question in {eval_file}; several data sets use the "
+                                "same ids, so give the evaluation file of these results")
             responded = responded or (path == results_file and "response" in row)
             if "response" not in row and "error" not in row:
                 without_response = without_response or row

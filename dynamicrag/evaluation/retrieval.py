@@ -59,8 +59,7 @@ def searched_form(text: str) -> str:
 
 
 def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
-    """Return the rank of the first document whose text contains an answer as consecutive tokens; infinity if there is
-    none.
+    """Return the rank of the first document whose text contains an answer as consecutive tokens; infinity if there is none.
 
     By DPR's rule, titles are ignored. An answer without tokens occurs in no document.
     """

@@ -22,9 +22,7 @@ def system_names(results_files: list[str]) -> list[str]:
 
 
 def summary_tables(summaries: Summaries) -> str:
-    """Return one line per system with score, interval, metric, documents, cost and rows left out, then a table by
-    group.
-    """
+    """Return one line per system with score, interval, metric, documents, cost and rows left out, then a table by group."""
     columns: dict[str, Callable[[dict], str]] = {
         "n": lambda s: str(s["n"]),
         "score": lambda s: f"{s['score']:.1f}",
@@ -61,8 +59,7 @@ def summary_tables(summaries: Summaries) -> str:
 
 
 def cost_cell(summary: dict, key: str, digits: int = 1) -> str:
-    """Format a mean cost per question, with the number of questions if it is not known for all; "" if it is not known.
-    """
+    """Format a mean cost per question, with the number of questions if it is not known for all; "" if it is not known."""
     value, known = summary.get(key), summary.get(f"{key}_known", summary["n"])
     return _number(value, digits) + (f" (of {known})" if value is not None and known < summary["n"] else "")
 
@@ -99,8 +96,7 @@ def selection_tables(summaries: Summaries) -> str:
 
 
 def comparison_table(first: str, compared: dict[str, dict[str, float]]) -> str:
-    """Return one line per system that the first one is compared with. Files of earlier versions have no metric column.
-    """
+    """Return one line per system that the first one is compared with. Files of earlier versions have no metric column."""
     with_metric = any("metric" in row for row in compared.values())
     lines = [
         [

@@ -23,11 +23,10 @@ def naming(path: str | Path) -> Iterator[None]:
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """Yield `<path>.writing`, open for writing.
 
-    When the block ends, the data is flushed to disk and the file is renamed to `path`.
-
-    If `path` is a link, the link stays and its target is replaced; the temporary file is then next to the target. If
-    the block raises an exception, `path` is unchanged and the temporary file is removed. A killed process leaves the
-    temporary file behind; the next writer replaces it. Raises OSError, naming the file, if it cannot be written.
+    When the block ends, the data is flushed to disk and the file is renamed to `path`. If `path` is a link, the link
+    stays and its target is replaced; the temporary file is then next to the target. If the block raises an exception,
+    `path` is unchanged and the temporary file is removed. A killed process leaves the temporary file behind; the next
+    writer replaces it. Raises OSError, naming the file, if it cannot be written.
     """
     target = written_at(path)
     temporary = Path(f"{target}.writing")

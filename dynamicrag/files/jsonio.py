@@ -31,8 +31,7 @@ WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) for every value of a JSON array or JSONL file; `line` is the 1-based line on which the value
-    starts.
+    """Yield (line, value) for every value of a JSON array or JSONL file; `line` is the 1-based line on which the value starts.
 
     Raises UserError, naming file and line, for a missing or empty file, for invalid UTF-8 and for anything that is not
     JSON. NaN and Infinity are not JSON.
@@ -43,7 +42,7 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
         with opened(path) as file:
             head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UserError(f"{path}: is in UTF-16 or UTF-32; save it as UTF-8")
     if not head:
@@ -68,8 +67,7 @@ def refuse_pipe(path: Path) -> None:
 
 
 def _value(text: bytes | str) -> object:
-    """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again.
-    """
+    """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again."""
     value = orjson.loads(text)
     brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
     if brackets > MOST_LEVELS:
@@ -88,7 +86,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
                 try:
                     yield number, _value(line)
                 except ValueError as error:
-                    raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+                    raise UserError(f"{path}:{number}: not valid JSON ({error}); correct this line") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -102,7 +100,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
 
         def broken(reason: str) -> UserError:
-            return UserError(f"{path}:{line}: not a valid JSON array: {reason}")
+            return UserError(f"{path}:{line}: not a valid JSON array ({reason}); correct the file")
 
         def read(size: int) -> bool:
             nonlocal buffer, position

@@ -55,12 +55,10 @@ def exclusive(path: str | Path) -> Iterator[None]:
 def in_turn(path: str | Path) -> Iterator[None]:
     """Let the workers of one machine that started together run the block one at a time.
 
-    No worker continues until all are done.
-
-    This bounds memory: what the block needs temporarily is never in memory together with what the workers need later.
-    `path` identifies the block. The lock files are in the machine's temporary folder, named by a hash of `path` and the
-    user, because only workers that share memory must wait. If the folder has no locks, the block runs at once and a
-    warning is logged.
+    No worker continues until all are done. This bounds memory: what the block needs temporarily is never in memory
+    together with what the workers need later. `path` identifies the block. The lock files are in the machine's
+    temporary folder, named by a hash of `path` and the user, because only workers that share memory must wait. If the
+    folder has no locks, the block runs at once and a warning is logged.
     """
     name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     place = Path(tempfile.gettempdir()) / f"dynamicrag_{os.getuid()}_{name}"

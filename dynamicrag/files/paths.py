@@ -6,8 +6,7 @@ from pathlib import Path
 
 
 def matching(pattern: str | Path, suffix: str = "") -> list[Path]:
-    """Return the files and folders that match a glob pattern, sorted, with `suffix` appended to the last part of the
-    pattern.
+    """Return the files and folders that match a glob pattern, sorted, with `suffix` appended to the last part of the pattern.
 
     An existing name takes precedence over a pattern: a part such as `data[1]` or `a*b` means the file or folder of that
     name if there is one. All other parts are read as globs.

@@ -40,8 +40,7 @@ def remain_path(output: str) -> str:
 
 
 def runs_of(args: Namespace, choice: str) -> list[Namespace]:
-    """Return one run for each pair of an input file and a value of the list flag `choice`, with placeholders in paths
-    replaced.
+    """Return one run for each pair of an input file and a value of the list flag `choice`, with placeholders in paths replaced.
 
     Raises UserError if two runs would write the same file.
     """
@@ -71,9 +70,7 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
 
 
 def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
-    """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not
-    known.
-    """
+    """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not known."""
     places = [place_of_engine() for caller in callers if (place_of_engine := getattr(caller.engine, "place", None))]
     return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
 

@@ -111,8 +111,7 @@ def leaves_open(text: str, opened: bool = False) -> bool:
 
 
 def opens_itself(text: str) -> bool:
-    """Return whether the text closes reasoning that it did not open, because the chat template wrote the opening tag.
-    """
+    """Return whether the text closes reasoning that it did not open, because the chat template wrote the opening tag."""
     closing = CLOSES.search(text)
     return bool(closing) and not OPENS.search(text, 0, closing.start())
 

@@ -68,8 +68,7 @@ def open_client(url: str, key: str, seconds: float, **options):
 
 
 def passes(error: BaseException) -> bool:
-    """Return whether another attempt may help: the server is busy, broken or unreachable, or its reply cannot be read.
-    """
+    """Return whether another attempt may help: the server is busy, broken or unreachable, or its reply cannot be read."""
     import openai
 
     if isinstance(error, openai.APIStatusError):
@@ -79,9 +78,7 @@ def passes(error: BaseException) -> bool:
 
 
 def wait(state) -> float:
-    """Return the seconds until the next attempt (for tenacity): the server's Retry-After plus a random exponential
-    backoff.
-    """
+    """Return the seconds until the next attempt (for tenacity): the server's Retry-After plus a random exponential backoff."""
     from tenacity import wait_random_exponential
 
     retry_after = getattr(getattr(state.outcome.exception(), "response", None), "headers", {}).get("retry-after", "")
@@ -127,8 +124,7 @@ def reason_of(error: BaseException, key: str, seconds: float) -> str:
 
 
 def tokens_of(reply: object) -> tuple[int | None, int | None]:
-    """Return the prompt tokens and generated tokens of a reply; None if not given. A prompt count of 0 means not given.
-    """
+    """Return the prompt tokens and generated tokens of a reply; None if not given. A prompt count of 0 means not given."""
     usage = getattr(reply, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     prompt, generated = (value if type(value) is int and value >= 0 else None for value in counts)
@@ -141,8 +137,7 @@ def gave_reasoning(message: object) -> bool:
 
 
 def usable(text: object) -> str | None:
-    """Return the text of a message, or the joined text parts of a list; None if there is none. Raises UnreadableReply.
-    """
+    """Return the text of a message, or the joined text parts of a list; None if there is none. Raises UnreadableReply."""
     if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
         text = "".join(part["text"] for part in text if part.get("type") == "text" and isinstance(part.get("text"), str)) or None
     if not isinstance(text, str | None):

@@ -20,6 +20,7 @@ from dynamicrag.llm.completion import (
     leaves_open,
     refused,
 )
+from dynamicrag.llm.model_files import manifest_of
 from dynamicrag.llm.prompts import prefix_of
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.templates import (
@@ -39,7 +40,8 @@ DEFAULT_WINDOW = 8192  # tokens; a larger window uses memory that no prompt here
 def add_engine_flags(parser: ArgumentParser) -> None:
     """Add the flags of every stage that calls an LLM."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name")
+    group.add_argument("--llm-model", default="DynamicRAG_llama3_8b", help="checkpoint folder, training output or hub name; "
+                       "prompts and template that come with a published model are used")
     group.add_argument("--template", default=AUTO,
                        help="chat template: a file of template/*.jinja, or auto for the checkpoint's own template, or "
                             "else the file that it was trained with")
@@ -82,21 +84,23 @@ def resolve_model(name: str) -> str:
 
 
 def engine_inputs(args: Namespace) -> list[str]:
-    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts,
-    checkpoints.
+    """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints.
+
+    The manifest of a model that is published on the hub stands for all its files.
     """
     models = [] if args.api_base else [args.llm_model, args.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
     files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
-    return [*files, *(name for name in checkpoints if Path(name).is_dir())]
+    manifests = [str(path) for name in checkpoints if not Path(name).exists() and (path := manifest_of(name))]
+    return [*files, *(name for name in checkpoints if Path(name).is_dir()), *manifests]
 
 
 def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
     """Return the engine that the flags of add_engine_flags describe."""
     if args.api_base:
         if args.max_model_len:
-            log.warning("--max-model-len has no effect with --api-base; the server has its own window, and a question "
-                        "that exceeds it is left unanswered")
+            log.warning("--max-model-len: has no effect with --api-base; the server has its own window, and a question that "
+                        "exceeds it gets no answer")
         return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
     return VllmEngine(resolve_model(args.llm_model), args)
 
@@ -128,7 +132,7 @@ def window_of(model: str, asked: int | None) -> int:
         raise UserError(f"--max-model-len {asked}: the window of {model} is {own} tokens; give --max-model-len {own}, "
                         "or omit the flag")
     if not asked and own and own < DEFAULT_WINDOW:
-        log.info("--max-model-len is %d, the window of %s", own, model)
+        log.info("--max-model-len: %d, the window of %s", own, model)
     return asked or min(own or DEFAULT_WINDOW, DEFAULT_WINDOW)
 
 
@@ -136,9 +140,7 @@ class VllmEngine:
     """vLLM in this process. Prompts are rendered with the chat template chosen here and passed as token ids."""
 
     def __init__(self, model: str, args: Namespace):
-        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the
-        start.
-        """
+        """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the start."""
         # Checks that do not need the weights come first.
         self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
         self.max_model_len = window_of(model, args.max_model_len)
@@ -170,8 +172,8 @@ class VllmEngine:
             log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "
                         "dynamicrag/llm/prompts.py before you train", self._prompts.name, ", ".join(tokens))
         if self._prompts.opens_reasoning:
-            log.warning("%s starts the model's reasoning; constrained selections (--constrain-ids on) are written "
-                        "without reasoning, and token limits include the reasoning", self._prompts.name)
+            log.warning("%s: starts the model's reasoning; constrained selections (--constrain-ids on) have no reasoning, and "
+                        "token limits include the reasoning", self._prompts.name)
         # If reasoning tags are special tokens, removing special tokens would leave the reasoning in the text.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
@@ -198,6 +200,8 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         prompts, params, numbers = [], [], []
+        # Otherwise the constraint would exclude the first token of every answer that the model was trained to write.
+        space = any(request.pattern for request in requests) and self._prompts.opens_with_space
         completions: dict[int, Completion] = {}
         ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
         for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
@@ -210,7 +214,7 @@ class VllmEngine:
             params.append(SamplingParams(
                 n=request.n, temperature=request.temperature, top_p=request.top_p,
                 max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
-                structured_outputs=StructuredOutputsParams(regex=request.pattern) if request.pattern else None,
+                structured_outputs=StructuredOutputsParams(regex=f" ?({request.pattern})" if space else request.pattern) if request.pattern else None,
                 stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
             ))
         outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []
@@ -238,8 +242,7 @@ class VllmEngine:
 
 
 def _refusal(error: Exception) -> str:
-    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information.
-    """
+    """Return the reason of a vLLM error in one line. Pydantic errors have a heading and an ending without information."""
     if (details := getattr(error, "errors", None)) and (errors := details()):
         return str(errors[0].get("msg", error)).removeprefix("Value error, ")
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

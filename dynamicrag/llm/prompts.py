@@ -13,6 +13,9 @@ selections (`identifier`, `identifier_separator`, `none`):
     generator: {system: null, separator: "\n", numbers: original, prefix: "Answer:", stop: ["\n\n", "Question:"]}
     instructions: {nq: Answer in one word.}
 
+A file for a checkpoint whose words may not be shared with it has `{from: PLACE}` for each such text. It is refused, by
+the name of every such text, until they are filled in.
+
 A prefix is not part of the parsed output. `prefix` and `system: null` are for inference with a checkpoint that was
 trained that way; LLaMA-Factory's rows cannot express them.
 """
@@ -66,6 +69,7 @@ class Prompts:
         if not isinstance(given, dict) or not all(isinstance(parts, dict) for parts in given.values()):
             raise UserError(f"{path}: expected a mapping with keys from {', '.join(DEFAULT_PROMPTS)}, each with its "
                             "texts")
+        _refuse_unfilled(path, given)
         for dataset, text in given.pop("instructions", {}).items():
             self._instructions[dataset_named(str(dataset)) or str(dataset)] = self._checked(f"{path}: instructions.{dataset}", text, set(), set()).format()
         for name, parts in given.items():
@@ -96,10 +100,10 @@ class Prompts:
         except ValueError as error:
             raise UserError(f"{path}: reranker.identifier: {error}; give another identifier, identifier_separator or none") from error
         if notation != DEFAULT_NOTATION and "user" not in given:
-            raise UserError(f"{path}: reranker.user: describes another notation than reranker.identifier; give a text "
+            raise UserError(f"{path}: reranker.user: its notation differs from reranker.identifier; give a text "
                             f"that asks for {notation.write([2, 1])!r} or {notation.none!r}")
         if notation.identifier != DEFAULT_NOTATION.identifier and "document" not in given:
-            raise UserError(f"{path}: reranker.document: shows other identifiers than reranker.identifier; give a text in which "
+            raise UserError(f"{path}: reranker.document: its identifiers differ from reranker.identifier; give a text in which "
                             f"the first document is {notation.write([1])!r}")
         return notation
 
@@ -132,6 +136,14 @@ class Prompts:
     def notation(self) -> Notation:
         """The notation of selections."""
         return self._notation
+
+    def for_file(self) -> dict[str, dict]:
+        """Return the content of a prompts file that gives these prompts, with every text that a model is asked with (the
+        judge is another model).
+        """
+        asked = {name: {part: list(text) if isinstance(text, tuple) else text for part, text in parts.items()} for name, parts in self._texts.items() if name != "judge"}
+        instructions = {dataset: text.replace("{", "{{").replace("}", "}}") for dataset, text in self._instructions.items()}
+        return {**asked, **({"instructions": instructions} if instructions else {})}
 
     def stop(self, name: str) -> tuple[str, ...]:
         """Return the texts that end an answer to the prompt `name`. They are not part of the answer."""
@@ -185,6 +197,16 @@ class Prompts:
 def prefix_of(messages: Messages) -> str:
     """Return the given beginning of the model's answer; "" if there is none."""
     return messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+
+
+def _refuse_unfilled(path: Path, given: Mapping[str, Mapping[str, object]]) -> None:
+    """Raise UserError, naming all, if a file has texts that are to be filled in: `{from: PLACE}`."""
+    places = {
+        f"{name}.{part}": text["from"] for name, parts in given.items() for part, text in parts.items() if isinstance(text, dict) and set(text) == {"from"}
+    }
+    if places:
+        listed = "; ".join(f"{name} from {place}" for name, place in places.items())
+        raise UserError(f"{path}: {next(iter(places))}: {len(places)} texts are not filled in; fill them in, in a copy of the file: {listed}")
 
 
 def _stop_strings(where: str, given: object) -> tuple[str, ...]:

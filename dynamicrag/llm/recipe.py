@@ -6,13 +6,13 @@ from typing import Any
 
 import orjson
 
+from dynamicrag.files.hub_access import why_unreachable
 from dynamicrag.llm.prompts import read_yaml
 from dynamicrag.models.checkpoints import NO_CODE, loading
 from dynamicrag.stage import UserError, log
 
 HERE = Path(__file__).resolve().parents[2]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-HUB_SECONDS = 5
 SETTINGS = {"model_name_or_path": str, "template": str, "cutoff_len": int, "dataset_dir": str}
 
 
@@ -101,18 +101,7 @@ def _unreachable(name: str) -> str | None:
         return f"{name} is neither a folder nor a model name"
     if cached:
         return None
-    if hub.constants.HF_HUB_OFFLINE:
-        return f"{name} is not a local folder, and the hub is disabled (HF_HUB_OFFLINE)"
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    try:
-        urlopen(Request(hub.constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except HTTPError:
-        return None  # the hub answers
-    except (OSError, ValueError) as error:
-        return f"{name} is not a local folder, and {hub.constants.ENDPOINT} cannot be reached ({error})"
-    return None
+    return f"{name} is not a local folder, and {why}" if (why := why_unreachable()) else None
 
 
 def check_columns(args: Namespace, output: str) -> None:
@@ -138,6 +127,6 @@ def check_columns(args: Namespace, output: str) -> None:
     for name in lost:
         log.warning("%s: entry %s would train %s without its system prompt; add \"system\": \"system\" to its columns", info_path, name, output)
     if not entries:
-        log.warning("%s: no entry of %s names this file. %s", output, info_path, note)
+        log.warning("%s: no entry of %s names this file; %s", output, info_path, note)
     elif not lost:
         log.info("%s: %s; %s in %s has it", output, note, ", ".join(entries), info_path)

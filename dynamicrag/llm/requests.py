@@ -11,7 +11,8 @@ from typing import Protocol
 
 from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.completion_cache import CompletionCache
-from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine
+from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine, resolve_model
+from dynamicrag.llm.model_files import prompts_for, pull
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.models.chat_templates import Messages
@@ -56,8 +57,7 @@ class Window(Protocol):
 def documents_that_fit(
     engine: Window, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int
 ) -> list[Doc]:
-    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped
-    from the end.
+    """Return the longest prefix of `docs` whose prompt leaves max_tokens in the window; whole documents are dropped from the end.
 
     Raises UserError if the question alone does not fit.
     """
@@ -72,7 +72,7 @@ def documents_that_fit(
             too_many = middle
     if fitting == 0 and not engine.fits(build([]), max_tokens):
         [question] = [message["content"] for message in build([]) if message["role"] == "user"]
-        raise UserError(f"the question alone is longer than --max-model-len: {question[:80]!r}...; shorten it")
+        raise UserError(f"--max-model-len: the question alone is longer, {question[:80]!r}...; shorten the question or raise the limit")
     return list(docs[:fitting])
 
 
@@ -85,17 +85,26 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
 def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
     """Load the selector and the generator.
 
-    They are one model unless --reranker-model is given; `both=False` skips the selector.
-
-    Two models in this process share the GPU memory that one model would get.
+    They are one model unless --reranker-model is given; `both=False` skips the selector. Two models in this process
+    share the GPU memory that one model would get. Each is asked with the prompts of --prompts, or else with those that
+    come with it, or else with the project's.
     """
     if not (both and args.reranker_model):
-        caller = Caller(load_engine(args), args)
+        caller = _load_caller(args)
         return caller, caller
     shared = {**vars(args), "gpu_memory_utilization": args.gpu_memory_utilization / 2}
     choosing = {"llm_model": args.reranker_model, "template": args.reranker_template or args.template}
-    generator = Caller(load_engine(Namespace(**shared)), args)
-    return Caller(load_engine(Namespace(**{**shared, **choosing})), args), generator
+    generator = _load_caller(Namespace(**shared))
+    return _load_caller(Namespace(**{**shared, **choosing})), generator
+
+
+def _load_caller(args: Namespace) -> "Caller":
+    model = args.llm_model
+    if not args.api_base:  # a server's model is only a name
+        model = pull(resolve_model(model))
+        if model != resolve_model(args.llm_model):
+            args = Namespace(**{**vars(args), "llm_model": model})
+    return Caller(load_engine(args), Namespace(**{**vars(args), "prompts": prompts_for(model, args.prompts)}))
 
 
 def work_on_fitting(
@@ -114,9 +123,7 @@ def work_on_fitting(
 
 @contextmanager
 def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
-    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were
-    cut off.
-    """
+    """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were cut off."""
     models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
     if overwrite:
         cache.remove()
@@ -167,14 +174,15 @@ class Caller:
         for (flag, limit), number in sorted(self._cut_off.items()):
             if number:
                 what = "selections" if flag == "--selection-max-tokens" else "answers"
-                log.warning("%d of %d %s were cut off at %d tokens; raise %s", number, self._texts[flag, limit], what, limit, flag)
+                log.warning("%s: the limit of %d tokens cut off %d of the %d %s to which it applied; raise the limit",
+                            flag, limit, number, self._texts[flag, limit], what)
 
     def _fit(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], max_tokens: int) -> list[Doc]:
         fitting = documents_that_fit(self.engine, build, docs, max_tokens)
         if len(fitting) < len(docs) and not self._said_cut:
             log.warning(
-                "%d of %d documents of a question fit the window, the others are left out; this is logged once, and "
-                "docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
+                "--max-model-len: only %d of %d documents of a question fit in the window, and the others are left out; this is "
+                "logged once, and docs_shown of each row gives the number that the reranker saw", len(fitting), len(docs),
             )
             self._said_cut = True
         return fitting
@@ -200,9 +208,8 @@ class Caller:
     ) -> Request:
         """Return the request to select among `docs`, with `n` samples.
 
-        The default temperature is --selection-temperature.
-
-        `purpose` gives different seeds to different requests of one row.
+        The default temperature is --selection-temperature. `purpose` gives different seeds to different requests of one
+        row.
         """
         return Request(
             messages=self.prompts.reranker(row["question"], docs),

@@ -1,8 +1,8 @@
 """Any OpenAI-compatible server as an engine. Requests that it refuses are left unanswered, and every reply is stored.
 
-Servers differ in the options they support. The first request of each kind is sent alone. What it shows about the server
-(another name of max_tokens, another field for constraints, no seed, no n, no temperature) is logged once and used for
-the rest of the run.
+Servers differ in the options that they support. The first request of each kind is sent alone. If the server does not
+support an option (another name of max_tokens, another field for constraints, no seed, no n, no temperature), this is
+logged once and applies to the rest of the run.
 """
 
 import asyncio
@@ -38,9 +38,7 @@ class ApiEngine:
     """Any OpenAI-compatible server, called concurrently. The key comes from OPENAI_API_KEY only."""
 
     def __init__(self, base_url: str, model: str, thinking: str | None = None):
-        """Raises UserError if the URL has parts other than host, path and api-version, or the key is not printable
-        ASCII.
-        """
+        """Raises UserError if the URL has parts other than host, path and api-version, or the key is not printable ASCII."""
         self._url = check_url("--api-base", base_url, "OPENAI_API_KEY")
         self._key = read_key("OPENAI_API_KEY")
         self._model, self._thinking = model, thinking

@@ -86,8 +86,7 @@ class ServerCalls:
         return UnreadableReply(f"the reply is not a chat completion ({error}){f': {said}' if said else ''}")
 
     async def _call(self, client, request: Request) -> Reply | str:
-        """Return the reply to one call, without unsupported options, or the reason why the server refuses the request.
-        """
+        """Return the reply to one call, without unsupported options, or the reason why the server refuses the request."""
         import openai
 
         while True:

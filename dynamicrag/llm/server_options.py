@@ -31,9 +31,7 @@ LEARNT = {
 
 
 def refused_option(error, sent: dict[str, object]) -> str | None:
-    """Return which of the options in `sent` the server refuses to accept; None if it refuses the request for another
-    reason.
-    """
+    """Return which of the options in `sent` the server refuses to accept; None if it refuses the request for another reason."""
     said = str(error.body if error.body is not None else error)
     if error.param in ("messages", "prompt") or TOO_LONG.search(said) or "content_filter" in str(error.code) or not (NOT_TAKEN.search(said) or "unsupported" in str(error.code)):
         return None

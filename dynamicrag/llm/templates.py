@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynamicrag.llm.completion import OPENS
+from dynamicrag.llm.model_files import MANIFEST, TEMPLATE, file_of
 from dynamicrag.llm.prompts import as_text, prefix_of
 from dynamicrag.models.chat_templates import SAMPLE, Messages, fixed_options, read_template, try_template
 from dynamicrag.stage import UserError, log
@@ -21,6 +22,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "template"
 MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_\w{1,20}>|<\uff5c[^<>\uff5c]{1,40}\uff5c>")
 # Size of the cache of prompt tokens (4 bytes each): a chunk of 2000 prompts of 8192 tokens.
 KEPT_TOKENS = 1 << 24
+
+# A token that only models of a template's kind have, the rarest first.
+KIN = {"mistral": "[INST]", "qwen3": "<think>", "qwen": "<|object_ref_start|>"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +49,9 @@ class PromptTokenizer:
         from cachetools import LRUCache
 
         self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
-        self._options, self._fold_system = fixed_options(chat_template, thinking), fold_system
+        # A model without a beginning-of-text token, such as Qwen, writes nothing in its place, as with LLaMA-Factory.
+        missing = {name: "" for name in ("bos_token", "eos_token") if getattr(tokenizer, name, None) is None}
+        self._options, self._fold_system = {**fixed_options(chat_template, thinking), **missing}, fold_system
         self._kept: LRUCache = LRUCache(KEPT_TOKENS, getsizeof=len)
         self._lock = threading.Lock()
 
@@ -54,6 +60,20 @@ class PromptTokenizer:
         """Whether every prompt ends with the tag that opens the model's reasoning."""
         *_, end = self.render(SAMPLE).rpartition(SAMPLE[1]["content"])
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
+
+    @property
+    def opens_with_space(self) -> bool:
+        """Whether a model of this template and tokenizer begins its answers with a space, as Mistral and LLaMA2 are trained.
+
+        LLaMA-Factory encodes an answer by itself: SentencePiece puts a space in front, or the template has one.
+        """
+        prompt, answer = self.render(SAMPLE), "[1]"
+        whole = self.tokenizer.apply_chat_template(
+            [*SAMPLE, {"role": "assistant", "content": answer}], chat_template=self.chat_template, tokenize=False, **self._options
+        ) if not self._fold_system else ""
+        written = whole[len(prompt) :] if whole.startswith(prompt) else answer
+        first, *_ = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode(written, add_special_tokens=False))
+        return first.startswith(("\u2581", "\u0120", " "))
 
     def render(self, messages: Messages) -> str:
         """Return a prompt as text, up to the start of the answer.
@@ -95,16 +115,16 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
 def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTokenizer:
     """Return the prompts of a model with `template`, a file or "auto" for the model's own template.
 
-    The choice of auto is logged.
-
-    Raises UserError if the tokenizer cannot be loaded, or if turn markers of the file are not tokens of the model,
-    which would then see an unknown format.
+    The choice is logged, with a warning if the model was published with a template that gives other prompts. Raises
+    UserError if the tokenizer cannot be loaded, or if turn markers of the file are not tokens of the model, which would
+    then see an unknown format.
     """
     from transformers import AutoTokenizer
 
     from dynamicrag.models.checkpoints import NO_CODE, loading
 
     text = read_template(template) if template != AUTO else ""
+    published = file_of(model, TEMPLATE) if (Path(model) / MANIFEST).is_file() else None
     with loading(model, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
     if template != AUTO:
@@ -114,8 +134,16 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
             advice = f"--template {fitting[0]}, or auto" if fitting else "--template auto, or a template of this model's"
             raise UserError(f"{template}: marks turns with {', '.join(strange)}, which are not tokens of {model}; "
                             f"give {advice}")
+        log.info("--template: using %s", template)
+        own = own_template(model, tokenizer, thinking) if published else None
+        if own and own.ids(SAMPLE) != prompts.ids(SAMPLE):
+            log.warning("--template %s: gives other prompts than %s, with which %s was published; omit the flag, or give "
+                        "auto", template, published, model)
         return prompts
     prompts = own_template(model, tokenizer, thinking)
+    if prompts and published:
+        log.info("--template auto: using %s, which comes with the model", published)
+        return prompts
     recipe = recipe_template(model)
     if prompts and recipe:
         # LLaMA-Factory saves the template of the base model if it has one, even if the recipe trains with another.
@@ -150,11 +178,11 @@ def own_template(model: str, tokenizer, thinking: bool = False) -> PromptTokeniz
         try_template(text, name, SAMPLE)
     except UserError:
         try_template(text, name, SAMPLE[1:])
-        log.info("%s has no system turn; the system prompt becomes the beginning of the user's turn", name)
+        log.info("%s: has no system turn; the system prompt becomes the beginning of the user turn", name)
         fold_system = True
     prompts = PromptTokenizer(tokenizer, text, name, thinking, fold_system)
     if strange := strange_markers(prompts):
-        log.warning("%s marks turns with %s, which are not tokens of its tokenizer", name, ", ".join(strange))
+        log.warning("%s: marks turns with %s, which are not tokens of the model", name, ", ".join(strange))
     return prompts
 
 
@@ -171,9 +199,7 @@ def is_token(tokenizer, text: str) -> bool:
 
 
 def fitting_templates(model: str, tokenizer) -> list[str]:
-    """Return the files of template/*.jinja whose markers are tokens of a model, most likely first, by markers and then
-    by name.
-    """
+    """Return the files of template/*.jinja whose markers are tokens of a model, most likely first, by markers and then by name."""
     name = re.sub(r"[^a-z0-9]", "", "".join(Path(model).parts[-2:]).lower())
     ranked = []
     for path in sorted(FOLDER.glob("*.jinja")):
@@ -181,18 +207,18 @@ def fitting_templates(model: str, tokenizer) -> list[str]:
         if strange_markers(PromptTokenizer(tokenizer, text)):
             continue
         has_markers = bool(MARKER.search(text))
-        # Templates without such markers fit every tokenizer. They are considered only for models of their kind.
-        of_its_kind = is_token(tokenizer, "[INST]") if path.stem == "mistral" else tokenizer.bos_token == "<s>"
-        if not (has_markers or of_its_kind or path.stem in name):
+        # Templates without such markers fit every tokenizer, and several have the same. They are for models of their kind.
+        of_its_kind = is_token(tokenizer, KIN[path.stem]) if path.stem in KIN else has_markers or tokenizer.bos_token == "<s>"
+        if not (of_its_kind or path.stem in name):
             continue
-        ranked.append((not has_markers, path.stem not in name, path.stem != "mistral", _shown(path)))
+        longest_name = len(path.stem) if path.stem in name else 0  # "qwen3" is nearer to Qwen3-8B than "qwen"
+        kin = list(KIN).index(path.stem) if path.stem in KIN else len(KIN)
+        ranked.append((not has_markers, -longest_name, kin, _shown(path)))
     return [shown for *_, shown in sorted(ranked)]
 
 
 def recipe_template(model: str) -> Path | None:
-    """Return the template of the recipe that trained a model; None if `model` is not a recipe's output
-    (`DynamicRAG_llama3_8b/sft`).
-    """
+    """Return the template of the recipe that trained a model; None if `model` is not a recipe's output (`DynamicRAG_llama3_8b/sft`)."""
     recipes = FOLDER.parent / "recipes"
     for part in Path(model).parts[-2:]:
         recipe = recipes / part.removeprefix("DynamicRAG_") / "sft.yaml"

@@ -23,15 +23,13 @@ from dynamicrag.stage import UserError, log
 Item = TypeVar("Item")
 # English text has about 4.5 characters per token with a large vocabulary and 3.9 with LLaMA-2's; other scripts have one
 # or fewer.
-CHARACTERS_A_TOKEN = 3.5
+CHARACTERS_PER_TOKEN = 3.5
 TOKENS_OF_TURNS = 32  # tokens that a template adds around system prompt, question and answer
-ROWS_A_BATCH = 256
+ROWS_PER_BATCH = 256
 
 
 class Fitted(NamedTuple):
-    """The result of fitting one row: the training row (None if left out), the number of documents removed, values for a
-    report.
-    """
+    """The result of fitting one row: the training row (None if left out), the number of documents removed, values for a report."""
 
     row: dict[str, Any] | None
     removed: int = 0
@@ -39,8 +37,7 @@ class Fitted(NamedTuple):
 
 
 class TrainingWindow:
-    """The maximum tokens of a training conversation (`cutoff_len`), including system prompt, prompt, answer and end
-    token.
+    """The maximum tokens of a training conversation (`cutoff_len`), including system prompt, prompt, answer and end token.
 
     Without a tokenizer, lengths are estimated from characters. Without a cutoff_len, everything fits.
     """
@@ -54,18 +51,18 @@ class TrainingWindow:
     def unit(self) -> str:
         return "tokens" if self._prompts else "characters"
 
+    def prompt_tokens(self, messages: Messages) -> int:
+        """Return the tokens of a prompt, counted or estimated."""
+        if self._prompts:
+            return len(self._prompts.ids(messages))
+        return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages)
+
     def fits(self, messages: Messages, max_tokens: int) -> bool:
         """Return whether the prompt leaves room for an answer of max_tokens."""
-        if self.cutoff_len is None:
-            return True
-        if self._prompts:
-            return len(self._prompts.ids(messages)) + max_tokens <= self.cutoff_len
-        return TOKENS_OF_TURNS + sum(estimated_tokens(message["content"]) for message in messages) + max_tokens <= self.cutoff_len
+        return self.cutoff_len is None or self.prompt_tokens(messages) + max_tokens <= self.cutoff_len
 
     def answer_tokens(self, answer: str) -> int:
-        """Return the tokens of an answer, including everything that the template writes after the prompt, such as the
-        end token.
-        """
+        """Return the tokens of an answer, including everything that the template writes after the prompt, such as the end token."""
         prompts = self._prompts
         if not prompts:
             return estimated_tokens(answer)
@@ -83,17 +80,14 @@ class TrainingWindow:
         return self.answer_tokens(answer) if self._prompts else len(answer)
 
     def documents(self, build: Callable[[Sequence[Doc]], Messages], docs: Sequence[Doc], *answers: str) -> list[Doc] | None:
-        """Return the longest prefix of `docs` that fits together with the longest of `answers`; None if the question
-        does not fit.
-        """
+        """Return the longest prefix of `docs` that fits together with the longest of `answers`; None if the question does not fit."""
         room = max(map(self.answer_tokens, answers))
         if not self.fits(build([]), room):
             return None
         return documents_that_fit(self, build, docs, room)
 
     def conversation(self, row: dict) -> Fitted:
-        """Fit a training row that has a history: keep as many of its first questions as fit, or no row if the first
-        does not.
+        """Fit a training row that has a history: keep as many of its first questions as fit, or no row if the first does not.
 
         `removed` is the number of questions that were removed.
         """
@@ -133,7 +127,7 @@ class TrainingWindow:
         if self.left_out and not self.written:
             how = "" if self._prompts else ", as estimated (--tokenizer counts the tokens)"
             raise UserError(
-                f"{path}: none of {self.left_out} rows fits cutoff_len {self.cutoff_len} with the documents that its "
+                f"{path}: none of {self.left_out} rows fits in cutoff_len {self.cutoff_len} with the documents that its "
                 f"target names{how}; show fewer documents (--n_docs), use shorter passages, or train with a larger "
                 "cutoff_len"
             )
@@ -144,7 +138,7 @@ class TrainingWindow:
         rows = iter(rows)
         options: dict[str, Any] = {"disable": True} if self._quiet else {}  # the default is an environment variable's
         with tqdm(total=total, unit="row", desc=desc, **options) as progress:
-            while batch := list(itertools.islice(rows, ROWS_A_BATCH)):
+            while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
                 yield from itertools.chain.from_iterable(in_threads(fit, batch))
                 progress.update(len(batch))
 
@@ -152,18 +146,17 @@ class TrainingWindow:
         """Return the numbers of rows shortened and left out, for the manifest, and log a warning if there are any."""
         if self.shortened or self.left_out:
             log.warning(
-                "cutoff_len %d%s: %s removed from the end of prompts: %d, in %d rows; rows left out because nothing "
-                "fits or the target names a removed document: %d",
-                self.cutoff_len, "" if self._prompts else " (estimated)",
-                                                                what, self.removed, self.shortened, self.left_out,
+                "cutoff_len %d%s: %d %s are removed from the end of the prompts of %d rows; %d rows are left out, because "
+                "nothing fits or the target names a removed document",
+                self.cutoff_len, "" if self._prompts else " (estimated)", self.removed, what, self.shortened, self.left_out,
             )
         return {"shortened": self.shortened, "left_out": self.left_out}
 
 
 def estimated_tokens(text: str) -> int:
-    """Estimate the tokens of a text: one per CHARACTERS_A_TOKEN characters of ASCII, one for every other character."""
+    """Estimate the tokens of a text: one per CHARACTERS_PER_TOKEN characters of ASCII, one for every other character."""
     ascii_only = len(text.encode("ascii", "ignore"))
-    return round(ascii_only / CHARACTERS_A_TOKEN) + len(text) - ascii_only
+    return round(ascii_only / CHARACTERS_PER_TOKEN) + len(text) - ascii_only
 
 
 def load_window(args: Namespace) -> TrainingWindow:
@@ -174,7 +167,7 @@ def load_window(args: Namespace) -> TrainingWindow:
     resolve_length_flags(args)
     cutoff_len, model, template = args.cutoff_len, args.tokenizer, args.template
     if cutoff_len is None:
-        log.warning("lengths are not checked: %s does not exist or has no cutoff_len; give --cutoff_len or "
+        log.warning("%s: does not exist or has no cutoff_len, so that lengths are not checked; give --cutoff_len or "
                     "--train_recipe", args.train_recipe)
         return TrainingWindow()
     if cutoff_len < 1:
@@ -184,8 +177,8 @@ def load_window(args: Namespace) -> TrainingWindow:
         why = f"the chat template that {args.train_recipe} names does not exist"
     if tokenizer is None or template is None:
         log.warning(
-            "lengths are estimated at %s characters per token for cutoff_len %d: %s. To count tokens, give "
-            "--tokenizer the folder of the model to be trained, and --template", CHARACTERS_A_TOKEN, cutoff_len, why,
+            "cutoff_len %d: lengths are estimated at %s characters per token, because %s; to count tokens, give "
+            "--tokenizer the folder of the model to be trained, and --template", cutoff_len, CHARACTERS_PER_TOKEN, why,
         )
         return TrainingWindow(cutoff_len)
     prompts = PromptTokenizer(tokenizer, read_template(template))

@@ -17,8 +17,7 @@ VLLM_ENVIRONMENT = {
 
 
 def bars_are_off() -> bool:
-    """Return whether tqdm shows no bars (TQDM_DISABLE=1). vLLM's bar would then divide by a time that is not measured.
-    """
+    """Return whether tqdm shows no bars (TQDM_DISABLE=1). vLLM's bar would then divide by a time that is not measured."""
     from tqdm import tqdm
 
     return tqdm(total=1, file=io.StringIO()).disable

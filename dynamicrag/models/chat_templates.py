@@ -23,12 +23,11 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_to
 
 
 def read_template(path: str) -> str:
-    """Return the text of a chat template. Raises UserError if it cannot be read, is not Jinja, or omits the question.
-    """
+    """Return the text of a chat template. Raises UserError if it cannot be read, is not Jinja, or omits the question."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the chat template cannot be read: {error}") from error
+        raise UserError(f"{path}: the chat template cannot be read ({error}); give another --template") from error
     try_template(text, path, SAMPLE)
     return text
 

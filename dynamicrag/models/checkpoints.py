@@ -43,7 +43,7 @@ def refuse_missing(found: dict) -> None:
     """Raise ValueError if transformers' loading info lists weights that the checkpoint lacks."""
     missing = sorted(name for name in found["missing_keys"] if "pooler" not in name and not name.endswith("position_ids"))
     if missing:
-        raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+        raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
 
 
 def load_tokenizer(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -59,7 +59,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     """Raise ValueError if a tokenizer has more tokens than its model."""
     known = getattr(model.get_input_embeddings(), "num_embeddings")  # noqa: B009 - torch does not declare it
     if len(tokenizer) > known:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {known}")
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, but its model only {known}")
 
 
 def ready(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -67,9 +67,8 @@ def warn_of_unused_gpus(who: str) -> None:
     """
     refuse_gpus_named_twice()
     if unused := listed_gpus():
-        log.warning("%s sees none of the %d GPUs that nvidia-smi lists and runs on the CPU; the driver is too old for "
-                    "its CUDA version, "
-                    "or this is a CPU build; run bash scripts/setup.sh gpu, which reports what is missing", who, unused)
+        log.warning("%s: cannot use any of the %d GPUs that nvidia-smi lists, and runs on the CPU. The driver is too old for its CUDA "
+                    "version, or this is a CPU build; run bash scripts/setup.sh gpu, which reports what is missing", who, unused)
 
 
 def refuse_gpus_named_twice() -> None:
@@ -77,13 +76,12 @@ def refuse_gpus_named_twice() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     named = list(takewhile(_GPU.fullmatch, (entry.strip() for entry in visible.split(","))))
     if twice := next((entry for entry in named if named.count(entry) > 1), None):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: GPU {twice} is named twice, so CUDA uses none; name each "
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: names GPU {twice} twice, so that CUDA uses no GPU; name each "
                         "GPU once")
 
 
 def listed_gpus() -> int:
-    """Return the number of GPUs that nvidia-smi lists; 0 without a driver or if CUDA_VISIBLE_DEVICES hides all of them.
-    """
+    """Return the number of GPUs that nvidia-smi lists; 0 without a driver or if CUDA_VISIBLE_DEVICES hides all of them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0
     try:
@@ -119,6 +117,6 @@ def _multiplies_bfloat16(device: str) -> bool:
 
 
 def place(device: str, dtype: str | None = None) -> dict[str, str]:
-    """Return what Output.record() stores: the device name and, for a --dtype flag, the resolved dtype."""
+    """Return the arguments of Output.record(): the device name and, for a --dtype flag, the resolved dtype."""
     picked = pick_device(device)
     return {"device": device_name(picked), **({"dtype": str(pick_dtype(dtype, picked)).removeprefix("torch.")} if dtype else {})}

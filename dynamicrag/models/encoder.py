@@ -77,8 +77,7 @@ class Encoder:
     def encode(
         self, texts: list[str], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
-        """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the
-        device).
+        """Encode texts in batches of similar length with at most `batch_tokens` padded tokens (default: depends on the device).
 
         Returns float32 [len(texts), hidden_size] in the order of the texts. `progress` is called with the size of every
         batch.
@@ -179,8 +178,7 @@ def _load(path: str, modules: SentenceModules, dtype: torch.dtype | None) -> tup
 
 
 def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any, int | None]:
-    """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it.
-    """
+    """Load the Transformer module of a sentence-transformers folder with that library, which supports every kind of it."""
     from sentence_transformers.base.modules import Transformer
 
     class Checked(Transformer):
@@ -203,9 +201,7 @@ def _load_transformer(path: str, folder: str, dtype: torch.dtype | None) -> tupl
 
 
 def _read_checkpoint(path: Path) -> tuple[str, dict]:
-    """Read a Contriever training checkpoint, {"model": weights, "opt": arguments}. Returns the base model's name and
-    the weights.
-    """
+    """Read a Contriever training checkpoint, {"model": weights, "opt": arguments}. Returns the base model's name and the weights."""
     import pickle
 
     import torch
@@ -214,9 +210,9 @@ def _read_checkpoint(path: Path) -> tuple[str, dict]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, as it contains more than weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: contains more than weights ({str(error).splitlines()[0]}); give another checkpoint") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with the weights under 'model'")
+        raise UserError(f"{path}: not a Contriever checkpoint; expected a dictionary with weights under the key 'model'")
     beside = (path.parent / "config.json").is_file()
     base = str(path.parent) if beside else getattr(state.get("opt"), "retriever_model_id", "bert-base-uncased")
     return base, state["model"]
@@ -236,5 +232,5 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
     missing = [name for name in model.load_state_dict(weights, strict=False).missing_keys if "pooler" not in name]
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing:
-        raise UserError(f"{path}: has no weights for {missing[0]} and {len(missing) - 1} more of {base}")
+        raise UserError(f"{path}: lacks {len(missing)} weights of {base}, such as {missing[0]}; give a complete checkpoint")
     return model, load_tokenizer(base, model)

@@ -118,15 +118,15 @@ def _load_tail(path: str, listed: object, truncate_dim: int | None) -> SentenceM
     for place, (kind, folder) in enumerate(kinds):
         known = {"Transformer"} if place == 0 else TAIL_MODULES
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers.") or kind.rpartition(".")[2] not in known:
-            raise UserError(f"{path}/modules.json: refused: module {place} is {kind!r}, and only {', '.join(sorted(known))} of "
-                            "sentence_transformers are supported; code that comes with a model is never run")
+            raise UserError(f"{path}/modules.json: module {place} is {kind!r}, which is not {' or '.join(sorted(known))} of sentence_transformers; "
+                            "give another encoder, because the code of a model is never run")
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise UserError(f"{path}/modules.json: refused: the path of module {place} is {folder!r}, outside the "
-                            "model folder")
+            raise UserError(f"{path}/modules.json: the path of module {place} is {folder!r}, outside the model folder; "
+                            "give another encoder")
         activation = (read_json(path, f"{folder}/config.json") or {}).get("activation_function", "torch.") if place else "torch."
         if not str(activation).startswith("torch."):
-            raise UserError(f"{path}/{folder}/config.json: refused: the activation function {activation!r} is not one "
-                            "of torch's")
+            raise UserError(f"{path}/{folder}/config.json: the activation function {activation!r} is not from torch; "
+                            "give another encoder")
     tail = [import_module_class(kind, path, **NO_CODE).load(path, subfolder=folder, **NO_CODE).eval() for kind, folder in kinds[1:]]
     return SentenceModules(kinds[0][1], tail, truncate_dim)
 
@@ -162,7 +162,7 @@ def record(settings: Settings, max_length: int) -> dict:
 
 
 def refuse_other_settings(shards: Iterable[Path], model: str, settings: Settings) -> None:
-    """Raise UserError, naming both settings, if shards were made with other settings than the search would use.
+    """Raise UserError, naming both settings, if the settings of shards differ from those of the search.
 
     Shards without stored settings, such as published ones, are accepted, which is logged once.
     """
@@ -177,9 +177,8 @@ def refuse_other_settings(shards: Iterable[Path], model: str, settings: Settings
         keys = [key for key in ("pooling", "layers", "normalize") if recorded[key] != now[key]]
         other = [f"{key} {recorded[key]!r} before, {now[key]!r} now" for key in keys]
         if other:
-            raise UserError(f"{shard}: was embedded with other settings than those of {model}: {'; '.join(other)}; "
-                            "give the same flags "
-                            "to generate_passage_embeddings.py and retriever.py, or embed the corpus again")
+            raise UserError(f"{shard}: its settings differ from those of {model}: {'; '.join(other)}; give the same flags to "
+                            "generate_passage_embeddings.py and retriever.py, or embed the corpus again")
     if len(prompts) > 1:
         (one, first), (two, second), *_ = prompts.items()
         raise UserError(f"{second}: was embedded with the prompt {two!r}, but {first} with the prompt {one!r}; embed "

@@ -27,8 +27,7 @@ class MonoT5(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self._tokens(word)
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a monoT5 checkpoint, whose "
-                            "tokenizer has it as a single token")
+            raise UserError(f"its tokenizer splits {word!r} into the tokens {tokens}; give a monoT5 checkpoint, in which this word is a single token")
         return tokens[0]
 
     def _tokens(self, text: str | list[str]) -> list:
@@ -53,9 +52,7 @@ class MonoT5(Pointwise):
         return inputs
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Return P(true) by softmax over the first token's logits of true and false, in float32: [batch, length] ->
-        [batch].
-        """
+        """Return P(true) by softmax over the first token's logits of true and false, in float32: [batch, length] -> [batch]."""
         hidden = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         logits = self._first_token(hidden, mask).float() @ self.model.lm_head.weight[self.true_false].float().T
         return logits.softmax(dim=-1)[:, 0]

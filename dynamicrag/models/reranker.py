@@ -108,7 +108,7 @@ class CrossEncoder(Pointwise):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_length: int):
         super().__init__(model, tokenizer, device, max_length)
         if self.model.config.num_labels > 2:
-            raise UserError(f"the classifier has {self.model.config.num_labels} labels; give a reranker with one or two")
+            raise UserError(f"its classifier has {self.model.config.num_labels} labels; give a reranker with one or two")
         if getattr(self.model.config, "pad_token_id", None) is None:  # needed to find the last token of a causal model
             self.model.config.pad_token_id = self.pad_id
 
@@ -117,8 +117,7 @@ class CrossEncoder(Pointwise):
         return f"a sequence classifier, {of}, at most {self.max_length} tokens"
 
     def tokenize(self, pairs: list[Pair]) -> list[Tokens]:
-        """Return the tokens and segments of each pair. Only the document is cut, and a question beyond half the window.
-        """
+        """Return the tokens and segments of each pair. Only the document is cut, and a question beyond half the window."""
         if not pairs:
             return []
         halves = {question: self._first_tokens(question, self.max_length // 2) for question in dict.fromkeys(question for question, _ in pairs)}

@@ -56,8 +56,7 @@ class YesNo(Pointwise):
     def _one_token(self, word: str) -> int:
         tokens = self.tokenizer(word, add_special_tokens=False, **IDS_ALONE)["input_ids"]
         if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer splits {word!r} into the tokens {tokens}; give a model that has it as a "
-                            "single token")
+            raise UserError(f"its tokenizer splits {word!r} into the tokens {tokens}; give a model in which this word is a single token")
         return tokens[0]
 
     def _render(self, path: str, instruction: str | None, system_prompt: str | None) -> str:
@@ -113,9 +112,7 @@ class YesNo(Pointwise):
         return [(self.head + tokens[:most] + self.tail, []) for tokens in self._tokens(texts, split_special_tokens=True)]
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Return P(yes) by softmax over the logits of yes and no at the last position, in float32: [batch, length] ->
-        [batch].
-        """
+        """Return P(yes) by softmax over the logits of yes and no at the last position, in float32: [batch, length] -> [batch]."""
         options = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": 1, "use_cache": False}
         options = {name: value for name, value in options.items() if name in self.accepts}
         logits = self.model(input_ids=ids, attention_mask=mask, **options).logits[:, -1, self.yes_no].float()
@@ -123,8 +120,7 @@ class YesNo(Pointwise):
 
 
 def _shipped_prompt(path: str) -> str | None:
-    """Return the default or query prompt in a CrossEncoder's config_sentence_transformers.json; None if there is none.
-    """
+    """Return the default or query prompt in a CrossEncoder's config_sentence_transformers.json; None if there is none."""
     config = read_json(path, "config_sentence_transformers.json") or {}
     prompts = config.get("prompts") or {}
     prompt = prompts.get(config.get("default_prompt_name") or "query")
@@ -134,8 +130,7 @@ def _shipped_prompt(path: str) -> str | None:
 
 
 def _trained_tokens(path: str) -> list[int] | None:
-    """Return the two tokens that sentence-transformers' LogitScore compares; None if the checkpoint lacks that module.
-    """
+    """Return the two tokens that sentence-transformers' LogitScore compares; None if the checkpoint lacks that module."""
     for module in read_json(path, "modules.json") or []:
         if str(module.get("type")).rpartition(".")[2] == "LogitScore":
             config = read_json(path, f"{module['path']}/config.json") or {}

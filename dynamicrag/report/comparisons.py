@@ -24,9 +24,7 @@ def overlap(one: System, other: System) -> bool:
 
 
 def findings(members: Sequence[System]) -> list[str]:
-    """Compare dynamic selection with the best fixed number of documents: one sentence per generator of an evaluation
-    set.
-    """
+    """Compare dynamic selection with the best fixed number of documents: one sentence per generator of an evaluation set."""
     sentences = []
     for generator, own in by_generator(members).items():
         dynamic = next((system for system in own if system.selector == "dynamic"), None)
@@ -42,9 +40,7 @@ def findings(members: Sequence[System]) -> list[str]:
 
 
 def group_tables(systems: Sequence[System]) -> list[Table]:
-    """Return tables of score and mean documents by data set and by question kind, for evaluation sets with several of
-    them.
-    """
+    """Return tables of score and mean documents by data set and by question kind, for evaluation sets with several of them."""
     tables = []
     for name, members in by_evaluation_set(systems).items():
         for what, summaries in (("data set", [one.summary for one in members]), ("question kind", [one.kinds for one in members])):
@@ -180,8 +176,7 @@ def chosen(systems: Sequence[System], folder: Path) -> Section:
 
 
 def selection_tables(systems: Sequence[System]) -> list[Table]:
-    """Return evaluate.py's selection metrics if gold documents are known: one line per rule and per model that selects.
-    """
+    """Return evaluate.py's selection metrics if gold documents are known: one line per rule and per model that selects."""
     columns = {"precision": 1, "recall": 1, "f1": 1, "exact": 1, "needed_k": 2, "chosen_k": 2}
     tables = []
     for name, members in by_evaluation_set(systems).items():

@@ -11,8 +11,7 @@ from dynamicrag.report.systems import BY_LLM, System, by_evaluation_set
 
 
 def top_n(systems: Sequence[System], folder: Path) -> Section:
-    """Plot runs with more documents by N, for windows and other selectors, together with inference.py's single window.
-    """
+    """Plot runs with more documents by N, for windows and other selectors, together with inference.py's single window."""
     text = "Documents beyond one window, chosen window by window, compared with one window and with other selectors."
     section = Section("topn", "Top N, window by window", text)
     for name, members in by_evaluation_set([system for system in systems if system.wider]).items():

@@ -77,8 +77,7 @@ def published(systems: Sequence[System]) -> Section:
 
 
 def render(**values: object) -> str:
-    """Render the page. The template escapes all values from the results as HTML, or as JSON inside the script element.
-    """
+    """Render the page. The template escapes all values from the results as HTML, or as JSON inside the script element."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     own = {name: Markup((HERE / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}

@@ -25,7 +25,7 @@ class System:
     `selector` is inference.py's, or "windows" for top_inference.py; `label` is its display name. `rows` lack their
     documents, and their key `needed` is the number of documents a question needs, or None. `scores` are in [0, 1], by
     id. `summary` and `kinds` are evaluate.py's, from 0 to 100, grouped by data set and by kind (None if rows have no
-    kind). `wider` means that it reads another number of documents than most systems of its evaluation set, or reads by
+    kind). `wider` means that its number of documents differs from most systems of its evaluation set, or that it reads by
     windows.
     """
 
@@ -84,7 +84,7 @@ class System:
 
     @property
     def calls(self) -> float:
-        """Mean calls per question; nan if not known. The token counts below are defined alike."""
+        """Mean calls per question; nan if not known. The token counts below are means, too."""
         return self._cost("calls")
 
     @property

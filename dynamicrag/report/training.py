@@ -27,9 +27,7 @@ def _read(path: Path) -> dict:
 
 
 def read_logs(work: Path) -> dict[str, Logs]:
-    """Return the logs of the models under `work` by stage: {"sft": {name: log}, "dpo": {name: log}}. Rounds are named
-    by number.
-    """
+    """Return the logs of the models under `work` by stage: {"sft": {name: log}, "dpo": {name: log}}. Rounds are named by number."""
     logs: dict[str, Logs] = {"sft": {}, "dpo": {}}
     states = [*sorted(work.glob("DynamicRAG_*/*/trainer_state.json")), *sorted(work.glob("rounds/*/DynamicRAG_*/dpo/trainer_state.json"), key=lambda path: _round(path) or 0)]
     models = {path.parent.parent.name for path in states}
@@ -89,9 +87,7 @@ def dpo_curves(logs: Logs, width: int) -> Figure:
 
 
 def round_curves(rounds: list[dict], width: int) -> Figure:
-    """Plot, by round, the score on held-out questions with its interval, the mean reward and the documents per
-    question.
-    """
+    """Plot, by round, the score on held-out questions with its interval, the mean reward and the documents per question."""
     shown: list[tuple[str, Callable[[dict], float | None]]] = [
         ("mean reward of the samples", lambda one: one.get("reward", {}).get("reward", {}).get("mean")),
         ("documents per question", lambda one: one["dev"]["documents"]),
@@ -123,7 +119,7 @@ def mean(log: list[dict], name: str) -> float:
 
 def trained(work: Path, folder: Path) -> Section:
     """Return the section with losses and rewards of the models under `work`, and the rounds of scripts/iterate.sh."""
-    text = "What the trainer logged for each model, step by step, and the rounds of preference optimisation."
+    text = "The trainer's log of each model, and the rounds of preference optimisation."
     section = Section("training", "Training", text)
     logs, rounds = read_logs(work), read_rounds(work)
     if sft := logs["sft"]:

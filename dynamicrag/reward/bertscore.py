@@ -75,9 +75,7 @@ class BertScore:
                      path.stem, layer, self.baseline)
 
     def score(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
-        """Return F1 for each (response, gold answers), with the best gold answer, clipped to [0, 1]; 0 for an empty
-        response.
-        """
+        """Return F1 for each (response, gold answers), with the best gold answer, clipped to [0, 1]; 0 for an empty response."""
         unique = dict.fromkeys(
             (response.strip(), gold.strip())
             for response, golds in pairs for gold in golds if response.strip() and gold.strip()
@@ -96,9 +94,7 @@ class BertScore:
         return [min(max((value - self.baseline) / (1 - self.baseline), 0.0), 1.0) for value in f1]
 
     def _tokens(self, texts: list[str]) -> dict[str, list[int]]:
-        """Encode texts like the package: one by one if the tokenizer needs a leading space, otherwise all at once,
-        which is faster.
-        """
+        """Encode texts like the package: one by one if the tokenizer needs a leading space, otherwise all at once, which is faster."""
         from bert_score.utils import GPT2Tokenizer, RobertaTokenizer, sent_encode
 
         if not texts or isinstance(self._tokenizer, GPT2Tokenizer | RobertaTokenizer):
@@ -107,9 +103,7 @@ class BertScore:
         return dict(zip(texts, encoded, strict=True))
 
     def _embed(self, tokens: dict[str, list[int]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return, for each text, unit vectors of its tokens, float32 [length, width], and weights [length] that sum to
-        one.
-        """
+        """Return, for each text, unit vectors of its tokens, float32 [length, width], and weights [length] that sum to one."""
         import torch
 
         texts, embedded = list(tokens), {}
@@ -126,8 +120,7 @@ class BertScore:
         return embedded
 
     def _f1(self, pairs: list[tuple[str, str]], embedded: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
-        """Match each token with the most similar token of the other text: P over the response, R over the gold answer.
-        """
+        """Match each token with the most similar token of the other text: P over the response, R over the gold answer."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 

@@ -62,9 +62,7 @@ class Judge:
     def __init__(
         self, base_url: str, model: str, cache: str | Path, concurrency: int = 16, limit: int | None = None, reply_format: str = "json_schema",
     ):
-        """Raises UserError for a base URL with more than host and path, a key that is not printable ASCII, or an
-        unusable cache.
-        """
+        """Raises UserError for a base URL with more than host and path, a key that is not printable ASCII, or an unusable cache."""
         self._secret = read_key("JUDGE_API_KEY", "OPENAI_API_KEY")
         self._base_url = check_url("--judge-base-url", base_url, "JUDGE_API_KEY")
         if concurrency < 1:
@@ -94,9 +92,8 @@ class Judge:
             asyncio.run(self._grade_all(missing, grades))
         if len(grades) < len(prompts):
             raise UserError(
-                f"--judge-limit: all {self._limit} calls are used; {len(grades)} distinct answers of this batch are "
-                f"graded and cached, {len(prompts) - len(grades)} are missing; run again with a higher --judge-limit "
-                "(cached grades cost nothing)"
+                f"--judge-limit: all {self._limit} calls are used; {len(grades)} distinct answers of this batch have cached grades, "
+                f"{len(prompts) - len(grades)} have none; run again with a higher --judge-limit (cached grades cost nothing)"
             )
         return [grades[key] for key in keys]
 
@@ -154,8 +151,7 @@ class Judge:
             raise failures[min(failures)]
 
     async def _ask(self, client, row: str, messages: Messages) -> float:
-        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached.
-        """
+        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached."""
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
@@ -185,13 +181,11 @@ class Judge:
         raise failure  # raised here, so that the original error, which may contain the key, is not attached
 
     def _allow_more_tokens(self, limit: int) -> None:
-        """Raise the token limit for the rest of the run, because the judge's reasoning does not fit, unless it was
-        raised already.
-        """
+        """Raise the token limit for the rest of the run, because the judge's reasoning does not fit, unless it was raised already."""
         [name] = _LIMITS & self._options.keys()
         if self._options[name] == limit < MAX_REASONING_TOKENS:
             self._options[name] = min(limit * 4, MAX_REASONING_TOKENS)
-            log.warning("the judge %s reasons for more than %d tokens; the limit is now %d",
+            log.warning("--judge-model %s: its reasoning is longer than %d tokens; the limit is now %d",
                         self._model, limit, self._options[name])
 
     async def _call(self, client, messages: Messages, changed: dict[str, float]) -> float:
@@ -238,12 +232,12 @@ class Judge:
     def _explained(self, row: str, error: Exception, calls: int) -> UserError:
         import openai
 
-        advice = "Grades so far are cached: run again to continue"
+        advice = "the grades so far are cached: run again to continue"
         reason = reason_of(error, self._secret, TIMEOUT_SECONDS)
         malformed = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
         if malformed and self._format and re.search("format|schema|json", reason, re.IGNORECASE):
             others = " or ".join(name for name in REPLY_FORMATS if name != self._format_name)
-            advice = f"If the server does not support response_format {self._format_name}, try --judge-format {others}"
+            advice = f"if the server does not support response_format {self._format_name}, try --judge-format {others}"
         how = f"failed {calls} times" if passes(error) else "refused"
-        return UserError(f"row {row}: the judge {self._model} {how}: {reason}. {advice}")
+        return UserError(f"row {row}: the judge {self._model} {how}: {reason}; {advice}")
 

@@ -68,13 +68,13 @@ def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, un
     log.info("pairs by role, with the length of both targets:\n%s", markdown_table(["", "pairs", f"target {unit}", "share, %", "per pair"], roles))
     every = summary["all"]
     if every["same documents"]:
-        log.info("%.0f %% of the reranker pairs differ in the order of the documents only; --pair-by set avoids "
-                 "them", 100 * every["same documents"])
+        log.info("reranker pairs: %.0f %% differ only in the order of the documents; --pair-by set avoids such pairs",
+                 100 * every["same documents"])
     shorter, only_shorter = every["shorter"], every["only shorter"]
     if shorter > SHORTER_SHARE or only_shorter > ONLY_SHORTER_SHARE:
         log.warning(
-            "the chosen selection is shorter in %.0f %% of the pairs, and in %.0f %% this is the only difference, "
-            "because both answers are equally right: a model may learn to choose nothing; raise --min-margin, give "
-            "--keep-mean, or lower the weight of length (reward_trajectories.py --reweight)",
+            "reranker pairs: the chosen selection is shorter in %.0f %%, and in %.0f %% of the pairs this is the only "
+            "difference, because both answers are equally correct. A model may learn to select no document; raise "
+            "--min-margin, give --keep-mean, or lower the weight of length (reward_trajectories.py --reweight)",
             100 * shorter, 100 * only_shorter,
         )

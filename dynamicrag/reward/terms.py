@@ -37,8 +37,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def combine(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the weighted mean of the available terms: without a judge, the other weights are rescaled to sum to one.
-    """
+    """Return the weighted mean of the available terms: without a judge, the other weights are rescaled to sum to one."""
     used = {term: weight for term, weight in weights.items() if term in terms and weight > 0}
     total = sum(used.values())
     if total == 0:

@@ -19,9 +19,7 @@ LONGEST_LITERAL = 100_000  # characters of a list given as text: Python's parser
 
 
 def gold_answers(row: Mapping) -> list[str] | None:
-    """Return the gold answers from whichever keys the data set uses, or else those of all readings; None without any
-    such key. Raises RowError.
-    """
+    """Return the gold answers from whichever keys the data set uses, or else those of all readings; None without any such key. Raises RowError."""
     answers = own_answers(row)
     if not any_text(answers) and row.get("qa_pairs") is not None:
         return list(dict.fromkeys(answer for pair in row["qa_pairs"] for answer in pair["short_answers"]))
@@ -47,8 +45,7 @@ def any_text(texts: Iterable[str] | None) -> bool:
 
 
 def _answer_texts(value: object, key: str) -> list[str]:
-    """Return answers given as a string, a list of strings, TriviaQA's {value, aliases, normalized_aliases}, or one of
-    these as text.
+    """Return answers given as a string, a list of strings, TriviaQA's {value, aliases, normalized_aliases}, or one of these as text.
 
     PopQA stores its list of answers as text. Raises RowError for a text that looks like a list but cannot be read as a
     list of strings; as an answer it would match nothing.
@@ -78,9 +75,7 @@ def _list_of_texts(text: str) -> list[str]:
 
 
 def _read_literal(text: str) -> list | dict | None:
-    """Parse a list or object from text in JSON or Python syntax (including a tuple or set of strings); None for any
-    other text.
-    """
+    """Parse a list or object from text in JSON or Python syntax (including a tuple or set of strings); None for any other text."""
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}", "()") or len(text) > LONGEST_LITERAL:
         return None

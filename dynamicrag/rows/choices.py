@@ -54,9 +54,7 @@ def choices_of(row: Mapping) -> list[Choice]:
 
 
 def shown_choices(row: Mapping) -> list[Choice]:
-    """Return the choices in the row's key `choices`, or else those that its question lists, one per line ("A: iron",
-    "(B) wood").
-    """
+    """Return the choices in the row's key `choices`, or else those that its question lists, one per line ("A: iron", "(B) wood")."""
     try:
         if choices := choices_of(row):
             return choices
@@ -100,12 +98,11 @@ def gold_label(answer: str, choices: Sequence[Choice]) -> str | None:
 def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | None:
     """Return the label of the choice that a response names, or None.
 
-    If no choices are known, `gold` gives the kind of label.
-
-    The rules apply in this order: a label at the start of the response that is marked as one ("(C)", "C.", "C"); the
-    last label that the response states ("the answer is C"); a response that equals the text of a choice; a label before
-    other words, except the article "A"; the only choice whose text occurs in the response; the only label in brackets.
-    If the choices are known, a lone letter or digit of the other kind stands for a position: C is 3, and 3 is C.
+    If no choices are known, `gold` gives the kind of label. The rules apply in this order: a label at the start of the
+    response that is marked as one ("(C)", "C.", "C"); the last label that the response states ("the answer is C"); a
+    response that equals the text of a choice; a label before other words, except the article "A"; the only choice whose
+    text occurs in the response; the only label in brackets. If the choices are known, a lone letter or digit of the
+    other kind stands for a position: C is 3, and 3 is C.
     """
     text = composed(response).strip()
     bare = _bare(text)
@@ -150,9 +147,7 @@ def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | N
 
 
 def _same_place(bare: str, choices: Sequence[Choice], gold: str = "") -> str | None:
-    """Return the label at the position that a lone letter or digit of the other kind names: C is 3 if the labels are 1
-    to 4.
-    """
+    """Return the label at the position that a lone letter or digit of the other kind names: C is 3 if the labels are 1 to 4."""
     if not re.fullmatch(r"[a-z]|[1-9]", bare):
         return None
     place = int(bare) if bare.isdigit() else ord(bare) - ord("a") + 1

@@ -29,9 +29,8 @@ Ranked = tuple[str, Question, list[Doc]]  # question id, gold data, ranked docum
 def gold_documents(row: Row, path: str) -> dict[str, int]:
     """Return relevance 1 for each id in the row's gold_docs or, without that key, in DPR's positive_ctxs.
 
-    Ids become strings.
-
-    The ids are spelled as in the row's documents (see as_documents). Raises UserError naming file, row and key.
+    Ids become strings. The ids are spelled as in the row's documents (see as_documents). Raises UserError naming file,
+    row and key.
     """
     key = "gold_docs" if row.get("gold_docs") is not None else "positive_ctxs"
     gold_ids, expected = row.get(key) or [], "document ids"
@@ -73,9 +72,7 @@ class Matches:
         self._matched[group] += matched
 
     def warn(self, path: str) -> None:
-        """Log a warning for the groups none of whose gold ids match a document: ids of another corpus look like poor
-        retrieval.
-        """
+        """Log a warning for the groups none of whose gold ids match a document: ids of another corpus look like poor retrieval."""
         foreign = {group: count for group, count in self._gold.items() if count and not self._matched[group]}
         if foreign:
             where = ", ".join(f"{count} of {group or 'rows without a group'}" for group, count in sorted(foreign.items()))
@@ -116,8 +113,7 @@ def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str |
 def ranked_questions(
     path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: dict[str, Question] | None, asked_in: str | None
 ) -> Iterator[Ranked]:
-    """Yield every question of a results file with its documents, then the remaining questions of `asked` without
-    documents.
+    """Yield every question of a results file with its documents, then the remaining questions of `asked` without documents.
 
     `asked` holds the questions of the evaluation file `asked_in`; both are None if there is no evaluation file. Raises
     UserError for a TREC run without an evaluation file, and for a row that is not in `asked`.

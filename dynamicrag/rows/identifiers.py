@@ -55,8 +55,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Notation:
-    """How a model writes a selection: one identifier (with {n} for the position), the separator, and the word for no
-    document.
+    """How a model writes a selection: one identifier (with {n} for the position), the separator, and the word for no document.
 
     Raises ValueError for a notation that cannot be parsed unambiguously.
     """
@@ -145,8 +144,7 @@ def parse_ids(text: str, n_docs: int, cut_off: bool = False, notation: Notation 
 
 
 def _final_list(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
-    """Return the (first, last) ranges of the list that a text is or ends with, [] for `None`; None if there is no list.
-    """
+    """Return the (first, last) ranges of the list that a text is or ends with, [] for `None`; None if there is no list."""
     text = _BULLET.sub("", text.translate(_OTHER_FORMS).strip())
     whole = _ranges(_without_lead_in(text), cut_off)
     if whole is not None:
@@ -169,8 +167,7 @@ def _without_lead_in(text: str) -> str:
 
 
 def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
-    """Return (first, last) for each item of a text that is a list, [] for `None`; None for a text that is not a list.
-    """
+    """Return (first, last) for each item of a text that is a list, [] for `None`; None for a text that is not a list."""
     if cut_off:
         text = text.rstrip("0123456789")
     kinds, numbers, depth, at = [], [], 0, 0
@@ -208,8 +205,7 @@ def _ranges(text: str, cut_off: bool) -> list[tuple[int, int]] | None:
 
 
 def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:
-    """Return a regular expression that matches every well-formed selection among `n_docs` documents, for constrained
-    decoding.
+    """Return a regular expression that matches every well-formed selection among `n_docs` documents, for constrained decoding.
 
     It allows repeats, because an expression that excludes them is exponential in n_docs. parse_ids drops repeats.
     """
@@ -221,9 +217,7 @@ def ids_pattern(n_docs: int, notation: Notation = DEFAULT_NOTATION) -> str:
 
 
 def summarise_selections(rows: Iterable[Row], notation: Notation = DEFAULT_NOTATION) -> dict[str, float]:
-    """Summarise the sampled selections: counts of malformed ones, share of None, mean and variance of the length,
-    variety.
-    """
+    """Summarise the sampled selections: counts of malformed ones, share of None, mean and variance of the length, variety."""
     seen = dict.fromkeys(("questions", "trajectories", "malformed", "out_of_range", "repeated"), 0)
     valid = none = k = k_squared = distinct = answers = 0
     for row in rows:

@@ -18,12 +18,12 @@ import orjson
 
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.tasks import derive_dataset
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import RENAMED_FLAGS, UserError, log
 
 # Flags that change the speed or cost of a stage, but not its output (apart from last digits: see Output). A run may be
 # continued with other values of them.
 SPEED_FLAGS = {
-    "overwrite", "device", "batch_tokens", "questions_a_pass", "chunk_size", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
+    "overwrite", "device", "batch_tokens", "questions_per_pass", "chunk_size", "tensor_parallel_size", "gpu_memory_utilization", "judge_cache", "judge_concurrency", "judge_limit",
 }
 # The address of a server does not affect the output; the use of a server does.
 ADDRESS_FLAGS = {"api_base", "judge_base_url"}
@@ -119,8 +119,7 @@ def _keep(kept: Path, state: list[int], digest: str) -> None:
 
 
 def _samples(path: Path) -> str:
-    """Return the fingerprint of earlier versions: for a file larger than 64 MiB, of its size and 64 evenly spaced MiB.
-    """
+    """Return the fingerprint of earlier versions: for a file larger than 64 MiB, of its size and 64 evenly spaced MiB."""
     size = path.stat().st_size
     if size <= LARGE:
         return _content(path)
@@ -200,7 +199,8 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     The dictionary is empty if the identities are the same. Two inputs are the same if their contents are, whatever
     their paths. A flag whose `auto` was resolved (`resolved`, see Output.record) is compared by its resolved value.
     """
-    before, after = {**made.get("arguments", {})}, {**now["arguments"]}
+    before: dict[str, object] = {RENAMED_FLAGS.get(flag, flag): value for flag, value in made.get("arguments", {}).items()}
+    after = {**now["arguments"]}
     was, has = made.get("inputs", {}), now["inputs"]
     for flag, value in made.get("resolved", {}).items():
         resolved = now.get("resolved", {}).get(flag)
@@ -242,9 +242,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
 
 
 def _read_alike(one: str, other: str) -> bool:
-    """Return whether files of equal content give the same rows: the name may determine the data set, the suffix the
-    format.
-    """
+    """Return whether files of equal content give the same rows: the name may determine the data set, the suffix the format."""
     return Path(one).suffix == Path(other).suffix and derive_dataset("", Path(one).stem) == derive_dataset("", Path(other).stem)
 
 

@@ -29,6 +29,7 @@ from dynamicrag.rows.ahead import prepared_ahead
 from dynamicrag.rows.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refuse_other_run
 from dynamicrag.rows.row import Row
+from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
 
 
@@ -64,7 +65,7 @@ class Output:
                     stale.unlink(missing_ok=True)
         self.finished = self._is_finished()
         if self.finished:
-            log.info("%s is already complete; nothing to do (--overwrite makes it again)", self.path)
+            log.info("%s: already complete; give --overwrite to make it again", self.path)
 
     @property
     def _begun(self) -> Path:
@@ -88,8 +89,7 @@ class Output:
         return False
 
     def record(self, device: str | None = None, **resolved: str) -> None:
-        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as
-        dtype.
+        """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as dtype.
 
         Call it before the first row is written. A run that was started with other resolved values is then refused; one
         that was started on another device is continued, with a warning. A finished output is recognised without this
@@ -130,7 +130,7 @@ class Output:
         try:
             lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
         except BlockingIOError as error:
-                raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
+            raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
         if not self._mark_begun():
             self._file.truncate(0)
         self._file.seek(0)
@@ -214,8 +214,7 @@ class Output:
     def finish(self, summary: Mapping | None = None, /, **counts: object) -> None:
         """Move every file to its final path, write the manifest that marks the run as complete, and log the paths.
 
-        `counts` are logged and stored in the manifest. `summary` holds a stage's numbers for other programs and is
-        stored only.
+        `counts` are logged and stored in the manifest. `summary` holds numbers for other programs and is stored only.
         """
         if self._by_rows:
             if not self.path.exists():
@@ -226,7 +225,7 @@ class Output:
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected
-            log.warning("%d malformed rows were set aside in %s", self.rejected, self.rejected_path)
+            log.warning("%s: %d malformed rows were set aside", self.rejected_path, self.rejected)
         manifest = {
             **self.identity,
             "outputs": self._given,
@@ -242,6 +241,7 @@ class Output:
         self._begun.unlink(missing_ok=True)
         if self._file is not None:
             self._file.close()
+        track(manifest["stage"], self.path, {key: manifest.get(key) for key in ("counts", "summary", "seconds")}, manifest["arguments"])
         counts = {key: "not known" if value is None else value for key, value in counts.items()}
         shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
         log.info("%s: %s", " and ".join(map(str, self.paths)), shown)
@@ -252,8 +252,8 @@ class Output:
         unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
         if unanswered:
             first = next(row for row in self.written() if "error" in row)
-            log.warning("%d questions could not be answered: %s; the first is %s: %s",
-                        unanswered, self.paths[1], first["id"], first.get("error"))
+            log.warning("%s: %d questions have no answer; the first is %s: %s",
+                        self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
 
 

@@ -45,13 +45,13 @@ def refuse_other_owner(outputs: list[Path], given: str) -> None:
 
 
 def refuse_other_run(made: dict, identity: dict, path: Path) -> None:
-    """Raise UserError if `path` was made with the identity `made`, from other arguments or inputs than `identity`."""
+    """Raise UserError if `path` was made with the identity `made`, whose arguments or inputs differ from `identity`."""
     what, changed = differences(made, identity)
     if changed:
         before, now = next(iter(changed.values()))
         detail = f" ({before!r} before, {now!r} now)" if what == "arguments" else ""
         raise UserError(
-            f"{path}: was made from other {what}: {', '.join(changed)}{detail}; "
+            f"{path}: was made from different {what}: {', '.join(changed)}{detail}; "
             "give --overwrite to replace it, or another output path to keep both"
         )
 

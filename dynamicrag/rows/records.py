@@ -67,8 +67,7 @@ def read_rows(
 def count_rows(
     path: str | Path, needs: tuple[str, ...] = (), skip_malformed: bool = False, dataset: str | None = None
 ) -> int:
-    """Check every row of a file before the long work starts. Returns the number of rows; raises UserError if it is 0.
-    """
+    """Check every row of a file before the long work starts. Returns the number of rows; raises UserError if it is 0."""
     count = sum(1 for _ in read_rows(path, needs, dataset, (lambda _: None) if skip_malformed else None))
     if count == 0:
         raise UserError(f"{path}: contains no usable row; give a file with at least one valid row")
@@ -165,9 +164,7 @@ def _identifier(row: dict) -> str:
 
 
 def title_and_text(contents: str) -> tuple[str, str]:
-    """Split the `contents` of FlashRAG and Search-R1 into title and text: the first of several lines is the quoted
-    title.
-    """
+    """Split the `contents` of FlashRAG and Search-R1 into title and text: the first of several lines is the quoted title."""
     title, line_end, text = contents.partition("\n")
     return (title.strip().removeprefix('"').removesuffix('"'), text) if line_end else ("", contents)
 

@@ -27,6 +27,7 @@ class Row(TypedDict, total=False):
 
     id: Required[str]
     question: Required[str]
+    source_id: str  # in the published file from which prepare_data.py took the row
     retrieved_question: str  # the question without its choices
     dataset: str
     choices: Any  # see choices.choices_of

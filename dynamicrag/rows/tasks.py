@@ -103,9 +103,7 @@ def task_of(dataset: str | None) -> Task:
 
 
 def task_of_row(row: Mapping) -> Task:
-    """Return the task of a row: ASQA's if the question has several readings (`qa_pairs`), otherwise that of its data
-    set.
-    """
+    """Return the task of a row: ASQA's if the question has several readings (`qa_pairs`), otherwise that of its data set."""
     task = known_task(row.get("dataset"))
     if readings_of(row) and (task is None or task.metric != "str_em"):
         return TASKS[READINGS_TASK]
@@ -124,8 +122,7 @@ def derive_dataset(row_id: str, file_name: str = "") -> str | None:
 
 
 def name_of_file(path: str | Path) -> str:
-    """Return the part of a file name that may identify a data set: the stem, or the folder name if the stem is just a
-    split.
+    """Return the part of a file name that may identify a data set: the stem, or the folder name if the stem is just a split.
 
     FlashRAG publishes asqa/dev.jsonl. A split at the end of the name is dropped, so that asqa_dev.jsonl gives the same.
     """
@@ -134,17 +131,13 @@ def name_of_file(path: str | Path) -> str:
 
 
 def name_with_folder(path: str | Path) -> str:
-    """Return a unique name that still identifies the data set, for a file whose name occurs twice: nq_test.jsonl for
-    nq/test.jsonl.
-    """
+    """Return a unique name that still identifies the data set, for a file whose name occurs twice: nq_test.jsonl for nq/test.jsonl."""
     path = Path(path).absolute()
     return f"{path.parent.name}_{path.name}"
 
 
 def target_answer(row: Mapping) -> str:
-    """Return the gold answer for generator training: the first answer, one per reading, or the label of the right
-    choice.
-    """
+    """Return the gold answer for generator training: the first answer, one per reading, or the label of the right choice."""
     task = task_of_row(row)
     if task.metric == "str_em" and (readings := readings_of(row)):
         return "; ".join(reading[0] for reading in readings)

@@ -120,11 +120,9 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 def write_run(path: str | Path, rows: Iterable[Mapping], key: str, tag: str) -> int:
     """Write the documents of all rows as a run, ordered by descending `key`, atomically.
 
-    Returns the number of documents.
-
-    Ranks start at 1. Equal scores keep the row's order; Run preserves this order, other readers may not. Raises
-    UserError, naming the row, for an id that contains white space, a repeated document and a document without `key`.
-    Raises UserError if no row has a document.
+    Returns the number of documents. Ranks start at 1. Equal scores keep the row's order; Run preserves this order,
+    other readers may not. Raises UserError, naming the row, for an id that contains white space, a repeated document
+    and a document without `key`. Raises UserError if no row has a document.
     """
     count = 0
     with atomic_writer(path) as file:
@@ -164,12 +162,11 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _lines(path: Path, form: str) -> Iterator[tuple[int, int, bytes, list[str]]]:
-    """Yield (1-based line number, offset, line, fields) for every non-blank line. Each must have the fields of `form`.
-    """
+    """Yield (1-based line number, offset, line, fields) for every non-blank line. Each must have the fields of `form`."""
     offset, wanted, empty = 0, len(form.split()), True
     with _open(path) as file:
         for number, line in enumerate(file, start=1):

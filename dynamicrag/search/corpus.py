@@ -44,8 +44,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
 
 def _kind(path: Path) -> str:
-    """Return the suffix that determines how a file is read. Parquet is compressed inside; .parquet.gz is not supported.
-    """
+    """Return the suffix that determines how a file is read. Parquet is compressed inside; .parquet.gz is not supported."""
     inner = Path(path.name.removesuffix(".gz")).suffix
     return inner if path.suffix != ".gz" or inner not in PARQUET else path.suffix
 
@@ -96,7 +95,7 @@ def _read_parquet(path: Path) -> Iterator[Passage]:
                     number += 1
                     yield _passage(record, f"{path}: row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: compressed pages are broken
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
 
 
 def _passage(record: object, where: str) -> Passage:

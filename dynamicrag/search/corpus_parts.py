@@ -44,14 +44,13 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
         if sorted(manifest["inputs"].values()) != sorted(manifests[0]["inputs"].values()):
             changed.append("question file, corpus, encoder or embeddings")
         if changed:
-            raise UserError(f"{by_part[part, parts]}: was made with another {min(changed)} than {by_part[0, parts]}; "
+            raise UserError(f"{by_part[part, parts]}: its {min(changed)} differs from that of {by_part[0, parts]}; "
                             "run its retriever.py again with the same one")
     return [by_part[part, parts] for part in range(parts)]
 
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
-    """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order.
-    """
+    """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order."""
     for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
         first: Row | None = rows[0]
         scored: list[tuple[float, Doc]] = []

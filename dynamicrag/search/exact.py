@@ -104,7 +104,7 @@ class _Part:
         if self.device == "cpu" or torch.cuda.mem_get_info(self.device)[0] > GPU_RESERVE + mapped.nbytes:
             mapped = mapped.to(self.device)
         elif all(block.vectors.device.type != "cpu" for block in self.blocks):
-            log.warning("%s is full; vectors from number %d on are sent to it again in every pass", self.device, offset)
+            log.warning("%s: its memory is full; vectors from number %d on are copied to it in every pass", self.device, offset)
         self.blocks.append(_Block(mapped, offset))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ADDED_AT_ONCE = 65536
 ANY_WIDTH = 768
 # Training a faiss index: vectors per cluster, and the minimum number of vectors.
-TRAINING_A_CLUSTER, TRAINING_LEAST = 64, 100_000
+TRAINING_PER_CLUSTER, TRAINING_LEAST = 64, 100_000
 # Index types that faiss supports on GPUs, and its limit there for documents and clusters per query.
 ON_GPUS, GPU_MOST = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"), 2048
 # Defaults of approximate search: clusters (IVF), nodes (HNSW), and candidates per requested document.
@@ -50,8 +50,7 @@ class FaissIndex:
         try:
             _, positions = self.index.search(queries, wanted)
         except RuntimeError as error:
-            raise UserError(f"the index cannot be searched for {wanted} documents ({_reason(error)}); reduce "
-                            "--n_docs") from error
+            raise UserError(f"--n_docs: the index cannot return {wanted} documents ({_reason(error)}); give a smaller number") from error
         return rescore(self.vectors, queries, positions, k)
 
 
@@ -82,7 +81,7 @@ def open_index(
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as a RuntimeError
         raise UserError(f"{index_file}: the index cannot be written ({error}); give --index_path") from error
     if not _holds(_made_from(manifest), holds, shards):
-        raise UserError(f"{index_file}: was built from other shards or another factory string; remove it and "
+        raise UserError(f"{index_file}: was built from different shards or with a different factory string; remove it and "
                         f"{manifest.name} to build it again, or give another --index_path")
     return FaissIndex(_load(index_file, device, nprobe), [shard.vectors for shard in shards], candidates)
 
@@ -113,7 +112,7 @@ def _holds(made: object, holds: dict, shards: list[Shard]) -> bool:
 
 
 def _made_from(manifest: Path) -> object:
-    """Return what the index was built from; None if its manifest is not JSON."""
+    """Return the source of the index from its manifest; None if the manifest is not JSON."""
     try:
         return orjson.loads(manifest.read_bytes())
     except orjson.JSONDecodeError:
@@ -135,7 +134,7 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
     if not index.is_trained:
         clusters = getattr(faiss.try_extract_index_ivf(index), "nlist", 0)
         rng = np.random.default_rng(seed)
-        wanted = min(count, max(TRAINING_LEAST, TRAINING_A_CLUSTER * clusters))
+        wanted = min(count, max(TRAINING_LEAST, TRAINING_PER_CLUSTER * clusters))
         chosen = np.sort(rng.choice(count, wanted, replace=False))
         sample, offset = [], 0
         for shard in shards:
@@ -161,8 +160,7 @@ def _build(shards: list[Shard], factory: str, seed: int) -> object:
 
 
 def _require_finite(shards: list[Shard], vectors: np.ndarray, positions: np.ndarray) -> None:
-    """Raise UserError naming the first vector with NaN or infinity, which would spoil the codes of the other vectors.
-    """
+    """Raise UserError naming the first vector with NaN or infinity, which would spoil the codes of the other vectors."""
     import numpy as np
 
     wrong = ~np.isfinite(vectors).all(axis=1)

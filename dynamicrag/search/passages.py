@@ -80,9 +80,7 @@ class PassageStore:
         return np.where(self._keys[places] == keys, self._order[places].astype(np.int64), -1)
 
     def follow(self, ids: np.ndarray) -> int | None:
-        """Return the position at which the corpus has exactly these ids (bytes [n]) in this order; None if there is
-        none.
-        """
+        """Return the position at which the corpus has exactly these ids (bytes [n]) in this order; None if there is none."""
         import pyarrow
         import pyarrow.compute
 

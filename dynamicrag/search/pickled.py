@@ -110,5 +110,5 @@ def read_pickled(path: Path) -> tuple[list[str], np.ndarray]:
             raise pickle.UnpicklingError("no array of vectors")
         return [str(passage_id) for passage_id in ids], vectors.array()
     except (pickle.UnpicklingError, *NPY_ERRORS, AttributeError, LookupError, struct.error) as error:
-        raise UserError(f"{path}: not a shard of embeddings (a pickle of a list of ids and a float16 array); "
-                        f"refused: {error}") from error
+        raise UserError(f"{path}: not a shard of embeddings, which is a pickle of a list of ids and a float16 array "
+                        f"({error}); give the published file") from error

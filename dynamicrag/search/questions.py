@@ -25,8 +25,7 @@ def query_settings(args: Namespace) -> Settings:
 
 
 def encode_questions(args: Namespace, path: str, count: int) -> str:
-    """Write the vectors of all questions to `path`, .npy float32 [count, width]. Returns a description of the encoding.
-    """
+    """Write the vectors of all questions to `path`, .npy float32 [count, width]. Returns a description of the encoding."""
     import numpy as np
     from tqdm import tqdm
 

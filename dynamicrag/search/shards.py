@@ -40,8 +40,7 @@ def ids_path(shard: str | Path) -> Path:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the shards that match a glob or are in a folder, sorted. Raises UserError if one is unfinished or missing.
-    """
+    """Return the shards that match a glob or are in a folder, sorted. Raises UserError if one is unfinished or missing."""
     names = [file for path in matching(pattern) for file in (matching(path / "*") if path.is_dir() and path == Path(pattern) else [path])]
     partial = next((name for name in names if name.suffix == ".partial"), None)
     if partial is not None:
@@ -106,7 +105,7 @@ def part_of(shards: list[Shard], part: int, parts: int) -> list[Shard]:
 
 
 def name_of(shards: list[Shard], position: int) -> str:
-    """Return how errors name the vector at `position`, counted through all shards."""
+    """Return a name for the vector at `position`, counted through all shards, for error messages."""
     for shard in shards:
         if position < len(shard.ids):
             return f"{shard.path}: the vector of passage {shard.ids[position].decode()!r}"
@@ -148,7 +147,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         positions.append(shard_positions)
         manifest = read_manifest(shard.path) or {"inputs": {}}
         if Path(model).exists() and manifest["inputs"] and not any(is_content(made_from, model) for made_from in manifest["inputs"].values()):
-            log.warning("%s was made with another model than %s", shard.path, model)
+            log.warning("%s: was not made with the model %s", shard.path, model)
     if all(isinstance(shard_positions, range) for shard_positions in positions) and all(one.stop == two.start for one, two in itertools.pairwise(positions)):
         # The usual case; saves 168 MB per worker for Wikipedia
         together = range(positions[0].start, positions[-1].stop)
@@ -161,7 +160,7 @@ def check_shards(shards: list[Shard], width: int, store: PassageStore, model: st
         raise UserError(f"{shards[0].path} and {len(shards) - 1} more: {len(together) - distinct} passages are embedded "
                         "more than once; give each shard once")
     if distinct < len(store):
-        log.warning("%d of %d passages have no embedding and cannot be retrieved", len(store) - distinct, len(store))
+        log.warning("%s: %d of %d passages have no embedding and cannot be retrieved", shards[0].path.parent, len(store) - distinct, len(store))
     return together
 
 
@@ -189,7 +188,7 @@ def _convert(path: Path) -> Path:
                 with atomic_writer(note) as file:
                     file.write(content.encode())
     except OSError as error:
-        raise UserError(f"{converted}: the converted shard cannot be written ({error})") from error
+        raise UserError(f"{converted}: the converted shard cannot be written ({error}); change the permissions of its folder") from error
     return converted
 
 

@@ -1,10 +1,10 @@
-"""Evaluate the selections of a checkpoint if every needed document is among those shown, independently of retrieval.
+"""Evaluate the selections of a checkpoint when every needed document is shown, independently of retrieval.
 
 The needed documents are shown together with the retriever's best other documents, in the retriever's order and
 shuffled, in the reranker's prompt. A selection is exact if it names the needed documents and no others.
 
-Reads    --input_file     retriever.py's output for the questions Writes   --output_file    {order of the documents:
-{"all": means, "kinds": {kind: means}}}, means like evaluate.py's selection
+Reads    --input_file     retriever.py's output for the questions
+Writes   --output_file    {order of the documents: {"all": means, "kinds": {kind: means}}}; the means are evaluate.py's of selections
 
     python examples/factbook/choice.py --model runs/demo_default/DynamicRAG_smollm2_135m/sft \
         --input_file runs/demo_default/output/retrieval_test.jsonl --output_file choice.json

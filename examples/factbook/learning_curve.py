@@ -137,7 +137,7 @@ def train(folder: Path, direction: Direction, made: list[dict], args: Namespace)
     with (folder / "train.log").open("wb") as out:
         done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=out, stderr=out, env=environment)
     if done.returncode:
-        raise UserError(f"LLaMA-Factory failed; see its log {folder / 'train.log'}")
+        raise UserError(f"{folder / 'train.log'}: LLaMA-Factory failed; see this log")
     return sorted((folder / "model").glob("checkpoint-*"), key=step_of)
 
 
@@ -146,9 +146,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
-    """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine
-    only.
-    """
+    """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine only."""
     direction, folder = DIRECTIONS[name], curve_file(args.output_dir, name).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %s", name, direction.about)
@@ -184,13 +182,13 @@ def finished(folder: str) -> list[dict]:
 
 
 def table(curves: list[dict]) -> str:
-    header = ["direction", "", "minutes", "selections", *(f"{what}, {order}" for order in ORDERS for what in ("exact", "precision", "recall", "k"))]
+    header = ["direction", "description", "minutes", "selections", *(f"{what}, {order}" for order in ORDERS for what in ("exact", "precision", "recall", "k"))]
     lines = []
     for curve in curves:
         for number, point in enumerate(curve["points"]):
             figures = [point[order]["all"] for order in ORDERS]
             lines.append([
-                *(["", ""] if number else [curve["name"], curve["about"]]), f"{point['minutes']:.1f}", f"{point['selections']:,}",
+                *(["", ""] if number else [curve["name"], DIRECTIONS[curve["name"]].about]), f"{point['minutes']:.1f}", f"{point['selections']:,}",
                 *(form.format(one[key]) for one in figures for key, form in (("exact", "{:.1f}"), ("precision", "{:.1f}"), ("recall", "{:.1f}"), ("chosen_k", "{:.2f}"))),
             ])
     return markdown_table(header, lines)

@@ -41,7 +41,7 @@ def package_folder(package: tuple[str, str]) -> Path:
     module, requirement = package
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise UserError(f"the package {module} is not installed: pip install {requirement}")
+        raise UserError(f"{module}: this package is not installed; run pip install {requirement}")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -93,8 +93,7 @@ def find_problem(row: dict, by_id: dict[str, dict], by_title: dict[str, list[dic
 
 
 def find_rival(passage: dict, stretch: str, value: str, by_title: dict[str, list[dict]]) -> str | None:
-    """Return another passage of the same country and section that gives the same field a value; None if there is none.
-    """
+    """Return another passage of the same country and section that gives the same field a value; None if there is none."""
     label = stretch[:stretch.find(value)]
     if not label[:1].isupper() or not label.endswith(": "):
         return None

@@ -185,8 +185,7 @@ class Pool:
         return self.facts[country][self.rng.choice(self.rng.choice(self.keys_of[country]))]
 
     def comparable(self, count: int, wanted) -> list[Fact]:
-        """Return the facts of several countries for one field that `wanted` accepts; [] if too few countries have it.
-        """
+        """Return the facts of several countries for one field that `wanted` accepts; [] if too few countries have it."""
         key = self.rng.choice(self.rng.choice(self.keys))
         if not wanted(self.facts[self.holders[key][0]][key].field) or len(self.holders[key]) < count:
             return []
@@ -397,8 +396,8 @@ def draw(pool: Pool, size: int) -> list[dict]:
             if row is None or row["mark"] in pool.used or row["question"].lower() in pool.used:
                 fruitless += 1
                 if fruitless > PATIENCE:
-                    raise UserError(f"no more questions of the kind {kind!r} can be created ({count} are missing); "
-                                    "reduce --train, --reranker or --test")
+                    raise UserError(f"--passages: give no more questions of the kind {kind!r} ({count} are missing); reduce --train, --reranker "
+                                    "or --test")
                 continue
             fruitless = 0
             pool.used.update((row.pop("mark"), row["question"].lower()))
@@ -422,9 +421,7 @@ def find_unique(facts: dict[str, dict[str, Fact]]) -> set[tuple[str, str]]:
 
 
 def find_paragraphs(passages: list[dict]) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
-    """Return country -> field -> [(passage, body, evidence)], for fields of TOPICS that form a paragraph in at most
-    three passages.
-    """
+    """Return country -> field -> [(passage, body, evidence)], for fields of TOPICS that form a paragraph in at most three passages."""
     found = defaultdict(lambda: defaultdict(list))
     for passage in passages:
         country = passage["title"].rpartition(": ")[0]

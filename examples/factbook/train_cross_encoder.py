@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         log.info("held out, reranked:     MRR@10 %.3f, R@1 %.3f", *after)
         log.info("held out, label above 0.5: precision %.3f, recall %.3f", *label_quality(held_out, ranked))
         if after[0] <= before[0]:
-            log.warning("this reranker is not better than the retriever, so that models trained on its labels will be "
-                        "worse; train on more questions and --max_pairs, or with another --seed")
+            log.warning("%s: not better than the retriever, so that models trained on its labels will be worse; train on more "
+                        "questions and --max_pairs, or with another --seed", args.output_dir)
     log.info("%s: trained in %.0f s (%.1f pairs per second)",
              folder, seconds, (easy + args.epochs * (len(pairs) - easy)) / seconds)
 

@@ -124,8 +124,7 @@ def further_questions(first: dict, pool: Pool, claims: Pool, shown: set[str], co
 
 
 def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts) -> dict[str, str]:
-    """Return a question's training row for `role`, as if it were asked alone. A further question omits the documents.
-    """
+    """Return a question's training row for `role`, as if it were asked alone. A further question omits the documents."""
     if role == "generator":
         messages = prompts.generator(row["question"], [] if further else docs, prompts.instruction(row))
         return training_row(messages, output=target_answer(row))
@@ -155,8 +154,7 @@ def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Pr
 
 
 def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str, dict]]:
-    """Return the questions of a retrieval output, and the passages by id. Raises UserError naming file, line and key.
-    """
+    """Return the questions of a retrieval output, and the passages by id. Raises UserError naming file, line and key."""
     passages = {passage["id"]: passage for _, passage in read_json(passages_path)}
     rows = []
     for line, row in read_json(path):
