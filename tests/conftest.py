@@ -1,17 +1,30 @@
-"""Tiny models, made here: random weights, their own vocabulary, a fraction of a second each.
-
-They compute with the same code as the real ones; what they compute is noise, which is enough to compare against.
-"""
+"""Fixtures of all tests, and patterns with which they check messages."""
 
 import csv
+import functools
+import gc
 import json
 import os
 import random
 import re
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from machines import machine  # noqa: F401  (a fixture)
+from stubs import (  # noqa: F401  (other code imports some of these from here)
+    CHATML_TOKENS,
+    StubEngine,
+    _bert_config,
+    _bert_tokenizer,
+    make_text,
+    make_tiny_cross_encoder,
+    make_tiny_encoder,
+    make_tiny_llama,
+    make_tiny_monot5,
+    question,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,51 +33,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
 
+
 def pytest_collection_modifyitems(items):
-    """Files whose tests start an engine or a trainer come first: the processes of a parallel run then end at about the same time."""
+    """Run the files with slow tests first, so that the processes of a parallel run end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-# Stages that only score: every row counts, and measures are always rewritten, so they have neither --on_error nor --overwrite.
-SCORERS = ("evaluate", "evaluate_retrieval")
-# Scripts beside the stages: they write no rows, and the chain does not run them.
-TOOLS = ("publish",)
-WORDS = (
-    "river mountain country population export import capital border area climate oil gas farming religion language "
-    "president court election which of the longest has true false Query Document Relevant Title : ?"
-).split()
-LETTERS = "abcdefghijklmnopqrstuvwxyzéü0123456789"
-
-
-def make_text(rng: random.Random, least: int = 3, most: int = 40) -> str:
-    return " ".join(rng.choices(WORDS[:18], k=rng.randint(least, most)))
-
-
-LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-CHATML_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|unused|>", "<|im_end|>")
-
-
-def make_tiny_llama(folder: Path, special: tuple[str, ...] = LLAMA3_TOKENS) -> None:
-    """A Llama of width 128 with random weights, and a byte-level tokenizer with its template's special tokens."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = ByteLevelBPETokenizer()
-    rng = random.Random(0)
-    texts = [f"[{n}] Title {n}\n{make_text(rng)} [{n}], " for n in range(300)]
-    raw.train_from_iterator(texts, vocab_size=700, special_tokens=list(special), show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw._tokenizer, bos_token=special[0], eos_token=special[4], pad_token=special[1]
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=0, eos_token_id=4, pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -77,7 +50,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _lookaheads(values: tuple[object, ...]) -> str:
-    """One for each value: as a word of its own, and a number not as part of another or of a quoted text."""
+    """One lookahead per value. A value counts as a whole word; a number does not count within another number or a quoted text."""
     found = []
     for value in values:
         near = r"\w'\"" if isinstance(value, int | float) else r"\w"
@@ -86,12 +59,12 @@ def _lookaheads(values: tuple[object, ...]) -> str:
 
 
 def naming(*values: object) -> str:
-    """A pattern for a message that names each value (key, number, file, flag), whatever it says of them."""
+    """A pattern of any message that names each value (key, number, file, flag)."""
     return f"(?s)^{_lookaheads(values)}"
 
 
 def at(place: str | Path, *values: object) -> str:
-    """One for a message that begins with its place (a file in any folder, and the line, row or key in it; a flag), and then names the values."""
+    """A pattern of any message that begins with its place and then names each value. A place is a flag, or a file with its line, row or key."""
     return rf"(?s)^(?:error: )?(?:\S*/)?{re.escape(str(place))}: {_lookaheads(values)}"
 
 
@@ -107,97 +80,84 @@ def logged(caplog, *values: object, level: str = "WARNING") -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tests measure nothing: they leave the other cores to others, and sums do not depend on a thread count."""
+    """With one thread the tests of a parallel run do not slow each other down, and sums do not depend on the number of cores."""
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported by now stays: the garbage collector need not look at a million objects again and again
 
 
-@pytest.fixture(autouse=True)
-def encoding_in_this_process(monkeypatch):
-    """The retriever encodes in a process of its own, whose start takes longer than most tests; test_kill.py has the real thing."""
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context():
+    """All clients share one SSL context: to read the certificates again takes longer than most tests last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encoding_in_this_process():
+    """The retriever encodes in this process: a new one takes longer to start than most tests last. test_kill.py starts the new process."""
     import retriever
 
-    monkeypatch.setattr(retriever, "process_of_its_own", lambda: ThreadPoolExecutor(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retriever, "process_of_its_own", lambda: ThreadPoolExecutor(1))
+        yield
 
 
-def _bert_tokenizer():
-    from transformers import BertTokenizer
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> list[StubEngine]:
+    """The working folder has a model, a template and the three questions of q.jsonl. Returns the engines that are loaded."""
+    from dynamicrag.llm import requests
 
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str.lower, WORDS), *LETTERS, *(f"##{c}" for c in LETTERS)]
-    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return BertTokenizer(vocab=vocab, do_lower_case=True)
+    monkeypatch.chdir(tmp_path)
+    Path("t.jinja").write_text("x")
+    Path("DynamicRAG_llama3_8b").mkdir()
+    Path("DynamicRAG_llama3_8b/config.json").write_text("{}")
+    write_jsonl(Path("q.jsonl"), [question(n) for n in (1, 2, 3)])
+    loaded = []
 
+    def load_engine(args):
+        loaded.append(StubEngine(lambda request, kind, titles: (
+            "an answer" if kind == "answer" else "Yes" if kind == "judge"
+            else "prose" if "is 2?" in request.messages[1]["content"] else "[1]"
+        )))
+        loaded[-1].model = args.llm_model
+        loaded[-1].memory = args.gpu_memory_utilization
+        return loaded[-1]
 
-def _bert_config(vocab_size: int, **changes):
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=128, initializer_range=0.5, **changes,
-    )
+    monkeypatch.setattr(requests, "load_engine", load_engine)
+    return loaded
 
 
 @pytest.fixture(scope="session")
 def encoder_dir(tmp_path_factory) -> Path:
     """A BERT of width 32."""
-    import torch
-    from transformers import BertModel
-
     folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = _bert_tokenizer()
-    torch.manual_seed(1)
-    BertModel(_bert_config(len(tokenizer))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tiny_encoder(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def cross_encoder_dirs(tmp_path_factory) -> dict[int, Path]:
     """BERT classifiers with one label and with two."""
-    import torch
-    from transformers import BertForSequenceClassification
-
-    folders = {}
-    for labels in (1, 2):
-        folders[labels] = tmp_path_factory.mktemp(f"cross_encoder_{labels}")
-        tokenizer = _bert_tokenizer()
-        torch.manual_seed(2)
-        BertForSequenceClassification(_bert_config(len(tokenizer), num_labels=labels)).save_pretrained(folders[labels])
-        tokenizer.save_pretrained(folders[labels])
+    folders = {labels: tmp_path_factory.mktemp(f"cross_encoder_{labels}") for labels in (1, 2)}
+    for labels, folder in folders.items():
+        make_tiny_cross_encoder(folder, labels)
     return folders
 
 
 @pytest.fixture(scope="session")
 def monot5_dir(tmp_path_factory) -> Path:
-    """A T5 of width 32, with a unigram vocabulary trained on our words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
-
-    raw = Tokenizer(models.Unigram())
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", initial_alphabet=list(LETTERS)
-    )
-    raw.train_from_iterator([" ".join(WORDS)] * 50, trainer)
-    vocab = dict(json.loads(raw.to_str())["model"]["vocab"])
-    vocab = list({**vocab, "▁true": -2.0, "▁false": -2.0}.items())  # single tokens, as in every T5
-    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    """A T5 of width 32."""
     folder = tmp_path_factory.mktemp("monot5")
-    torch.manual_seed(3)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
-        initializer_factor=3.0,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tiny_monot5(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def corpus() -> list[dict]:
-    """120 passages, several of them with the same text."""
+    """120 passages, two of which have the same text."""
     rng = random.Random(7)
     passages = [{"id": f"p{number}", "title": f"Title {number % 9}", "text": make_text(rng)} for number in range(120)]
     passages[40]["text"], passages[40]["title"] = passages[3]["text"], passages[3]["title"]
@@ -206,7 +166,7 @@ def corpus() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def corpus_tsv(tmp_path_factory, corpus) -> Path:
-    """The corpus as DPR publishes one."""
+    """The corpus in the format of DPR."""
     path = tmp_path_factory.mktemp("corpus") / "passages.tsv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t")
@@ -217,7 +177,7 @@ def corpus_tsv(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory, encoder_dir, corpus_tsv) -> Path:
-    """The corpus embedded, in two shards."""
+    """The vectors of the corpus, in two shards."""
     import generate_passage_embeddings
 
     folder = tmp_path_factory.mktemp("shards")

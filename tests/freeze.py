@@ -3,12 +3,12 @@
     python tests/freeze.py --compare tests/frozen.json        exit 0: all files are equal; 1: the files that differ are named
     python tests/freeze.py --record tests/frozen.json         after a change that is meant to change what a stage writes
 
-Stages are started by their scripts at the root, as a user starts them, and by nothing else, so that modules may move. A
-command that ends with another status than 0 is exit 2. Frozen are the files that the stages write, manifests apart, the
-requests sent to the LLM and the judge (requests/COMMAND.jsonl, sorted), and the tables printed (printed/COMMAND.txt).
+Stages are only started by their scripts at the root, as a user starts them, so that modules may move. If a command fails, the exit
+status is 2. The record covers the files that the stages write (except manifests), the requests to the LLM and the judge
+(requests/COMMAND.jsonl, sorted), and the printed tables (printed/COMMAND.txt).
 
-Of a file the sha256 of all its bytes is recorded, with these exceptions:
-- `error`, the words of a message, is left out of rows.
+The record of a file is the sha256 of all its bytes, with these exceptions:
+- Rows are without `error`, which holds the words of a message.
 - Numbers that a model or a logarithm computes (MODEL_NUMBERS) may differ in their last digits from one machine to the next.
   They are left out of the hash, rounded to 4 decimals and compared with a tolerance of 0.0005. Ids and their order are in the
   hash; --record refuses scores so close together that another machine might order them in another way.
@@ -48,7 +48,7 @@ PAIRS = "construct_dpo.py --train_recipe recipes/dpo.yaml --input_file training_
 ANSWER = f"inference.py {LLM} --input-json output/test.jsonl"
 WINDOWS = f"top_inference.py {LLM} --input-jsonl output/test.jsonl --max-context-window 3"
 
-# Name -> command. Each reads what those before it wrote.
+# Name -> command. A command reads the files of earlier commands.
 COMMANDS = {
     "embed 0": f"{EMBED} --passages data/passages.tsv --passage_store cache/tsv --output_dir data/embeddings --num_shards 2 --shard_id 0",
     "embed 1": f"{EMBED} --passages data/passages.tsv --passage_store cache/tsv --output_dir data/embeddings --num_shards 2 --shard_id 1",
@@ -110,7 +110,7 @@ COMMANDS = {
     "evaluate rouge": "evaluate.py --results_file results/test_windows_8.json --metric rouge_lsum --output_file output/rouge.json",
 }
 FROZEN = ("data/embeddings", "data/prompted", "data/splits", "data/quarters", "data/test_parts", "output", "training_data", "results", "report", "requests", "printed")
-MODEL_NUMBERS = {  # of these files, the numbers under these keys
+MODEL_NUMBERS = {  # file: the keys of these numbers
     "output/bm25.jsonl": ("score",),
     "output/monot5.jsonl": ("score", "rerank_score"),
     "output/classifier.jsonl": ("score", "rerank_score"),
@@ -118,12 +118,12 @@ MODEL_NUMBERS = {  # of these files, the numbers under these keys
     "output/rewarded_bert.jsonl": ("bert", "response_scores"),
 }
 DECIMALS, TOLERANCE = 4, 5e-4
-LEAST_GAP = 2e-5  # between scores by which documents are ordered, and to the 0.5 of a label
-REPORT_SECONDS = 3.0  # of every results file, for the report: the only figure in it that a clock makes
+LEAST_GAP = 2e-5  # between the scores that order documents, and between a score and the 0.5 of a label
+REPORT_SECONDS = 3.0  # the run time of every results file: the report has no other figure of a clock
 
 
 class Broken(Exception):
-    """A command did not end well, or what it wrote cannot be frozen."""
+    """A command failed, or its files cannot be recorded."""
 
 
 # ---------------------------------------------------------------- running
@@ -138,7 +138,7 @@ def run_chain(folder: Path) -> None:
             run_script(name, command.format(url=server.url), log)
             if asked := server.take():
                 write(f"requests/{name}.jsonl", "\n".join(asked))
-            if name == "rerank":  # what follows reads these rows once as training data and once as an evaluation file
+            if name == "rerank":  # later commands read these rows both as training data and as an evaluation file
                 rows = Path("output/retrieval_data_rerank.jsonl").read_bytes()
                 Path("output/test.jsonl").write_bytes(rows)
         run_report(log)
@@ -151,7 +151,7 @@ def write(path: str, text: str) -> None:
 
 
 def run_script(name: str, command: str, log: io.TextIOBase) -> None:
-    """What `python COMMAND` does, in this process. Raises Broken for another exit status than 0."""
+    """Do what `python COMMAND` does, in this process. Raises Broken if the exit status is not 0."""
     script, *arguments = shlex.split(command)
     printed = io.StringIO()
     before, sys.argv = sys.argv, [str(REPO / script), *arguments]
@@ -174,7 +174,7 @@ def run_report(log: io.TextIOBase) -> None:
         manifest = json.loads(path.read_bytes())
         path.write_text(json.dumps({**manifest, "seconds": REPORT_SECONDS}), encoding="utf-8")
     command = ["bash", str(REPO / "scripts/report.sh"), str(Path("results").resolve()), "--output_dir", str(Path("report").resolve()), "--cases", "6"]
-    # The environment may have the package of another checkout installed.
+    # Another checkout of the package may be installed in the environment.
     done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPO)})
     if done.returncode:
         raise Broken(f"report: exit status {done.returncode}: {shlex.join(command)}\n{tail(log)}")
@@ -189,7 +189,7 @@ def tail(log: io.TextIOBase) -> str:
 
 
 def frozen_files() -> dict[str, str | dict]:
-    """By path: the sha256 of a file, or that and its model numbers."""
+    """The sha256 of each file by path. Files of MODEL_NUMBERS also have their numbers."""
     paths = sorted(path for root in FROZEN for path in Path(root).rglob("*") if path.is_file() and not path.name.endswith(".manifest.json"))
     return {str(path): freeze(path) for path in paths}
 
@@ -208,7 +208,7 @@ def freeze(path: Path) -> str | dict:
 
 
 def _without(value: object, keys: tuple[str, ...], numbers: list[float], key: str = "") -> object:
-    """The value without the words of errors, and without the numbers under `keys`, which go to `numbers`."""
+    """The value without the words of errors and without the numbers under `keys`. Those are appended to `numbers`."""
     if isinstance(value, dict):
         return {name: "" if name == "error" else _without(part, keys, numbers, name) for name, part in value.items()}
     if isinstance(value, list):
@@ -220,9 +220,9 @@ def _without(value: object, keys: tuple[str, ...], numbers: list[float], key: st
 
 
 def check_separated() -> None:
-    """Raises Broken if model scores are so close that another machine might order or label documents in another way.
+    """Raise Broken if model scores are so close that another machine might order or label documents differently.
 
-    Only BM25 orders documents by such scores, and what it gives equal texts is equal.
+    Only BM25 orders documents by such scores. It gives equal texts equal scores.
     """
     for path, keys in MODEL_NUMBERS.items():
         for line in Path(path).read_bytes().splitlines() if "score" in keys else ():
@@ -235,7 +235,7 @@ def check_separated() -> None:
 
 
 def differing(recorded: dict[str, str | dict], found: dict[str, str | dict]) -> list[str]:
-    """The files that differ, each with how."""
+    """A line per file that differs, which says how."""
     lines = []
     for path in sorted(recorded.keys() | found.keys()):
         before, now = recorded.get(path), found.get(path)
@@ -255,7 +255,7 @@ def differing(recorded: dict[str, str | dict], found: dict[str, str | dict]) -> 
 
 
 def prepare() -> None:
-    """The environment of the commands. Questions are encoded in a thread here: a process of its own takes seconds to start."""
+    """Prepare the environment of the commands. Questions are encoded in a thread, since a new process takes seconds to start."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.endswith("API_KEY")]:
         del os.environ[name]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}

@@ -1,4 +1,4 @@
-"""What tests/freeze.py runs the chain on: a made-up corpus, questions of the data sets of the field, and tiny models.
+"""The inputs of tests/freeze.py: a made-up corpus, questions of common data sets, and tiny models.
 
 Everything follows from fixed seeds. The encoder computes without rounding errors, so that its vectors and their inner
 products are the same bytes on every machine: its RMSNorms are the identity, attention and feed-forward add nothing, and
@@ -20,11 +20,11 @@ CHATML = (
     "<|im_start|>assistant\n"
 )
 WIDTH = 32
-EXACT_EPS = 2.0**40  # beside it no mean square counts; a weight of its square root makes an RMSNorm the identity
+EXACT_EPS = 2.0**40  # so large that the mean square does not count; if the weight is its square root, an RMSNorm is the identity
 
 
 def _made_up(rng: random.Random, count: int) -> list[str]:
-    """Names that no sentence of a prompt holds."""
+    """Names that occur in no sentence of a prompt."""
     names: dict[str, None] = {}
     while len(names) < count:
         names["".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3)).capitalize() + rng.choice("ndrk")] = None
@@ -38,11 +38,11 @@ COUNTRIES = [
 ]
 NAMES = sorted({value for country in COUNTRIES for value in country.values() if isinstance(value, str)})
 NAME = re.compile(rf"\b(?:{'|'.join(NAMES)})\b")
-TOO_LONG = COUNTRIES[5]["river"]  # the server refuses what asks about it
+TOO_LONG = COUNTRIES[5]["river"]  # the server refuses questions about it
 
 
 def make_passages() -> list[dict]:
-    """43 passages, four a country: p0 to p3 are of the first. p40 repeats p0, p41 has marks of turns, p42 is Chinese."""
+    """43 passages, four per country: p0 to p3 are about the first one. p40 repeats p0, p41 has turn markers, p42 is Chinese."""
     passages = []
     for one in COUNTRIES:
         passages += [
@@ -61,7 +61,7 @@ def make_passages() -> list[dict]:
 
 
 def make_questions() -> list[dict]:
-    """18 questions, under the names and in the forms of answers that the published files have."""
+    """18 questions with the names and the forms of answers of the published files."""
     c = COUNTRIES
 
     def one(number: int, dataset: str, question: str, gold: list[int], kind: str, **more: object) -> dict:
@@ -102,7 +102,7 @@ def make_questions() -> list[dict]:
 
 
 def make_run(questions: list[dict], passages: list[dict]) -> list[str]:
-    """The scores of another reranker, as a TREC run: of two decimals, so that some are equal, and without every 13th document."""
+    """The scores of another reranker as a TREC run. They have two decimals, so that some are equal. Every 13th document is missing."""
     rng, lines = random.Random(12), []
     for question in questions:
         gold = question["gold_docs"]
@@ -113,7 +113,7 @@ def make_run(questions: list[dict], passages: list[dict]) -> list[str]:
 
 
 def write_inputs(folder: Path) -> None:
-    """All the files that a user of the chain brings, below `folder`."""
+    """Write all the files that a user brings to the chain, in `folder`."""
     import yaml
 
     passages, questions = make_passages(), make_questions()
@@ -149,7 +149,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def _tokenizer(texts: list[str], special: tuple[str, ...], pair: bool = False, **options: object):
-    """A token a word, in lower case. `pair`: two texts are [CLS] one [SEP] two [SEP]."""
+    """A tokenizer whose tokens are words in lower case. With `pair`, two texts become [CLS] one [SEP] two [SEP]."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -215,7 +215,7 @@ def _save(model, tokenizer, folder: Path) -> None:
 
 
 def _make_exact(encoder) -> None:
-    """Make a Llama's output its word vectors, which become small whole numbers, to the last bit."""
+    """Make a Llama whose output is exactly its word vectors, which are small whole numbers."""
     import torch
 
     rng = random.Random(13)

@@ -1,7 +1,7 @@
-"""The LLM of tests/freeze.py: an OpenAI-compatible server that answers by a hash, and keeps what it was asked.
+"""The LLM of tests/freeze.py: an OpenAI-compatible server that answers by a hash and keeps its requests.
 
-An answer depends on the made-up names in the prompt and their order, on the form of the request and on the number of the
-sample: not on the words around the names. So a changed word of a prompt changes the requests, and nothing after them.
+An answer depends on the made-up names in the prompt and their order, on the form of the request and on the number of the sample.
+It does not depend on the words around the names. So a changed word of a prompt changes the requests, but no later file.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from freeze_inputs import NAME, NAMES, TOO_LONG, make_questions
 
-SELECTION_TOKENS = 99  # the limit by which a request for a selection is known when nothing constrains it
+SELECTION_TOKENS = 99  # shows that a request without a constraint asks for a selection
 ASKED_TOO_LONG = f"the river {TOO_LONG} end"
 CRITERIA = ("correctness", "completeness", "relevance", "support", "clarity")
 UNREADABLE = ("I would read the second one.", "", "[77]", "<think>[1] may do")
@@ -30,7 +30,7 @@ def gold_of(question: dict) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Listens at `url` from its making on. take() gives the requests since the last take(), sorted."""
+    """Listens at `url` from the start. take() returns the sorted requests since the last take()."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -44,7 +44,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def take(self) -> list[str]:
-        """The bodies of the requests, as JSON with sorted keys, in the order of the texts."""
+        """The bodies of the requests as JSON with sorted keys, sorted."""
         with self._lock:
             asked, self._asked = sorted(self._asked), []
         return asked
@@ -77,7 +77,7 @@ class Server(ThreadingHTTPServer):
             return ("Yes" if draw % 3 == 0 else "No"), "stop"
         if form == "selection":
             shown = max(map(int, re.findall(r"\d+(?=[|)])", pattern)), default=0)
-            chosen = [1 + draw // 50**place % shown for place in range(1, 1 + min(draw % 5, shown))]  # no more than the pattern takes
+            chosen = [1 + draw // 50**place % shown for place in range(1, 1 + min(draw % 5, shown))]  # no more than the pattern allows
             return ", ".join(f"[{number}]" for number in chosen) or "None", "stop"
         if form == "other selection":
             return (UNREADABLE[draw // 4 % len(UNREADABLE)], "length") if draw % 4 == 0 else (OTHER_FORMS[draw // 4 % len(OTHER_FORMS)], "stop")
@@ -88,7 +88,7 @@ class Server(ThreadingHTTPServer):
 
 
 def _draw(*parts: object) -> int:
-    """A number from the parts."""
+    """A large number that depends on the parts."""
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
 
 

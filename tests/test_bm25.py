@@ -1,11 +1,12 @@
-"""BM25 in any script: what counts as a word, and a warning where a question has none that is in the corpus."""
+"""BM25 in any script: which words count, and a warning if the corpus has no word of a question."""
 
 import logging
 import random
 import re
 
 import pytest
-from conftest import make_text, read_jsonl, write_jsonl
+from conftest import read_jsonl, write_jsonl
+from stubs import make_text
 
 import retriever
 from dynamicrag.search import bm25
@@ -26,7 +27,7 @@ def test_words_of_each_script(text, words):
 
 
 def test_words_of_latin_script_are_what_they_were():
-    """Lower case, two letters and more, stop words left out, stemmed: also with accents, signs and emoji between them."""
+    """Words are in lower case, have two letters or more, and are stemmed. Stop words are left out. Accents, signs and emoji between words change nothing."""
     rng = random.Random(0)
     texts = [f"{make_text(rng)} the naïve Rivers’ café™ ½ x a–b {n}_Ångström №{n} é 😀 running" for n in range(20)]
     texts += [text.encode("ascii", "ignore").decode() for text in texts]

@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
+from stages import STAGES, page_commands
 
 REPO = Path(__file__).parents[1]
 # What a machine with two cores and no hub adds to a command of the page.
@@ -17,21 +17,10 @@ TRAIN_ON_CPU = (
     "max_steps=2 gradient_accumulation_steps=1 cutoff_len=2048 plot_loss=false"
 )
 ADDED = {
-    "reward_trajectories.py": "--bert_model models/retriever",
+    **{f"python {stage.name}.py": stage.tiny for stage in STAGES.values()},
     "llamafactory-cli train recipes/llama3_8b/sft.yaml": f"model_name_or_path=models/tiny-llama {TRAIN_ON_CPU}",
     "llamafactory-cli train recipes/llama3_8b/dpo.yaml": TRAIN_ON_CPU,
-    "sampling_dpo_trajectories.py": "--num-samples 4",
-    # An untrained model answers with 32 tokens of noise; a few will do.
-    "inference.py": "--answer-max-tokens 8",
-    "top_inference.py": "--answer-max-tokens 8",
 }
-
-
-def stage_commands() -> list[str]:
-    """The stage commands of docs/pipeline.md, in order, backslash-newlines joined."""
-    stages = (REPO / "docs/pipeline.md").read_text(encoding="utf-8").split("\n## The stages\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```bash\n(.*?)```", stages, re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,7 @@ def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
         **os.environ, "PATH": f"{REPO}/.venv/bin:{train_bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
         "DISABLE_VERSION_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    for command in stage_commands():
+    for command in page_commands():
         if command.startswith("python retriever.py"):  # once for every part, as the page says
             for part in range(1, 8):
                 _run(command.replace("split_0", f"split_{part}"), folder, environment)

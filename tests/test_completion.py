@@ -1,4 +1,4 @@
-"""dynamicrag/llm/completion.py: what a reply says after its reasoning, and why it says nothing; and the file of replies of an unfinished run."""
+"""dynamicrag/llm/completion.py: the text of a reply without its reasoning, the reason if there is none, and the file of replies of an unfinished run."""
 
 import pytest
 from conftest import names
@@ -49,7 +49,7 @@ def test_a_missing_opening_tag_is_the_templates(text, itself):
     assert opens_itself(text) is itself
 
 
-SAMPLES = [  # a sample, its text, and what is the cause if it has none
+SAMPLES = [  # a sample, its text, and the cause if it has none
     (Sample("[3]"), "[3]", ""), (Sample("[3]", "length"), "[3]", ""), (Sample(""), "", ""), (Sample("[3]", None), "[3]", ""),
     (Sample("[3]", reasoned=True), "[3]", ""), (Sample("<think>a</think>[3]", "length"), "[3]", ""),
     (Sample("<think>a", "length"), "", "cut in reasoning"), (Sample(None, "length", reasoned=True), "", "cut in reasoning"),
@@ -100,10 +100,10 @@ def test_replies_survive_a_kill_and_a_torn_line(tmp_path):
         assert cache.get(key) is None
         cache.put(key, reply)
     assert cache.path.name == "out.json.partial.completions.jsonl"
-    cache.path.write_bytes(cache.path.read_bytes()[:-20])  # the last line is torn; `cache` was never closed
+    cache.path.write_bytes(cache.path.read_bytes()[:-20])  # the last line is cut off, since `cache` was never closed
     again = CompletionCache(tmp_path / "out.json")
     assert {key: again.get(key) for key in replies} == {**replies, "k4": None}
-    replies["k4"] = replies["k4"][0], None, None  # a server that does not say what it cost
+    replies["k4"] = replies["k4"][0], None, None  # a server that does not report the cost
     again.put("k4", replies["k4"])
     assert CompletionCache(tmp_path / "out.json").get("k4") == replies["k4"]
     again.remove()

@@ -1,4 +1,4 @@
-"""Where a model runs: the device is logged, and a CPU beside GPUs that cannot be used is a warning."""
+"""The device of a model is logged. There is a warning if the CPU is used because the machine's GPUs cannot be used."""
 
 import logging
 
@@ -14,7 +14,7 @@ FAILS = 'echo "NVIDIA-SMI has failed because it could not communicate with the N
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a stand-in for nvidia-smi first in PATH."""
+    """Put a stand-in for nvidia-smi first in PATH."""
 
     def install(commands: str) -> None:
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{commands}\n")

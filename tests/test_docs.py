@@ -8,48 +8,31 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TOOLS
-from test_rooms import ROOMS, rooms_of_imports
-from test_stages import GOOD, refused
+from pages import code, page, table
+from rooms import ROOMS, rooms_of_imports
+from running import refused
+from stages import REPO, STAGES, row
 
 from dynamicrag.evaluation.metrics import METRIC_NAMES
 from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
 from dynamicrag.rows.row import RESULT_KEYS, Doc, Row
 from dynamicrag.rows.tasks import TASKS, dataset_named
 
-REPO = Path(__file__).parents[1]
-
-
-def page(path: str) -> str:
-    return (REPO / path).read_text(encoding="utf-8")
-
-
-def table(text: str, header: str) -> list[list[str]]:
-    """The cells of the table whose first line begins with `header`."""
-    after = text.split(f"\n| {header}", 1)[1]
-    body = after.split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])] for line in body]
-
-
-def code(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
-
-
-STAGES = table(page("README.md"), "stage | command | reads")
+STAGE_TABLE = table(page("README.md"), "stage | command | reads")
 
 
 # ---------------------------------------------------------------- README's table of stages
 
 
 def test_every_stage_has_its_place_in_the_table():
-    scripts = [name for _, command, *_ in STAGES for name in code(command) if name.endswith(".py")]
-    assert sorted(scripts) == sorted(path.name for path in REPO.glob("*.py") if path.stem not in TOOLS)
-    assert [int(stage.split()[0]) for stage, *_ in STAGES] == list(range(11))
+    scripts = [name for _, command, *_ in STAGE_TABLE for name in code(command) if name.endswith(".py")]
+    assert sorted(scripts) == sorted(f"{name}.py" for name in STAGES)
+    assert [int(stage.split()[0]) for stage, *_ in STAGE_TABLE] == list(range(11))
 
 
-@pytest.mark.parametrize("line", STAGES, ids=lambda line: line[0])
+@pytest.mark.parametrize("line", STAGE_TABLE, ids=lambda line: line[0])
 def test_paths_and_keys_are_those_of_the_stages(line):
-    """A path stands in the docstring of one of the scripts, or is what a recipe of the line writes; a key stands in docs/data.md."""
+    """A path occurs in the docstring of one of the scripts or in a recipe of the line. A key occurs in docs/data.md."""
     _, command, reads, writes = line
     sources = "".join(page(name) if name.endswith(".py") else page(name.split()[-1]) for name in code(command))
     keys = {key for cell, *_ in table(page("docs/data.md"), "key |") for key in code(cell)}
@@ -66,7 +49,7 @@ def test_every_key_of_a_row_is_described():
     assert set(Doc.__annotations__) <= described | {"id", "title", "text", "score"}
 
 
-# Cells that name keys alone, without a choice among them.
+# Cells that only name keys, without a choice between them.
 NEEDED = [
     (code(stage)[0].removesuffix(".py"), key)
     for stage, keys in table(page("docs/data.md"), "stage | keys that a row needs") if not re.search(r" or |;", keys) for key in code(keys)
@@ -76,8 +59,7 @@ NEEDED = [
 @pytest.mark.parametrize(("stage", "key"), NEEDED)
 def test_a_row_without_a_key_that_the_page_names_is_refused(stage, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = {name: value for name, value in json.loads(GOOD).items() if name != key}
-    Path("in.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    Path("in.jsonl").write_text(json.dumps(row(**{key: None})), encoding="utf-8")
     if stage != "evaluate_retrieval":
         assert refused(stage, "in.jsonl").startswith(f"in.jsonl:1: key '{key}'")
 
@@ -131,7 +113,7 @@ def test_a_room_has_its_entrances_and_is_used_by_the_stages_named(line):
     for name in code(entrances):
         assert name.startswith("python -m ") or re.search(rf"^(?:(?:def|class) {name}\b|{name}\b.* = )", sources, re.MULTILINE), name
     used = {
-        number for number, (_, command, *_) in enumerate(STAGES)
+        number for number, (_, command, *_) in enumerate(STAGE_TABLE)
         if any(code(room)[0] in rooms_of_imports(REPO / script) for script in code(command) if script.endswith(".py"))
     }
     if stages == "all":

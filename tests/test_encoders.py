@@ -1,4 +1,4 @@
-"""Encoders as their authors ship them: vectors equal SentenceTransformer.encode's, and shards remember how they were made."""
+"""Encoders as their authors ship them: vectors are those of SentenceTransformer.encode, and shards record how they were made."""
 
 import json
 import logging
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS, _bert_config, _bert_tokenizer, at, logged, make_text, read_jsonl, write_jsonl
+from conftest import at, logged, read_jsonl, write_jsonl
+from stubs import WORDS, _bert_config, _bert_tokenizer, make_text
 
 import generate_passage_embeddings
 import retriever
@@ -31,7 +32,7 @@ def bert(folder: Path) -> None:
 
 
 def xlm_roberta(folder: Path) -> None:
-    """66 positions of which 64 can be used, as BGE-M3 has 8194 for 8192 tokens."""
+    """A model with 66 positions for 64 tokens, as BGE-M3 has 8194 positions for 8192 tokens."""
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizer
 
@@ -47,7 +48,7 @@ def xlm_roberta(folder: Path) -> None:
 
 
 def qwen3(folder: Path) -> None:
-    """A causal model whose tokenizer pads on the left and ends each text with a token of its own, which is pooled."""
+    """A causal model whose tokenizer pads on the left and ends each text with a special token, which is pooled."""
     import torch
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
@@ -65,7 +66,7 @@ def qwen3(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# name: model, pooling, modules between, Normalize, tokens, prompts. The settings of the models that give the names.
+# name: model, pooling, modules between, Normalize, tokens, prompts. The settings are those of the models with these names.
 FORMS = {
     "bge": (bert, "cls", False, True, 64, {}),
     "bge-m3": (xlm_roberta, "cls", False, True, 64, {}),
@@ -79,7 +80,7 @@ FORMS = {
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory) -> dict[str, Path]:
-    """Folders of every form, saved by SentenceTransformer."""
+    """Folders of every form, as SentenceTransformer saves them."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -97,7 +98,7 @@ def shipped(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(shipped, tmp_path):
-    """A copy of a form, with files changed by name: a value replaces a file, keywords change its keys."""
+    """A copy of a form with changed files. A value replaces a file, and a dictionary changes keys of a file."""
 
     def make(name: str, **files: object) -> Path:
         folder = shutil.copytree(shipped[name], tmp_path / f"copy_{name}")
@@ -112,7 +113,7 @@ def copy(shipped, tmp_path):
 
 
 def reference(folder: Path, texts: list[str], role: str, **more: str) -> np.ndarray:
-    """What the library gives for each text, one at a time."""
+    """The library's vectors of the texts, encoded one at a time."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
@@ -128,14 +129,14 @@ def assert_same_directions(vectors: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("role", ["query", "passage"])
 @pytest.mark.parametrize("name", FORMS)
 def test_vectors_are_those_of_sentence_transformers(shipped, name, role):
-    """Texts of mixed lengths, padded in batches of ours."""
+    """The texts have different lengths and are padded in the project's batches."""
     encoder = Encoder(str(shipped[name]), "cpu", "float32", role=role)
     vectors = encoder.encode(TEXTS, batch_tokens=300)
     assert encoder.seen_tokens < encoder.padded_tokens, "there is padding to be ignored"
     expected = reference(shipped[name], TEXTS, role)
     assert vectors.shape == expected.shape
     assert_same_directions(vectors, expected)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # also mxbai's: its folder compares by the cosine
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # mxbai's vectors too, since its folder compares by the cosine
     np.testing.assert_allclose(Encoder(str(shipped[name]), "cpu", "float32", role=role).encode(TEXTS, batch_tokens=1), vectors, atol=1e-5)
 
 
@@ -156,13 +157,13 @@ def test_each_name_of_a_prompt(copy, config, query, passage):
 
 
 def test_a_prompt_by_flag(shipped):
-    """E5's authors name theirs in the README alone."""
+    """The prompts of E5 are only in the README of its authors."""
     vectors = Encoder(str(shipped["e5"]), "cpu", "float32", prompt="which river : ", role="query").encode(TEXTS)
     assert_same_directions(vectors, reference(shipped["e5"], TEXTS, "query", prompt="which river : "))
 
 
 def test_a_plain_folder_may_have_prompts(tmp_path, encoder_dir):
-    """For settings files, whose lists of flags cannot hold a space."""
+    """This is for settings files, whose lists of flags cannot hold a space."""
     folder = shutil.copytree(encoder_dir, tmp_path / "m")
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps({"prompts": {"query": "which river : ", "passage": "oil : "}, "similarity_fn_name": "cosine"}))
@@ -237,7 +238,7 @@ TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_tra
     modules(TRANSFORMER, "sentence_transformers.models.Normalize", POOLING, path="1_Pooling"), [{"type": None}], modules(TRANSFORMER, POOLING, path="nowhere"),
 ])
 def test_other_modules_are_refused(copy, listed, tmp_path, monkeypatch):
-    """In one line, and without running code that came with the model, even where it could be imported."""
+    """The error has one line, and no code of the model runs, even if it could be imported."""
     folder = copy("bge", modules_json=listed)
     shutil.copytree(folder / "1_Pooling", tmp_path / "elsewhere")
     monkeypatch.syspath_prepend(folder)
@@ -300,7 +301,7 @@ def search(model, passages, folder, output, *flags):
 
 
 def test_scores_are_those_of_the_library(tmp_path, shipped, corpus, corpus_tsv, caplog):
-    """With a prompt for questions, another for passages, and the last token, through both stages."""
+    """Both stages run with a prompt for questions, another one for passages, and the vector of the last token."""
     folder = shipped["qwen3-embedding"]
     caplog.set_level(logging.INFO)
     embed(folder, corpus_tsv, tmp_path / "e", "--passage_prompt", "oil : ")
@@ -338,7 +339,7 @@ def test_shards_of_two_prompts_are_refused_and_a_missing_prompt_is_warned_of(tmp
 
 
 def test_shards_without_a_record(tmp_path, encoder_dir, shipped, corpus_tsv, shards_dir, caplog):
-    """Published ones are accepted, with a line; those of an earlier version were pooled by the mean, whatever the folder says."""
+    """Published shards are accepted, with a line in the log. Shards of an earlier version were pooled by the mean, even if the folder has another setting."""
     embed(encoder_dir, corpus_tsv, tmp_path / "e")
     path = manifest_path(tmp_path / "e" / "passages_00.npy")
     made = json.loads(path.read_text())

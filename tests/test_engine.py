@@ -1,18 +1,17 @@
-"""The engine's edges: which checkpoint a name means, templates, and OpenAI-compatible servers. vLLM's start by stand-ins; vLLM itself: test_chain.py."""
+"""The edges of the engine: the checkpoint of a name, templates, OpenAI-compatible servers, and the start of vLLM with stand-ins. test_chain.py runs vLLM itself."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import at, make_tiny_llama, names
+from conftest import at, names
+from stubs import StubServer, chat_completion, make_tiny_llama
 
 from dynamicrag.llm.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.llm.templates import PromptTokenizer, in_threads
@@ -60,38 +59,18 @@ def test_a_broken_template_is_named_with_its_line(tmp_path):
 
 @pytest.fixture
 def server():
-    """Answers every prompt with its seed, once for each sample asked for, or one only where it is told to ignore n."""
-    received = []
+    """A server that answers every prompt with its seed, once per sample, or once if its `ignores_n` is set. It keeps the requests in `received`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        ignore_n = False
+    def answer(_, body):
+        server.received.append(body)
+        samples = 1 if server.ignores_n else body.get("n", 1)
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        return 200, chat_completion(*[f" {body['seed']} "] * samples, model=body["model"], usage=usage)
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            received.append(body)
-            n = 1 if Handler.ignore_n else body.get("n", 1)
-            choices = [
-                {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {body['seed']} "}}
-                for i in range(n)
-            ]
-            reply = {
-                "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices,
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-            }
-            data = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1", received, Handler
-    listening.shutdown()
+    server = StubServer(answer)
+    server.received, server.ignores_n = [], False
+    yield server
+    server.close()
 
 
 def ask(seed: int, **more) -> Request:
@@ -99,20 +78,18 @@ def ask(seed: int, **more) -> Request:
 
 
 def test_a_server_gets_every_setting_and_answers_come_back_in_order(server):
-    url, received, _ = server
-    completions = ApiEngine(url, "some-model").complete([ask(seed, n=2, pattern="None") for seed in range(20)])
+    completions = ApiEngine(server.url, "some-model").complete([ask(seed, n=2, pattern="None") for seed in range(20)])
     assert [completion.texts for completion in completions] == [[str(seed)] * 2 for seed in range(20)]
     assert completions[0].prompt_tokens == 7 and completions[0].generated_tokens == 3
-    assert {body["model"] for body in received} == {"some-model"}
-    assert received[0]["max_tokens"] == 5 and received[0]["structured_outputs"] == {"regex": "None"}
+    assert {body["model"] for body in server.received} == {"some-model"}
+    assert server.received[0]["max_tokens"] == 5 and server.received[0]["structured_outputs"] == {"regex": "None"}
 
 
 def test_a_server_that_ignores_n_is_asked_once_a_sample(server):
-    url, received, handler = server
-    handler.ignore_n = True
-    [completion] = ApiEngine(url, "some-model").complete([ask(1, n=4)])
+    server.ignores_n = True
+    [completion] = ApiEngine(server.url, "some-model").complete([ask(1, n=4)])
     assert completion.texts == ["1", "2", "3", "4"] and completion.prompt_tokens == 4 * 7
-    assert len(received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
+    assert len(server.received) == 5, "the request for all, and one for each sample, as nothing keeps the first"
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
@@ -123,8 +100,8 @@ def test_a_server_that_is_not_there_ends_the_run_with_its_address(monkeypatch):
 
 # ---------------------------------------------------------------- vLLM and its child process
 
-# Stand-ins for torch and vLLM that keep their rules: a process that asked for a GPU, but not through NVML, passes a broken CUDA on to
-# its forked children; importing vLLM makes the question harmless; the engine is a child process, forked unless told otherwise.
+# Stand-ins for torch and vLLM with the same rules. If a process has asked for a GPU, but not through NVML, CUDA is broken in its
+# forked children. After an import of vLLM the question does no harm. The engine is a child process, and is forked by default.
 STAND_INS = {
     "torch/__init__.py": "from torch import cuda\n",
     "torch/cuda.py": (
@@ -170,7 +147,7 @@ def start_engine(folder: Path, *words: str, **environment: str) -> subprocess.Co
 
 @pytest.mark.parametrize("words", [(), ("cuda",)])
 def test_on_a_gpu_the_engine_starts_as_a_child_process(tmp_path, words):
-    """Even in a process that has asked torch for a GPU before."""
+    """This holds even if the process has already asked torch for a GPU."""
     started = start_engine(tmp_path, *words)
     assert started.returncode == 0, started.stderr
     assert started.stdout.strip() == "False"
@@ -191,7 +168,7 @@ def test_a_gpu_build_of_vllm_without_a_gpu_is_refused_in_one_line(tmp_path, monk
 
 
 class CountingTokenizer:
-    """A word is a token. Counts what it has encoded."""
+    """A tokenizer whose tokens are words. It keeps the texts that it has encoded."""
 
     def __init__(self):
         self.encoded = []
@@ -259,7 +236,7 @@ def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch):
 
 
 class Output:
-    """One request's, as vLLM has it."""
+    """vLLM's output of one request."""
 
     def __init__(self, *samples: tuple[str, str]):
         self.prompt_token_ids = [1, 2, 3]
@@ -267,7 +244,7 @@ class Output:
 
 
 class Words:
-    """Stands for a PromptTokenizer: a word is a token."""
+    """A PromptTokenizer whose tokens are words."""
 
     def __init__(self, opens_reasoning: bool = False, opens_with_space: bool = False):
         self.opens_reasoning, self.opens_with_space = opens_reasoning, opens_with_space
@@ -278,7 +255,7 @@ class Words:
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """An engine whose vLLM gives `outputs`; what it was asked is in `engine.sent`."""
+    """An engine whose vLLM returns `outputs`. Its requests are in `engine.sent`."""
     vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     vllm.SamplingParams, sampling_params.StructuredOutputsParams = Namespace, Namespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
@@ -339,7 +316,7 @@ def test_tags_that_are_special_tokens_are_seen(in_process):
 
 @pytest.mark.parametrize(("value", "bar"), [("1", False), (None, True)])
 def test_vllms_bar_is_off_if_bars_are(value, bar):
-    """In a process of its own: tqdm reads the environment when it is imported."""
+    """The test needs a new process, since tqdm reads the environment when it is imported."""
     script = f"from dynamicrag.llm.vllm_environment import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
@@ -347,7 +324,7 @@ def test_vllms_bar_is_off_if_bars_are(value, bar):
 
 @pytest.mark.slow
 def test_the_engine_continues_a_prefix_and_ends_at_a_stop_string(tmp_path):
-    """A special token never is in vLLM's text, so that its id ends the output; an open block of reasoning in the prefix counts."""
+    """vLLM's text never has a special token, so the id of the token ends the output. A block of reasoning that the prefix opens counts as reasoning."""
     from transformers import AutoTokenizer
     from vllm.outputs import CompletionOutput
 

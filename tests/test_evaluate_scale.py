@@ -1,4 +1,4 @@
-"""evaluate.py on many rows with documents: memory is that of the scores, not of the file."""
+"""evaluate.py on many rows with documents: memory grows with the scores, not with the file."""
 
 import os
 import random
@@ -10,12 +10,12 @@ import orjson
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The peak of this program alone: ru_maxrss would start from that of the process it was forked from.
+# VmHWM is the peak of this program alone; ru_maxrss would include the process from which it was forked.
 PROGRAM = "import sys, evaluate; evaluate.main(sys.argv[1:]); print('peak', next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 
 
 def write_results(path: Path, count: int) -> None:
-    """Rows with five documents of a hundred words, 3.5 KB each."""
+    """Write rows with five documents of a hundred words, 3.5 KB per row."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(1000)]
     texts = [orjson.dumps(" ".join(rng.choices(words, k=100))) for _ in range(200)]
@@ -41,7 +41,7 @@ def peak_bytes(path: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_memory_does_not_grow_with_the_documents_of_the_rows(suffix, tmp_path):
-    """Ten times the rows: 18,000 more scores, and 63 MB more of documents, which would take twice that in memory."""
+    """With ten times the rows there are 18,000 more scores and 63 MB more of documents, which would need twice as much memory."""
     few, many = tmp_path / f"few.{suffix}", tmp_path / f"many.{suffix}"
     write_results(few, 2000), write_results(many, 20_000)
     assert many.stat().st_size > 60 << 20

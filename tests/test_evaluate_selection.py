@@ -1,4 +1,4 @@
-"""evaluate.py where gold documents are known: what was chosen against what is needed, by hand and against plain sets."""
+"""evaluate.py with gold documents: selected documents against needed ones, by hand and against plain sets."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def here(tmp_path, monkeypatch):
 
 
 def make_row(number: int, gold: str | None, final: str | None, docs: str = "abcd", **more) -> dict:
-    """A document a letter; without `final` the question was not answered."""
+    """A document per letter. Without `final` the question was not answered."""
     row = {"id": f"q{number}", "question": "?", "answers": ["x"], "docs": [{"id": doc, "title": "", "text": doc} for doc in docs], **more}
     if gold is not None:
         row["gold_docs"] = list(gold)
@@ -33,7 +33,7 @@ def run(*rows: dict, name: str = "r") -> dict:
 
 
 ROWS = [
-    make_row(1, "ab", "acd", docs="acd"),  # precision 1/3, recall 1/2, F1 2/5; one of two was retrieved
+    make_row(1, "ab", "acd", docs="acd"),  # precision 1/3, recall 1/2, F1 2/5; one of two gold documents was retrieved
     make_row(2, "a", "a"), make_row(3, "a", "", docs=""), make_row(4, "", ""), make_row(5, "", "a"), make_row(6, "abe", None), make_row(7, None, "a"),
 ]
 
@@ -136,7 +136,7 @@ IDS = st.lists(st.sampled_from("abcdef"), max_size=8)
 
 @given(st.lists(st.tuples(IDS, st.none() | IDS, IDS), min_size=1, max_size=8))
 def test_measures_are_those_of_sets(questions):
-    """Ids that come twice are one document."""
+    """An id that occurs twice is one document."""
     chosen = []
     precision, recall, f1, exact, ceiling = [], [], [], [], []
     for number, (gold, final, docs) in enumerate(questions):

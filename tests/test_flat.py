@@ -17,7 +17,7 @@ from dynamicrag.search.inner_products import best_first
 
 
 def brute_force(vectors, queries, k):
-    """float64 inner products rounded to float32; equal scores by position."""
+    """float64 inner products, rounded to float32. Equal scores are ordered by position."""
     scores = (queries.astype(np.float64)[:, None] * vectors.astype(np.float64)).sum(axis=2).astype(np.float32)
     return best_first(scores, np.broadcast_to(np.arange(len(vectors)), scores.shape), min(k, len(vectors)))
 
@@ -32,7 +32,7 @@ def assert_exact(vectors, queries, k, cuts=(), **given):
 
 @pytest.fixture(params=["float32", pick_dtype("auto", "cpu")], ids=str, autouse=True)
 def rough(request, monkeypatch):
-    """Whatever the first comparison is made in, the result is the same."""
+    """The type of the first comparison does not change the result."""
     dtype = getattr(torch, request.param) if isinstance(request.param, str) else request.param
     monkeypatch.setattr("dynamicrag.models.device.pick_dtype", lambda name, device: dtype)
 
@@ -61,7 +61,7 @@ def test_at_the_real_tile_size():
 
 
 def test_vectors_that_low_precision_cannot_tell_apart(small_tiles):
-    """A thousand vectors that are one vector in bfloat16, best at random places."""
+    """A thousand vectors that are the same vector in bfloat16. The best ones are at random places."""
     rng = np.random.default_rng(2)
     vectors = (1 + rng.integers(-2, 3, (1000, 32)) / 2048).astype(np.float16)
     assert_exact(vectors, 1 + normal(rng, 5, 32) / 1000, 10)
@@ -83,10 +83,10 @@ def test_many_questions_in_small_tiles(small_tiles, monkeypatch):
 @pytest.mark.parametrize("best_at", [0, 63, 70, 900])
 @pytest.mark.parametrize("rounded", ["query", "vectors"])
 def test_the_best_where_rounding_hides_it_most(small_tiles, best_at, rounded):
-    """Rounding to bfloat16 adds 1 to the score of every vector and takes 1 from that of the best one."""
+    """Rounding to bfloat16 adds 1 to the score of every vector except the best one, which loses 1."""
     width = 512
     pattern = np.where(np.arange(width) % 2, 1.0, -1.0)
-    fine = pattern / 512  # what rounding takes away from 1 + fine
+    fine = pattern / 512  # rounding removes this from 1 + fine
     if rounded == "query":
         query, others, best = 1 + fine, -pattern, pattern
     else:
@@ -151,7 +151,7 @@ def test_anything(data):
 
 
 def test_comparing_many_candidates_takes_no_more_memory_than_a_few(rough):
-    """It was 360 MB, in every worker at the same time: results kept between freed vectors spread them over the heap."""
+    """It once took 360 MB per worker: results that were kept between freed vectors spread them over the heap."""
     measured = """
 import resource, torch
 from dynamicrag.search.inner_products import inner_products

@@ -12,29 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tiny_llama, names, read_jsonl, write_jsonl
+from machines import program, table
 
 REPO = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models")
-
-
-def program(path: Path, script: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
-    return path
-
-
-@pytest.fixture
-def machine(tmp_path):
-    """machine(GPUS) is the environment of a machine whose nvidia-smi lists as many; settings of a run are in CONFIG."""
-
-    def make(gpus: int | None = None, **environment) -> dict[str, str]:
-        listed = "\n".join(map(str, range(gpus or 0)))
-        program(tmp_path / "bin/nvidia-smi", "exit 9" if gpus is None else f"echo '{listed}'")
-        kept = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "NUM_SHARDS", "SHARDS", "CUDA_DEVICE_ORDER")}
-        return {**kept, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CONFIG": str(REPO / "configs/llama3_8b.env"), "WORK": str(tmp_path / "run"), **environment}
-
-    return make
 
 
 def bash(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -211,7 +192,7 @@ STUB_INFERENCE = """
 import sys
 import time
 from pathlib import Path
-from test_inference import StubEngine
+from stubs import StubEngine
 from dynamicrag.llm import requests
 from dynamicrag import stage
 script = Path(sys.argv[1]).stem
@@ -481,12 +462,6 @@ def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_fr
 
 
 # ---------------------------------------------------------------- the plan
-
-
-def table(text: str) -> dict[str, list[str]]:
-    """The rows of the plan's two tables, by their first cell."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return {row[0]: row[1:] for row in rows}
 
 
 @pytest.mark.parametrize(("gpus", "environment", "worker", "sft"), [

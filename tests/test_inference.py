@@ -1,4 +1,4 @@
-"""Choosing and answering with a stub in place of the LLM: inference.py, top_inference.py, sampling_dpo_trajectories.py."""
+"""Selections and answers with a stub in place of the LLM: inference.py, top_inference.py, sampling_dpo_trajectories.py."""
 
 import json
 import random
@@ -11,68 +11,19 @@ import pytest
 from conftest import at, naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stubs import StubEngine, documents, question
 
 import inference
 import sampling_dpo_trajectories
 import top_inference
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
-from dynamicrag.llm import requests
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
 from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
-
-SHOWN = re.compile(r"^\[(\d+)\] (.*)$", re.MULTILINE)
-
-
-class StubEngine:
-    """Answers every request with `reply(request, kind, titles)`; `kind` is the prompt it was built with.
-
-    A prompt of more than `window` documents does not fit.
-    """
-
-    def __init__(self, reply=None, window: int = 10**6):
-        self.reply = reply or (lambda request, kind, titles: "None")
-        self.window = window
-        self.batches: list[list] = []
-
-    @staticmethod
-    def kind(request) -> str:
-        system = request.messages[0]["content"]
-        return "select" if "choose" in system else "judge" if "judge" in system else "answer"
-
-    @staticmethod
-    def titles(messages) -> list[str]:
-        return [title for _, title in SHOWN.findall(messages[-1]["content"])]
-
-    def fits(self, messages, max_tokens: int) -> bool:
-        return len(self.titles(messages)) <= self.window
-
-    def complete(self, requests):
-        self.batches.append(requests)
-        assert len(self.batches) < 100, "it goes on for ever"
-        completions = []
-        for request in requests:
-            kind, titles = self.kind(request), self.titles(request.messages)
-            texts = self.reply(request, kind, titles)
-            texts = [texts] * request.n if isinstance(texts, str) else texts
-            completions.append(Completion(texts, prompt_tokens=100 + len(titles), generated_tokens=len(texts)))
-        return completions
-
-
-def documents(count: int, prefix: str = "d", **more) -> list[dict]:
-    return [
-        {"id": f"{prefix}{n}", "title": f"{prefix}{n}", "text": f"text {n}", "score": 1.0 - n / 1000, **more}
-        for n in range(1, count + 1)
-    ]
-
-
-def question(number: int = 1, docs: int | list[dict] = 5, **more) -> dict:
-    docs = documents(docs) if isinstance(docs, int) else docs
-    return {"id": f"q{number}", "question": f"what is {number}?", "answers": ["a"], "docs": docs, **more}
 
 
 def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Caller:
@@ -114,7 +65,7 @@ def test_all_questions_are_asked_in_two_batches():
         ("[6], [7]", None), ("prose", None), ("", None), ("[None]", []), ("[9], None", None),
     ],
 )
-def test_what_the_model_writes_becomes_a_selection_or_an_error(written, ids):  # behaviours 15, 24
+def test_what_the_model_writes_becomes_a_selection_or_an_error(written, ids):
     rows, _ = answered([question(1), question(2)], reply=lambda request, kind, titles: (
         "an answer" if kind == "answer" else "[1]" if "is 2?" in request.messages[1]["content"] else written
     ))
@@ -163,7 +114,7 @@ def test_identifiers_are_constrained_to_the_documents_shown(constrain, constrain
 
 
 def test_a_row_of_an_earlier_run_carries_nothing_of_it_over():
-    """The remain file is a usable input, and so is a result file: what they say of the last run is gone."""
+    """The remain file and a result file are usable inputs. Keys of the last run are removed from their rows."""
     old = {"error": "old", "response": "old", "id_list": [5], "final_docs": ["d5"]}
     rows, _ = answered([question(1, **old), question(2, **old)], reply=lambda request, kind, titles: (
         "new" if kind == "answer" else "[1]" if "is 1?" in request.messages[1]["content"] else "prose"
@@ -274,29 +225,6 @@ def test_a_question_longer_than_the_window_is_an_error_that_quotes_it():
 # ---------------------------------------------------------------- the stage
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model, a template and three questions, as the working folder; returns the engines loaded."""
-    monkeypatch.chdir(tmp_path)
-    Path("t.jinja").write_text("x")
-    Path("DynamicRAG_llama3_8b").mkdir()
-    Path("DynamicRAG_llama3_8b/config.json").write_text("{}")
-    Path("q.jsonl").write_text("".join(json.dumps(question(n)) + "\n" for n in (1, 2, 3)))
-    loaded = []
-
-    def load_engine(args):
-        loaded.append(StubEngine(lambda request, kind, titles: (
-            "an answer" if kind == "answer" else "Yes" if kind == "judge"
-            else "prose" if "is 2?" in request.messages[1]["content"] else "[1]"
-        )))
-        loaded[-1].model = args.llm_model
-        loaded[-1].memory = args.gpu_memory_utilization
-        return loaded[-1]
-
-    monkeypatch.setattr(requests, "load_engine", load_engine)
-    return loaded
-
-
 def run(module, *flags: str) -> None:
     files = ["--input-json", "q.jsonl", "--output-json", "out/{selector}.json", "--remain-output-json", "out/{selector}_remain.json"]
     module.main([*files, "--template", "t.jinja", *flags])
@@ -310,7 +238,7 @@ def read(path: str) -> list[dict]:
     ("module", "flags", "out"),
     [(inference, [], "dynamic"), (top_inference, ["--max-context-window", "2", "--topn", "4"], "{selector}")],
 )
-def test_rows_without_an_answer_go_to_the_remain_file_and_all_others_to_the_output(here, module, flags, out):  # behaviour 26
+def test_rows_without_an_answer_go_to_the_remain_file_and_all_others_to_the_output(here, module, flags, out):
     run(module, *flags)
     rows, remain = read(f"out/{out}.json"), read(f"out/{out}_remain.json")
     assert [row["id"] for row in rows] == ["q1", "q3"]
@@ -456,7 +384,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch, suffi
 
 
 def picks(*positions: int):
-    """A chooser of the same positions in every window, those it has."""
+    """A selector of the same positions in every window, if the window has them."""
     return lambda windows: [Selection([p for p in positions if p <= len(docs)], True) for _, docs in windows]
 
 
@@ -464,12 +392,12 @@ def always_last(windows):
     return [Selection([len(docs)], True) for _, docs in windows]
 
 
-def test_positions_within_a_window_become_documents_before_windows_are_merged():  # behaviour 22
+def test_positions_within_a_window_become_documents_before_windows_are_merged():
     kept = top_inference.reduce_to_window([documents(500)], 40, always_last)
     assert [doc["id"] for doc in kept[0]] == [f"d{n}" for n in (*range(40, 481, 40), 500)]
 
 
-def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour 22
+def test_top_500_with_a_model_that_takes_the_last_of_each_window():
     def reply(request, kind, titles):
         if kind == "answer":
             return "a"
@@ -522,8 +450,8 @@ WRITTEN = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 1000), window=st.integers(1, 1100), written=st.lists(WRITTEN, min_size=1, max_size=8), seed=st.integers(0, 99),
        order=st.sampled_from(["final", "retrieval"]))
-def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):  # behaviour 23
-    """Repeated ids among the documents, and any text as a selection: nothing from outside, nothing twice, and an end."""
+def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(count, window, written, seed, order):
+    """Documents have repeated ids, and a selection may be any text. No foreign document is selected, none twice, and the loop ends."""
     rng = random.Random(seed)
     docs = [{**doc, "id": f"d{rng.randrange(count)}"} for doc in documents(count)]
     read_from = []
@@ -572,7 +500,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
     assert rows[1]["response"] == "a"
 
 
-def test_documents_are_identified_by_id_not_by_position_or_text():  # behaviour 23
+def test_documents_are_identified_by_id_not_by_position_or_text():
     docs = [{**doc, "text": "same", "title": f"d{n}", "id": f"d{n % 5}"} for n, doc in enumerate(documents(12))]
     kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
@@ -593,7 +521,7 @@ def test_top_inference_shows_no_more_than_topn():
     counts=st.lists(st.integers(0, 1000), min_size=1, max_size=3), window=st.integers(1, 120), seed=st.integers(0, 10**6),
     greed=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]), repeats=st.booleans(),
 )
-def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, window, seed, greed, repeats):  # behaviour 23
+def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, window, seed, greed, repeats):
     rng = random.Random(seed)
     questions = [
         [{"id": f"{q}/{rng.randrange(count) if repeats else n}"} for n in range(count)] for q, count in enumerate(counts)

@@ -1,16 +1,24 @@
-"""Files: what is read, what is refused, and that an interruption loses nothing."""
+"""Files: which ones are read, which ones are refused, and that an interruption loses nothing."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
-from argparse import Namespace
 
 import pytest
 from conftest import at, naming, read_jsonl, write_jsonl
+from copying_stage import (
+    ROWS,
+    Killed,
+    arguments,
+    check_that_a_second_run_is_refused,
+    check_that_workers_take_turns,
+    put,
+    run_stage,
+    values,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +26,6 @@ from dynamicrag import stage
 from dynamicrag.files import jsonio
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.jsonio import read_json, write_json
-from dynamicrag.files.locks import in_turn
 from dynamicrag.rows import output
 from dynamicrag.rows.manifest import differences, read_manifest
 from dynamicrag.rows.output import Output
@@ -26,16 +33,6 @@ from dynamicrag.rows.records import count_rows, normalise_row, read_rows
 from dynamicrag.rows.row import RowError
 from dynamicrag.rows.tasks import derive_dataset
 from dynamicrag.stage import UserError
-
-
-def values(path):
-    return [value for _, value in read_json(path)]
-
-
-def put(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
 
 # ---------------------------------------------------------------- jsonio
 
@@ -82,7 +79,7 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(JSON, min_size=1, max_size=8), indent=st.sampled_from([None, 1]), size=st.integers(1, 40))
 def test_arrays_cut_anywhere_read_the_same(tmp_path_factory, rows, indent, size):
-    """Elements straddle the reads of the file in every possible way."""
+    """Each read of the file ends at another place of an element."""
     path = put(tmp_path_factory.mktemp("cut") / "a.json", json.dumps(rows, indent=indent, ensure_ascii=False))
     original, jsonio.READ_BYTES = jsonio.READ_BYTES, size
     try:
@@ -98,8 +95,7 @@ def test_elements_larger_than_a_read(tmp_path):
 
 
 def test_long_arrays_do_not_cost_more_a_row(tmp_path):
-    """A megabyte of short elements takes well under a second: no element copies the rest of what was read."""
-    import time
+    """A megabyte of short elements takes less than a second, since no element copies the rest of the text."""
 
     path = put(tmp_path / "a.json", json.dumps([{"id": number} for number in range(60_000)]))
     began = time.process_time()
@@ -241,7 +237,7 @@ def test_answers_are_read_in_the_forms_of_the_fields_files(given, answers):
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"answers": "['Jane Roe' 'J. Roe']"}, "answers"),  # as numpy writes a list; Python reads one string of it
+        ({"answers": "['Jane Roe' 'J. Roe']"}, "answers"),  # numpy writes a list in this way; Python reads it as one string
         ({"answers": "[politician, leader]"}, "answers"), ({"answer": "[1945]"}, "answer"), ({"possible_answers": "['a', nan]"}, "possible_answers"), ({"answer": "['a'"[:-1] + "]"}, "answer"),
         ({"answer": {"aliases": ["x"]}}, "answer"), ({"answer": {"value": "x", "aliases": [1]}}, "answer"), ({"answer": '{"aliases": ["x"]}'}, "answer"), ({"answer": 5}, "answer"),
         ({"answers": [["a"], ["b"]]}, "answers"), ({"answers": [["a"]]}, "answers"), ({"answer": "x", "answer_aliases": [1]}, "answer_aliases"),
@@ -395,37 +391,6 @@ def test_a_split_after_the_name_of_a_file_does_not_count(tmp_path, name, dataset
 # ---------------------------------------------------------------- stage
 
 
-ROWS = [{"id": str(number), "question": f"question {number}"} for number in range(10)]
-
-
-def arguments(**changes):
-    return Namespace(**{"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes})
-
-
-class Killed(Exception):
-    pass
-
-
-def run_stage(folder, suffix=".jsonl", stop_after=None, rows=ROWS, tear=b"", **changes):
-    """A stage that copies rows in chunks of 3; returns how many rows it computed."""
-    source, target = folder / "in.jsonl", folder / f"out{suffix}"
-    if not source.exists():
-        write_jsonl(source, rows)
-    output = Output(arguments(**changes), [str(target)], [str(source)])
-    computed = 0
-    if output.finished:
-        return 0
-    for number, chunk in enumerate(output.chunks(read_rows(source), 3)):
-        if number == stop_after:
-            output._file.write(tear)
-            output._file.close()
-            raise Killed
-        output.write([{**row, "length": len(row["question"])} for row in chunk])
-        computed += len(chunk)
-    output.finish()
-    return computed
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("tear", [b"", b'{"id": "9', b'{"id":"x"}\n{"id":"y"}\n', b'{"id":"x"}\n{"id":"y"}\n{"id'])
 def test_killed_anywhere_the_bytes_are_the_same(tmp_path, suffix, tear):
@@ -457,7 +422,7 @@ def test_killed_before_the_manifest(tmp_path, suffix, monkeypatch):
 
 
 def test_killed_between_whole_files(tmp_path):
-    """A stage that publishes several files and dies after the first starts again without --overwrite."""
+    """If a stage with several files dies after the first file, the same command starts again without --overwrite."""
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
     names = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     Output(arguments(), names, [str(source)]).publish(names[0], ROWS[:5])
@@ -502,11 +467,7 @@ def test_a_foreign_file_is_not_replaced(tmp_path):
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
-    first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
-    next(first.chunks(iter(ROWS), 3))
-    with pytest.raises(UserError, match=at("out.jsonl.partial")):
-        run_stage(tmp_path)
+    check_that_a_second_run_is_refused(tmp_path)
 
 
 def test_missing_input_and_bad_folder(tmp_path):
@@ -569,7 +530,7 @@ def test_errors_are_one_line_and_a_status(body, status, said):
 
 
 def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
-    """As a terminal shows it: after a carriage return, what is written covers what stood there, character by character."""
+    """The text is compared as a terminal shows it: after a carriage return, new characters replace old ones."""
     body = ("from tqdm import tqdm; import sys\n    bar = tqdm(total=9, desc='working', mininterval=0, file=sys.stderr)\n"
             "    for n in range(3):\n        bar.update()\n        stage.log.warning('noted %d', n)\n    raise stage.UserError('broken')")
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(body)], capture_output=True, text=True)
@@ -587,7 +548,7 @@ def test_no_line_of_the_log_and_no_error_stands_on_the_line_of_a_bar():
 
 @pytest.mark.parametrize("script", ["split_data", "generate_passage_embeddings", "retriever", "aggregate", "reranker"])
 def test_help_needs_no_heavy_import(script, request):
-    """--help is quick because nothing heavy is imported; counted instead of timed, machines differ."""
+    """--help is fast because it imports nothing heavy. The imports are counted instead of timed, since machines differ."""
     code = (f"import sys, {script}\ntry: {script}.parse_args(['--help'])\nexcept SystemExit: pass\n"
             "sys.stderr.write(' '.join({'torch', 'transformers', 'faiss', 'datasets', 'numpy'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath)
@@ -595,7 +556,7 @@ def test_help_needs_no_heavy_import(script, request):
 
 
 def test_no_output_is_an_input_or_another_output_or_another_runs(tmp_path):
-    """--overwrite would destroy what it needs (behaviour 2)."""
+    """--overwrite would destroy the input."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "question": "q"}])
     with pytest.raises(UserError, match=at("in.jsonl")):
         Output(arguments(overwrite=True), [str(source)], [str(source)])
@@ -628,22 +589,4 @@ def test_a_finished_output_that_lost_a_file_is_not_mixed_with_another_run(tmp_pa
 
 
 def test_workers_work_one_at_a_time_and_go_on_together(tmp_path):
-    log, lock, ready = [], threading.Lock(), threading.Barrier(4)
-
-    def worker(number: int) -> None:
-        ready.wait()
-        time.sleep(0.02 * number)  # all have started before the first is done
-        with in_turn(tmp_path / "work"):
-            for event in ("begins", "ends"):
-                with lock:
-                    log.append(event)
-                time.sleep(0.1)
-        with lock:
-            log.append("goes on")
-
-    threads = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert log == ["begins", "ends"] * 4 + ["goes on"] * 4
+    check_that_workers_take_turns(tmp_path)

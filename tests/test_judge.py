@@ -15,12 +15,13 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import orjson
 import pytest
 from conftest import at, names
+from stubs import StubServer, chat_completion
 
 from dynamicrag.llm import endpoint
 from dynamicrag.llm.prompts import Prompts
@@ -47,7 +48,7 @@ def grades(points: float = 20, **other) -> str:
     return json.dumps({**dict.fromkeys(CRITERIA, points), **other})
 
 
-# ---------------------------------------------------------------- reading a grade (behaviour 16)
+# ---------------------------------------------------------------- reading a grade
 
 
 @pytest.mark.parametrize(
@@ -78,22 +79,16 @@ def test_anything_else_is_unreadable_and_never_a_number(reply):
 
 
 def completion(text, **other) -> bytes:
-    message = {"role": "assistant", "content": text}
-    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, **other}).encode()
+    return json.dumps(chat_completion(text, **other)).encode()
 
 
-class Server(ThreadingHTTPServer):
-    """Answers each prompt with the next of its scripted replies, and the last of them ever after.
+class Server(StubServer):
+    """Answers each prompt with the next reply of its script, and then always with the last one.
 
-    A prompt has the script of its answer to grade, else `script`. A reply is a status, or a misbehaviour, and what goes with it.
+    `scripts` has the script of an answer to grade; `script` is for all other answers. A reply is a status or a fault, and its details.
     """
 
-    daemon_threads = True
-    request_queue_size = 512
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.script: list = [(200, grades(10))]
         self.scripts: dict[str, list] = {}
         self.seen: dict[str, int] = Counter()
@@ -104,18 +99,11 @@ class Server(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.now = self.most = self.sent_200 = 0
         self.outlasted = False
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__(handler=Handler)
 
     @property
     def requests(self) -> int:
         return sum(self.seen.values())
-
-    def handle_error(self, request, client_address):
-        pass
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -153,14 +141,14 @@ class Handler(BaseHTTPRequestHandler):
         if status == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        if status in ("half", "trickle"):  # half: `content` and no more, though more was promised
+        if status in ("half", "trickle"):  # half: `content` and nothing more, although more was promised
             self.head(200, 100_000)
             self.wfile.write(content)
             self.wfile.flush()
             if status == "half":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            for _ in range(100):  # no pause is as long as the timeout, the whole is far longer
+            for _ in range(100):  # each pause is shorter than the timeout, all together are far longer
                 time.sleep(0.1)
                 self.wfile.write(b" ")
                 self.wfile.flush()
@@ -191,11 +179,8 @@ def server(monkeypatch):
     monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1)
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 @pytest.fixture
@@ -209,7 +194,7 @@ def make(server, cache):
 
 
 def prompts(*responses: str) -> list:
-    """Each answer as the row of its name."""
+    """A row per answer, with the answer as its name."""
     return [(f"row-{response}", Prompts().judge("what?", ["gold"], response)) for response in responses]
 
 
@@ -243,7 +228,7 @@ def test_a_first_reply_of_something_else_means_another_address_and_is_said_at_on
 
 
 @pytest.mark.parametrize("trouble", [(429, None), (500, None), (200, "garbage"), (200, grades(-1)), ("cut",), HANG, (200, {"error": {"message": "overloaded"}})], ids=str)
-def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):  # behaviour 18
+def test_trouble_that_stays_is_an_error_and_never_a_grade(server, make, trouble):
     server.script = [trouble]
     with pytest.raises(UserError, match=at("row row-a", "m", 3)):
         make().grade(prompts("a"))
@@ -304,7 +289,7 @@ TROUBLES = [
     ("slow", 2.5),
     ("cut",),
     ("half", b'{"id": "1", "choices": [{"index": 0, "mess'),
-    ("half", completion(grades(3))),  # all of a reply but for what was promised to follow
+    ("half", completion(grades(3))),  # a whole reply, although more was promised
     ("trickle", completion(grades(3))),
     (200, "I would give this answer 80 out of 100."),
     (200, grades(3)[:-4]),
@@ -316,12 +301,12 @@ TROUBLES = [
 
 
 def storm(response: str) -> tuple[list, float]:
-    """What befalls an answer before it is graded, and its grade: both depend on its text alone."""
+    """The replies to an answer before it is graded, and its grade. Both depend only on its text."""
     rng = random.Random(response)
     points = [rng.randint(0, POINTS) for _ in CRITERIA]
     troubles = rng.choices(TROUBLES, k=rng.randint(0, 5))
     replies = [trouble for trouble in troubles if trouble[0] == 200 and isinstance(trouble[1], str)]
-    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end it
+    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end the run
         troubles.remove(trouble)
     return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
 
@@ -329,7 +314,7 @@ def storm(response: str) -> tuple[list, float]:
 def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
     monkeypatch.setattr(endpoint, "ATTEMPTS", 12)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1.5)
-    responses = [f"answer {number}" for number in range(240)]
+    responses = [f"answer {number}" for number in range(120)]
     expected = [storm(response)[1] for response in responses]
     server.scripts = {response: storm(response)[0] for response in responses}
     befell = Counter(str(trouble) for script in server.scripts.values() for trouble in script[:-1])
@@ -342,7 +327,7 @@ def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
     asked = server.requests
     again = make(concurrency=64)
     assert again.grade(prompts(*reversed(responses))) == pytest.approx(expected[::-1])
-    assert (server.requests, again.usage) == (asked, JudgeUsage(cached=240))
+    assert (server.requests, again.usage) == (asked, JudgeUsage(cached=120))
 
 
 # ---------------------------------------------------------------- when it tries again
@@ -350,11 +335,11 @@ def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
 
 @pytest.mark.parametrize(
     ("header", "least", "most"),
-    [("0.4", 0.4, 2), ("0", 0, 0.5), ("20", 0.6, 2), ("in 20 seconds", 0.6, 2), ("-5", 0, 0.5), ("nan", 0, 0.5), ("inf", 0, 0.5), ("soon", 0, 0.5), ("1.2.3", 0, 0.5)],
+    [("0.2", 0.2, 2), ("0", 0, 0.5), ("20", 0.3, 2), ("in 20 seconds", 0.3, 2), ("-5", 0, 0.5), ("nan", 0, 0.5), ("inf", 0, 0.5), ("soon", 0, 0.5), ("1.2.3", 0, 0.5)],
 )
 @pytest.mark.parametrize("status", [429, 503])
 def test_the_server_says_when_to_try_again_within_bounds(server, make, monkeypatch, status, header, least, most):
-    monkeypatch.setattr(endpoint, "MAX_RETRY_AFTER_SECONDS", 0.6)
+    monkeypatch.setattr(endpoint, "MAX_RETRY_AFTER_SECONDS", 0.3)
     if header == "in 20 seconds":
         header = formatdate(time.time() + 20, usegmt=True)
     server.script = [(status, None, [("Retry-After", header)]), (200, grades(10))]
@@ -413,8 +398,7 @@ def test_an_endpoint_that_refuses_the_format_names_the_flag(server, make, status
 
 
 def truncated(text, **message) -> bytes:
-    choices = [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": text, **message}}]
-    return completion("", choices=choices)
+    return completion(text, finish="length", message=message)
 
 
 @pytest.mark.parametrize("reply", [
@@ -492,7 +476,7 @@ def test_the_same_model_at_another_address_is_the_same_judge_and_another_row_the
 
 
 def test_grades_kept_by_an_earlier_version_are_not_paid_for_again(server, make, cache):
-    """Their keys held the address of the judge."""
+    """The keys of the earlier version had the address of the judge."""
     [(_, messages)] = prompts("a")
     key = hashlib.sha256(orjson.dumps([server.url, "m", messages, REPLY_FORMATS["json_schema"], CRITERIA, POINTS])).hexdigest()
     GradeCache(cache).put(key, 0.25)
@@ -523,7 +507,7 @@ def together(*functions) -> list:
 
 
 def test_judges_that_share_a_cache_agree_and_ask_little_twice(server, make):
-    """A server of moods: where two judges ask for one grade at once, the one that came first counts for both."""
+    """The server's grades change. If two judges ask for one grade at once, the first grade counts for both."""
     responses = [f"answer {number}" for number in range(60)]
     rng = random.Random(3)
     server.scripts = {response: [("late", (0.02, (200, grades(rng.randint(0, 20))))) for _ in range(4)] for response in responses}

@@ -17,8 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import at, names
-from test_chain import make_tiny_llama
+from conftest import at, make_tiny_llama, names
 
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import ApiEngine, Request

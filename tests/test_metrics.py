@@ -1,4 +1,4 @@
-"""dynamicrag/evaluation/metrics.py and the task table: each metric against cases worked out by hand (test_metrics_reference.py: against references)."""
+"""dynamicrag/evaluation/metrics.py and the task table, against cases worked out by hand. test_metrics_reference.py compares with public references."""
 
 import random
 
@@ -14,7 +14,7 @@ from dynamicrag.rows.choices import Choice, choices_of, with_choices
 from dynamicrag.rows.tasks import TASKS, target_answer, task_of, task_of_row
 
 CASES = [
-    # metric, response, answers, score (behaviour 25)
+    # metric, response, answers, score
     ("em", "The Eiffel Tower!", ["eiffel tower"], 1), ("em", "Eiffel  Tower", ["eiffel\ntower"], 1), ("em", "Eiffel", ["Eiffel Tower"], 0),
     ("em", "x", ["y", "X."], 1), ("em", "", ["a"], 0), ("em", "...", ["x"], 0), ("em", "the", ["a"], 0), ("em", "the", ["the"], 1),
     ("em", "A", ["a"], 1), ("em", "A", ["B"], 0), ("em", "", ["..."], 0), ("em", "São Tomé", ["são tomé"], 1), ("em", "ﬁve", ["five"], 1),
@@ -36,7 +36,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("metric", "response", "answers", "score"), CASES)
-def test_a_metric_of_an_answer(metric, response, answers, score):  # behaviour 25
+def test_a_metric_of_an_answer(metric, response, answers, score):
     assert METRICS[metric](response, answers) == pytest.approx(score)
 
 
@@ -52,10 +52,10 @@ def test_a_score_lies_between_0_and_1_whatever_the_text(metric, response, answer
 
 def test_a_gold_answer_of_punctuation_is_not_in_every_response():
     assert metrics.match("anything", ["..."]) == 0
-    assert metrics.match("anything", ["a"]) == 1  # as a substring; the metric is containment
+    assert metrics.match("anything", ["a"]) == 1  # found as a substring, since the metric is containment
 
 
-def test_rouge_is_of_the_response_against_the_reference_and_not_the_other_way_round(monkeypatch):  # behaviour 25
+def test_rouge_is_of_the_response_against_the_reference_and_not_the_other_way_round(monkeypatch):
     seen = []
 
     class Scorer:
@@ -91,11 +91,11 @@ def test_the_best_gold_answer_counts_and_their_order_does_not(metric):
         ("str_em", "one", {"answers": ["one", "two"]}, 0.5), ("str_em", "one", {"qa_pairs": [], "answers": ["one"]}, 1), ("str_em", "x", {}, None),
     ],
 )
-def test_a_row_under_a_metric(metric, response, row, score):  # behaviour 25
+def test_a_row_under_a_metric(metric, response, row, score):
     assert score_row(metric, response, row) == score
 
 
-def test_every_data_set_has_a_metric_there_is_and_an_instruction():  # behaviour 27
+def test_every_data_set_has_a_metric_there_is_and_an_instruction():
     for task in TASKS.values():
         assert task.metric in METRIC_NAMES
         assert task.instruction and task.max_tokens > 0
@@ -324,7 +324,7 @@ def test_a_paired_comparison_finds_no_difference_where_there_is_none_about_as_of
 
 
 def test_a_paired_comparison_uses_the_pairs():
-    """Two systems that differ on few questions, always the same way: unpaired, the difference would drown in the spread."""
+    """Two systems differ on few questions and always in the same direction. Without pairs, the spread would hide the difference."""
     own = [float(n % 2) for n in range(200)]
     others = [score if n % 20 else 0.0 for n, score in enumerate(own, start=1)]
     found = paired_bootstrap(own, others, 1)

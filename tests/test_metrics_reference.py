@@ -1,8 +1,8 @@
-"""dynamicrag/evaluation/metrics.py against public references: rouge-score as it comes, and the published formulae written down again.
+"""dynamicrag/evaluation/metrics.py against public references: the package rouge-score, and the published formulae, written again here.
 
-Each metric is compared on some thousand pairs of a response and a gold answer, seeded: mutations of one another and
-unrelated ones, of texts chosen to be awkward. Where ours differs from the reference on purpose, the test says which pairs
-those are, that there is no other, and what the reference gets wrong.
+Each metric is compared on some thousand pairs of a response and a gold answer, from a seed: mutations of difficult texts, and
+unrelated texts. If the project's metric differs from the reference on purpose, the test names the kind of pairs, checks that no
+other pair differs, and says what the reference gets wrong.
 """
 
 import itertools
@@ -32,7 +32,7 @@ SHORT = [text for text in AWKWARD if len(text) < 200]
 
 
 def mutate(rng: random.Random, text: str) -> str:
-    """Something near `text`: in another case or form, with more around it, with words dropped, repeated or moved."""
+    """A text near `text`: in another case or form, with more text around it, or with dropped, repeated or moved words."""
     words = text.split()
     kind = rng.randrange(12)
     if kind == 0:
@@ -61,7 +61,7 @@ def mutate(rng: random.Random, text: str) -> str:
 
 
 def make_pairs(seed: int, count: int, longest: int) -> list[tuple[str, str]]:
-    """`count` (response, answer): every awkward text with itself and with the article-like, then mutations, then unrelated ones."""
+    """`count` pairs of response and answer: every difficult text with itself and with the articles, then mutations, then unrelated texts."""
     rng = random.Random(seed)
     texts = [text[:longest] for text in AWKWARD]
     pairs = [(text, text) for text in texts] + list(itertools.product(texts[:22], repeat=2))
@@ -89,7 +89,7 @@ def squad_em(response: str, answer: str) -> float:
 
 
 def squad_f1(response: str, answer: str) -> float:
-    """From precision and recall, 0 where no word is shared."""
+    """F1 of precision and recall, or 0 if no word is shared."""
     given, gold = squad_form(response).split(), squad_form(answer).split()
     left = list(gold)
     shared = 0
@@ -104,29 +104,29 @@ def squad_f1(response: str, answer: str) -> float:
 
 
 def contains(response: str, answer: str) -> float:
-    """ALCE and the evaluations of PopQA: the normalised answer is somewhere in the normalised response."""
+    """As in ALCE and the evaluations of PopQA: the normalised answer occurs in the normalised response."""
     return float(squad_form(answer) in squad_form(response))
 
 
 def alce_str_em(response: str, qa_pairs: list[list[str]]) -> float:
-    """ALCE: the mean over all readings of whether one of its short answers is somewhere in the response."""
+    """As in ALCE: the share of readings of which a short answer occurs in the response."""
     return sum(max([contains(response, answer) for answer in answers], default=0.0) for answers in qa_pairs) / len(qa_pairs)
 
 
 def composed(text: str) -> str:
-    """NFKC, with quotes and dashes as a keyboard has them."""
+    """The text in NFKC, with the quotes and dashes of a keyboard."""
     for marks, plain in (("‘’‚‛´", "'"), ("“”„‟«»", '"'), ("‐‑‒–—―−", "-")):
         text = re.sub(f"[{marks}]", plain, text)
     return unicodedata.normalize("NFKC", text)
 
 
 def leaves_nothing(text: str) -> bool:
-    """White space, ASCII punctuation and articles alone."""
+    """Whether a text has only white space, ASCII punctuation and articles."""
     return squad_form(composed(text)) == ""
 
 
 def as_it_reads(text: str) -> str:
-    """Its words, articles too, without case and punctuation; where it has none, its marks."""
+    """The words of a text, with articles, without case and punctuation. If it has no words, its marks."""
     text = composed(text).lower()
     return " ".join("".join(character for character in text if character not in string.punctuation).split()) or text.strip()
 
@@ -135,7 +135,7 @@ def as_it_reads(text: str) -> str:
 
 
 def test_there_are_pairs_of_every_kind():
-    """Else the agreement below would say little."""
+    """Without such pairs the agreement below would mean little."""
     assert len(PAIRS) >= 6000
     equal = sum(squad_em(*pair) for pair in PAIRS)
     partial = sum(0 < squad_f1(*pair) < 1 for pair in PAIRS)
@@ -148,7 +148,7 @@ def test_there_are_pairs_of_every_kind():
 
 @pytest.mark.parametrize(("metric", "reference"), [("em", squad_em), ("f1", squad_f1), ("match", contains)])
 def test_em_f1_and_match_are_the_references_of_composed_text_that_leaves_something(metric, reference):
-    """Everywhere but where nothing is left of the gold answer, the score is the reference's on the NFKC forms."""
+    """The score is the reference's on the NFKC forms, unless nothing is left of the gold answer."""
     compared = 0
     for response, answer in PAIRS:
         if not leaves_nothing(answer):
@@ -159,13 +159,13 @@ def test_em_f1_and_match_are_the_references_of_composed_text_that_leaves_somethi
 
 @pytest.mark.parametrize(("metric", "reference"), [("em", squad_em), ("f1", squad_f1), ("match", contains)])
 def test_the_references_differ_on_two_kinds_of_pairs_alone(metric, reference):
-    """Of the text as it comes, the reference differs only where
+    """On unchanged texts, the reference differs only in two cases.
 
-    1. NFKC changes one of the two, or it has a typographic quote or dash. The reference takes "é" in one code point for another
-       letter than "é" in two, "ﬁve" for another word than "five", and "it’s" for another than "it's": the same text to a reader,
-       right or wrong by the editor it was typed in.
-    2. The gold answer is nothing but articles and punctuation. For em the reference has "the" equal to "a", "?" and no answer at
-       all; for match every response holds it; for f1 "A" against "A" is 0. Ours compares the words themselves.
+    1. NFKC changes one of the two texts, or one of them has a typographic quote or dash. For the reference, "é" in one code point is
+       another letter than "é" in two, "ﬁve" another word than "five", and "it’s" another one than "it's". A reader sees the same
+       text, and the editor in which it was typed would decide the score.
+    2. The gold answer has only articles and punctuation. By the reference's em, "the" equals "a", "?" and an empty answer. By its
+       match, every response holds the answer. By its f1, "A" against "A" is 0. The project's metrics compare the words themselves.
     """
     differing = {1: 0, 2: 0}
     for response, answer in PAIRS:
@@ -177,7 +177,7 @@ def test_the_references_differ_on_two_kinds_of_pairs_alone(metric, reference):
 
 
 def test_texts_of_articles_and_punctuation_are_compared_as_they_are():
-    """The second kind in full: ours is 1 for the same words, or the same marks where there are no words, and else 0."""
+    """All pairs of the second case: the score is 1 for the same words, or for the same marks if there are no words. Otherwise it is 0."""
     both = [pair for pair in PAIRS if all(map(leaves_nothing, pair)) and all(text.strip() for text in pair)]
     same = [as_it_reads(response) == as_it_reads(answer) for response, answer in both]
     assert 100 < sum(same) < len(same) - 100
@@ -205,7 +205,7 @@ def test_several_answers_are_the_best_of_each():
 
 
 def test_str_em_is_alces():
-    """But for readings without any short answer that says something, which ALCE counts as found (blank) or missed (no answer)."""
+    """The scores differ only if a reading has no short answer with text. ALCE counts such a reading as found (blank) or missed (no answer)."""
     rng, compared = random.Random(13), 0
     for _ in range(4000):
         readings = [[composed(answer) for _, answer in rng.choices(PAIRS, k=rng.randint(1, 3))] for _ in range(rng.randint(1, 4))]
@@ -226,14 +226,14 @@ def test_str_em_is_alces():
 
 
 def starts_with_label(response: str, answer: str) -> float:
-    """The response's words begin with the label's, letter case, punctuation and form of marks aside; no label is none."""
+    """Whether the response begins with the words of the label, apart from letter case, punctuation and the form of marks. An empty label does not count."""
     response, answer = (re.sub(rf"[{re.escape(string.punctuation)}]+", "", composed(text)).lower() for text in (response, answer))
     response, answer = (re.sub(r"\s+", " ", text).strip() for text in (response, answer))
     return float(answer != "" and f"{response} ".startswith(f"{answer} "))
 
 
 def test_accuracy_is_whether_the_response_begins_with_the_label():
-    labels = ["SUPPORTS", "REFUTES", "NOT SURE", "the", "not", "Supports.", "half-true", "...", "", "yes", "no", "不"]  # none of a choice
+    labels = ["SUPPORTS", "REFUTES", "NOT SURE", "the", "not", "Supports.", "half-true", "...", "", "yes", "no", "不"]  # not a label of a choice
     rng = random.Random(14)
     pairs = [(response, label) for response in [*AWKWARD, *labels] for label in labels]
     for _ in range(1500):
@@ -280,7 +280,7 @@ def test_rouge_of_several_answers_is_rouge_scores_best(scorer):
 
 
 def test_rouge_lsum_is_rouge_scores_over_our_sentences(scorer):
-    """rouge-score takes a line for a sentence; the lines are what metrics.split_sentences makes of the text."""
+    """For rouge-score a line is a sentence. The lines are those of metrics.split_sentences."""
     for response, answer in make_pairs(17, 3000, 600):
         if rouge_scores_own(answer):
             lines = metrics.split_sentences(answer), metrics.split_sentences(response)
@@ -288,7 +288,7 @@ def test_rouge_lsum_is_rouge_scores_over_our_sentences(scorer):
 
 
 def test_rouge_lsum_is_rouge_scores_over_sentences_known_beforehand(scorer):
-    """Here the sentences are joined into a paragraph, which ours has to part again."""
+    """Here the sentences are joined into a paragraph, which the metric has to split again."""
     rng = random.Random(18)
     words = "rivers river running mountain mountains blue climate seven cafe 42 exports imports population generously".split()
     different = 0
@@ -308,7 +308,7 @@ UNSPACED = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYAN
 
 
 def any_words(text: str) -> list[str]:
-    """Runs of letters, digits and marks, stemmed if English; characters, with their marks, of scripts that put no space between words."""
+    """The words of a text: runs of letters, digits and marks, stemmed if they are English. In scripts without spaces, a word is a character with its marks."""
     words, run = [], ""
     for character in composed(text).lower():
         kind = unicodedata.category(character)[0]
@@ -328,7 +328,7 @@ def any_words(text: str) -> list[str]:
 
 
 def plain_rouge_l(response: str, answer: str) -> float:
-    """2 LCS / (response words + answer words), which is F of LCS precision and recall."""
+    """2 LCS / (response words + answer words), which is F1 of LCS precision and recall."""
     given, gold = any_words(response), any_words(answer)
     lengths = [0] * (len(gold) + 1)
     for word in given:
@@ -363,6 +363,6 @@ def test_a_response_equal_to_its_answer_is_right_in_any_script(text):
 
 
 def test_sentences_end_at_the_full_stops_of_other_scripts():
-    """Two sentences the other way round are the same two sentences."""
+    """Two sentences in the other order are the same two sentences."""
     assert metrics.rouge_lsum("东京在日本。北京在中国。", ["北京在中国。东京在日本。"]) == 1 > metrics.rouge_l("东京在日本。北京在中国。", ["北京在中国。东京在日本。"])
     assert metrics.split_sentences("One. 北京。东京！ यह है। वह है। (End.) 3。") == "One.\n北京。\n东京！\nयह है।\nवह है।\n(End.)\n3。"

@@ -1,28 +1,29 @@
-"""What a run is known by, where its output lies, and which locks it holds."""
+"""The fingerprint of a run, the place of its output, and its locks."""
 
 import contextlib
 import errno
 import fcntl
+import functools
+import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from types import SimpleNamespace
 
 import pytest
 from conftest import at, logged, naming, write_jsonl
-from test_io import (
+from copying_stage import (
     ROWS,
     Killed,
     arguments,
+    check_that_a_second_run_is_refused,
+    check_that_workers_take_turns,
     put,
     run_stage,
-    test_two_runs_do_not_write_one_output,
-    test_workers_work_one_at_a_time_and_go_on_together,
     values,
 )
+from tqdm import tqdm
 
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.locks import exclusive, in_turn
@@ -33,15 +34,12 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError
 
-two_runs, taking_turns = test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together
-del test_two_runs_do_not_write_one_output, test_workers_work_one_at_a_time_and_go_on_together  # they are test_io.py's
-
 # ---------------------------------------------------------------- fingerprints
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A folder of fingerprints that starts empty."""
+    """An empty folder of fingerprints."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -58,7 +56,7 @@ def test_a_change_is_seen_in_a_file_of_any_size(tmp_path, monkeypatch):
             byte = file.read(1)
             file.seek(place)
             file.write(bytes([byte[0] ^ 1]))
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an editor does that keeps the time
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # some editors keep the time of a file
         seen.add(manifest.fingerprint(path))
     assert len(seen) == 5
     assert manifest.fingerprint(put(tmp_path / "copy", path.read_bytes())) in seen
@@ -66,7 +64,7 @@ def test_a_change_is_seen_in_a_file_of_any_size(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Files above a thousand bytes are large; the names of the files whose bytes were read for their fingerprint."""
+    """The names of the files that were read for their fingerprint. Files of more than a thousand bytes count as large."""
     found, real = [], manifest.hashlib.file_digest
 
     def file_digest(file, digest):
@@ -95,7 +93,7 @@ def test_a_large_file_is_read_once_while_it_stays_what_it_was(tmp_path, reads, c
         assert manifest.fingerprint(path) == second
     del reads[:]
     assert manifest.fingerprint(path) == second and reads == []
-    monkeypatch.setattr(manifest, "SETTLED_NS", 10**12)  # it changed a moment ago: it may change again within the clock's tick
+    monkeypatch.setattr(manifest, "SETTLED_NS", 10**12)  # the file has just changed, and may change again within one tick of the clock
     put(path, b"z" * 2000)
     assert manifest.fingerprint(path) == manifest.fingerprint(path) and reads == ["large", "large"]
 
@@ -108,7 +106,7 @@ def test_without_a_place_to_keep_it_a_fingerprint_is_made_again(tmp_path, reads,
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_an_earlier_version_goes_on_and_a_changed_input_is_seen(tmp_path, monkeypatch, caplog, finished):
-    """That version knew large files by 64 samples."""
+    """The earlier version made the fingerprint of a large file from 64 samples."""
     monkeypatch.setattr(manifest, "LARGE", 2 << 20)
     rows = [{**row, "text": "x" * (300 << 10)} for row in ROWS]
     with monkeypatch.context() as patch:
@@ -149,7 +147,7 @@ def test_the_same_file_by_another_path_is_the_same_input(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a_copy.jsonl", ROWS)
     for path in ("./data/rows.jsonl", str(tmp_path / "data/rows.jsonl"), "linked/rows.jsonl", "by_link.jsonl", "a_copy.jsonl"):
         assert finished(path) and finished(path, str(tmp_path / "out.jsonl"), str(shard), str(tmp_path / "linked"))
-    for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that says which data set the rows are of
+    for path in ("data/other.jsonl", "data/nq.jsonl"):  # other rows; a name that gives the data set of the rows
         with pytest.raises(UserError, match=naming("arguments", "files, input_file")):
             finished(path)
     with pytest.raises(UserError, match=naming("inputs", "data/shard_0.npy")):
@@ -174,7 +172,7 @@ def test_two_inputs_that_changed_places_are_other_inputs(tmp_path):
 
 
 def test_shards_that_changed_their_names_are_other_inputs(tmp_path):
-    """They are found through a glob: their order is that of their names."""
+    """A glob finds the shards in the order of their names."""
     for folder, contents in (("a", b"xy"), ("b", b"xy"), ("c", b"yx")):
         (tmp_path / folder).mkdir()
         for number, content in enumerate(contents):
@@ -207,7 +205,7 @@ GPU, CPU = {"device": "NVIDIA H100", "dtype": "bfloat16"}, {"device": "cpu", "dt
 
 
 def computed(folder, resolved: dict, chunks: int = 9, dtype: str = "auto") -> Output:
-    """A stage that writes so many chunks at most, with what its --dtype and --device come to."""
+    """Run a stage that writes at most so many chunks. Its manifest has the resolved --dtype and --device."""
     source = write_jsonl(folder / "in.jsonl", ROWS)
     out = Output(arguments(dtype=dtype), [str(folder / "out.jsonl")], [str(source)])
     if out.finished:
@@ -227,7 +225,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path, caplog):
     with pytest.raises(UserError, match=at("out.jsonl.partial", "arguments", "dtype", "'bfloat16'", "'float32'")):
         computed(tmp_path, CPU)
     assert not logged(caplog, "out.jsonl.partial")
-    computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # asked for by name
+    computed(tmp_path, {**CPU, "dtype": "bfloat16"}, dtype="bfloat16", chunks=1)  # the type is asked for by name
     assert logged(caplog, "out.jsonl.partial", "NVIDIA H100", "cpu") == 1
     computed(tmp_path, GPU)
     assert logged(caplog, "out.jsonl.partial") == 1, "on the device it was begun on there is nothing to say"
@@ -251,7 +249,7 @@ def test_a_run_of_an_earlier_version_that_noted_no_precision_goes_on(tmp_path, c
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("name", ["out", "elsewhere"])
 def test_an_output_that_is_a_link_stays_one(tmp_path, suffix, name):
-    """The home folder is small: nothing is written there beside the link."""
+    """The home folder may be small, so nothing is written there except the link."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -280,7 +278,7 @@ def test_every_whole_file_is_written_where_its_link_leads(tmp_path):
 
 
 class NfsLocks:
-    """flock as Linux' NFS client has it: byte-range locks, which the file's mode must allow, and which may not be upgraded."""
+    """flock as in Linux' NFS client: byte-range locks that need a matching file mode and cannot be upgraded."""
 
     def __init__(self):
         self.shared, self.flock = set(), fcntl.flock
@@ -303,12 +301,12 @@ def test_locks_work_as_nfs_has_them(tmp_path, monkeypatch, caplog):
         fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
     monkeypatch.setattr(fcntl, "flock", NfsLocks())
-    taking_turns(tmp_path)
+    check_that_workers_take_turns(tmp_path)
     with exclusive(tmp_path / "store"):
         pass
     assert run_stage(tmp_path) == 10
     (tmp_path / "two").mkdir()
-    two_runs(tmp_path / "two")
+    check_that_a_second_run_is_refused(tmp_path / "two")
     assert not logged(caplog)
 
 
@@ -323,7 +321,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, num
     with pytest.raises(UserError, match=at("store.lock", "flock")), exclusive(tmp_path / "store"):
         raise AssertionError("it goes on without the lock")
     went_on = False
-    with in_turn(tmp_path / "corpus"):  # which only saves memory
+    with in_turn(tmp_path / "corpus"):  # this lock only saves memory
         went_on = True
     assert went_on and logged(caplog, "flock") == 1
 
@@ -347,32 +345,27 @@ def test_turns_are_of_one_machine_and_leave_nothing_beside_the_corpus(tmp_path, 
 
 # ---------------------------------------------------------------- what stages note and show
 
-CHAIN = """
-import sys
-from pathlib import Path
-import aggregate, evaluate_retrieval, generate_passage_embeddings, reranker, retriever, reward_trajectories, split_data
-corpus, encoder, monot5 = sys.argv[1:]
-common = ["--device", "cpu"]
-split_data.main(["--input_file", "questions.jsonl", "--output_dir", "splits", "--num_splits", "1"])
-generate_passage_embeddings.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--output_dir", "embeddings", *common])
-retriever.main(["--model_name_or_path", encoder, "--passages", corpus, "--passage_store", "store", "--passages_embeddings", "embeddings", "--query",
-                "splits/split_0.json", "--output_file", "found_0.jsonl", "--index", "flat", "bm25", "--n_docs", "3", "--dtype", "float32", *common])
-aggregate.main(["--input_files", "found_*.jsonl", "--splits_dir", "splits", "--output_file", "all.jsonl"])
-reranker.main(["--model_name_or_path", monot5, "--input_file", "all.jsonl", "--output_file", "reranked.jsonl", "--dtype", "bfloat16", *common])
-reward_trajectories.main(["--input_file", "sampled.jsonl", "--output_file", "rewarded.jsonl", "--bert_model", encoder, "--bert_layer", "1", *common])
-evaluate_retrieval.main(["--results_file", "reranked.jsonl"])
-"""
 
-
-def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, request, encoder_dir, monot5_dir, corpus_tsv):
+def test_stages_note_device_and_precision_and_show_no_bar_that_is_disabled(tmp_path, monkeypatch, capfd, encoder_dir, monot5_dir, corpus_tsv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))  # as TQDM_DISABLE=1 does if it is set before the import
     write_jsonl(tmp_path / "questions.jsonl", [{**row, "answers": ["x"]} for row in ROWS])
     write_jsonl(tmp_path / "sampled.jsonl", [
         {"id": "1", "question": "what?", "answers": ["a"], "docs": [], "id_lists": [[], []], "responses": ["a", "b"], "response_tokens": [1, 1]},
     ])
-    done = subprocess.run([sys.executable, "-c", CHAIN, corpus_tsv, encoder_dir, monot5_dir], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(request.config.rootpath)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not re.search(r"\d%\||it/s|/s\]", done.stderr)
+    encode = f"--model_name_or_path {encoder_dir} --passages {corpus_tsv} --passage_store store --device cpu"
+    for command in (
+        "split_data --input_file questions.jsonl --output_dir splits --num_splits 1",
+        f"generate_passage_embeddings {encode} --output_dir embeddings",
+        f"retriever {encode} --passages_embeddings embeddings --query splits/split_0.json --output_file found_0.jsonl --index flat bm25 --n_docs 3 --dtype float32",
+        "aggregate --input_files found_*.jsonl --splits_dir splits --output_file all.jsonl",
+        f"reranker --model_name_or_path {monot5_dir} --input_file all.jsonl --output_file reranked.jsonl --dtype bfloat16 --device cpu",
+        f"reward_trajectories --input_file sampled.jsonl --output_file rewarded.jsonl --bert_model {encoder_dir} --bert_layer 1 --device cpu",
+        "evaluate_retrieval --results_file reranked.jsonl",
+    ):
+        name, *flags = command.split()
+        importlib.import_module(name).main(flags)
+    assert not re.search(r"\d%\||it/s|/s\]", capfd.readouterr().err)
     noted = {name: read_manifest(tmp_path / name) for name in ("embeddings/passages_00.npy", "found_0.jsonl", "reranked.jsonl", "rewarded.jsonl")}
     assert {made["device"] for made in noted.values()} == {"cpu"}
     automatic, *given, none = (made["resolved"].get("dtype") for made in noted.values())

@@ -1,4 +1,4 @@
-"""pyproject.toml and the requirements files name the same packages, and the package comes with all it needs."""
+"""pyproject.toml and the requirements files name the same packages, and the wheel has all files of the package."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
 def pinned(name: str) -> dict[str, str]:
-    """Version by package of a requirements file; "" for one without a version."""
+    """The versions in a requirements file by package, or "" for a package without a version."""
     lines = [line.strip() for line in (REPO / name).read_text(encoding="utf-8").splitlines()]
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
@@ -36,7 +36,7 @@ def test_the_trainer_is_pinned_as_its_group_says():
 
 
 def test_a_wheel_holds_every_module_and_the_files_of_the_report(tmp_path):
-    source = tmp_path / "source"  # a build leaves files beside what it builds
+    source = tmp_path / "source"  # a build leaves files in the source folder
     shutil.copytree(REPO / "dynamicrag", source / "dynamicrag")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)

@@ -22,7 +22,7 @@ PROMPTS = Prompts()
 
 
 def make_row(trajectories: list[tuple[list[int], str, float, float]], number: int = 1, docs_shown: int = 5, **more) -> dict:
-    """Trajectories are (identifiers, response, reward, em)."""
+    """A row with trajectories (identifiers, response, reward, em)."""
     docs = [{"id": f"d{n}", "title": f"title {n}", "text": f"text {n}", "score": 0.5} for n in range(1, 8)]
     ids, responses, scores, ems = map(list, zip(*trajectories, strict=True)) if trajectories else ([], [], [], [])
     return {
@@ -37,7 +37,7 @@ WORSE = ([4], "worse", 0.1, 0.0)
 
 
 def reranker(row, margin=0.0, which="best-worst", most=None):
-    """What is chosen and rejected, by pair."""
+    """The chosen and the rejected text of each pair."""
     pairs = reranker_pairs(row, which, margin, most)
     return [(format_ids(row["id_lists"][pair.chosen]), format_ids(row["id_lists"][pair.rejected])) for pair in pairs]
 
@@ -60,12 +60,12 @@ def training_rows(make, row, *flags):
         ([WRONG, RIGHT, WORSE], 0.0, ("[1]", "[4]")),
         ([RIGHT], 0.0, None), ([], 0.0, None), ([RIGHT, RIGHT], 0.0, None),
         ([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 0.0, None),  # equal rewards
-        ([([1], "a", 0.5, 0.0), ([1, 2], "a", 0.4, 0.0)], 0.0, ("[1]", "[1], [2]")),  # behaviour 17: equal answers
+        ([([1], "a", 0.5, 0.0), ([1, 2], "a", 0.4, 0.0)], 0.0, ("[1]", "[1], [2]")),  # equal answers
         ([([], "a", 0.5, 0.0), ([1], "a", 0.4, 0.0)], 0.0, ("None", "[1]")),
-        ([([1], "a", 0.75, 0.0), ([2], "b", 0.5, 0.0)], 0.25, None),  # not further apart than the margin
+        ([([1], "a", 0.75, 0.0), ([2], "b", 0.5, 0.0)], 0.25, None),  # the difference is not larger than the margin
         ([([1], "a", 0.75, 0.0), ([2], "b", 0.25, 0.0)], 0.25, ("[1]", "[2]")),
         ([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0), ([3], "c", 0.1, 0.0), ([4], "d", 0.1, 0.0)], 0.0, ("[1]", "[3]")),
-        ([([2, 1], "a", 0.5, 0.0), ([1, 2], "b", 0.4, 0.0)], 0.0, ("[2], [1]", "[1], [2]")),  # order alone
+        ([([2, 1], "a", 0.5, 0.0), ([1, 2], "b", 0.4, 0.0)], 0.0, ("[2], [1]", "[1], [2]")),  # only the order differs
     ],
 )
 def test_a_reranker_pair_is_the_best_against_the_worst_selection(trajectories, margin, pair):
@@ -86,18 +86,18 @@ def test_a_reranker_pair_asks_about_the_documents_that_were_shown():
     ("trajectories", "gold", "best"),
     [
         ([RIGHT, WRONG, WORSE], ("gold 1", "worse"), ("gold 1", "worse")),
-        ([RIGHT], None, None), ([], None, None),  # behaviour 19: right answers are never rejected
+        ([RIGHT], None, None), ([], None, None),  # right answers are never rejected
         ([([1], "GOLD 1", 0.9, 1.0), ([2], "gold 1", 0.1, 1.0), WRONG], ("gold 1", "bad"), ("GOLD 1", "bad")),
         ([RIGHT, ([2], "", 0.0, 0.0)], None, None), ([RIGHT, ([2], " \n", 0.0, 0.0), WRONG], ("gold 1", "bad"), ("gold 1", "bad")),
         ([WRONG, WORSE], ("gold 1", "worse"), ("bad", "worse")),
-        ([WORSE], ("gold 1", "worse"), None),  # the best is the worst
+        ([WORSE], ("gold 1", "worse"), None),  # the best one is also the worst one
         ([([1], "x", 0.2, 0.0), ([2], "y", 0.2, 0.0)], ("gold 1", "x"), None),
         ([([1], "y", 0.3, 0.0), ([2], "x", 0.3, 0.0), ([3], "x", 0.3, 0.0)], ("gold 1", "y"), None),
         ([([1], "", 0.9, 0.0), WORSE], ("gold 1", "worse"), None),  # the best response is empty
         ([RIGHT, ([1], "gold 1 ", 0.1, 0.5)], None, None),
     ],
 )
-def test_a_generator_pair_rejects_the_lowest_scoring_wrong_response(trajectories, gold, best):  # behaviours 16, 19
+def test_a_generator_pair_rejects_the_lowest_scoring_wrong_response(trajectories, gold, best):
     row = make_row(trajectories)
     assert generator(row) == gold
     assert generator(row, "best") == best
@@ -126,7 +126,7 @@ trajectory = st.tuples(
     trajectories=st.lists(trajectory, max_size=8), margin=st.sampled_from([0.0, 0.2]), most=st.sampled_from([None, 1, 3]),
     which=st.sampled_from(["best-worst", "all", "top-bottom:1", "top-bottom:2", "top-bottom:9"]),
 )
-def test_every_pair_prefers_the_better_selection(trajectories, margin, which, most):  # behaviours 17, 19
+def test_every_pair_prefers_the_better_selection(trajectories, margin, which, most):
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     scores, pairs = row["response_scores"], reranker_pairs(row, which, margin, most)
     for pair in pairs:
@@ -145,7 +145,7 @@ def test_every_pair_prefers_the_better_selection(trajectories, margin, which, mo
 
 
 @given(trajectories=st.lists(trajectory, max_size=8), chosen_from=st.sampled_from(["gold", "best"]), first=st.booleans())
-def test_every_answer_rejected_is_wrong_and_of_this_question(trajectories, chosen_from, first):  # behaviours 17, 19
+def test_every_answer_rejected_is_wrong_and_of_this_question(trajectories, chosen_from, first):
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     scores = row["response_scores"]
     pair = generator_pair(row, chosen_from, first)
@@ -209,11 +209,11 @@ def make(rows: list[dict], *flags: str) -> tuple[list[dict], list[dict]]:
     )
 
 
-def test_one_question_is_enough_for_both_sets():  # behaviour 20
+def test_one_question_is_enough_for_both_sets():
     assert tuple(map(len, make([make_row([RIGHT, WORSE])]))) == (1, 1)
 
 
-def test_nothing_leaks_from_one_question_into_the_next():  # behaviour 19
+def test_nothing_leaks_from_one_question_into_the_next():
     rows = [
         make_row([([1], f"gold {n}", 0.9, 1.0), ([2], f"bad {n}", 0.1, 0.0)] if n % 3 else [([1], f"gold {n}", 0.9, 1.0)], n)
         for n in range(1, 13)
@@ -226,7 +226,7 @@ def test_nothing_leaks_from_one_question_into_the_next():  # behaviour 19
     assert {pair["system"] for pair in generator_pairs} != {pair["system"] for pair in reranker_pairs}
 
 
-def test_questions_without_trajectories_cost_nothing_else():  # behaviour 15
+def test_questions_without_trajectories_cost_nothing_else():
     assert tuple(map(len, make([make_row([], 2), make_row([RIGHT, WORSE])]))) == (1, 1)
 
 
@@ -239,7 +239,7 @@ def test_questions_without_trajectories_cost_nothing_else():  # behaviour 15
         ([make_row([([1], "x", 0.1, 0.0), ([1], "x", 0.1, 0.0)])], naming("reranker", 1)),
     ],
 )
-def test_a_missing_set_is_an_error_and_not_an_empty_file(rows, says):  # behaviour 20
+def test_a_missing_set_is_an_error_and_not_an_empty_file(rows, says):
     with pytest.raises(UserError, match=says):
         make(rows)
     assert not list(Path("training_data").glob("*_dpo.json"))
@@ -262,7 +262,7 @@ def test_caps_take_a_seeded_sample_in_the_order_of_the_questions():
 
 def test_the_published_recipe_divides_the_questions_and_rejects_the_first_other_answer(monkeypatch):
     rows = [make_row([([2], "gold 0", 0.5, 0.0), RIGHT, WORSE], n) for n in range(1, 11)]
-    rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # scores do not differ: not counted
+    rows.insert(0, make_row([([1], "a", 0.5, 0.0), ([2], "b", 0.5, 0.0)], 99))  # equal scores are not counted
     reranker_set, generator_set = make(rows, "--recipe", "published")
     asked = [[int(re.search(r"what is (\d+)\?", pair["instruction"])[1]) for pair in pairs] for pairs in (generator_set, reranker_set)]
     assert asked == [[1, 2], list(range(3, 11))]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import at, logged, names, naming, read_jsonl, write_jsonl
 from local_hub import LocalHub
-from test_docs import table
+from pages import table
 
 import prepare_data
 from dynamicrag.files import downloads, published

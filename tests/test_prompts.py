@@ -1,9 +1,11 @@
-"""dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
+"""dynamicrag/llm/prompts.py: the words of the prompts, which are the same in training, sampling and inference."""
 
 import re
 from argparse import Namespace
 
 import pytest
+from prompt_rows import DOCS, ROW
+from stubs import StubEngine
 
 import construct_dpo
 import construct_generator_sft
@@ -16,16 +18,6 @@ from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of
 from dynamicrag.stage import UserError
-
-DOCS = [
-    {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},
-    {"id": "b", "title": "{question} {0}", "text": "braces {} {{x}} %s \\n", "rerank_score": 0.1, "rerank_label": "false", "score": 0.9},
-    {"id": "c", "title": "São Tomé", "text": "Zeile\neins ", "rerank_score": 0.8, "rerank_label": "true", "score": 0.8},
-]
-ROW = {
-    "id": "nq_1", "dataset": "nq", "question": "Which {river} is longest?", "answers": ["the Nile"], "docs": DOCS, "docs_shown": 3,
-    "id_lists": [[3, 1], [2]], "responses": ["the Nile", "Amazon"], "response_scores": [0.9, 0.1], "score_terms": [{"em": 1.0}, {"em": 0.0}],
-}
 
 
 def user(messages) -> str:
@@ -159,19 +151,12 @@ def prompts_file(request, tmp_path):
     return str(path)
 
 
-class Window:
-    """An engine into which everything fits."""
-
-    def fits(self, messages, max_tokens):
-        return True
-
-
 def caller(prompts_file) -> Caller:
-    return Caller(Window(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
+    return Caller(StubEngine(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
 
 
 def turns(row: dict) -> list[dict]:
-    """What LLaMA-Factory makes of a row's columns."""
+    """The messages that LLaMA-Factory makes of a row's columns."""
     return [{"role": "system", "content": row["system"]}, {"role": "user", "content": "\n".join(filter(None, [row["instruction"], row["input"]]))}]
 
 
@@ -204,7 +189,7 @@ def test_the_generator_is_trained_on_what_it_is_asked(prompts_file):
 
 @pytest.mark.parametrize(("setting", "place"), [("system: null", "system: null"), ("prefix: 'Needed:'", "prefix")])
 def test_nothing_is_trained_that_the_trainers_rows_cannot_express(tmp_path, setting, place):
-    """LLaMA-Factory puts a system prompt of its own in the place of none."""
+    """If there is no system prompt, LLaMA-Factory adds its own."""
     (tmp_path / "p.yaml").write_text(f"reranker: {{{setting}}}")
     with pytest.raises(UserError, match=place):
         training_row(Prompts(str(tmp_path / "p.yaml")).reranker("q", DOCS), output="None")
@@ -229,7 +214,7 @@ def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
 def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
-    asked = Caller(Window(), inference.parse_args(flags))
+    asked = Caller(StubEngine(), inference.parse_args(flags))
     assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
     assert asked.answer(ROW, DOCS).temperature == 0.0
 

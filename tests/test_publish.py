@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import at, logged, make_tiny_llama, names, naming, write_jsonl
+from conftest import at, logged, names, naming, write_jsonl
 from local_hub import LocalHub
-from test_inference import StubEngine, question
+from stubs import StubEngine, make_tiny_llama, question
 
 import inference
 import publish

@@ -1,4 +1,4 @@
-"""README and the pages are checked by doing: their commands parse, their files, flags and links exist, README stays short."""
+"""README and the pages: their commands parse, their files, flags and links exist, and README stays short."""
 
 import importlib
 import re
@@ -7,12 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TOOLS
-from test_chain import stage_commands
+from stages import REPO, STAGES, page_commands
 
 from dynamicrag.llm.prompts import Prompts
 
-REPO = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
     for path in [*REPO.glob("*.md"), *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("examples/*/*.md"))]
@@ -21,9 +19,9 @@ README = PAGES["README.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 FOLDERS = "scripts|recipes|configs|template|docs|dynamicrag|examples|tests|benchmarks|experiments"
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|png|py|md|json)\b")
-# Flags that no file here has: argparse's own, vLLM's, and the one of which docs/security.md says why it is not there.
+# Flags that no file here has: argparse's --help, vLLM's, and one that docs/security.md says does not exist.
 FOREIGN_FLAGS = {"--help", "--structured-outputs-config", "--untrusted"}
-SHELL = {"bash", "llamafactory-cli", "source", "for", "done", "cp", "pip", "pre-commit"}  # words a line may begin with, beside python
+SHELL = {"bash", "llamafactory-cli", "source", "for", "done", "cp", "pip", "pre-commit"}  # a line may begin with python or with one of these words
 
 
 def blocks(text: str, language: str = "bash") -> list[str]:
@@ -31,7 +29,7 @@ def blocks(text: str, language: str = "bash") -> list[str]:
 
 
 def spans(text: str) -> list[str]:
-    """The code within lines."""
+    """The code spans within lines."""
     return re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
 
 
@@ -42,7 +40,7 @@ def lines(block: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Every command of a page: the lines of its blocks, and what stands within a line and begins like one."""
+    """Every command of a page: the lines of its blocks, and the code spans that begin like a command."""
     within = [span for span in spans(text) if re.match(r"(?:\w+=\S+ )*(?:python|bash|llamafactory-cli) \S+", span)]
     return [line for block in [*blocks(text), *within] for line in lines(block)]
 
@@ -60,7 +58,7 @@ def parse(command: str, monkeypatch) -> None:
         return
     path = REPO / script
     assert path.is_file()
-    if path.parent.name in ("benchmarks", "tests"):  # they import the engine: their flags are looked up in their source
+    if path.parent.name in ("benchmarks", "tests"):  # these import the engine, so their flags are looked up in their source
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
         assert not [flag for flag in flags if f'"{flag}"' not in path.read_text(encoding="utf-8")]
         return
@@ -98,11 +96,6 @@ def test_every_script_and_recipe_that_is_started_exists(page, command):
     assert (REPO / words[2 if words[0] == "llamafactory-cli" else 1]).is_file()
 
 
-def test_every_stage_has_a_command_that_the_chain_runs():
-    shown = {shlex.split(command)[1] for command in stage_commands() if command.startswith("python ")}
-    assert shown == {script.name for script in REPO.glob("*.py") if script.stem not in TOOLS}
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_named_exists(page):
     named = {REPO / path for path in FILE.findall(PAGES[page]) if "NAME" not in path}
@@ -123,7 +116,7 @@ def test_every_flag_named_exists(page):
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub makes of a page's headings."""
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)}
 
 
@@ -138,9 +131,9 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
-@pytest.mark.parametrize("stage", sorted(path.name for path in REPO.glob("*.py")))
+@pytest.mark.parametrize("stage", [f"{name}.py" for name in STAGES])
 def test_docstring_command_is_understood(stage):
-    """The one command in a stage's docstring runs as printed."""
+    """The parser takes the command in a stage's docstring as it is printed."""
     module = importlib.import_module(Path(stage).stem)
     command = re.search(rf"^    python {stage}.*?(?=^\S|\Z|\n\n)", module.__doc__, re.DOTALL | re.MULTILINE)
     assert command, "no command in the docstring"
@@ -148,11 +141,11 @@ def test_docstring_command_is_understood(stage):
 
 
 def test_pages_defaults_and_settings_show_the_same_number_of_documents():
-    """One number for a window: the stages' defaults, what the page of the stages says, and the settings of each model's window."""
+    """The number of documents is the same in the stages' defaults, on the page of the stages, and in the settings of each model's window."""
     defaults = {importlib.import_module(stage).parse_args([]).n_docs for stage in ("process_training_data",)}
     defaults |= {importlib.import_module(stage).parse_args([]).topn for stage in ("sampling_dpo_trajectories", "inference")}
     [shown] = defaults
-    assert re.search(rf"\b{shown} documents\b", PAGES["docs/pipeline.md"]) and not [command for command in stage_commands() if "--n_docs 20" in command]
+    assert re.search(rf"\b{shown} documents\b", PAGES["docs/pipeline.md"]) and not [command for command in page_commands() if "--n_docs 20" in command]
     windows = {"llama3_8b": (shown, 8192), "llama2_7b": (shown // 2, 4096)}
     for model, (number, window) in windows.items():
         settings = (REPO / f"configs/{model}.env").read_text(encoding="utf-8")

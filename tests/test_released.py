@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import LLAMA3_TOKENS, at, naming
-from test_docs import code, page, table
-from test_prompts import DOCS, ROW, Window
-from test_templates import byte_level
+from chat_tokenizers import byte_level
+from conftest import at, naming
+from pages import code, page, table
+from prompt_rows import DOCS, ROW
+from stubs import LLAMA3_TOKENS, StubEngine
 from transformers import PreTrainedTokenizerFast
 
 import inference
@@ -42,7 +43,7 @@ def filled(**changes) -> dict:
 def caller(tmp_path):
     def make(**changes) -> Caller:
         (tmp_path / "p.yaml").write_text(yaml.safe_dump(filled(**changes)), encoding="utf-8")
-        return Caller(Window(), inference.parse_args(["--prompts", str(tmp_path / "p.yaml"), *settings_of("ENGINE_FLAGS")]))
+        return Caller(StubEngine(), inference.parse_args(["--prompts", str(tmp_path / "p.yaml"), *settings_of("ENGINE_FLAGS")]))
 
     return make
 

@@ -1,5 +1,6 @@
-"""scripts/report.sh: the numbers are evaluate.py's, the page stands alone, nothing in the data is ever run, and its browser works."""
+"""scripts/report.sh: the numbers are those of evaluate.py, the page needs no other file, no data is run, and its browser works."""
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from conftest import at, logged, names, naming, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from playwright.sync_api import expect
 
 import evaluate
@@ -37,7 +39,7 @@ def documents(number: int) -> list[dict]:
 
 
 def questions(count: int = 12, **more) -> list[dict]:
-    """Of three kinds; every third is of a data set with a graded metric, and document 2 has the answer."""
+    """Questions of three kinds. Every third one is of a data set with a graded metric. Document 2 has the answer."""
     return [
         {"id": f"q{n}", "question": f"what is {n}?", "answers": [f"gold{n}"], "kind": ("one", "two", "long")[n % 3], "docs": documents(n),
          "dataset": "factbook_long" if n % 3 == 2 else "factbook", "gold_docs": [f"d{n}_2"], **more}
@@ -47,7 +49,7 @@ def questions(count: int = 12, **more) -> list[dict]:
 
 def finish_run(results: Path, name: str, rows: list[dict], selector: str = "dynamic", model: str = "dpo", right=lambda n: n % 2 == 0, failed=(),
                questions_file: str = "test", reranker: str | None = None, seconds: float = 4, **arguments) -> Path:
-    """A results file, its remain file and their manifests, as inference.py makes them. `right` says which are answered right, or how."""
+    """Write a results file, its remain file and their manifests, as inference.py does. `right` gives the right answers or the responses."""
     asked = write_jsonl(results.parent / f"{questions_file}.jsonl", rows)
     path, remain = results / f"{name}.json", results / f"{name}_remain.json"
     arguments = {"selector": selector, "topn": 4, **arguments}
@@ -77,13 +79,25 @@ def results(tmp_path) -> Path:
     return folder
 
 
-def make(results: Path, *flags: str) -> str:
+def make_drawn(results: Path, *flags: str) -> str:
+    """The page of a folder of results."""
     report.main([str(results), *flags])
     return (results / "report/index.html").read_text(encoding="utf-8")
 
 
+def make(results: Path, *flags: str) -> str:
+    """The page with empty figures: they are made but not rendered, which takes longer than the rest of the page."""
+
+    def save_empty(figure: Figure, file: io.StringIO | Path, **options) -> None:
+        file.write("<svg></svg>") if isinstance(file, io.StringIO) else file.write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_empty)
+        return make_drawn(results, *flags)
+
+
 def cells(page: str, file: str) -> list[str]:
-    """A line of the result table, as text."""
+    """The text of a line of the result table."""
     [line] = re.findall(rf'<tr data-file="{re.escape(file)}".*?</tr>', page, re.DOTALL)
     return [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", line, re.DOTALL)]
 
@@ -134,7 +148,7 @@ def test_who_answers_and_which_questions_say_the_manifests(results):
     finish_run(results, "b", questions(), "top:2", model="x/sft")
     finish_run(results, "c", questions(), model="x/sft", reranker="other/chooser")
     finish_run(results, "d", questions(), model="x/sft", reranker="other/chooser", prompts="mine.yaml")
-    finish_run(results, "e", questions(5), model="x/dpo")  # after the evaluation file was made again
+    finish_run(results, "e", questions(5), model="x/dpo")  # the evaluation file was made again before
     read = reading.read_systems(results, None, 1)
     assert [(one.path.stem, one.evaluation_set) for one in read] == [("b", "test"), ("c", "test"), ("d", "test"), ("a", "test"), ("e", "test (2)")]
     called = [("sft · top 2",), ("sft · dynamic", "chooser", "(c)"), ("sft · dynamic", "chooser", "(d)"), ("dpo · dynamic",), ("dpo · dynamic",)]
@@ -262,7 +276,7 @@ def test_everything_there_is_has_a_figure_and_a_caption_of_its_numbers(results):
     log_of(run / "rounds/1/DynamicRAG_m/dpo", **{"rewards/accuracies": 0.875})
     dev = {"score": 30.0, "low": 20.0, "high": 40.0, "documents": 1.0}
     (run / "rounds/rounds.json").write_text(json.dumps({"best": 1, "rounds": [{"dev": dev}, {"dev": {**dev, "score": 35.5}, "reward": {"reward": {"mean": 0.4}}}]}))
-    page = make(results)
+    page = make_drawn(results)
     assert 'id="missing"' not in page
     pictures = {"generators", "rerankers_nq", "k_nq", "chosen_nq", "sft", "dpo", "rounds", "topn_nq", "efficiency_nq"}
     assert {path.stem for path in (results / "report").glob("*.png")} == pictures
@@ -292,7 +306,7 @@ def test_generators_are_compared_on_every_data_set_of_every_evaluation_set(resul
 def test_a_picture_is_drawn_for_both_widths_says_what_it_shows_and_lies_beside_the_page(results):
     finish_run(results, "test_dynamic", questions())
     finish_run(results, "test_top1", questions(), "top:1", right=lambda n: True)
-    page = make(results)
+    page = make_drawn(results)
     alts = re.findall(r'<svg role="img" aria-label="(.*?)"', page)
     assert len(alts) == 2 * page.count("<figure>") and all(len(alt) > 20 for alt in alts)
     ids = re.findall(r'\bid="([^"]+)"', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
@@ -313,7 +327,7 @@ def test_published_numbers_stand_only_beside_runs_of_the_same_data_set(results, 
 
 def test_the_page_stands_alone(results):
     finish_run(results, "test_dynamic", questions())
-    page = make(results)
+    page = make_drawn(results)
     assert "default-src 'none'" in page
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import|<link', page)
 
@@ -323,7 +337,7 @@ def test_nothing_in_the_data_is_markup(results):
     rows[3] |= {"question": HOSTILE, "answers": [HOSTILE], "kind": HOSTILE, "id": HOSTILE}
     rows[3]["docs"][1] |= {"title": HOSTILE, "text": HOSTILE}
     finish_run(results, "test_dynamic", rows, model=f"m/{HOSTILE}")
-    page = make(results)
+    page = make_drawn(results)
     assert page.count("<script") == 2 == page.count("</script>") and "<!--" not in page and "<img" not in page and "\u2028" not in re.sub(r"<svg.*?</svg>", "", page[page.index('id="cases"'):], flags=re.DOTALL)
     [one] = case_data(page)
     [case] = [case for case in one["cases"] if case["id"] == HOSTILE]
@@ -333,7 +347,7 @@ def test_nothing_in_the_data_is_markup(results):
 def test_cases_hold_each_document_once_and_refer_to_what_was_chosen(results):
     rows = questions()
     for row in rows:
-        row["docs"] = documents(1)  # every question retrieves the same
+        row["docs"] = documents(1)  # every question retrieves the same documents
     finish_run(results, "test_dynamic", rows, failed=(2,))
     finish_run(results, "test_all", rows, "all", right=lambda n: False)
     [data] = case_data(make(results))
@@ -393,7 +407,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def page_file(tmp_path_factory) -> Path:
-    """A report of two systems. One question and its documents are hostile, and one has no answer of the dynamic system."""
+    """A report of two systems. One question and its documents are hostile, and the dynamic system has no answer to another one."""
     results = tmp_path_factory.mktemp("run") / "results"
     results.mkdir()
     rows = questions()
@@ -401,13 +415,13 @@ def page_file(tmp_path_factory) -> Path:
     rows[3]["docs"][1] |= {"title": HOSTILE, "text": HOSTILE}
     finish_run(results, "test_dynamic", rows, failed=(5,))
     finish_run(results, "test_top1", rows, "top:1", right=lambda n: n <= 6)
-    make(results)
+    make_drawn(results)
     return results / "report/index.html"
 
 
 @pytest.fixture
 def opened(page_file, chromium):
-    """Opens the report in a window of a width; in the end there was no message on the console and no request but for the page."""
+    """Opens the report in a window of this width. Afterwards it checks that the console has no message and that only the page was requested."""
     said, asked, pages = [], [], []
 
     def open_at(width: int = 1280, fragment: str = ""):
@@ -416,7 +430,7 @@ def opened(page_file, chromium):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(page.url + fragment)
-        page.reload()  # with everything recorded from the beginning
+        page.reload()  # which records everything from the start
         pages.append(page)
         return page
 
@@ -469,7 +483,7 @@ def test_a_case_opens_by_click_by_keyboard_and_by_its_address(opened):
     page.get_by_role("button", name="Next").press("Enter")
     expect(heading).to_contain_text("window.hacked")
     assert heading.text_content() == HOSTILE
-    page.keyboard.press("Enter")  # the button has kept the focus
+    page.keyboard.press("Enter")  # the button still has the focus
     expect(heading).to_have_text("what is 5?")
     page.go_back()
     expect(heading).to_contain_text("window.hacked")
@@ -508,7 +522,7 @@ def test_the_page_fits_its_window(opened, width):
 
 
 def test_pictures_are_taken_at_both_widths(chromium, page_file, tmp_path):
-    script = "import sys, screenshots; screenshots.main(sys.argv[1:])"  # a process of its own: one Playwright a thread
+    script = "import sys, screenshots; screenshots.main(sys.argv[1:])"  # in a new process, since a thread can have only one Playwright
     subprocess.run([sys.executable, "-c", script, str(page_file), "--output_dir", str(tmp_path / "docs")], check=True, cwd=REPO / "experiments")
     widths = {path.stem: struct.unpack(">I", path.read_bytes()[16:20])[0] for path in (tmp_path / "docs").iterdir()}
     assert widths["report_desktop"] == 1280 and widths["report_phone"] == 780 and widths["report_case"] == 1280

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 from conftest import at, logged, make_tiny_llama, naming, read_jsonl, write_jsonl
-from test_gpus import machine, program, table  # noqa: F401 - machine is a fixture
-from test_inference import StubEngine
+from machines import program, table
+from stubs import StubEngine
 
 import inference
 from dynamicrag.llm.requests import Caller
@@ -177,7 +177,7 @@ def reproduce(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "scripts/reproduce.sh", *words], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_a_dry_run_prints_the_forecast_and_writes_nothing(machine, tmp_path):  # noqa: F811
+def test_a_dry_run_prints_the_forecast_and_writes_nothing(machine, tmp_path):
     folder = prepared(tmp_path / "prepared", nq=[row(n) for n in range(25)])
     done = reproduce("nq", "configs/llama3_8b.env", "--dry_run", **machine(2, PREPARED=str(folder), RELEASED="/nowhere/DynamicRAG-8B"))
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ def test_a_dry_run_prints_the_forecast_and_writes_nothing(machine, tmp_path):  #
     (["nq", "train"], ("arc_challenge",)), ([], ("arc_challenge",)), (["musique"], ("arc_challenge",)), (["nq", "a.env", "b.env"], ("arc_challenge",)),
     (["nq", "absent.env"], ("absent.env",)), (["nq", "configs/demo.env"], ("EVAL_QUESTIONS", "configs/demo.env")),
 ])
-def test_what_cannot_be_reproduced_is_said_in_one_line(machine, tmp_path, words, named):  # noqa: F811
+def test_what_cannot_be_reproduced_is_said_in_one_line(machine, tmp_path, words, named):
     folder = prepared(tmp_path / "prepared", nq=[row(1)])
     done = reproduce(*words, **machine(None, PREPARED=str(folder)))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
@@ -225,7 +225,7 @@ for path in made:
 
 
 @pytest.fixture
-def stand_ins(machine, tmp_path):  # noqa: F811
+def stand_ins(machine, tmp_path):
     """The environment of a machine whose stages and trainer are stand-ins; their commands are in tmp_path/log."""
     (tmp_path / "stand_in.py").write_text(STAND_IN.replace("LOG", str(tmp_path / "log")))
     trainer = program(tmp_path / "llamafactory-cli", f"""
@@ -306,7 +306,7 @@ def test_the_table_of_all_sets_has_a_mean_where_every_set_is_and_the_published_n
 
 
 @pytest.mark.slow
-def test_two_sets_are_reproduced_by_the_real_engine(machine, tmp_path):  # noqa: F811
+def test_two_sets_are_reproduced_by_the_real_engine(machine, tmp_path):
     folder = prepared(tmp_path / "prepared", nq=[row(n) for n in range(4)], arc_challenge=[
         {**row(n, "arc"), "question": "Which is a metal?\nA: iron\nB: wood", "answers": ["A"]} for n in range(3)
     ])

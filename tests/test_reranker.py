@@ -1,4 +1,4 @@
-"""The reranker: scores equal those of one document at a time, whatever the batch, the length or the interruption."""
+"""The reranker: scores equal those of one document at a time, for any batch, length or interruption."""
 
 import json
 import logging
@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import WORDS, _bert_tokenizer, at, logged, make_text, naming, read_jsonl, write_jsonl
+from conftest import at, logged, naming, read_jsonl, write_jsonl
+from stubs import WORDS, _bert_tokenizer, make_text
 
 import reranker
 from dynamicrag.models import yes_no
@@ -33,7 +34,7 @@ def loaded(folder, kind):
 
 
 def plain_monot5(folder, question, document):
-    """The prompt as a whole, on its own."""
+    """The score from the whole prompt, without a batch."""
     import torch
     from transformers import T5ForConditionalGeneration
 
@@ -57,7 +58,7 @@ def plain_cross_encoder(folder, question, document):
 
 
 def plain_yes_no(folder, question, document, prompt=None):
-    """The whole prompt as one text, on its own."""
+    """The score from the whole prompt as one text, without a batch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,7 @@ def plain_yes_no(folder, question, document, prompt=None):
 # ---------------------------------------------------------------- checkpoints
 
 ASSISTANT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-# A template of turns, and one that writes the whole prompt of a pair from the roles of sentence-transformers' CrossEncoder.
+# One template writes turns. The other one writes the whole prompt of a pair from the roles of sentence-transformers' CrossEncoder.
 TURNS = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -82,12 +83,12 @@ PAIR = (
     "{% for message in messages %}{% if message.role == 'system' %}<Instruct>: {{ message.content }}\n{% endif %}{% endfor %}"
     "{% for message in messages %}{% if message.role == 'query' %}<Query>: {{ message.content }}\n{% endif %}{% endfor %}"
     "{% for message in messages %}{% if message.role == 'document' %}<Document>: {{ message.content }}{% endif %}{% endfor %}"
-    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n{{ '' }}"  # Jinja takes a newline off the end of a template
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n{{ '' }}"  # Jinja removes a newline at the end of a template
 )
 
 
 def causal(folder, template):
-    """A Qwen3 of width 32 whose tokenizer has yes and no as single tokens, and the marks of turns."""
+    """A Qwen3 of width 32. Its tokenizer has yes, no and the turn markers as single tokens."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -110,13 +111,13 @@ def causal(folder, template):
 
 @pytest.fixture(scope="session")
 def causal_dirs(tmp_path_factory):
-    """By the form of the chat template."""
+    """Folders by the form of the chat template."""
     return {name: causal(tmp_path_factory.mktemp(name), template) for name, template in (("turns", TURNS), ("pair", PAIR))}
 
 
 @pytest.fixture(scope="session")
 def xlm_roberta_dir(tmp_path_factory):
-    """The form of bge-reranker-v2-m3: no segments, and positions that begin after that of padding, 100 of which can be used."""
+    """The form of bge-reranker-v2-m3: no segments, and 100 positions that begin after the position of padding."""
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification, XLMRobertaTokenizer
 
@@ -155,7 +156,7 @@ def deberta_dir(tmp_path_factory):
 
 @pytest.fixture(params=["monot5", "one label", "two labels", "xlm-roberta", "deberta", "yes or no"])
 def checkpoint(request, monot5_dir, cross_encoder_dirs, xlm_roberta_dir, deberta_dir, causal_dirs):
-    """Folder and plain reference of every kind of reranker."""
+    """The folder and a plain reference of every kind of reranker."""
     return {
         "monot5": (monot5_dir, plain_monot5), "one label": (cross_encoder_dirs[1], plain_cross_encoder), "two labels": (cross_encoder_dirs[2], plain_cross_encoder),
         "xlm-roberta": (xlm_roberta_dir, plain_cross_encoder), "deberta": (deberta_dir, plain_cross_encoder), "yes or no": (causal_dirs["pair"], plain_yes_no),
@@ -219,7 +220,7 @@ def test_long_questions_leave_room_for_the_document(checkpoint):
 
 def test_a_cross_encoder_cuts_only_the_document(cross_encoder_dirs):
     model = load(cross_encoder_dirs[1])
-    question = make_text(random.Random(2), 48, 48)  # half the window, the most a question may take
+    question = make_text(random.Random(2), 48, 48)  # half the window: a question may take no more
     (tokens, types), = model.tokenize([(question, LONG)])
     assert len(tokens) == len(types) == 96 and sum(types) == 96 - 50
     assert model.tokenizer.decode(tokens[1:49]) == question
@@ -235,7 +236,7 @@ def prompt_of(question, document, system, instruction):
 
 @pytest.mark.parametrize("flags", [{}, {"instruction": "Find rivers?"}, {"instruction": "", "system_prompt": "Is it so?\n"}])
 def test_a_prompt_of_turns_is_that_of_the_whole_text(causal_dirs, flags):
-    """Without thinking, and with the words of the flags, else neutral ones."""
+    """The prompt is without thinking, and has the words of the flags, or neutral words."""
     system, instruction = flags.get("system_prompt", yes_no.SYSTEM_PROMPT), flags.get("instruction", yes_no.INSTRUCTION)
     model = load_reranker(str(causal_dirs["turns"]), "cpu", "float32", 512, **flags)
     pairs = [*PAIRS[:12], ("a", "b."), ("a?!", "\n\nb\n"), ("é  ", " ")]
@@ -269,7 +270,7 @@ def test_only_the_document_of_a_causal_prompt_is_cut(causal_dirs):
 
 
 def test_a_checkpoint_that_says_how_it_is_asked(causal_dirs, tmp_path):
-    """The prompt and the two tokens of a CrossEncoder that sentence-transformers wrote."""
+    """The checkpoint gives the prompt and the two tokens, as sentence-transformers writes a CrossEncoder."""
     folder = shutil.copytree(causal_dirs["pair"], tmp_path / "m")
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"web": "Find seas."}, "default_prompt_name": "web"}))
     model = load(folder, 512)
@@ -314,7 +315,7 @@ def test_flags_that_a_checkpoint_cannot_follow_are_refused(monot5_dir, cross_enc
 ])
 @pytest.mark.parametrize("key", ["sentence_transformers", "sbert_ce_default_activation_function"])
 def test_the_function_of_a_cross_encoder(cross_encoder_dirs, tmp_path, caplog, function, warnings, key):
-    """ms-marco-MiniLM gives logits (Identity), others a Sigmoid of them; rerank_score is the probability of both, and another function is warned of."""
+    """ms-marco-MiniLM gives logits (Identity), other models a Sigmoid of them. rerank_score is the probability of either. There is a warning of any other function."""
     folder = shutil.copytree(cross_encoder_dirs[1], tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: {"activation_fn": function} if key == "sentence_transformers" else function}))
@@ -328,7 +329,7 @@ def test_a_cross_encoder_reads_no_further_than_its_positions(xlm_roberta_dir):
 
 
 def test_a_causal_models_classifier_without_a_padding_token(causal_dirs, tmp_path):
-    """It finds the last token by the padding token."""
+    """The classifier finds the last token by the padding token."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
@@ -425,7 +426,7 @@ def test_scores_of_another_reranker(retrieved, tmp_path, caplog):
 
 
 def test_labels_of_another_reranker_are_replaced_and_it_is_said(retrieved, tmp_path, caplog):
-    """Published training data has labels without scores: judged again, both are ours."""
+    """Published training data has labels without scores. If they are judged again, both come from this reranker."""
     (tmp_path / "r.trec").write_text("".join(f"{row['id']} Q0 {doc['id']} 1 0.9 x\n" for row in read_jsonl(retrieved) for doc in row["ctxs"]))
     labelled = tmp_path / "labelled.jsonl"
     write_jsonl(labelled, [{**row, "ctxs": [{**doc, "rerank_label": "false"} for doc in row["ctxs"]]} for row in read_jsonl(retrieved)])
@@ -437,7 +438,7 @@ def test_labels_of_another_reranker_are_replaced_and_it_is_said(retrieved, tmp_p
 
 
 def test_a_run_of_a_few_questions_continues_where_it_has_none(retrieved, tmp_path, monkeypatch):
-    """What is asked is whether it has any of the file, not any of those that are left."""
+    """The check is whether the run has any question of the file, not any of the questions that are left."""
     monkeypatch.setattr(reranker, "QUESTIONS_PER_CHUNK", 4)
     (tmp_path / "other.trec").write_text("q2 Q0 d1 1 0.75 other\n")
     flags = ("--run", tmp_path / "other.trec")

@@ -1,4 +1,4 @@
-"""From questions and a corpus to questions with documents: splitting, embedding, searching, aggregating."""
+"""From questions and a corpus to questions with documents: split, embed, search, aggregate."""
 
 import gzip
 import json
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import at, logged, make_text, naming, read_jsonl, write_jsonl
+from conftest import at, logged, naming, read_jsonl, write_jsonl
+from searching import QUESTIONS, embed, retrieve
+from stubs import make_text
 
 import aggregate
 import generate_passage_embeddings
@@ -30,8 +32,6 @@ from dynamicrag.search.pickled import read_pickled
 from dynamicrag.search.shards import Shard, find_shards, open_shards
 from dynamicrag.stage import UserError
 
-QUESTIONS = [{"id": f"q{number}", "question": make_text(random.Random(number), 3, 9)} for number in range(11)]
-
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
@@ -44,23 +44,8 @@ def shards(tmp_path, shards_dir) -> Path:
     return shutil.copytree(shards_dir, tmp_path / "shards")
 
 
-def embed(model, passages, folder, *flags):
-    generate_passage_embeddings.main([
-        "--model_name_or_path", str(model), "--passages", str(passages), "--output_dir", str(folder), "--dtype", "float32",
-        "--device", "cpu", *map(str, flags),
-    ])
-
-
-def retrieve(model, passages, embeddings, query, output, *flags):
-    retriever.main([
-        "--model_name_or_path", str(model), "--passages", str(passages), "--passages_embeddings", f"{embeddings}/*", "--query",
-        str(query), "--output_dir", str(output), "--dtype", "float32", "--device", "cpu", *map(str, flags),
-    ])
-    return read_jsonl(output)
-
-
 def plain_vector(folder, text, normalize=False):
-    """One text through the encoder on its own: mean over all its tokens."""
+    """The vector of one text without a batch: the mean over all its tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -270,7 +255,7 @@ def test_contriever_checkpoints(tmp_path, encoder_dir, prefix):
 
 
 class Bomb:
-    """What a hostile file holds: unpickling it writes the canary."""
+    """An object of a hostile file. If it is unpickled, it writes the canary."""
 
     def __init__(self, canary):
         self.canary = canary
@@ -388,7 +373,7 @@ def test_hits_that_faiss_does_not_find_are_no_documents(tmp_path, encoder_dir, c
     assert all(0 < len(row["docs"]) < 60 for row in rows)
     assert all(doc["score"] > -1e30 for row in rows for doc in row["docs"])
     assert any((shards / name).suffix == ".faiss" for name in os.listdir(shards)), "kept beside the shards by default"
-    retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", "--n_docs", 3)  # and not taken for a shard
+    retrieve(encoder_dir, corpus_tsv, shards, questions, tmp_path / "b.jsonl", "--n_docs", 3)  # and is not taken for a shard
 
 
 def test_a_coarse_index_proposes_and_the_vectors_decide(tmp_path, encoder_dir, corpus_tsv, shards, questions):
@@ -472,12 +457,12 @@ def test_published_shards(tmp_path, encoder_dir, corpus, corpus_tsv, shards_dir,
     ids, vectors = read_pickled(published / "passages_01")
     assert ids[0] == "p60" and vectors.dtype == np.float16 and (vectors == np.load(shards_dir / "passages_01.npy")).all()
     expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "own.jsonl", "--n_docs", 5)
-    for name in ("first", "second"):  # the second time from the converted copies, which are no further shards
+    for name in ("first", "second"):  # the second run reads the converted copies, which do not count as further shards
         assert retrieve(encoder_dir, corpus_tsv, published, questions, tmp_path / f"{name}.jsonl", "--n_docs", 5) == expected
 
 
 def test_a_published_shard_that_is_replaced_is_converted_again(tmp_path):
-    """Also by a file that is older, as a copy that keeps the times is."""
+    """The new file may be older, as a copy that keeps the times is."""
     shard = tmp_path / "passages_00"
     for number, age in ((1, 0), (2, 1000), (3, 2000)):
         shard.write_bytes(pickle.dumps((["a"], np.full((1, 2), number, np.float16))))
@@ -528,7 +513,7 @@ def test_an_array_of_protocol_5_has_its_values_in_any_layout(tmp_path, dump, mod
 
 
 def test_a_pickle_that_announces_more_bytes_than_it_has_reserves_none(tmp_path, request):
-    """A bytearray of protocol 5 that says it has a gigabyte."""
+    """A bytearray of protocol 5 that announces a gigabyte."""
     (tmp_path / "passages_00").write_bytes(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"x")
     code = ("import re, sys; from pathlib import Path\nfrom dynamicrag.search.shards import read_pickled; from dynamicrag.stage import UserError\n"
             "try: read_pickled(Path(sys.argv[1]))\n"
@@ -542,7 +527,7 @@ def test_a_pickle_that_announces_more_bytes_than_it_has_reserves_none(tmp_path, 
 
 @pytest.mark.parametrize("name", ["data[1]", "a*b", "what?"])
 def test_a_folder_with_the_name_of_a_pattern_is_that_folder(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions, name):
-    """From splitting to aggregating, every path in it, with a folder beside it that the name matches as a pattern."""
+    """All stages from split_data.py to aggregate.py have their paths in it. Another folder beside it matches its name as a pattern."""
     expected = retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / "expected.jsonl", "--n_docs", 5)
     for decoy in ("data1", "axb", "whatx"):
         (tmp_path / decoy).mkdir()
@@ -578,7 +563,7 @@ def test_mapped_not_copied(shards_dir):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, encoder_dir, corpus_tsv, shards_dir):
-    """A folder in which 11 questions were split over 11 workers and retrieved, at the default paths."""
+    """A folder with 11 questions that 11 workers have retrieved, at the default paths."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     write_jsonl(Path("data/rag_training_data.json"), QUESTIONS)
@@ -589,7 +574,7 @@ def workplace(tmp_path, monkeypatch, encoder_dir, corpus_tsv, shards_dir):
 
 
 def work(number):
-    """What a retriever leaves behind, without the search."""
+    """Write the files of a retriever without a search."""
     from argparse import Namespace
 
     from dynamicrag.rows.output import Output
@@ -677,7 +662,7 @@ def test_output_flag_has_two_names():
 
 @pytest.mark.parametrize(("kind", "limit"), [("IndexShardsIVF", 2048), ("GpuIndexIVFFlat", 2048), ("IndexIVFFlat", 5000)])
 def test_an_index_on_gpus_is_asked_for_no_more_than_they_return(kind, limit):
-    """faiss divides an index over several GPUs as IndexShards, but on one GPU it is a GpuIndex itself; both have the limit."""
+    """On several GPUs faiss divides an index as IndexShards, and on one GPU it is a GpuIndex. Both have the limit."""
     asked = []
 
     def search(self, queries, k):

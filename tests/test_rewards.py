@@ -50,7 +50,7 @@ def test_weights_that_make_no_sense_are_refused(text):
     ("terms", "weights", "reward"),
     [
         (dict.fromkeys(TERMS, 1.0), EQUAL, 1.0), (dict.fromkeys(TERMS, 0.0), EQUAL, 0.0),
-        ({"em": 1.0, "bert": 0.5, "rouge": 0.5, "length": 0.25}, EQUAL, 2.25 / 4),  # no judge: rescaled
+        ({"em": 1.0, "bert": 0.5, "rouge": 0.5, "length": 0.25}, EQUAL, 2.25 / 4),  # without a judge the weights are rescaled
         ({"em": 1.0, "length": 0.5}, {"em": 3.0, "length": 1.0}, 3.5 / 4),  # weights need not sum to one
         ({"em": 1.0, "rouge": 0.0}, {"em": 0.2}, 1.0),  # terms without a weight do not count
     ],
@@ -160,13 +160,13 @@ def test_a_layer_without_a_baseline_is_named(encoder_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(("model", "layer"), [("missing/model", None), ("{encoder}", 99)])
-def test_a_bert_model_that_is_missing_or_has_no_such_layer_is_an_error(model, layer, encoder_dir):  # behaviour 18
+def test_a_bert_model_that_is_missing_or_has_no_such_layer_is_an_error(model, layer, encoder_dir):
     with pytest.raises(UserError, match="--bert_model"):
         BertScore(model.format(encoder=encoder_dir), layer, "cpu")
 
 
 def test_similarities_below_zero_do_not_depend_on_the_padding_beside_them(bert):
-    """The package pads with a similarity of 0, which wins over a negative one."""
+    """The package pads with a similarity of 0, which is larger than a negative one."""
     import torch
 
     opposite, long = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]] * 9)
@@ -230,7 +230,7 @@ def reward(rows: list[dict], *flags: str) -> list[dict]:
 ROWS = [make_row(1, [([1, 2], "river 1"), ([], "river 1"), ([3], "oil"), ([], "")]), make_row(2, []), make_row(3, [([1], "river 1")])]
 
 
-def test_each_trajectory_has_its_own_terms_and_reward():  # behaviour 16
+def test_each_trajectory_has_its_own_terms_and_reward():
     rows = reward(ROWS, "--weights", "em=1,length=1")
     terms = rows[0]["score_terms"]
     assert [term["length"] for term in terms] == [1 / 3, 1.0, 0.5, 1.0]
@@ -242,7 +242,7 @@ def test_each_trajectory_has_its_own_terms_and_reward():  # behaviour 16
     assert "bert" not in terms[0]
 
 
-def test_equal_answers_from_different_documents_differ_by_length():  # behaviour 17
+def test_equal_answers_from_different_documents_differ_by_length():
     scores = reward(ROWS, "--weights", "em=.5,rouge=.4,length=.1")[0]["response_scores"]
     assert scores[1] > scores[0]
 
@@ -256,7 +256,7 @@ def test_without_a_judge_the_other_weights_are_rescaled_and_it_says_so(caplog, e
     assert all(0 <= value <= 1 for row in rows for term in row["score_terms"] for value in term.values())
 
 
-def test_the_encoder_is_loaded_once_and_asked_once_a_chunk(monkeypatch, encoder_dir):  # behaviour 18
+def test_the_encoder_is_loaded_once_and_asked_once_a_chunk(monkeypatch, encoder_dir):
     calls = []
 
     class Counting(BertScore):
@@ -298,7 +298,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(monkeypatch, encoder_dir
     assert len(chunks) == 4 and Path("out.jsonl").read_bytes() == whole
 
 
-def test_a_failing_scorer_ends_the_run_and_writes_nothing(monkeypatch, encoder_dir):  # behaviour 18
+def test_a_failing_scorer_ends_the_run_and_writes_nothing(monkeypatch, encoder_dir):
     def fails(self, pairs):
         raise RuntimeError("out of memory")
 

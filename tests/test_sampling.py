@@ -1,4 +1,4 @@
-"""sampling_dpo_trajectories.py: trajectories, with a stub in place of the LLM, and with the real engine on a tiny one."""
+"""sampling_dpo_trajectories.py: trajectories with a stub in place of the LLM, and with the real engine and a tiny LLM."""
 
 import json
 import random
@@ -8,22 +8,30 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import at, logged, make_text, write_jsonl
-from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
+from conftest import at, logged, write_jsonl
+from stages import REPO
+from stubs import StubEngine, documents, make_text, make_tiny_llama, question
 
 import sampling_dpo_trajectories
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.identifiers import summarise_selections
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError
 
 
+def caller(reply) -> Caller:
+    return Caller(StubEngine(reply), sampling_dpo_trajectories.parse_args([]))
+
+
+def read(path: str) -> list[dict]:
+    return [row for _, row in read_json(path)]
+
+
 def sampled(rows, texts, *flags: str):
-    """The rows with the first n of `texts` as the n selections of each, and the engine that was asked."""
-    call = caller(
-        lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles),
-        sampling_dpo_trajectories,
-    )
+    """The sampled rows and the engine. The n selections of each row are the first n of `texts`."""
+    call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles))
     args = sampling_dpo_trajectories.parse_args(list(flags))
     return sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args), call.engine
 
@@ -31,7 +39,7 @@ def sampled(rows, texts, *flags: str):
 EIGHT = ["[1], [2]", "prose", "[2], [1]", "[1], [2]", "None", "[9]", "[2], [1], [2]", "[3]"]
 
 
-def test_a_bad_trajectory_costs_that_trajectory_alone():  # behaviour 15
+def test_a_bad_trajectory_costs_that_trajectory_alone():
     [row], _ = sampled([question()], EIGHT)
     assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]]
     assert row["responses"] == ["from d1 d2", "from d2 d1", "from d1 d2", "from ", "from d2 d1", "from d3"]
@@ -80,7 +88,7 @@ def test_the_sampling_flags_reach_the_requests():
 
 
 def judged(*scores: float, **more) -> dict:
-    """A question whose documents have these rerank scores, true above .5."""
+    """A question whose documents have these rerank scores. The label is true for a score above 0.5."""
     docs = [{**doc, "rerank_score": score, "rerank_label": "true"} for doc, score in zip(documents(len(scores)), scores, strict=True)]
     return question(1, docs, true_id=[n for n, score in enumerate(scores, start=1) if score > 0.5], **more)
 
@@ -105,7 +113,7 @@ def test_an_expert_that_agrees_with_a_sample_is_not_answered_again():
 @pytest.mark.parametrize(
     ("rows", "says"), [([question()], at("q.jsonl:1: key 'true_id'")), ([judged(0.9), question(2, true_id=[1])], at("q.jsonl: row q2", "docs[0]", "rerank_score"))]
 )
-def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded(here, rows, says):  # noqa: F811
+def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded(here, rows, says):
     write_jsonl(Path("q.jsonl"), rows)
     with pytest.raises(UserError, match=says):
         sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--include-expert"])
@@ -113,8 +121,8 @@ def test_an_expert_without_labels_or_scores_is_an_error_before_a_model_is_loaded
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], None), (["--topn", "3"], 3), (["--topn", "4"], None), (["--topn", "2"], 2)])
-def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(here, flags, status, monkeypatch):  # noqa: F811
-    """4 documents, of which 4 were labelled: any number of at least 4 shows them all."""
+def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(here, flags, status, monkeypatch):
+    """Each question has 4 documents, and all 4 were labelled. Any number of at least 4 shows them all."""
     row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
     write_jsonl(Path("q.jsonl"), [row])
 
@@ -157,7 +165,7 @@ def first_shown(request, kind, titles):
 
 
 def test_permuted_identifiers_are_mapped_back_to_the_documents_they_named():
-    call = caller(first_shown, sampling_dpo_trajectories)
+    call = caller(first_shown)
     rows = [question(n, 6) for n in (1, 2)]
     args = sampling_dpo_trajectories.parse_args(["--permute", "--num-samples", "20"])
     results = sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args)
@@ -176,7 +184,7 @@ def test_permuted_identifiers_are_mapped_back_to_the_documents_they_named():
 
 
 def test_an_order_that_does_not_fit_the_window_falls_back_to_the_retrievers():
-    call = caller(first_shown, sampling_dpo_trajectories)
+    call = caller(first_shown)
     call.engine.fits = lambda messages, max_tokens: StubEngine.titles(messages) in (["d1", "d2", "d3"], [])
     args = sampling_dpo_trajectories.parse_args(["--permute"])
     [row] = sampling_dpo_trajectories.sample_trajectories([question(1, 3)], (call, call), args)
@@ -186,7 +194,7 @@ def test_an_order_that_does_not_fit_the_window_falls_back_to_the_retrievers():
 # ---------------------------------------------------------------- the stage
 
 
-def test_sampling_writes_what_the_reward_stage_reads(here):  # noqa: F811
+def test_sampling_writes_what_the_reward_stage_reads(here):
     sampling_dpo_trajectories.main(["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"])
     rows = read("s.json")
     assert [row["id"] for row in rows] == ["q1", "q2", "q3"]
@@ -198,7 +206,7 @@ def test_sampling_writes_what_the_reward_stage_reads(here):  # noqa: F811
     assert manifest["summary"]["distinct_selections"] == pytest.approx(2 / 3)
 
 
-def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch):
     flags = ["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja", "--chunk-size", "1"]
     sampling_dpo_trajectories.main(flags)
     whole, real, chunks = Path("s.json").read_bytes(), sampling_dpo_trajectories.sample_trajectories, []
@@ -216,7 +224,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(here, monkeypatch):  # n
     assert len(chunks) == 4 and Path("s.json").read_bytes() == whole
 
 
-def test_another_model_may_choose(here):  # noqa: F811
+def test_another_model_may_choose(here):
     flags = ["--input-jsonl", "q.jsonl", "--output-json", "s.json", "--template", "t.jinja"]
     sampling_dpo_trajectories.main([*flags, "--llm-model", "G", "--reranker-model", "C"])
     kinds = {engine.model: {StubEngine.kind(request) for batch in engine.batches for request in batch} for engine in here}
@@ -225,18 +233,16 @@ def test_another_model_may_choose(here):  # noqa: F811
 
 @pytest.mark.slow
 def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
-    """Two models in one process, constrained and not: chunks, order and company change no trajectory of a question.
+    """Two models in one process, constrained and not: chunks, order and other questions change no trajectory of a question.
 
-    In float32 on one engine; benchmarks/sampling.py measures the share that survives bfloat16's batch-dependent rounding.
-    The process is a new one, as the stage's is: vLLM goes through all modules that others have imported, and falls over one.
+    The engine computes in float32. benchmarks/sampling.py measures the share that stays the same in bfloat16, whose rounding depends on
+    the batch. The test needs a new process, since vLLM inspects all imported modules and fails at one of them.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(compare_real_trajectories, tmp_path).result()
 
 
 def compare_real_trajectories(folder: Path) -> None:
-    from test_chain import REPO, make_tiny_llama
-
     rng = random.Random(4)
     rows = [
         {"id": f"q{n}", "question": make_text(rng, 3, 8), "answers": ["oil"], "true_id": [1],

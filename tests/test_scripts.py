@@ -1,4 +1,4 @@
-"""The numbered scripts: shards that add up to one run, failures that are named, predecessors that are missed (behaviour 28)."""
+"""The numbered scripts: shards that add up to one run, failures that are named, predecessors that are missed."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What else a ranking may come from, and what is done with several: parts of a corpus, BM25, TREC runs, fusion."""
+"""Other sources of a ranking, and several of them together: parts of a corpus, BM25, TREC runs, fusion."""
 
 import json
 import math
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import at, logged, make_text, names, naming, read_jsonl, write_jsonl
-from test_retrieval import QUESTIONS, retrieve
+from conftest import at, logged, names, naming, read_jsonl, write_jsonl
+from searching import QUESTIONS, retrieve
+from stubs import make_text
 
 import aggregate
 import retriever
@@ -26,7 +27,7 @@ def questions(tmp_path) -> Path:
 
 @pytest.fixture
 def search(tmp_path, encoder_dir, corpus_tsv, shards_dir, questions):
-    """search(NAME, *FLAGS): the rows of one retriever run over the tiny corpus."""
+    """search(NAME, *FLAGS) runs the retriever over the tiny corpus and returns the rows."""
     return lambda name, *flags: retrieve(encoder_dir, corpus_tsv, shards_dir, questions, tmp_path / name, *flags)
 
 
@@ -84,7 +85,7 @@ def test_a_compressed_index_holds_its_part_alone(search, shards_dir):
 
 
 def test_bm25_scores(tmp_path, search, corpus):
-    """Lucene's formula, computed here the long way."""
+    """Lucene's formula, computed step by step."""
     rows = search("bm25.jsonl", "--index", "bm25", "--n_docs", 200)
     passages = [bm25.words(f"{passage['title']} {passage['text']}") for passage in corpus]
     mean = sum(map(len, passages)) / len(passages)
@@ -207,7 +208,7 @@ def test_a_run_of_other_questions_is_refused(tmp_path, search):
 
 
 def test_a_run_of_a_few_questions_continues_where_it_has_none(tmp_path, search, monkeypatch):
-    """What is asked is whether it has any of the file, not any of those that are left."""
+    """The check is whether the run has any question of the file, not any of the questions that are left."""
     flags = ("--run", trec(tmp_path / "r.trec", {"q1": [("p1", 1)]}), "--questions_per_pass", 4)
     whole, attach = search("whole.jsonl", *flags), retriever.attach_docs
 
@@ -223,7 +224,7 @@ def test_a_run_of_a_few_questions_continues_where_it_has_none(tmp_path, search, 
 
 
 def test_vectors_stay_with_their_questions(tmp_path, encoder_dir, corpus_tsv, shards_dir):
-    """A row that only --dataset makes valid is encoded where it is searched."""
+    """A row that is valid only with --dataset is encoded and searched at the same place."""
     rows = [{"id": "bad", "question": ""}, {"id": "a", "question": "oil", "dataset": 7}, {"id": "b", "question": "river"}]
     flags = ("--on_error", "skip", "--dataset", "nq", "--n_docs", 5)
     found = retrieve(encoder_dir, corpus_tsv, shards_dir, write_jsonl(tmp_path / "q.jsonl", rows), tmp_path / "o.jsonl", *flags)
@@ -234,7 +235,7 @@ def test_vectors_stay_with_their_questions(tmp_path, encoder_dir, corpus_tsv, sh
 
 
 def test_no_two_runs_write_one_output(tmp_path, search, monkeypatch):
-    """The second is refused before it encodes over the vectors of the first."""
+    """The second run is refused before it overwrites the vectors of the first one."""
     encode, tried = retriever.encode_questions, []
 
     def while_encoding(*given):
@@ -255,7 +256,7 @@ def test_more_parts_than_vectors(tmp_path, search):
 
 
 def test_embeddings_in_another_order_than_the_corpus(tmp_path, encoder_dir, corpus, shards_dir, questions):
-    """Ids, not places, say which vector is whose."""
+    """A vector belongs to the passage with its id, not to the passage at its place."""
     expected = retrieve(encoder_dir, write_jsonl(tmp_path / "a.jsonl", corpus), shards_dir, questions, tmp_path / "x.jsonl", "--n_docs", 9)
     shuffled = [*random.Random(0).sample(corpus, len(corpus)), {"id": "more", "title": "", "text": make_text(random.Random(1))}]
     rows = retrieve(encoder_dir, write_jsonl(tmp_path / "b.jsonl", shuffled), shards_dir, questions, tmp_path / "y.jsonl", "--n_docs", 9)

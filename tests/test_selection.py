@@ -31,7 +31,7 @@ def test_reading_is_the_inverse_of_writing(case):
 @given(text=prose, n=st.integers(0, 50))
 @example(text="[" + "9" * 10_000 + "]", n=50)
 @example(text="[" + "0" * 10_000 + "1]", n=50)
-def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n):  # behaviour 15
+def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n):
     selection = parse_ids(text, n)
     assert all(1 <= position <= n for position in selection.ids)
     assert len(set(selection.ids)) == len(selection.ids)
@@ -42,12 +42,12 @@ def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n): 
 @pytest.mark.parametrize(
     ("text", "n", "expected"),
     [
-        # identifiers: in order, none twice, none from outside
+        # identifiers in order, none twice, and only those of the documents
         ("[0], [3], [41], [3], [1]", 40, Selection([3, 1], True, 2, 1)),
         ("[41]", 40, Selection([], False, 1, 0)), ("[0]", 40, Selection([], False, 1, 0)),
         ("[40]", 40, Selection([40], True)), ("[ 4 ]", 40, Selection([4], True)), ("[04]", 40, Selection([4], True)),
         ("[" + "9" * 100_000 + "], [2]", 40, Selection([2], True, 1)), ("[1]", 0, Selection([], False, 1)),
-        # None, and what is not None
+        # None, and texts that are not None
         ("None", 40, Selection([], True)), ("none.", 40, Selection([], True)), ("[None]", 40, Selection([], True)), ("None", 0, Selection([], True)),
         ("Document 3 is needed, none of the others", 40, Selection([], False)), ("None, [3]", 40, Selection([], False)),
         ("None [99]", 40, Selection([], False)), ("None of them.", 40, Selection([], False)), ("no document", 40, Selection([], False)),
@@ -73,7 +73,7 @@ def test_nothing_outside_the_documents_is_ever_read_and_nothing_twice(text, n): 
         ("[-1]", 40, Selection([], False)), ("[1.5]", 40, Selection([], False)), ("[\u00b2]", 40, Selection([], False)), ("[\u0663]", 40, Selection([], False)),
     ],
 )
-def test_none_is_not_the_same_as_invalid(text, n, expected):  # behaviour 15
+def test_none_is_not_the_same_as_invalid(text, n, expected):
     assert parse_ids(text, n) == expected
 
 
@@ -165,7 +165,7 @@ def test_of_a_selection_that_is_cut_off_the_whole_identifiers_are_read(case, not
     cut = text[: data.draw(st.integers(0, len(text)))]
     read = parse_ids(cut, n, cut_off=True, notation=notation).ids
     assert read == ids[: len(read)]
-    # At most the identifier at the end is missing: the one that is cut, or that could go on.
+    # Only the last identifier may be missing, since it is cut off or could have more digits.
     assert len(read) >= sum(len(format_ids(ids[:k], notation)) < len(cut) for k in range(1, len(ids) + 1)) - 1 if ids else not read
 
 

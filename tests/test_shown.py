@@ -1,10 +1,10 @@
-"""One number of documents in every stage: what was labelled is what is shown, or both numbers are named."""
+"""Every stage has the same number of documents: the labelled documents are shown, or the error names both numbers."""
 
 from pathlib import Path
 
 import pytest
 from conftest import at, write_jsonl
-from test_inference import documents, here, question  # noqa: F401  (here is a fixture)
+from stubs import question
 
 import inference
 from dynamicrag.rows.shown import labelled_documents
@@ -22,8 +22,8 @@ def test_how_many_documents_a_row_was_labelled_over(row, labelled):
 @pytest.mark.parametrize(("flags", "refused"), [
     (["--topn", "2"], False), ([], True), (["--topn", "3"], True), (["--topn", "1"], True), (["--topn", "3", "--selector", "top:3", "none"], False),
 ])
-def test_questions_held_out_are_asked_as_they_were_labelled(here, flags, refused):  # noqa: F811
-    """5 documents, of which 2 were labelled. Selectors that no training prepared take any number."""
+def test_questions_held_out_are_asked_as_they_were_labelled(here, flags, refused):
+    """2 of 5 documents were labelled. Selectors without training take any number."""
     write_jsonl(Path("dev.jsonl"), [question(n, true_id=[2], false_id=[1]) for n in (1, 2)])
     arguments = ["--input-json", "dev.jsonl", "--output-json", "r_{selector}.json", "--template", "t.jinja", *flags]
     if not refused:

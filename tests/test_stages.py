@@ -1,71 +1,65 @@
-"""What every top-level stage script has in common: flags, imports, and how it refuses bad input."""
+"""What all stages have in common: flags, imports, and the refusal of bad input."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SCORERS, TOOLS, names
+from conftest import names
+from running import refused
+from stages import DOCS, LLM_STAGES, MODEL, REPO, SCORERS, STAGES, TOOLS, flags_of, of_kind, page_commands, row
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-STAGES = [name for name in SCRIPTS if name not in TOOLS]
 HEAVY = ("torch", "vllm", "transformers", "faiss", "datasets", "spacy", "numpy", "openai", "bert_score")
-
-# A broken row goes in here: the flag of the input file, and flags without which the stage stops earlier.
-MODELS = ["--model_name_or_path", "missing/model"]
-INPUTS = {
-    "construct_dpo": ("--input_file", []),
-    "construct_generator_sft": ("--input_file", []),
-    "evaluate": ("--results_file", []),
-    "evaluate_retrieval": ("--results_file", []),
-    "inference": ("--input_json", ["--llm-model", "missing/model"]),
-    "process_training_data": ("--input_file", []),
-    "reranker": ("--input_file", MODELS),
-    "reranker_sequence": ("--input_file", []),
-    "reward_trajectories": ("--input_file", ["--bert_model", "missing/model"]),
-    "sampling_dpo_trajectories": ("--input_json", ["--llm-model", "missing/model"]),
-    "split_data": ("--input_file", []),
-    "split_for_sft_dpo": ("--input_file", []),
-    "top_inference": ("--input_json", ["--llm-model", "missing/model"]),
-}
-# A row every stage accepts.
-ROW = {
-    "id": "q1", "question": "what?", "answers": ["gold"], "response": "gold", "docs_shown": 1,
-    "docs": [{"id": "d", "title": "t", "text": "x", "score": 1.0, "rerank_score": 0.9, "rerank_label": "true"}],
-    "true_id": [1], "false_id": [], "true_count": 1, "sequence": [1], "sequence_length": 1,
-    "id_lists": [[1], []], "responses": ["gold", "bad"], "response_scores": [1.0, 0.1], "score_terms": [{"em": 1.0}, {"em": 0.0}],
-}
-GOOD = json.dumps(ROW)
+# Stages that read one file of rows. The others read indexes, corpora, sets of shards and a hub: test_retrieval.py, test_io.py, test_prepare_data.py.
+ALONE = [name for name in STAGES if name not in ("aggregate", "retriever", "generate_passage_embeddings", "prepare_data")]
+WRITERS = [name for name in ALONE if name not in (*SCORERS, "split_data")]  # split_data reads its input before it makes the folder
+GOOD = json.dumps(row())
 BROKEN = {
     "a line that is not JSON": (f"{GOOD}\n{{broken\n", ":2: "),
-    "a missing question": (GOOD.replace('"question": "what?", ', ""), ":1: key 'question'"),
-    "an empty question": (GOOD.replace("what?", " "), ":1: key 'question'"),
+    "a missing question": (json.dumps(row(question=None)), ":1: key 'question'"),
+    "an empty question": (json.dumps(row(question=" ")), ":1: key 'question'"),
     "an id used twice": (f"{GOOD}\n\n{GOOD}\n", ":3: key 'id'"),
-    "no id": (GOOD.replace('"id": "q1", ', ""), ":1: key 'id'"),
+    "no id": (json.dumps(row(id=None)), ":1: key 'id'"),
     "a row that is no object": (f"{GOOD}\n[1]\n", ":2: key '(the whole row)'"),
     "an empty file": ("", ": "),
-    "documents that are no list": (GOOD.replace('"docs": [', '"docs": {"x": [').replace('"true"}]', '"true"}]}'), ":1: key 'docs'"),
-    "a score that is no number": (GOOD.replace('"score": 1.0', '"score": "high"'), ":1: key 'docs[0].score'"),
+    "documents that are no list": (json.dumps(row(docs={"x": DOCS})), ":1: key 'docs'"),
+    "a score that is no number": (json.dumps(row(docs=[{**DOCS[0], "score": "high"}, *DOCS[1:]])), ":1: key 'docs[0].score'"),
 }
 
 
 def run(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, ROOT / f"{name}.py", *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, REPO / f"{name}.py", *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )
 
 
-def test_every_stage_is_here():
-    """The others read indexes, corpora, whole sets of shards and a hub: test_retrieval.py, test_io.py and test_prepare_data.py."""
-    assert set(INPUTS) == set(STAGES) - {"aggregate", "retriever", "generate_passage_embeddings", "prepare_data"}
+def test_every_script_at_the_root_is_registered():
+    assert sorted([*STAGES, *TOOLS]) == sorted(path.stem for path in REPO.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", STAGES)
+def test_the_registered_flags_are_those_of_the_stage(name):
+    """The stage understands both command lines, and their flags name {rows} and files in {out}."""
+    parse, stage = load(name).parse_args, STAGES[name]
+    assert stage.outputs and stage.input in stage.inputs
+    for full in (False, True):
+        flags = flags_of(name, Path("good"), Path("out"), Path("rows"), full=full)
+        given = vars(parse(flags)).values()
+        assert "rows" in given or ["rows"] in given
+        assert len([value for value in given if str(value).startswith("out/")]) >= len(stage.outputs)
+    parse(stage.tiny.split())
+
+
+def test_every_stage_has_a_command_that_the_chain_runs():
+    assert {command.split()[1] for command in page_commands() if command.startswith("python ")} == {f"{name}.py" for name in STAGES}
+
+
+@pytest.mark.parametrize("name", [*STAGES, *TOOLS])
 def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_path):
     seconds = []
     for _ in range(2):
@@ -83,7 +77,7 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*STAGES, *TOOLS])
 def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_args(["--help"])
@@ -95,9 +89,9 @@ def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, ca
 def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     program = (
         "import importlib, json, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
         "found = {}\n"
-        f"for name in {SCRIPTS!r}:\n"
+        f"for name in {[*STAGES, *TOOLS]!r}:\n"
         "    module = importlib.import_module(name)\n"
         f"    found[name] = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
         "    assert callable(module.main) and callable(module.parse_args), name\n"
@@ -106,7 +100,7 @@ def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {name: [] for name in SCRIPTS}
+    assert json.loads(done.stdout) == {name: [] for name in (*STAGES, *TOOLS)}
     assert not list(tmp_path.iterdir())
 
 
@@ -125,15 +119,15 @@ def test_abbreviated_flags_are_refused_and_both_spellings_mean_the_same(name, ca
     if name not in SCORERS:
         assert module.parse_args(["--on-error", "skip"]) == module.parse_args(["--on_error=skip"])
         assert module.parse_args(["--on-error=skip"]).on_error == "skip"
-    if name in INPUTS:
-        flag = INPUTS[name][0]
-        assert module.parse_args([flag, "a_b-c"]) == module.parse_args([flag.replace("_", "-"), "a_b-c"])
+    for flag in (STAGES[name].input, *STAGES[name].outputs):
+        words = re.split("[_-]", flag[2:])
+        assert module.parse_args([f"--{'-'.join(words)}", "a_b-c"]) == module.parse_args([f"--{'_'.join(words)}", "a_b-c"])
 
 
 @pytest.mark.parametrize(("name", "flag", "wrong", "right"), [
     ("retriever", "--index", ["bm52", "BM25", "flat bm52", "IVF16,SQ9", "IVF"], ["flat", "bm25", "flat bm25", "IVF16,SQ8", "RR768,IVF16384,RaBitQfs", "PQ7"]),
     *((name, "--device", ["cudda", "gpu", "cuda:x", "CPU"], ["auto", "cpu", "cuda", "cuda:1"])
-      for name in ("retriever", "generate_passage_embeddings", "reranker", "reward_trajectories")),
+      for name in of_kind(MODEL)),
     ("inference", "--selector", ["best", "top:0", "dynamic all monot"], ["dynamic", "top:3", "none monot5"]),
     ("construct_dpo", "--pairs", ["worst-best", "top-bottom"], ["all", "top-bottom:2"]),
 ])
@@ -148,7 +142,7 @@ def test_a_value_outside_a_closed_set_is_refused_with_the_flag_and_the_choices(n
         assert load(name).parse_args([flag, *value.split()])
 
 
-@pytest.mark.parametrize("name", ["inference", "top_inference", "sampling_dpo_trajectories"])
+@pytest.mark.parametrize("name", LLM_STAGES)
 def test_input_json_and_input_jsonl_are_one_flag(name):
     module = load(name)
     for kind in ("input", "output"):
@@ -164,21 +158,11 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(name: str, path: str, *flags: str) -> str:
-    """The message with which a stage refuses a file, in this process."""
-    from dynamicrag.stage import UserError
-
-    flag, more = INPUTS[name]
-    with pytest.raises(UserError) as error:
-        load(name).main([flag, path, *more, *flags])
-    return str(error.value)
-
-
 @pytest.mark.parametrize(("name", "problem"), [
-    (name, problem) for name in INPUTS for problem in BROKEN
-    if (name, problem) != ("evaluate", "an id used twice")  # it counts the first: test_evaluate.py
+    (name, problem) for name in ALONE for problem in BROKEN
+    if (name, problem) != ("evaluate", "an id used twice")  # evaluate.py counts the first row: test_evaluate.py
 ])
-def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, problem, here):  # behaviour 31
+def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, problem, here):
     content, says = BROKEN[problem]
     Path("in.jsonl").write_text(content)
     message = refused(name, "in.jsonl")
@@ -189,16 +173,15 @@ def test_bad_input_is_named_by_file_line_and_key_before_a_model_is_loaded(name, 
     assert not [file for file in written if file.endswith((".json", ".jsonl")) and not file.endswith(".manifest.json")]
 
 
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_missing_input_is_named(name, here):
     assert "nowhere.jsonl" in refused(name, "nowhere.jsonl")
 
 
-@pytest.mark.parametrize("name", INPUTS)
-def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):  # behaviour 31
-    flag, more = INPUTS[name]
+@pytest.mark.parametrize("name", ALONE)
+def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):
     Path("in.jsonl").write_text(f"{GOOD}\n{{broken\n")
-    done = run(name, flag, "in.jsonl", *more, cwd=here)
+    done = run(name, STAGES[name].input, "in.jsonl", *([STAGES[name].model, "missing/model"] if STAGES[name].model else []), cwd=here)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1
@@ -206,25 +189,17 @@ def test_on_the_command_line_bad_input_is_one_line_and_status_2(name, here):  # 
     assert "Traceback" not in done.stderr
 
 
-WRITERS = {
-    "construct_dpo": ["--reranker_file", "--generator_file"], "construct_generator_sft": ["--output_file"], "inference": ["--output_json"],
-    "process_training_data": ["--sequence_file", "--normal_file"], "reranker": ["--output_file"], "reranker_sequence": ["--output_file"],
-    "reward_trajectories": ["--output_file"], "sampling_dpo_trajectories": ["--output_json"], "split_for_sft_dpo": ["--sft_file", "--dpo_file"],
-    "top_inference": ["--output_json"],
-}
-
-
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here):  # behaviour 5
+def test_a_folder_that_cannot_be_made_fails_before_the_input_is_read(name, here):
     Path("file").write_text("in the way")
     Path("in.jsonl").write_text("{broken")
-    for flag in WRITERS[name]:
+    for flag in STAGES[name].outputs:
         assert refused(name, "in.jsonl", flag, "file/out.jsonl").startswith("file: ")
 
 
 @pytest.mark.parametrize("name", ["construct_dpo", "construct_generator_sft", "process_training_data", "reranker_sequence", "split_for_sft_dpo"])
-def test_bad_rows_may_be_set_aside_and_a_finished_run_is_not_repeated(name, here, caplog):  # behaviours 2, 31
-    rows = [json.dumps({**ROW, "id": f"q{n}"}) for n in range(4)]
+def test_bad_rows_may_be_set_aside_and_a_finished_run_is_not_repeated(name, here, caplog):
+    rows = [json.dumps(row(n)) for n in range(4)]
     Path("in.jsonl").write_text("\n".join([*rows[:2], '{"id": "bad"}', *rows[2:]]))
     flags = ["--input_file", "in.jsonl", "--on-error", "skip"]
     load(name).main(flags)
@@ -242,7 +217,7 @@ def test_bad_rows_may_be_set_aside_and_a_finished_run_is_not_repeated(name, here
 
 @pytest.mark.parametrize("name", ["construct_dpo", "process_training_data", "split_for_sft_dpo"])
 def test_other_arguments_or_input_over_a_finished_output_are_refused(name, here):
-    rows = [json.dumps({**ROW, "id": f"q{n}"}) for n in range(4)]
+    rows = [json.dumps(row(n)) for n in range(4)]
     Path("in.jsonl").write_text("\n".join(rows))
     load(name).main(["--input_file", "in.jsonl"])
     assert names(refused(name, "in.jsonl", "--seed", "5"), "arguments", "seed", 5)

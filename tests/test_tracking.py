@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import logged, write_jsonl
-from test_stages import ROW
+from stages import row
 
 import evaluate
 import evaluate_retrieval
@@ -69,7 +69,7 @@ def here(tmp_path, monkeypatch):
     (packages / "writer.py").write_text(WRITER)
     monkeypatch.syspath_prepend(packages)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", __import__("writer"))
-    write_jsonl(Path("in.jsonl"), [{**ROW, "id": f"q{n}"} for n in range(3)])
+    write_jsonl(Path("in.jsonl"), [row(n) for n in range(3)])
     yield tmp_path
     for name in (*STAND_INS, "writer"):
         sys.modules.pop(name, None)

@@ -1,4 +1,4 @@
-"""What LLaMA-Factory does with the rows the stages write: no conversation is cut, and no system prompt is lost unsaid."""
+"""LLaMA-Factory cuts no conversation of the stages' rows, and no system prompt is lost without a warning."""
 
 import json
 import os
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import at, logged, make_text, naming, write_jsonl
-from test_templates import CASES, FAMILIES, TRAIN_PYTHON, facts_of, save_tokenizer
+from chat_tokenizers import CASES, FAMILIES, TRAIN_PYTHON, facts_of, save_tokenizer
+from conftest import at, logged, naming, write_jsonl
+from stubs import make_text
 
 import construct_dpo
 import construct_generator_sft
@@ -50,7 +51,7 @@ def documents(number: int, words: int, relevant: set[int]) -> list[dict]:
 
 
 def long_rows(count: int = 8, words: int = 60) -> list[dict]:
-    """Questions with 40 documents, the relevant ones at different depths; every fourth has them all early, every fourth needs none."""
+    """Questions with 40 documents. The relevant ones are at different depths: in every fourth row they are all early, in every fourth row there are none."""
     deep = [{1, 30}, {2, 3}, set(), {n for n in range(1, DOCS + 1) if n % 3}]
     return [
         {"id": f"nq_{n}", "question": f"which river is number {n}?", "answers": [f"answer {n}"], "docs": documents(n, words, deep[n % 4])}
@@ -59,7 +60,7 @@ def long_rows(count: int = 8, words: int = 60) -> list[dict]:
 
 
 def rewarded(row: dict, number: int) -> dict:
-    """Trajectories of a row, one of which names the 35th document if the number is odd."""
+    """A row with trajectories. One of them names the 35th document if the number is odd."""
     lists = [[1, 2], [3], list(range(1, 15)), [35] if number % 2 else []]
     return {
         **row, "docs_shown": DOCS, "id_lists": lists, "responses": [f"answer {number}", "bad", "worse " * 50, "worst"],
@@ -68,7 +69,7 @@ def rewarded(row: dict, number: int) -> dict:
 
 
 def write_sets(rows: list[dict], *flags: str) -> None:
-    """Every set of training rows, by the stages."""
+    """Write every set of training rows with the stages."""
     write_jsonl(Path("rows.jsonl"), rows)
     process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "8", "--overwrite"])
     reranker_sequence.main(["--overwrite", *flags])
@@ -118,7 +119,7 @@ def test_a_row_loses_as_many_documents_as_it_must_and_no_more(llama3):
 
 
 def test_prompt_answer_and_end_token_count_to_the_last_token(llama3):
-    """At exactly its own length nothing goes; with one token fewer a document does. The longer of two answers counts."""
+    """A window of exactly the row's length keeps all documents, and one token less loses a document. The longer of two answers counts."""
     prompts = PromptTokenizer(training_rows.load_tokenizer(str(llama3))[0], read_template(str(ROOT / "template/llama3.jinja")))
     docs, answers = documents(1, 5, set())[:6], ("[1]", "[1], [2], [3]")
 
@@ -158,7 +159,7 @@ def test_rows_that_fit_are_the_same_whatever_their_length_is_counted_by(llama3):
 
 
 def conversation(questions: int) -> dict:
-    """A training row of several questions about the same documents, as the Factbook's warm-up has them."""
+    """A training row of several questions about the same documents, as in the Factbook's warm-up."""
     first = Prompts().reranker("which river?", documents(1, 60, set())[:12])
     further = [[f"which country has number {n}? " * 20, f"[{n}]"] for n in range(1, questions)]
     turns = [[first[1]["content"], "[1]"], *further]
@@ -337,7 +338,7 @@ json.dump(encoded, open(output, "w"))
 
 @pytest.mark.slow
 def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system_prompt(tmp_path):
-    """By LLaMA-Factory's own processors, with the unchanged recipe's cutoff_len, for every chat template; published entries beside ours."""
+    """LLaMA-Factory's own processors run with the recipe's cutoff_len, for every chat template, on published entries too."""
     if not TRAIN_PYTHON.is_file():
         pytest.skip("no .venv-train; scripts/setup.sh makes it")
     info = json.loads((ROOT / "recipes/dataset_info.json").read_text())

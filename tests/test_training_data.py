@@ -105,7 +105,7 @@ def test_only_the_documents_shown_are_labelled():
         assert max(row["sequence"], default=0) <= 7
 
 
-def test_every_row_is_labelled_and_in_exactly_one_file_also_after_the_caps_are_full():  # behaviour 9
+def test_every_row_is_labelled_and_in_exactly_one_file_also_after_the_caps_are_full():
     rows = make_rows(60)
     expert, others = process(rows, "--max_rows", "5", "--max_per_length", "1")
     assert len(expert) == 5
@@ -117,7 +117,7 @@ def test_every_row_is_labelled_and_in_exactly_one_file_also_after_the_caps_are_f
         assert row["true_count"] == sum(labels)
 
 
-def test_one_question_has_one_target():  # behaviour 10
+def test_one_question_has_one_target():
     expert, _ = process(make_rows(60))
     assert len({row["id"] for row in expert}) == len(expert)
 
@@ -135,7 +135,7 @@ def test_caps_are_full_and_never_exceeded(flags, most, most_per_length):
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (4, 1), (10, 2), (53, 10)])
-def test_a_small_data_set_gives_a_fifth_and_says_so(rows, expected, caplog):  # behaviour 12
+def test_a_small_data_set_gives_a_fifth_and_says_so(rows, expected, caplog):
     expert, others = process(make_rows(rows, 3))
     assert (len(expert), len(others)) == (expected, rows - expected)
     assert logged(caplog, rows, "150,000", expected) == 1
@@ -176,7 +176,7 @@ def test_padded_targets_shuffle_and_expert_ones_do_not():
 
 
 @pytest.mark.parametrize("targets", ["expert", "padded"])
-def test_equal_seeds_give_equal_bytes_and_another_seed_another_choice(targets):  # behaviour 11
+def test_equal_seeds_give_equal_bytes_and_another_seed_another_choice(targets):
     rows = make_rows(60)
     runs = []
     for seed in ("1", "1", "2"):
@@ -186,7 +186,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_another_choice(targets): 
     assert runs[0][0] != runs[2][0]
 
 
-def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_makes_them():  # behaviour 9
+def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_makes_them():
     rows = make_rows(3, 3)
     del rows[1]["docs"][2]["rerank_label"]
     with pytest.raises(UserError, match=naming("row q1", "1/3", "rerank_label", "reranker.py")):
@@ -196,7 +196,7 @@ def test_documents_without_labels_are_refused_by_name_and_with_the_command_that_
 
 
 def published(row: dict) -> dict:
-    """The row as published training data has it: labels without scores."""
+    """The row in the form of published training data: labels without scores."""
     return {**row, "docs": [{key: value for key, value in doc.items() if key not in ("rerank_score", "score")} for doc in row["docs"]]}
 
 
@@ -235,7 +235,7 @@ def test_a_label_is_true_or_false_in_any_spelling_and_nothing_else(given, label)
         assert process([row])[0][0]["true_id"] == ([1] if label == "true" else [])
 
 
-def test_unknown_keys_and_answers_in_any_form_pass_through():  # behaviour 13
+def test_unknown_keys_and_answers_in_any_form_pass_through():
     rows = [make_row(1, [0.9], answers=None, answer="Paris", note={"a": [1]}), make_row(2, [0.9], answers=["a", " b "])]
     expert, others = process(rows)
     found = {row["id"]: row for row in expert + others}
@@ -280,7 +280,7 @@ def test_one_prompts_file_changes_both_sets():
         (10, ["--dpo_size", "1"], 6, 1), (10, ["--sft_size", "8", "--dpo_size", "5"], 8, 2),
     ],
 )
-def test_the_rest_divides_without_loss_overlap_or_an_empty_part(rows, flags, sft, dpo, caplog):  # behaviour 12
+def test_the_rest_divides_without_loss_overlap_or_an_empty_part(rows, flags, sft, dpo, caplog):
     made = [process_training_data.label(row, 3) for row in make_rows(rows, 3)]
     write(NORMAL, made)
     split_for_sft_dpo.main(flags)
@@ -318,7 +318,7 @@ def test_published_sizes_are_published_numbers(caplog):
     assert not caplog.text
 
 
-def test_the_division_is_random_and_seeded():  # behaviour 11
+def test_the_division_is_random_and_seeded():
     divisions = [split_for_sft_dpo.divide(100, None, None, 0, seed) for seed in (1, 1, 2)]
     assert divisions[0] == divisions[1] != divisions[2]
     assert divisions[0][0] != set(range(60))
@@ -359,7 +359,7 @@ def test_no_relevant_document_is_a_question_without_documents():
     assert example["instruction"] == Prompts().generator("what is 1?", [], tasks.DEFAULT_TASK.instruction)[1]["content"]
 
 
-def test_rows_without_labels_never_train_on_no_documents():  # behaviour 9
+def test_rows_without_labels_never_train_on_no_documents():
     with pytest.raises(UserError, match=at("training_data_sft.jsonl:1: key 'true_id'")):
         generator_examples([make_row(1, [0.9])])
 
@@ -375,7 +375,7 @@ def test_rows_without_labels_never_train_on_no_documents():  # behaviour 9
         ({"dataset": "asqa"}, "answer 1"),
     ],
 )
-def test_the_target_is_a_whole_gold_answer(more, output):  # behaviour 13
+def test_the_target_is_a_whole_gold_answer(more, output):
     assert [example["output"] for example in generator_examples([labelled(1, [0.9], **more)])] == [output]
 
 
@@ -394,11 +394,11 @@ def test_a_question_without_any_gold_answer_trains_nothing_and_is_counted(caplog
         ("5", "nq_dev", None), ("5", "research", None), ("arc_1", "", "arc"), ("search_1", "", None), ("asqa_1", "nq", "asqa"),
     ],
 )
-def test_a_data_set_is_recognised_by_exact_prefix_or_stem_only(identifier, stem, dataset):  # behaviour 14
+def test_a_data_set_is_recognised_by_exact_prefix_or_stem_only(identifier, stem, dataset):
     assert derive_dataset(identifier, stem) == dataset
 
 
-def test_the_data_set_decides_the_instruction():  # behaviour 14
+def test_the_data_set_decides_the_instruction():
     examples = generator_examples([labelled(1, [0.9], dataset="fever"), labelled(2, [0.9], dataset="eli5"), labelled(3, [0.9], id="batch_3")])
     for example, task in zip(examples, (tasks.TASKS["fever"], tasks.TASKS["eli5"], tasks.DEFAULT_TASK), strict=True):
         assert task.instruction in example["instruction"]

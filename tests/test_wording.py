@@ -1,4 +1,4 @@
-"""Tests hold to the places, keys and values that a message names, never to its words: conftest.py has at(), naming(), names() and logged()."""
+"""Tests check the places, keys and values that a message names, never its words. conftest.py has at(), naming(), names() and logged() for this."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ OUR_MESSAGES = re.compile(r"caplog\.text|\.stderr|\bstr\((error|raised)\.value\)
 
 
 def asserted(source: str) -> Iterator[tuple[int, str]]:
-    """The line and the text of each literal that an error is matched with, that is looked for in a message, or that one begins with."""
+    """The line and the text of each literal with which a test matches an error or searches a message."""
     for node in ast.walk(ast.parse(source)):
         literal, where = None, ""
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -1,6 +1,6 @@
 """Malformed files that are not rows: corpora, embeddings, indexes, runs, prompts, templates, models, caches, manifests.
 
-As test_bad_input.py: one line that names the file and what was expected, and exit status 2.
+As in test_bad_input.py, the stage ends with exit status 2 and one line that names the file and the expected content.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import at, write_jsonl
-from running import assert_refused, flags_of, make_good, retriever_manifest, row, run
+from running import assert_refused, good_input, make_good, retriever_manifest, run
+from stages import STAGES, flags_of, row
 
 from dynamicrag.models import chat_templates
 from dynamicrag.reward.judge_cache import GradeCache
@@ -25,12 +26,12 @@ from dynamicrag.stage import UserError
 
 
 class Case(NamedTuple):
-    """A stage whose flags name a file {bad}, what is in that file, and what is said of it."""
+    """A stage whose flags name a file {bad}, the content of that file, and a pattern of the message."""
 
     stage: str
     flags: str
     name: str
-    content: bytes | str | Callable[[Path, Path], None]  # of the path, and of the folder of good files
+    content: bytes | str | Callable[[Path, Path], None]  # a function gets the path and the folder of good files
     says: str
 
 
@@ -187,7 +188,7 @@ def one_vector(value: float) -> np.ndarray:
 
 
 class Reduced:
-    """Pickles as a call of print, which is harmless, and is refused as any other."""
+    """Pickles as a call of print. The call is harmless, but every call is refused."""
 
     def __reduce__(self):
         return print, ("called",)
@@ -245,7 +246,7 @@ def test_embeddings_that_are_none(case, good, out, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_vector_that_a_compressed_index_finds_and_that_is_none(value, good, out, monkeypatch):
-    """The index proposes every vector here; which is best, cannot be said of this one."""
+    """The index proposes every vector here, and this one has no score that could be compared."""
     case = shard(one_vector(value).astype("<f4"), says="passages_00.npy: .*'p77'")
     check(case._replace(flags=case.flags.replace("--index flat", "--index SQ8 --candidates 1000")), good, out, monkeypatch)
 
@@ -290,7 +291,7 @@ def retrieve(good: Path, out: Path, monkeypatch, more: str) -> tuple[int, list[s
     ("bm25", "store/store.json", lambda raw: b"[", None), ("bm25", "store/store.json", lambda raw: b"[1]", None),
 ])
 def test_what_was_kept_is_damaged(index, kept, damage, says, good, out, monkeypatch):
-    """What cannot be read is named; a store that does not say what it holds is built again."""
+    """A file that cannot be read is named. A store whose record is damaged is built again."""
     assert retrieve(good, out, monkeypatch, f"--index {index}") == (0, [])
     before = (out / "retrieved.jsonl").read_bytes()
     path = out.parent / kept
@@ -331,7 +332,7 @@ RUN_STAGES = {"retriever": "--run {bad} --index", "reranker": "--run {bad}", "ev
 @pytest.mark.parametrize("name", RUN_STAGES)
 def test_a_run_that_is_none(name, case, good, out, monkeypatch):
     content, says = BAD_RUNS[case]
-    if name == "evaluate_retrieval":  # what is no run may be rows
+    if name == "evaluate_retrieval":  # a file that is no run may be rows
         says = {"other questions": r"x\.run: row other "}.get(case, says)
         if case == "JSON":
             pytest.skip("these are rows")
@@ -472,7 +473,7 @@ def test_what_renders_templates_is_the_immutable_sandbox():
 
 
 def model(source: str, *, without: str | None = None, **files: bytes | str) -> Callable[[Path, Path], None]:
-    """A copy of a good model, with other files."""
+    """A copy of a good model with some files replaced."""
 
     def make(path: Path, good: Path) -> None:
         shutil.copytree(good / source, path)
@@ -502,7 +503,7 @@ def cut_weights(source: str) -> Callable[[Path, Path], None]:
 
 
 def without_a_layer(path: Path, good: Path) -> None:
-    """Weights for one layer, where the configuration has two."""
+    """Weights for one layer, although the configuration has two."""
     import safetensors.torch
 
     model("encoder")(path, good)
@@ -523,11 +524,7 @@ def pth(content: object) -> Callable[[Path, Path], None]:
     return make
 
 
-MODEL_STAGES = {
-    "generate_passage_embeddings": ("encoder", "--model_name_or_path {bad} --passages {good}/corpus.tsv"),
-    "reranker": ("monot5", "--model_name_or_path {bad} --device cpu"),
-    "reward_trajectories": ("encoder", "--bert_model {bad} --device cpu --weights bert=1"),
-}
+MODELS_OF = {"generate_passage_embeddings": "encoder", "reranker": "monot5", "reward_trajectories": "encoder"}
 LOADED = r"^error: (--bert_model )?\S*/m: "
 BAD_MODELS: dict[str, tuple[Callable[[str], Callable[[Path, Path], None]], str]] = {
     "nothing": (lambda source: lambda path, good: None, LOADED),
@@ -549,16 +546,12 @@ BAD_MODELS: dict[str, tuple[Callable[[str], Callable[[Path, Path], None]], str]]
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-@pytest.mark.parametrize("name", MODEL_STAGES)
+@pytest.mark.parametrize("name", MODELS_OF)
 def test_a_model_that_is_none(name, case, good, out, monkeypatch):
-    source, flags = MODEL_STAGES[name]
     make, says = BAD_MODELS[case]
-    rows = flags_of(name, good, out, good / "rows_0.jsonl")
-    if name == "reranker":
-        rows = [flag for flag in rows if flag not in ("--run", f"{good}/reranker.run")]
-    make(source)(out.parent / "m", good)
-    flags = flags.format(bad=out.parent / "m", good=good).split()
-    assert_refused(*run(name, [*rows, *flags], monkeypatch), says, out)
+    make(MODELS_OF[name])(out.parent / "m", good)
+    flags = flags_of(name, good, out, good_input(name, good), f"{STAGES[name].model} {out.parent}/m", full=True)
+    assert_refused(*run(name, flags, monkeypatch), says, out)
 
 
 MODELS = {
@@ -573,11 +566,11 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_an_encoder_that_is_none(case, good, out, monkeypatch):
-    check(Case("generate_passage_embeddings", MODEL_STAGES["generate_passage_embeddings"][1], "m", *MODELS[case]), good, out, monkeypatch)
+    check(Case("generate_passage_embeddings", "--model_name_or_path {bad} --passages {good}/corpus.tsv", "m", *MODELS[case]), good, out, monkeypatch)
 
 
 def test_a_reranker_without_a_classifier(good, out, monkeypatch):
-    """An encoder that says it is a classifier: the weights that judge would be noise."""
+    """An encoder whose configuration names a classifier. The classifier's weights would be random."""
     changed("encoder", "config.json", architectures=["BertForSequenceClassification"])(out.parent / "m", good)
     flags = ["--input_file", f"{good}/rows_0.jsonl", "--output_file", f"{out}/r.jsonl", "--model_name_or_path", f"{out.parent}/m", "--device", "cpu"]
     assert_refused(*run("reranker", flags, monkeypatch), r"/m: .*\bclassifier\b", out)
@@ -660,7 +653,7 @@ def test_a_manifest_of_the_same_stage_that_is_none(case, which, good, out, monke
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"results": []}', '{"results": {"a": {}}}', '{"results": {"a": {"score": "high"}}}', '{"results": {"a": 1, "b": 2}}'])
 def test_metrics_of_a_round_that_are_none(tmp_path, content):
-    """scripts/rounds.py, which compares what rounds of training came to."""
+    """scripts/rounds.py compares the metrics of several rounds of training."""
     spec = importlib.util.spec_from_file_location("rounds", Path(__file__).parents[2] / "scripts/rounds.py")
     spec.loader.exec_module(rounds := importlib.util.module_from_spec(spec))
     (tmp_path / "0/results").mkdir(parents=True)

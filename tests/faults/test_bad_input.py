@@ -1,7 +1,7 @@
-"""Malformed and hostile files, stage by stage: each is one clear error, or a result that is written down here.
+"""Malformed and hostile files, stage by stage: each one gives one clear error, or a result that these tests state.
 
-A stage refuses a file with exit status 2 and one line on stderr that names the file, the place in it and what was expected. It
-never ends in a stack trace, never hangs, and never goes on with something else than what the file says.
+A stage refuses a file with exit status 2 and one line on stderr that names the file, the place in it and the expected content. It
+never ends in a stack trace, never hangs, and never continues with content that the file does not have.
 """
 
 import codecs
@@ -11,8 +11,10 @@ import re
 from pathlib import Path
 
 import pytest
+from bad_rows import BAD_ROWS, with_doc
 from conftest import write_jsonl
-from running import DOCS, ROW_STAGES, assert_refused, flags_of, make_good, retriever_manifest, row, run
+from running import assert_refused, make_good, retriever_manifest, run
+from stages import DOCS, LLM_STAGES, ROW_STAGES, flags_of, row
 
 from dynamicrag.rows.records import count_rows
 from dynamicrag.rows.trec import is_run
@@ -92,17 +94,17 @@ BROKEN_FILES: dict[str, tuple[bytes | str, str]] = {
 }
 
 
-# TREC runs, which begin with neither { nor [, are results too.
+# Results may be TREC runs too: these files begin with neither { nor [.
 IS_A_RUN = r"rows_0\.jsonl: .*--eval_file"
 
 
 def sentinels(table: dict, *few: str) -> list[str]:
-    """All stages read rows by one reader, which is tested with the whole table: of each stage a few cases show that it does. FULL=1: all."""
+    """The cases that each stage runs: a few, since the reader that all stages share is tested with the whole table. FULL=1: all of them."""
     return list(table) if os.environ.get("FULL") else [case for case in table if case in few]
 
 
 def reads(path: Path, content: bytes | str) -> str:
-    """What the reader of every stage says of a file."""
+    """The message of the reader that all stages share."""
     with pytest.raises(UserError) as error:
         count_rows(str(put(path, content)))
     return str(error.value)
@@ -138,63 +140,6 @@ def test_what_is_no_file(name, make, says, good, out, monkeypatch):
 
 # ---------------------------------------------------------------- rows that are not rows
 
-NESTED_DOC = {"id": "p1", "title": "t", "text": "t"}
-
-
-def with_doc(**changes) -> dict:
-    """Changes of a row whose second document is the one that is wrong."""
-    return {"docs": [DOCS[0], {**DOCS[1], **changes}, *DOCS[2:]]}
-
-
-BAD_ROWS: dict[str, tuple[dict, str]] = {
-    "no id": ({"id": None}, "'id': "),
-    "an empty id": ({"id": ""}, "'id': "),
-    "an id that is true": ({"id": True}, r"'id': .*\bbool\b"),
-    "an id that is a number with a point": ({"id": 1.5}, r"'id': .*\bfloat\b"),
-    "an id beyond 64 bits": ({"id": 10**30}, r"'id': .*\bfloat\b"),
-    "an id that is a list": ({"id": ["q1"]}, r"'id': .*\blist\b"),
-    "an id that is used already": ({"id": "q1"}, r"'id': 'q1' .*\b1\b"),
-    "an id of a number that is used as a string": ({"id": "q1", "sample_id": 1}, "'id': 'q1'"),
-    "no question": ({"question": None}, "'question': "),
-    "an empty question": ({"question": ""}, "'question': "),
-    "a question of white space": ({"question": " \n\u3000"}, "'question': "),
-    "a question that is a number": ({"question": 42}, r"'question': .*\bint\b"),
-    "a question that is a list": ({"question": ["which?"]}, r"'question': .*\blist\b"),
-    "a question to search with that is a list": ({"retrieved_question": ["which?"]}, r"'retrieved_question': .*\blist\b"),
-    "an answer that is a number": ({"answers": 42}, r"'answers': .*\bint\b"),
-    "answers of mixed types": ({"answers": ["oil", 42]}, "'answers': "),
-    "answers that are an object": ({"answers": {"text": "oil"}}, "'answers'"),
-    "answers in lists": ({"answers": [["oil"]]}, r"'answers': .*\blist\b"),
-    "qa_pairs that are an object": ({"qa_pairs": {"short_answers": ["oil"]}}, "'qa_pairs'"),
-    "qa_pairs without short_answers": ({"qa_pairs": [{"question": "which?"}]}, "'qa_pairs'"),
-    "short_answers that are a string": ({"answers": None, "qa_pairs": [{"short_answers": "oil"}]}, "'qa_pairs'"),
-    "short_answers that are numbers": ({"answers": None, "qa_pairs": [{"short_answers": [42]}]}, "'qa_pairs'"),
-    "a data set that is a number": ({"dataset": 7}, r"'dataset': .*\bint\b"),
-    "a data set that is an empty list": ({"dataset": []}, r"'dataset': .*\blist\b \[\]"),
-    "docs that are a string": ({"docs": "p1"}, r"'docs': .*\bstr\b"),
-    "docs that are an object": ({"docs": {"p1": DOCS[0]}}, r"'docs': .*\bdict\b"),
-    "docs that are null beside ctxs": ({"docs": "null", "ctxs": DOCS}, "'docs': "),
-    "docs in lists": ({"docs": [DOCS]}, r"'docs\[0\]': .*\blist\b"),
-    "docs that are ids": ({"docs": ["p1", "p2"]}, r"'docs\[0\]': .*\bstr\b"),
-    "docs of mixed types": ({"docs": [DOCS[0], None, *DOCS[2:]]}, r"'docs\[1\]': "),
-    "ctxs of mixed types": ({"docs": None, "ctxs": [DOCS[0], 3, *DOCS[2:]]}, r"'ctxs\[1\]': .*\bint\b"),
-    "a document without text": (with_doc(text=None), r"'docs\[1\]\.text'"),
-    "a document whose text is a list": (with_doc(text=["a", "b"]), r"'docs\[1\]\.text': .*\blist\b"),
-    "a document whose title is a number": (with_doc(title=1984), r"'docs\[1\]\.title': .*\bint\b"),
-    "a document whose id is a list": (with_doc(id=["p2"]), r"'docs\[1\]\.id': .*\blist\b"),
-    "a document whose id is an object": (with_doc(id={"$oid": "p2"}), r"'docs\[1\]\.id': .*\bdict\b"),
-    "a document whose id is beyond 64 bits": (with_doc(id=10**30), r"'docs\[1\]\.id': .*\bfloat\b"),
-    "a document whose id is empty": (with_doc(id=""), r"'docs\[1\]\.id': "),
-    "a score that is a word": (with_doc(score="high"), r"'docs\[1\]\.score': .*\bstr\b"),
-    "a score that is written NaN": (with_doc(score="NaN"), r"'docs\[1\]\.score': .*\bnan\b"),
-    "a score that is written 1e999": (with_doc(score="1e999"), r"'docs\[1\]\.score': .*\binf\b"),
-    "a score that is a list": (with_doc(score=[1]), r"'docs\[1\]\.score': .*\blist\b"),
-    "a score that is true": (with_doc(score=True), r"'docs\[1\]\.score': .*\bbool\b"),
-    "a rerank score of infinity": (with_doc(rerank_score="-Infinity"), r"'docs\[1\]\.rerank_score': "),
-    "a label that is neither": (with_doc(rerank_label="maybe"), r"'docs\[1\]\.rerank_label': .*\"true\".*\"false\""),
-    "a label that is a list": (with_doc(rerank_label=["true"]), r"'docs\[1\]\.rerank_label': "),
-}
-
 
 def third_of_four(changes: dict) -> str:
     return "\n".join([json.dumps(row(n)) for n in (1, 2)] + [json.dumps(row(3, **changes)).replace('"null"', "null"), json.dumps(row(4))])
@@ -202,22 +147,21 @@ def third_of_four(changes: dict) -> str:
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_the_reader_refuses_a_row_that_is_none(case, tmp_path):
-    """The first line of the file is line 1."""
+    """Line numbers start at 1."""
     changes, says = BAD_ROWS[case]
     assert re.search(rf"rows_0\.jsonl:3: key {says}", reads(tmp_path / "rows_0.jsonl", third_of_four(changes)))
 
 
 @pytest.mark.parametrize(("name", "case"), [
     (name, case) for name in ROW_STAGES for case in sentinels(BAD_ROWS, "an id that is used already", "answers of mixed types", "a document whose text is a list")
-    if not (name == "evaluate" and "used" in case)  # of rows that answer one question the first counts, and the others are warned of
+    if not (name == "evaluate" and "used" in case)  # the first row of a question counts, and a warning names the others
 ])
 def test_a_row_that_is_none(name, case, good, out, monkeypatch):
     changes, says = BAD_ROWS[case]
     refused(name, third_of_four(changes), rf"rows_0\.jsonl:3: key {says}", good, out, monkeypatch)
 
 
-# What a stage needs of a row that others do without.
-LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
+# Keys that only some stages need.
 NEEDS: list[tuple[tuple[str, ...], dict, str]] = [
     (("aggregate", "reranker", "process_training_data", "reranker_sequence", *LLM_STAGES, "evaluate_retrieval"), {"docs": None}, "'docs': "),
     (("reranker_sequence", "split_for_sft_dpo", "construct_generator_sft"), {"true_id": None}, "'true_id': "),
@@ -265,7 +209,7 @@ def test_a_row_without_what_the_stage_needs(name, changes, says, good, out, monk
 
 
 def test_an_error_is_one_line_whatever_it_quotes(good, out, monkeypatch):
-    """A terminal obeys what is between the lines of an id as little as a log takes it for lines of its own."""
+    """Control characters in an id reach neither the terminal nor the log, and line ends in it do not make new lines."""
     strange = row(3, id="q\x1b[2J\r\n12:00:00 all is well\u202e\u2028" + "x" * 10_000, docs=[{"id": "\x07", "text": "t"}])
     rows = write_jsonl(out.parent / "rows_0.jsonl", [row(1), strange])
     status, said = run("process_training_data", flags_of("process_training_data", good, out, rows), monkeypatch)

@@ -1,6 +1,6 @@
-"""No input runs code: for every flag of every script that names a file, files that would write a canary if they were run.
+"""No input runs code. Every flag that names a file gets files that would write a canary file if they were run.
 
-Each payload is tried first on the loader it is made for, so that the silence of a stage means something.
+Each payload is first tried on the loader for which it was made. So a missing canary means that the stage did not run the payload.
 """
 
 import contextlib
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCORERS
-from running import STAGES, flags_of, make_good, row, run
+from running import good_input, make_good, run
+from stages import MODEL_FLAGS, REPO, SCORERS, STAGES, flags_of, row
 
-ROOT = Path(__file__).resolve().parents[2]
 CODE = "open({canary!r}, 'w').close()"
 
 
@@ -48,7 +47,7 @@ def saved_by_torch(canary: Path, **changes) -> bytes:
 
 
 JINJA = "{{ messages }}{{ cycler.__init__.__globals__.os.close(cycler.__init__.__globals__.os.open(%r, 64)) }}"
-# Content by what it is made for.
+# Content by the loader for which it is made.
 PAYLOADS: dict[str, Callable[[Path], bytes]] = {
     "pickle": lambda canary: pickle.dumps(Payload(canary)),
     "pickle as published embeddings are": lambda canary: pickle.dumps((["p1"], Payload(canary)), protocol=2),
@@ -65,32 +64,8 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
         for n, text in enumerate([f"$(touch {canary})", f"`touch {canary}`", f"; touch {canary} #", f"|touch {canary}", JINJA % str(canary), f"{{question.__class__}} touch {canary}"])
     ).encode(),
 }
-LENGTHS = {"--train_recipe": "", "--tokenizer": "--template {good}/chat.jinja", "--template": "--tokenizer {good}/monot5"}
-FLAGS: dict[str, dict[str, str]] = {  # by stage: each flag that names an input, and what else it takes for the file to be opened
-    "split_data": {"--input_file": ""},
-    "retriever": {
-        "--query": "", "--passages": "", "--passage_store": "", "--run": "--index", "--passages_embeddings": "--index flat", "--model_name_or_path": "--index flat",
-        "--index_path": "--index IVF1,SQ8",
-    },
-    "aggregate": {"--input_files": "", "--splits_dir": "", "--questions": ""},
-    "reranker": {"--input_file": "", "--run": "", "--model_name_or_path": ""},
-    "process_training_data": {"--input_file": ""},
-    "reranker_sequence": {"--input_file": "", "--prompts": "", **LENGTHS},
-    "split_for_sft_dpo": {"--input_file": ""},
-    "construct_generator_sft": {"--input_file": "", "--prompts": "", **LENGTHS},
-    "sampling_dpo_trajectories": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
-    "reward_trajectories": {
-        "--input_file": "", "--prompts": "", "--bert_model": "--weights bert=1 --device cpu",
-        "--judge-cache": "--judge-model m --weights judge=1,em=1 --judge-base-url http://127.0.0.1:9/v1",
-    },
-    "construct_dpo": {"--input_file": "", "--prompts": "", **LENGTHS},
-    "inference": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
-    "top_inference": {"--input-json": "", "--prompts": "", "--template": "", "--reranker-template": "--reranker-model {good}/model", "--llm-model": "", "--reranker-model": ""},
-    "evaluate": {"--results_file": "", "--remain_file": "", "--eval_file": ""},
-    "evaluate_retrieval": {"--results_file": "", "--eval_file": "", "--qrels": ""},
-    "generate_passage_embeddings": {"--passages": "", "--passage_store": "--passages {good}/corpus.tsv", "--model_name_or_path": "--passages {good}/corpus.tsv"},
-}
 NO_INPUTS = set(
+    "--list --name --dry_run --limit --revision --models_dir --keep_downloads --run_name --corpus --encoder "
     "--help --seed --overwrite --on_error --dataset --num_splits --n_docs --index --nprobe --candidates --corpus_shard --questions_per_pass --normalize --pooling --query_prompt --passage_prompt --instruction --system_prompt --max_length "
     "--batch_tokens --dtype --device --shard_id --num_shards --logits --sort --targets --labels --max_per_length --max_rows --sft_size --dpo_size --dev_size --max_docs "
     "--num-samples --temperature --top-p --topn --n-docs --include-expert --permute --api-base --enable-thinking --tensor-parallel-size --max-model-len --gpu-memory-utilization "
@@ -105,7 +80,8 @@ NO_INPUTS = set(
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, encoder_dir, monot5_dir, shards_dir, corpus_tsv) -> Path:
     folder = make_good(tmp_path_factory.mktemp("good"), encoder_dir)
-    for name, target in {"monot5": monot5_dir, "shards": shards_dir, "embedded.tsv": corpus_tsv}.items():
+    (folder / "corpus.tsv").unlink()
+    for name, target in {"monot5": monot5_dir, "embeddings": shards_dir, "corpus.tsv": corpus_tsv}.items():
         (folder / name).symlink_to(target)
     return folder
 
@@ -117,16 +93,11 @@ def out(tmp_path) -> Path:
 
 
 def run_with(stage: str, flag: str, bad: Path, good: Path, out: Path, monkeypatch) -> tuple[int, list[str]]:
-    """Where a question is asked on the terminal, it is answered with yes."""
+    """Run a stage with `flag` naming the bad file. If it asks a question on the terminal, the answer is yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
-    flags = flags_of(stage, good, out, good / "rows_0.jsonl", f"{FLAGS[stage][flag]} {flag} {bad}{'' if stage in SCORERS else ' --overwrite'}")
-    if stage == "retriever" and "--index" in FLAGS[stage][flag]:
-        given = f"--passages {good}/embedded.tsv --device cpu" + (f" --passages_embeddings {good}/shards/*.npy" if flag != "--passages_embeddings" else "")
-        flags = [*given.split(), *flags[flags.index("--query") :]] if flag == "--passages" else [*flags, *given.split()]
-        flags += [] if flag == "--model_name_or_path" else ["--model_name_or_path", f"{good}/encoder"]
-    if stage == "reranker" and flag == "--model_name_or_path":
-        flags = [part for part in flags if part not in ("--run", f"{good}/reranker.run")]
-    return run(stage, flags, monkeypatch)
+    known = STAGES[stage]
+    more = f"{(known.inputs | known.full_inputs)[flag]} {flag} {bad}{'' if stage in SCORERS else ' --overwrite'}"
+    return run(stage, flags_of(stage, good, out, good_input(stage, good), more, full=flag in known.full_inputs), monkeypatch)
 
 
 # ---------------------------------------------------------------- the payloads are live, and the flags are all there are
@@ -153,33 +124,33 @@ def test_every_payload_writes_its_canary_where_it_is_run(tmp_path):
         assert canary.exists(), name
 
 
-@pytest.mark.parametrize("stage", FLAGS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_that_names_an_input_is_tried(stage):
     said = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
         importlib.import_module(stage).parse_args(["--help"])
     flags = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)(?=[ ,\n])", said.getvalue().split("\noptions:\n")[1]))
-    mentioned = {flag for flag in flags if flag not in FLAGS[stage] and flag not in NO_INPUTS}
-    assert mentioned == set()
-    assert FLAGS[stage].keys() <= flags and STAGES.keys() == FLAGS.keys()
+    inputs = {*STAGES[stage].inputs, *STAGES[stage].full_inputs}
+    assert flags - inputs - NO_INPUTS == set()
+    assert STAGES[stage].input in inputs and inputs <= flags
 
 
 # ---------------------------------------------------------------- files
 
 
-# Flags whose files all stages read by one reader.
+# Flags of rows, which all stages read with one reader.
 ROWS_FLAGS = {"--query", "--input_file", "--input_files", "--input-json", "--results_file", "--remain_file", "--eval_file", "--questions"}
 
 
 def payloads_of_flags() -> Iterator[tuple[str, str, str]]:
-    """Every payload for the first flag that is read by a reader, a few for the others (FULL=1: every one)."""
+    """Every payload for the first flag of each reader, and a few for the other flags. FULL=1: every payload for every flag."""
     met = set()
-    for stage, flags in FLAGS.items():
-        for flag in flags:
+    for name, stage in STAGES.items():
+        for flag in (*stage.inputs, *stage.full_inputs):
             reader = "rows" if flag in ROWS_FLAGS else flag
             few = reader in met and not os.environ.get("FULL")
             met.add(reader)
-            yield from ((stage, flag, payload) for payload in (("pickle", "Jinja", "rows") if few else PAYLOADS))
+            yield from ((name, flag, payload) for payload in (("pickle", "Jinja", "rows") if few else PAYLOADS))
 
 
 @pytest.mark.parametrize(("stage", "flag", "payload"), payloads_of_flags())
@@ -198,7 +169,7 @@ def test_no_file_runs(stage, flag, payload, good, out, monkeypatch):
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_file_beside_another_runs(payload, good, out, monkeypatch):
-    """Manifests, caches of a corpus, and what a folder of a corpus holds beside it: a loading script, as hubs have them."""
+    """Manifests, caches of a corpus, and other files in a corpus's folder, such as the loading scripts that hubs have."""
     canary, content = out.parent / "canary", PAYLOADS[payload](out.parent / "canary")
     folder = out.parent / "corpus"
     folder.mkdir()
@@ -263,7 +234,7 @@ def has_a_checkpoint(folder: Path, canary: Path) -> None:
 
 
 def names_another_base(folder: Path, canary: Path) -> None:
-    """A checkpoint of weights alone, whose arguments name a model that brings code."""
+    """A checkpoint with nothing but weights, whose arguments name a model with code."""
     from argparse import Namespace
 
     import torch
@@ -285,13 +256,12 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     "a pickled checkpoint": has_a_checkpoint,
     "a checkpoint that names a model with code": names_another_base,
 }
-MODEL_FLAGS = [(stage, flag) for stage, flags in FLAGS.items() for flag in flags if flag in ("--model_name_or_path", "--bert_model", "--llm-model", "--reranker-model")]
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-@pytest.mark.parametrize(("stage", "flag"), MODEL_FLAGS)
+@pytest.mark.parametrize(("stage", "flag"), [(name, flag) for name, stage in STAGES.items() for flag in (*stage.inputs, *stage.full_inputs) if flag in MODEL_FLAGS])
 def test_no_model_runs(stage, flag, kind, good, out, monkeypatch):
-    """(The LLM itself is not loaded here. vLLM is never told trust_remote_code either: see below.)"""
+    """The LLM itself is not loaded here. vLLM never gets trust_remote_code: see the last test."""
     folder, canary = out.parent / "bad_0", out.parent / "canary"
     shutil.copytree(good / ("monot5" if stage == "reranker" else "encoder"), folder)
     FOLDERS[kind](folder, canary)
@@ -316,8 +286,8 @@ def test_the_code_of_a_model_runs_where_it_is_trusted(good, tmp_path, monkeypatc
 
 
 def test_nothing_in_the_repository_trusts_remote_code():
-    tracked = (path for suffix in ("py", "sh", "yaml", "env", "json") for path in [*ROOT.glob(f"*.{suffix}"), *(
-        path for folder in ("dynamicrag", "scripts", "recipes", "configs", "examples", "benchmarks") for path in (ROOT / folder).rglob(f"*.{suffix}"))])
+    tracked = (path for suffix in ("py", "sh", "yaml", "env", "json") for path in [*REPO.glob(f"*.{suffix}"), *(
+        path for folder in ("dynamicrag", "scripts", "recipes", "configs", "examples", "benchmarks") for path in (REPO / folder).rglob(f"*.{suffix}"))])
     said = {line.strip() for path in tracked for line in path.read_text(encoding="utf-8").splitlines() if re.search("trust.?remote.?code", line, re.IGNORECASE)}
     told = {line for line in said if not line.startswith(("#", '"""'))}
     assert told == {'NO_CODE: dict[str, Any] = {"trust_remote_code": False}', *(line for line in told if "TIME_OUT_REMOTE_CODE" in line)}

@@ -1,4 +1,4 @@
-"""Servers that answer with anything, addresses with a password in them, and keys: an error in one line, and the key nowhere."""
+"""Servers that misbehave, addresses that hold a password, and keys: the error has one line, and the key is nowhere."""
 
 import gc
 import json
@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import at, logged, names, naming, write_jsonl
-from running import flags_of, make_good, row, run
+from running import make_good, run
+from stages import LLM_STAGES, REPO, flags_of, row
+from stubs import StubServer, chat_completion
 
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
@@ -21,10 +22,9 @@ from dynamicrag.llm.endpoint import check_url, read_key
 from dynamicrag.llm.engine import ApiEngine, Request
 from dynamicrag.stage import UserError
 
-REPO = Path(__file__).parents[2]
 SECRET = "sk-canary-0123456789"
-GOOD = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
-REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, what of it the error names
+GOOD = chat_completion("a")
+REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, and the part of it that the error names
     "not JSON": (200, b"<html>", None),
     "empty": (200, b"", None),
     "null": (200, b"null", None),
@@ -45,25 +45,11 @@ REPLIES: dict[str, tuple[int, bytes, str | None]] = {  # status, body, what of i
 
 @pytest.fixture(scope="module")
 def listening():
-    """A server that gives each request the status and the bytes of `reply`."""
+    """The address of a server that gives each request the status and the bytes of `reply`, and that list."""
     reply = [200, b""]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(reply[0])
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(reply[1])))
-            self.end_headers()
-            self.wfile.write(reply[1])
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1", reply
-    listening.shutdown()
+    server = StubServer(lambda request, body: tuple(reply))
+    yield server.url, reply
+    server.close()
 
 
 @pytest.fixture
@@ -125,12 +111,12 @@ def test_a_key_no_header_can_hold_is_refused_and_not_repeated(monkeypatch, key):
 
 
 def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, encoder_dir, caplog):
-    """The engine is the real one; the judge's key: test_judge.py."""
+    """The engine is the real ApiEngine. test_judge.py tests the judge's key."""
     url, reply = server
     (tmp_path / "good").mkdir()
     good, out = make_good(tmp_path / "good", encoder_dir), tmp_path / "out"
     rows = write_jsonl(tmp_path / "rows_0.jsonl", [row(1)])
-    completion = {**GOOD, "choices": [{"index": n, "finish_reason": "stop", "message": {"role": "assistant", "content": "[1]"}} for n in range(2)]}
+    completion = chat_completion("[1]", "[1]")
     for status, content, expected in ((200, json.dumps(completion).encode(), 0), (401, REPLIES["an error that repeats the key"][1], 2)):
         reply[:2] = status, content
         flags = flags_of("inference", good, out / str(expected), rows, f"--api-base {url} --llm-model m")
@@ -143,53 +129,31 @@ def test_the_key_is_in_no_file_and_no_message(server, tmp_path, monkeypatch, enc
 # ---------------------------------------------------------------- servers that differ, refuse and fail
 
 
-class Fake(ThreadingHTTPServer):
-    """A chat endpoint. `behave(body)` gives a status with an error, or changes to the completion; None answers as a good server does.
+class Fake(StubServer):
+    """A chat endpoint. `behave(body)` returns a status with an error, or changes of the completion. If it returns None, the server behaves well.
 
-    A good server selects [1], and answers with the question's last word. `paid` holds the question of every call it answered.
+    A good server selects [1], and its answer has the question's number. `paid` holds the question of every call that it answered.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, behave=lambda body: None):
         self.behave, self.bodies, self.paid, self.paths, self.headers_seen = behave, [], [], [], []
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        super().__init__(self.reply)
 
-    def handle_error(self, *_):
-        pass
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        fake: Fake = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with fake.lock:
-            fake.bodies.append(body)
-            fake.paths.append(self.path)
-            fake.headers_seen.append(dict(self.headers))
-        changes = fake.behave(body)
+    def reply(self, request, body: dict) -> tuple | None:
+        with self.lock:
+            self.bodies.append(body)
+            self.paths.append(request.path)
+            self.headers_seen.append(dict(request.headers))
+        changes = self.behave(body)
         if changes == "cut":
-            self.connection.close()
-            return
-        kind = "application/json"
+            return None
         if isinstance(changes, tuple):
-            status, reply, kind = (*changes, kind)[:3]
-        else:
-            status, reply = 200, completion_for(body, **(changes or {}))
-            with fake.lock:
-                fake.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
-        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+            status, content, *kind = changes
+            return status, content, {"Content-Type": kind[0] if kind else "application/json"}
+        content = completion_for(body, **(changes or {}))
+        with self.lock:
+            self.paid += [(kind_of(body), word_of(body))] * (word_of(body) != "")
+        return 200, content
 
 
 def kind_of(body: dict) -> str:
@@ -197,7 +161,7 @@ def kind_of(body: dict) -> str:
 
 
 def word_of(body: dict) -> str:
-    """The number of the question, "" for what the engine asks on its own."""
+    """The number of the question, or "" for a request that the engine makes on its own."""
     asked = [message["content"] for message in body["messages"] if message["role"] == "user"]
     return "".join(re.findall(r"Question: .*number (\d+)\?", asked[-1])[:1])
 
@@ -205,10 +169,8 @@ def word_of(body: dict) -> str:
 def completion_for(body: dict, content=..., finish="stop", n=None, usage=None, **message) -> dict:
     if content is ...:
         content = {"choose": "[1]", "judge": "Yes"}.get(kind_of(body), f"answer {word_of(body)}")
-    choices = [
-        {"index": i, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}} for i in range(n or body.get("n") or 1)
-    ]
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices, "usage": usage or {"prompt_tokens": 10, "completion_tokens": 5}}
+    usage = usage or {"prompt_tokens": 10, "completion_tokens": 5}
+    return chat_completion(*[content] * (n or body.get("n") or 1), model=body["model"], finish=finish, message=message, usage=usage)
 
 
 def refusal(status: int, message: str, param=None, code=None) -> tuple[int, dict]:
@@ -222,26 +184,26 @@ def fake(monkeypatch):
     monkeypatch.setattr("dynamicrag.llm.server_calls.RETRY_SECONDS", 0)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server = Fake()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 class Stage:
-    """A stage on twelve questions and a server; what it wrote, what it said, and the exit status."""
+    """A stage with a server and twelve questions. Calling it returns the exit status and the messages."""
 
     def __init__(self, tmp_path, encoder_dir, monkeypatch, url, caplog):
         (tmp_path / "good").mkdir()
         self.good, self.out, self.url, self.monkeypatch, self.caplog = make_good(tmp_path / "good", encoder_dir), tmp_path / "out", url, monkeypatch, caplog
-        self.rows = write_jsonl(tmp_path / "rows_0.jsonl", [row(n) for n in range(12)])
+        self.rows, self.failed = write_jsonl(tmp_path / "rows_0.jsonl", [row(n) for n in range(12)]), False
 
     def __call__(self, more: str = "", stage: str = "inference", constrain: str = "on") -> tuple[int, str]:
         self.caplog.clear()
-        gc.collect()  # a run that failed in this process holds its lock until then
+        if self.failed:
+            gc.collect()  # until then the failed run holds its lock
         engine = ApiEngine(self.url, "m", "on" if "--enable-thinking" in more else None)
         flags = flags_of(stage, self.good, self.out, self.rows, f"--api-base {self.url} --llm-model m --constrain-ids {constrain} {more}")
         status, said = run(stage, flags, self.monkeypatch, engine)
+        self.failed = status != 0
         return status, self.caplog.text + "\n".join(said)
 
     def read(self, name: str = "answered.json") -> dict[str, dict]:
@@ -323,7 +285,7 @@ def test_a_refused_answer_costs_its_trajectories_alone(fake, asked):
         assert {len(made[key]) for key in ("id_lists", "responses", "response_tokens", "from_expert", "selections")} == {len(made["id_lists"])}
 
 
-OPTIONS = {  # what a server refuses, and what is then sent
+OPTIONS = {  # the refused option, and the options that are sent instead
     "max_tokens": (refusal(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter"),
                    {"max_completion_tokens"}),
     "temperature": (refusal(400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value"), set()),
@@ -437,14 +399,14 @@ def test_trouble_that_passes_costs_nothing(fake, asked, trouble):
             seen[key] += 1
         return TROUBLES[trouble] if seen[key] <= 2 and int(word_of(body)) % 3 == first else None
 
-    first = 1 if trouble == "not JSON" else 0  # as its first reply it would mean another address
+    first = 1 if trouble == "not JSON" else 0  # such a first reply would mean that the address is wrong
     fake.behave = behave
     assert asked()[0] == 0
     all_right(asked)
     assert len(fake.paid) == len(set(fake.paid)) == 24
 
 
-@pytest.mark.parametrize("stage", ["inference", "top_inference", "sampling_dpo_trajectories"])
+@pytest.mark.parametrize("stage", LLM_STAGES)
 def test_the_cost_of_a_row_is_not_known_if_that_of_one_of_its_calls_is_not(fake, asked, stage):
     fake.behave = lambda body: {"usage": {"prompt_tokens": None}} if kind_of(body) == "answer" and word_of(body) == "7" else None
     assert asked(stage=stage)[0] == 0
@@ -479,7 +441,7 @@ def test_a_page_in_place_of_a_later_reply_is_asked_again(fake, asked):
 
 @pytest.mark.parametrize(("trouble", "chunk"), [("429", ""), ("500", "--chunk-size 5"), ("cut", ""), ("not JSON", "")])
 def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, asked, trouble, chunk):
-    """The server fails for good in the middle of a run; the same command continues when it is back."""
+    """The server fails in the middle of a run and is repaired later. Then the same command continues."""
     fake.behave = lambda body: TROUBLES[trouble] if len(fake.paid) >= 17 else None
     status, said = asked(chunk)
     assert status == 2 and re.search(at(f"{fake.url}: m"), said.splitlines()[-1])
@@ -494,12 +456,12 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_crash(fake, aske
 
 
 def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_path, asked):
-    """The stage as a process of its own, killed while the server lets it wait."""
+    """The stage runs in its own process, which is killed while it waits for the server."""
     hold = threading.Event()
     fake.behave = lambda body: (hold.wait(30), (503, b""))[1] if len(fake.paid) >= 17 and not hold.is_set() else None
     flags = ["--template", f"{asked.good}/chat.jinja", "--llm-model", "m", "--api-base", fake.url, "--input-json", str(asked.rows), "--output-json", f"{asked.out}/answered.json"]
     command = [sys.executable, str(REPO / "inference.py"), *flags]
-    # The first calls come one by one and the others all at once: those answered at the moment of the kill are on their way.
+    # The first calls come one by one and the others all at once. The replies that were sent must be on disk before the kill.
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
         kept = asked.out / "answered.json.partial.completions.jsonl"
@@ -518,7 +480,7 @@ def test_no_answer_that_was_paid_for_is_asked_for_again_after_a_kill(fake, tmp_p
 
 
 def test_remaining_questions_are_asked_again_and_evaluated_with_the_others(fake, asked):
-    """As the README has it."""
+    """The commands are those of the README."""
     fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) in ("3", "7") else None
     assert asked("--output-json {out}/first.json")[0] == 0 and list(asked.read("first_remain.json")) == ["q3", "q7"]
     fake.behave = lambda body: refusal(400, "too long, reduce the length") if word_of(body) == "7" else None
@@ -532,7 +494,7 @@ def test_remaining_questions_are_asked_again_and_evaluated_with_the_others(fake,
 
 @pytest.mark.parametrize("questions", [12, 1])
 def test_a_request_that_always_fails_while_others_are_answered_costs_its_own_question(fake, asked, questions):
-    """Even if it is the only one left: the same command would fail for ever."""
+    """This holds for the last open request too. Otherwise the same command would fail each time."""
     fake.behave = lambda body: (500, b"broken") if word_of(body) == "7" and kind_of(body) == "answer" else None
     if questions == 1:
         write_jsonl(asked.rows, [row(7)])
@@ -596,7 +558,7 @@ def test_an_answer_that_is_all_reasoning_goes_to_the_remaining_rows_with_the_rea
 
 
 def test_reasoning_whose_tag_the_servers_template_opens_is_no_answer_when_it_is_cut_off(fake, asked):
-    """Only the other replies show that the template opens it."""
+    """The other replies show that the template opens the reasoning."""
     fake.behave = lambda body: None if kind_of(body) == "choose" else (
         {"content": "The Nile is", "finish": "length"} if word_of(body) in "07" else REASONING["no opening tag"](f"answer {word_of(body)}")
     )
@@ -618,7 +580,7 @@ def test_what_was_cut_off_is_said_once_a_run(fake, asked, limits):
     assert asked("--chunk-size 3")[0] == 0
     assert logged(asked.caplog, 12) == len(limits)
     assert all(logged(asked.caplog, 6, 12, {"answer": "--answer-max-tokens", "choose": "--selection-max-tokens"}[kind]) == 1 for kind in limits)
-    all_right(asked)  # a text that is cut off is a text: it is the score's to say what it is worth
+    all_right(asked)  # a text that is cut off is still an answer, and is scored as one
 
 
 @pytest.mark.parametrize("content", [{"content": "Geor", "finish": "content_filter"}, {"content": None}, {"content": None, "refusal": "I cannot"}])

@@ -1,6 +1,6 @@
-"""Whatever is in a file, a reader gives a result or says what is wrong; whatever a model writes, it names documents shown.
+"""A reader of any file returns a result or says what is wrong. A selection from any text names only shown documents.
 
-    FUZZ=50 pytest tests/faults/test_fuzz.py       fifty times as many examples as in the usual run of about 20 s
+    FUZZ=50 pytest tests/faults/test_fuzz.py       fifty times as many examples as in the usual run of about 8 s
 """
 
 import json
@@ -15,7 +15,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import row
+from stages import row
 
 from dynamicrag.files import jsonio
 from dynamicrag.files.jsonio import read_json
@@ -32,7 +32,7 @@ from dynamicrag.search.shards import open_shards
 from dynamicrag.stage import UserError
 
 TIMES = int(os.environ.get("FUZZ", "1"))
-SECONDS = 5  # no example is read for longer, and none is larger than a megabyte
+SECONDS = 5  # no reader takes longer for an example, which has at most a megabyte
 
 
 def examples(number: int):
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def result_or_user_error(read, path: Path, content: bytes) -> object:
-    """What read() gives of a file, or None where it refuses it; it does neither forever."""
+    """The result of read() for a file, or None if it refuses the file. Neither takes longer than SECONDS."""
     path.write_bytes(content)
     began = time.process_time()
     try:
@@ -62,7 +62,7 @@ def result_or_user_error(read, path: Path, content: bytes) -> object:
 
 
 def damaged(*good: bytes):
-    """Bytes made from good files: slices of them and of noise, in any order."""
+    """Slices of good files and of noise in any order."""
     whole = st.sampled_from(good)
     cut = st.builds(lambda content, start, length: content[start : start + length], whole, st.integers(0, 400), st.integers(0, 400))
     noise = st.binary(max_size=20) | st.sampled_from([
@@ -78,7 +78,7 @@ ROW = json.dumps(row(1)).encode()
 JSON_FILES = [ROW + b"\n" + json.dumps(row(2)).encode() + b"\n", b"[" + ROW + b",\n" + ROW + b"]\n", b'{"a": 1}\n[2]\n', b"[1, 2.5e3, \"x\"]"]
 
 
-@examples(1500)
+@examples(600)
 @given(content=damaged(*JSON_FILES), size=st.sampled_from([1, 7, 64, 1 << 20]))
 def test_json(folder, content, size):
     original, jsonio.READ_BYTES = jsonio.READ_BYTES, size
@@ -91,7 +91,7 @@ def test_json(folder, content, size):
         orjson.dumps([value])
 
 
-@examples(300)
+@examples(120)
 @given(content=damaged(*JSON_FILES))
 def test_rows_of_damaged_files(folder, content):
     for needs in ((), ("docs", "true_id", "false_id", "sequence")):
@@ -101,7 +101,7 @@ def test_rows_of_damaged_files(folder, content):
 TSV = b'id\ttext\ttitle\n1\ta text\tA\n2\t"with ""quotes""\nand lines"\tB\n'
 
 
-@examples(800)
+@examples(320)
 @given(content=damaged(TSV, TSV.replace(b"\n", b"\r\n"), b"id\ttext\n"))
 def test_corpora_in_tsv(folder, content):
     for passage_id, title, text in result_or_user_error(lambda: list(read_passages(folder / "x.tsv")), folder / "x.tsv", content) or ():
@@ -111,7 +111,7 @@ def test_corpora_in_tsv(folder, content):
 RUN = b"q1 Q0 d1 1 2.5 tag\nq1 Q0 d2 2 1.5 tag\nq2 Q0 d1 1 -1e3 tag\n"
 
 
-@examples(800)
+@examples(320)
 @given(content=damaged(RUN, b"q3 Q0 d1 1 1 t\n"))
 def test_runs(folder, content):
     def read() -> list[tuple[str, float]]:
@@ -122,7 +122,7 @@ def test_runs(folder, content):
         assert doc_id and np.isfinite(np.float32(score))
 
 
-@examples(400)
+@examples(160)
 @given(content=damaged(b"q1 0 d1 1\nq1 0 d2 0\nq2 0 d1 3\n"))
 def test_qrels(folder, content):
     found = result_or_user_error(lambda: read_qrels(folder / "x.qrels"), folder / "x.qrels", content) or {}
@@ -132,7 +132,7 @@ def test_qrels(folder, content):
 YAML = b"reranker:\n  system: Choose.\n  user: 'Q: {question} {documents}'\ngenerator: {document: \"[{n}] {title} {text}\"}\n"
 
 
-@examples(800)
+@examples(320)
 @given(content=damaged(YAML, b"reranker: &a {user: x}\n", b"judge: {user: '{question.x} {{}} {0} {answers!r:>{response}}'}\n"))
 def test_prompts(folder, content):
     prompts = result_or_user_error(lambda: Prompts(str(folder / "x.yaml")), folder / "x.yaml", content)
@@ -142,14 +142,14 @@ def test_prompts(folder, content):
         assert all(isinstance(message["content"], str) and "<class" not in message["content"] for messages in made for message in messages)
 
 
-@examples(600)
+@examples(240)
 @given(content=damaged(*(pickle.dumps((["p1", "p2"], np.ones((2, 3), dtype="f2")), protocol=protocol) for protocol in range(5)), b"r\xff\xff\xff\x7f", b"c_codecs\nencode\n", b"R", b"b", b"."))
 def test_published_shards(folder, content):
     found = result_or_user_error(lambda: read_pickled(folder / "x"), folder / "x", content)
     assert found is None or (isinstance(found[0], list) and found[1].dtype.kind == "f")
 
 
-@examples(400)
+@examples(160)
 @given(header=st.text("{}()[]'\":, .descrfotanhpe<>24OV|i_TruFals\n\\#0123456789-+*L", max_size=118), data=st.binary(max_size=100))
 def test_own_shards(folder, header, data):
     made = b"\x93NUMPY\x01\x00\x76\x00" + header.encode().ljust(118)[:118] + data
@@ -158,7 +158,7 @@ def test_own_shards(folder, header, data):
     assert found is None or found[0].vectors.shape[0] == 1
 
 
-@examples(300)
+@examples(120)
 @given(content=damaged(b'{"stage": "x", "arguments": {}, "inputs": {"a": "b"}, "outputs": ["x"], "counts": {"rows": 1}}', b"[]", b"{}"))
 def test_manifests(folder, content):
     found = result_or_user_error(lambda: read_manifest(folder / "x"), folder / "x.manifest.json", content)
@@ -181,7 +181,7 @@ NEEDED = ("docs", "answers", "docs_shown", *POSITION_KEYS, *TRAJECTORY_KEYS)
 
 @st.composite
 def nearly_rows(draw) -> dict:
-    """A good row with a few keys changed, one deep inside it or not."""
+    """A good row with a few changed keys, also within its documents."""
     changes = draw(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4))
     made = {**row(1), **changes}
     if draw(st.booleans()) and isinstance(made.get("docs"), list) and made["docs"] and isinstance(made["docs"][0], dict):
@@ -191,11 +191,11 @@ def nearly_rows(draw) -> dict:
     return made
 
 
-@examples(1500)
+@examples(600)
 @given(value=nearly_rows() | ANYTHING, needs=st.sets(st.sampled_from(NEEDED)).map(lambda some: tuple(key for key in NEEDED if key in some)))
 def test_rows(value, needs):
-    """A row is in the project's form, and stays as it is when it is read again; what is not is a RowError."""
-    if "id_lists" not in needs:  # a stage that needs what belongs to trajectories needs the trajectories, and their order is the needs'
+    """A row that is accepted is in the project's form and does not change if it is read again. Any other row is a RowError."""
+    if "id_lists" not in needs:  # a stage that needs a key of trajectories needs the trajectories too, in this order
         needs = tuple(key for key in needs if key not in TRAJECTORY_KEYS)
     if "sequence" in needs:
         needs = tuple(dict.fromkeys(("true_id", "false_id", *needs)))
@@ -220,7 +220,7 @@ def test_rows(value, needs):
 # ---------------------------------------------------------------- identifiers and texts
 
 
-@examples(1500)
+@examples(600)
 @given(text=st.text("[]0123456789 ,None\n٣１²-.", max_size=60) | st.text(max_size=60), shown=st.integers(0, 120))
 def test_identifiers(text, shown):
     found = parse_ids(text, shown)
@@ -230,7 +230,7 @@ def test_identifiers(text, shown):
     assert parse_ids(format_ids(found.ids), shown).ids == found.ids
 
 
-@examples(60)
+@examples(24)
 @given(unit=st.text("[]0123456789 ,None\n", min_size=1, max_size=12), before=st.text("[1 ", max_size=3), after=st.text("]1 ", max_size=3), shown=st.integers(0, 500))
 def test_a_megabyte_of_identifiers_is_read_at_once(unit, before, after, shown):
     text = before + unit * (1_000_000 // len(unit)) + after
@@ -240,13 +240,13 @@ def test_a_megabyte_of_identifiers_is_read_at_once(unit, before, after, shown):
     assert len(found.ids) <= shown
 
 
-@examples(200)
+@examples(80)
 @given(ids=st.lists(st.integers(1, 30), max_size=30, unique=True))
 def test_what_is_allowed_is_what_is_read(ids):
     assert re.fullmatch(ids_pattern(30), format_ids(ids)) and parse_ids(format_ids(ids), 30).ids == ids
 
 
-@examples(1500)
+@examples(600)
 @given(text=st.lists(st.sampled_from(["<", "|", ">", "[", "]", "/", "s", "S", "SYS", "INST", " ", "im_end", "<|", "|>", "x"]) | st.text(max_size=3), max_size=12).map("".join))
 def test_no_text_keeps_a_turn_marker(text):
     made = as_text(text)

@@ -1,7 +1,7 @@
-"""Rows that are well formed and mean harm, or are merely strange: each stage does with them what is written down here.
+"""Well-formed rows that are hostile or strange: these tests state what each stage does with them.
 
-Texts go through unchanged, whatever is in them. A selection comes from what the model wrote and from nothing else. No text
-becomes a path, a placeholder or a turn of the conversation.
+Texts pass through unchanged. A selection comes only from the text that the model wrote. No text becomes a path, a placeholder or
+a turn of the conversation.
 """
 
 import codecs
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import SCORERS, read_jsonl, write_jsonl
-from running import DOCS, ROW_STAGES, ShortWindow, answer, flags_of, make_good, retriever_manifest, row, run
+from bad_rows import BAD_ROWS
+from conftest import read_jsonl, write_jsonl
+from running import make_good, retriever_manifest, run
+from stages import DOCS, LLM_STAGES, ROW_STAGES, SCORERS, flags_of, row
+from stubs import ShortWindow, select_and_answer
 
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
@@ -21,7 +24,6 @@ from dynamicrag.llm.prompts import TURN_MARKERS, Prompts, as_text, training_row
 from dynamicrag.llm.templates import forgeable
 from dynamicrag.rows.identifiers import parse_ids
 
-LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
 MADE = {
     "sampling_dpo_trajectories": "sampled.json", "inference": "answered.json", "top_inference": "windows.jsonl", "reranker": "reranked.jsonl",
     "aggregate": "all.jsonl", "reward_trajectories": "rewarded.jsonl", "process_training_data": "normal.jsonl", "split_data": "splits/split_0.json",
@@ -42,8 +44,8 @@ def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypatch, engine=None, more: str = "") -> dict[str, bytes]:
-    """What a stage writes, by path; manifests, which name times and places, left out."""
+def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypatch, engine=None, more: str = "", full: bool = False) -> dict[str, bytes]:
+    """The files that a stage writes, by path, without manifests, which name times and places."""
     path = out.parent / "rows_0.jsonl"
     if isinstance(rows, bytes):
         path.write_bytes(rows)
@@ -51,7 +53,7 @@ def made_by(name: str, rows: list[dict] | bytes, good: Path, out: Path, monkeypa
         write_jsonl(path, rows)
     if name == "aggregate":
         retriever_manifest(path)
-    status, said = run(name, [*flags_of(name, good, out, path, more), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)
+    status, said = run(name, [*flags_of(name, good, out, path, more, full), *([] if name in SCORERS else ["--overwrite"])], monkeypatch, engine)
     assert status == 0, said
     files = sorted(file for file in out.rglob("*") if file.is_file() and not file.name.endswith((".manifest.json", ".lock")))
     return {str(file.relative_to(out)): file.read_bytes().replace(str(path).encode(), b"") for file in files}
@@ -78,7 +80,7 @@ def test_the_form_of_a_file_changes_nothing(name, good, out, monkeypatch):
     assert expected
 
     def content(files: dict[str, bytes]) -> dict[str, object]:
-        """Files by what is in them: a key may stand elsewhere in its row."""
+        """The files as values, since the order of keys may differ."""
         return {
             path: json.loads(raw) if path.endswith(".json") else [json.loads(line) for line in raw.splitlines()]
             for path, raw in files.items()
@@ -117,14 +119,11 @@ def test_texts_go_through_unchanged(name, good, out, monkeypatch):
 
 @pytest.mark.parametrize("name", ROW_STAGES)
 def test_no_id_is_ever_a_path(name, good, out, monkeypatch):
-    """Nothing is read or written but what the flags name; an id is handed on as it is."""
+    """A stage reads and writes only the files that its flags name, and does not change an id."""
     ids = ["../../../../etc/passwd", "/etc/passwd", "a\nb", "..", "~", "$HOME", "x\0y", "con", "q" * 5000, "C:\\x", "file:///etc/passwd", "-rf", "*"]
     rows = [row(n, id=one, docs=[{**doc, "id": f"{one}{doc['id']}"} for doc in DOCS], final_docs=None, dataset=ids[0]) for n, one in enumerate(ids)]
     before = {path for path in [*good.rglob("*"), *out.parent.rglob("*")]}
-    more = "" if name != "reranker" else "--model_name_or_path {good}/monot5 --device cpu"
-    if name == "reranker":
-        monkeypatch.setitem(__import__("running").STAGES, name, "--input_file {rows} --output_file {out}/reranked.jsonl")
-    made = made_by(name, rows, good, out, monkeypatch, more=more)
+    made = made_by(name, rows, good, out, monkeypatch, full=name == "reranker")  # the TREC run of the smallest command line has other ids
     after = {path for path in [*good.rglob("*"), *out.parent.rglob("*")] if "store" not in str(path)}
     strange = [path for path in after - before if path.parent not in (out, out.parent, out / "splits") or len(path.name) > 60]
     assert strange == [] and made
@@ -160,7 +159,7 @@ def test_a_question_of_a_megabyte_fails_alone(name, good, out, monkeypatch):
 
 
 def test_a_megabyte_for_the_encoder_and_the_reranker(good, out, monkeypatch):
-    """Cut before it is tokenised: what the model would not read costs no time."""
+    """The text is cut before it is tokenised, so that the part that the model would not read costs no time."""
     text = "river " * 170_000
     (out.parent / "large.tsv").write_text(f"id\ttext\ttitle\n1\t{text}\t{text}\n2\triver\tx\n")
     began = time.process_time()
@@ -197,9 +196,7 @@ def test_a_field_of_a_corpus_may_hold_lines_tabs_and_quotes(good, out, monkeypat
 
 
 def test_what_is_set_aside_is_whole_and_the_others_go_on(good, out, monkeypatch):
-    """--on_error skip, over every malformed row of test_bad_input.py at once."""
-    from test_bad_input import BAD_ROWS
-
+    """--on_error skip, with every malformed row in one file."""
     bad = [json.dumps(row(100 + n, **changes)).replace('"null"', "null") for n, (changes, _) in enumerate(BAD_ROWS.values())]
     lines = "\n".join([json.dumps(row(1)), *bad, json.dumps(row(2))])
     for name in set(MADE) - {"aggregate"}:
@@ -223,7 +220,7 @@ INJECTED = [
 
 
 class Recording(ShortWindow):
-    """Always selects document 2, whatever it reads."""
+    """Selects document 2 for every prompt."""
 
     def __init__(self):
         super().__init__(lambda request, kind, titles: "[2]" if kind == "select" else "an answer")
@@ -308,7 +305,7 @@ def test_every_other_text_is_left_as_it_is(text):
 def test_what_the_engine_is_asked_holds_no_forged_turn_and_the_row_keeps_its_text(name, good, out, monkeypatch):
     rows = [row(n, question=f"which {text}?", docs=[{"id": "1", "title": text, "text": text}]) for n, text in enumerate(FORGED)]
     engine = Recording()
-    engine.reply = answer
+    engine.reply = select_and_answer
     made_by(name, rows, good, out, monkeypatch, engine)
     asked = [request.messages for batch in engine.batches for request in batch]
     assert asked and not any(markers_of(message["content"]) for messages in asked for message in messages)
@@ -326,7 +323,7 @@ def test_a_template_whose_markers_are_not_known_is_warned_of(encoder_dir):
 
 
 def test_every_template_is_free_of_markers_that_are_not_known():
-    """A template added to template/ must have its markers in TURN_MARKERS: they are what it writes between the texts."""
+    """TURN_MARKERS must have the markers of every template in template/, which it writes between the texts."""
     literals = {
         literal for path in (Path(__file__).parents[2] / "template").glob("*.jinja") for literal in re.findall(r"'([^']*)'", path.read_text())
     }

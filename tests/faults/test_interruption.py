@@ -1,10 +1,10 @@
-"""Every stage interrupted: killed at any moment, within a write, or asked to stop; without disk, permission, input or engine; run twice.
+"""Every stage is interrupted: killed at any moment or within a write, asked to stop, without disk, permission, input or engine, or run twice.
 
-After each, the same command completes what an undisturbed run writes, byte for byte, leaves nothing else, and says in its
-exit status what happened. Stages run in forked processes, as their scripts would, on tiny models; a stub stands in for the
-LLM, since what is tested are the files.
+Then the same command completes the files, byte for byte as an undisturbed run writes them, and leaves no others. The exit status
+says what happened. Stages run in forked processes, as their scripts would run, on tiny models. A stub stands in for the LLM, since
+these tests are about files.
 
-    KILLS=20 pytest tests/faults/test_interruption.py -s       the long version: as many kills a stage; otherwise 3
+    KILLS=20 pytest tests/faults/test_interruption.py -s       20 kills per stage instead of 3
 """
 
 import ctypes
@@ -30,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_text, write_jsonl
-from test_inference import StubEngine
+from conftest import write_jsonl
+from running import make_good, run
+from stages import CONTINUING, LLM_STAGES, STAGES, flags_of
+from stubs import StubEngine, make_text
 from tqdm import tqdm
 
 from dynamicrag import stage
@@ -40,33 +42,12 @@ from dynamicrag.llm import requests
 KILLS = int(os.environ.get("KILLS", "3"))
 QUESTIONS = 40
 
-# Flags of each stage: {0} is the folder of the inputs, {1} that of the outputs. What one writes is there for the next.
-DENSE = "--model_name_or_path {0}/encoder --passages {0}/passages.tsv --dtype float32 --device cpu"
-LLM = "--template {0}/t.jinja --llm-model {0}/encoder --chunk-size 7 --topn 5"
-STAGES = {
-    "generate_passage_embeddings": f"{DENSE} --output_dir {{1}}/embeddings --passage_store {{1}}/store",
-    "split_data": "--input_file {0}/train.jsonl --output_dir {1}/splits --num_splits 3",
-    "retriever": f"{DENSE} --passages_embeddings {{0}}/embeddings/*.npy --passage_store {{1}}/store --query {{0}}/train.jsonl "
-                 "--output_file {1}/retrieved_0.jsonl --n_docs 6 --questions_per_pass 7",
-    "aggregate": "--input_files {0}/retrieved_*.jsonl --output_file {1}/aggregated.jsonl --splits_dir {0}/none",
-    "reranker": "--model_name_or_path {0}/monot5 --input_file {0}/retrieved_0.jsonl --output_file {1}/reranked.jsonl --dtype float32 --device cpu",
-    "process_training_data": "--input_file {0}/reranked.jsonl --sequence_file {1}/sequence.jsonl --normal_file {1}/normal.jsonl --n_docs 5",
-    "reranker_sequence": "--input_file {0}/sequence.jsonl --output_file {1}/bc.json",
-    "split_for_sft_dpo": "--input_file {0}/normal.jsonl --sft_file {1}/sft.jsonl --dpo_file {1}/dpo.jsonl --dev_file {1}/dev.jsonl --dev_size 4",
-    "construct_generator_sft": "--input_file {0}/sft.jsonl --output_file {1}/generator.json",
-    "sampling_dpo_trajectories": f"{LLM} --input-json {{0}}/normal.jsonl --output-json {{1}}/sampled.json",
-    "reward_trajectories": "--input_file {0}/sampled.json --output_file {1}/rewarded.jsonl --bert_model {0}/encoder --device cpu --chunk_size 7",
-    "construct_dpo": "--input_file {0}/rewarded.jsonl --reranker_file {1}/reranker.json --generator_file {1}/generator.json",
-    "inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/answered.json",
-    "top_inference": f"{LLM} --input-json {{0}}/reranked.jsonl --output-json {{1}}/windows.jsonl --max-context-window 2",
-}
-LLM_STAGES = ("sampling_dpo_trajectories", "inference", "top_inference")
-# Files of another stage's folder that are copied beside the inputs once they are made.
-HANDED_ON = ("embeddings", "retrieved_0.jsonl", "retrieved_0.jsonl.manifest.json", "reranked.jsonl", "sequence.jsonl", "normal.jsonl", "sft.jsonl", "sampled.json", "rewarded.jsonl")
+# Files of a stage's outputs that later stages read: they are copied to the inputs.
+HANDED_ON = {"embeddings", *(path.replace("*", "0") for path in (STAGES[name].reads for name in CONTINUING))}
 
 
 def reply(request, kind: str, titles: list[str]) -> str | list[str]:
-    """Depends on the request alone, as the engine's does."""
+    """The reply depends on the request alone, as the engine's does."""
     rng = random.Random(request.seed)
     if kind == "answer":
         return rng.choice(["oil", "gas", make_text(rng, 1, 5)])
@@ -75,7 +56,7 @@ def reply(request, kind: str, titles: list[str]) -> str | list[str]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a stage writes when nothing happens, in how many seconds, and with how many operations on files."""
+    """The files of an undisturbed run, its seconds, and the number of its operations on files."""
 
     files: dict[str, bytes]
     seconds: float
@@ -83,9 +64,9 @@ class Undisturbed:
 
 
 def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None] = lambda: None, interfere=lambda pid: None) -> tuple[int, str]:
-    """Run a stage as its script would; exit status (negative: the signal that ended it) and what it said on stderr."""
+    """Run a stage as its script would. Returns the exit status, or minus the signal that ended it, and the text on stderr."""
     said = out.with_name(f"{out.name}.stderr")
-    said.touch()  # it may be killed before it opens it
+    said.touch()  # the process may be killed before it opens the file
     module = importlib.import_module(name)
     pid = os.fork()
     if pid == 0:
@@ -93,14 +74,14 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
         try:
             with said.open("w") as file:
                 os.dup2(file.fileno(), 2)
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - of this process to its end
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - open until the process ends
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            logging.root.handlers.clear()  # pytest's; stage.run makes its own
-            tqdm.set_lock(threading.RLock())  # its own is shared with the processes before, and one of them was killed holding it
+            logging.root.handlers.clear()  # pytest's handlers; stage.run makes its own
+            tqdm.set_lock(threading.RLock())  # the lock of tqdm is shared with earlier processes, one of which was killed while it held the lock
             requests.load_engine = lambda args: StubEngine(reply)
             prepare()
-            stage.run(lambda: module.main(STAGES[name].format(inputs, out).split()))
+            stage.run(lambda: module.main(flags_of(name, inputs, out, inputs / STAGES[name].reads, full=True)))
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
@@ -114,7 +95,7 @@ def in_a_process(name: str, inputs: Path, out: Path, prepare: Callable[[], None]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its path; of manifests, what is not about time."""
+    """Every file by its path. Manifests are without their times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix not in (".lock", ".started"):
@@ -129,7 +110,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def each_operation(act: Callable[[], None]) -> Callable[[], None]:
-    """A `prepare` that acts whenever the process is about to open for writing, rename, remove, truncate or lock a file."""
+    """A `prepare` that calls `act` each time the process is about to open a file for writing, or to rename, remove, truncate or lock one."""
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("os.rename", "os.remove", "os.truncate", "fcntl.flock") or (
@@ -141,7 +122,7 @@ def each_operation(act: Callable[[], None]) -> Callable[[], None]:
 
 
 def on_operation(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """A `prepare` that acts at the `number`-th of those operations, from 1."""
+    """A `prepare` that calls `act` at the `number`-th of those operations. The first one is number 1."""
     left = itertools.count(number - 1, -1)
     return each_operation(lambda: act() if next(left) == 0 else None)
 
@@ -151,7 +132,7 @@ def ended_by(number: signal.Signals) -> Callable[[], None]:
 
 
 def within_bytes(size: int, then: int) -> Callable[[], None]:
-    """A `prepare` after which no file grows beyond `size` bytes: the write that would is cut there, and `then` decides how it goes on."""
+    """A `prepare` after which no file can have more than `size` bytes. A longer write is cut there and raises the signal whose handler is `then`."""
 
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, then)
@@ -162,12 +143,10 @@ def within_bytes(size: int, then: int) -> Callable[[], None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, dict[str, Undisturbed]]:
-    """The folder of all inputs, and what each stage writes when nothing happens."""
-    inputs = tmp_path_factory.mktemp("inputs")
-    (inputs / "encoder").symlink_to(encoder_dir)
+    """The folder of all inputs, and the undisturbed run of each stage."""
+    inputs = make_good(tmp_path_factory.mktemp("inputs"), encoder_dir)
     (inputs / "monot5").symlink_to(monot5_dir)
-    shutil.copy(corpus_tsv, inputs / "passages.tsv")
-    (inputs / "t.jinja").write_text("x")
+    shutil.copy(corpus_tsv, inputs / "corpus.tsv")
     rng = random.Random(11)
     questions = [{"id": f"q{n}", "question": make_text(rng, 3, 9), "answers": [make_text(rng, 1, 2)]} for n in range(QUESTIONS)]
     write_jsonl(inputs / "train.jsonl", questions)
@@ -177,17 +156,18 @@ def runs(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> tuple[Path, d
     def count() -> None:
         operations[:] = (int.from_bytes(operations[:], "big") + 1).to_bytes(8, "big")
 
-    for name in STAGES:
-        importlib.import_module(name)
-        for _ in range(2):  # the first one imports
-            out, before = tmp_path_factory.mktemp(name), time.monotonic()
-            operations[:] = bytes(8)
-            status, said = in_a_process(name, inputs, out, each_operation(count))
-            seconds = time.monotonic() - before
-            assert status == 0, said
-        for made in HANDED_ON:
-            if (out / made).exists():
-                (shutil.copytree if (out / made).is_dir() else shutil.copy)(out / made, inputs / made)
+    for name in CONTINUING:
+        with pytest.MonkeyPatch.context() as patch:  # this run imports every module that the forked processes need
+            flags = flags_of(name, inputs, tmp_path_factory.mktemp(name), inputs / STAGES[name].reads, full=True)
+            assert run(name, flags, patch, StubEngine(reply)) == (0, [])
+        out, before = tmp_path_factory.mktemp(name), time.monotonic()
+        operations[:] = bytes(8)
+        status, said = in_a_process(name, inputs, out, each_operation(count))
+        seconds = time.monotonic() - before
+        assert status == 0, said
+        for made in out.iterdir():
+            if made.name.removesuffix(".manifest.json") in HANDED_ON:
+                (shutil.copytree if made.is_dir() else shutil.copy)(made, inputs / made.name)
         undisturbed[name] = Undisturbed(contents(out), seconds, int.from_bytes(operations[:], "big"))
     return inputs, undisturbed
 
@@ -211,14 +191,14 @@ def assert_completes(name: str, inputs: Path, out: Path, undisturbed: Undisturbe
 
 
 def torn(out: Path) -> bool:
-    """Whether a write was cut off: a temporary file was left, or a line without its end."""
+    """Whether a write was cut off: there is a temporary file, or a line without its end."""
     return any(
         path.name.endswith(".writing") or (path.name.endswith(".jsonl.partial") and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0)
         for path in out.rglob("*")
     )
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_killed_at_any_moment(runs, tmp_path, name, capsys):
     inputs, undisturbed = runs[0], runs[1][name]
     rng = random.Random(f"{name} {os.environ.get('KILL_SEED', 0)}")
@@ -243,7 +223,7 @@ def test_killed_at_any_moment(runs, tmp_path, name, capsys):
             else:
                 ended, said = in_a_process(name, inputs, out, within_bytes(rng.randrange(largest), signal.SIG_DFL))
             assert ended in (0, -signal.SIGKILL, -signal.SIGXFSZ), said
-            if ended == 0:  # it was done before: the machine is faster now than when it was timed
+            if ended == 0:  # the stage ended before the kill: the machine is faster now than in the undisturbed run
                 longest *= 0.8
                 shutil.rmtree(out)
                 out.mkdir()
@@ -255,7 +235,7 @@ def test_killed_at_any_moment(runs, tmp_path, name, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_asked_to_stop(runs, out, name, number, status):
     inputs, undisturbed = runs[0], runs[1][name]
     operation = random.Random(f"{name} {number}").randint(1, undisturbed.operations)
@@ -265,7 +245,7 @@ def test_asked_to_stop(runs, out, name, number, status):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
     inputs, undisturbed = runs[0], runs[1][name]
     size = random.Random(name).randrange(max(map(len, undisturbed.files.values())))
@@ -278,16 +258,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(runs, out, name):
 
 
 def without_privileges() -> None:
-    """Root may write anywhere: this process gives up all its capabilities."""
+    """Give up all capabilities of this process, since root may write anywhere."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_disk_that_was_full_has_room_again(runs, out, name):
-    """A real one, of a size at which the largest file does not fit, where this user may mount one."""
+    """The disk is a real one, too small for the largest file. The test is skipped if this user may not mount it."""
     inputs, undisturbed = runs[0], runs[1][name]
     pages = random.Random(name).randint(1, max(max(map(len, undisturbed.files.values())) // 4096, 1))
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", out], capture_output=True).returncode:
@@ -303,7 +283,7 @@ def test_a_disk_that_was_full_has_room_again(runs, out, name):
         subprocess.run(["umount", out], check=True)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
     inputs, undisturbed = runs[0], runs[1][name]
     made = {out / Path(path).parts[0] for path in undisturbed.files if len(Path(path).parts) > 1 and not path.startswith("store")}
@@ -320,23 +300,21 @@ def test_a_folder_that_may_not_be_written_is_named(runs, out, name):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_an_input_that_vanished_is_named_and_what_was_done_is_kept(runs, out, tmp_path, name):
     inputs, undisturbed = runs[0], runs[1][name]
     last = on_operation(undisturbed.operations, ended_by(signal.SIGKILL))
     ended, said = in_a_process(name, inputs, out, last)
     assert ended == -signal.SIGKILL, said
     kept = contents(out)
-    flags = STAGES[name].split()
-    [vanished] = [flags[number + 1] for number, flag in enumerate(flags) if flag in ("--input_file", "--input-json", "--query", "--input_files")] or ["{0}/passages.tsv"]
-    [path] = inputs.glob(Path(vanished.format("x", "x")).name)
+    [path] = inputs.glob(STAGES[name].reads)
     path.rename(tmp_path / "vanished")
     try:
         status, said = in_a_process(name, inputs, out)
     finally:
         (tmp_path / "vanished").rename(path)
     assert status == 2, said
-    assert Path(vanished).name in said.splitlines()[-1] and "Traceback" not in said
+    assert STAGES[name].reads in said.splitlines()[-1] and "Traceback" not in said
     assert contents(out) == kept
     assert_completes(name, inputs, out, undisturbed)
 
@@ -360,13 +338,13 @@ def test_an_engine_that_dies_costs_its_batch(runs, out, name):
     assert_completes(name, inputs, out, undisturbed)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", CONTINUING)
 def test_two_runs_at_once_do_not_mix(runs, out, name):
-    """The first is stopped where it has the lock; the second is refused; the first goes on."""
+    """The first run is stopped while it holds the lock, the second run is refused, and the first one continues."""
     inputs, undisturbed = runs[0], runs[1][name]
 
     def stops_with_the_lock() -> None:
-        """Once: at the first file it opens after it has locked the partial file."""
+        """Stop once, at the first file that is opened after the partial file is locked."""
         state = ["before"]
 
         def hook(event: str, arguments: tuple) -> None:
