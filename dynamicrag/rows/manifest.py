@@ -199,7 +199,8 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     The dictionary is empty if the identities are the same. Two inputs are the same if their contents are, whatever
     their paths. A flag whose `auto` was resolved (`resolved`, see Output.record) is compared by its resolved value.
     """
-    before = {RENAMED_FLAGS[flag] if flag in RENAMED_FLAGS else flag: value for flag, value in made.get("arguments", {}).items()}
+    given_before: dict[str, object] = made.get("arguments", {})
+    before = {RENAMED_FLAGS.get(flag, flag): value for flag, value in given_before.items()}
     after = {**now["arguments"]}
     was, has = made.get("inputs", {}), now["inputs"]
     for flag, value in made.get("resolved", {}).items():
