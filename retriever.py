@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
     from dynamicrag.search.passages import PassageStore
 
-# A search maps rows to scores (float32) and corpus positions (int64, -1: no document), both [rows, k].
-Search = Callable[[list[Row]], tuple["np.ndarray", "np.ndarray"]]
+Question = tuple[int, Row]  # number of the row among the valid rows, which is that of its vector; row
+# A search maps questions to scores (float32) and corpus positions (int64, -1: no document), both [questions, k].
+Search = Callable[[list[Question]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
 # Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
@@ -137,9 +138,9 @@ def process_of_its_own() -> Executor:
 def dense_searches(
     args: Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
 ) -> dict[str, Search]:
-    """Return a search for every embedding index in --index. A search takes the rows that follow those already written.
+    """Return a search for every embedding index in --index.
 
-    It first encodes all `count` questions and writes their vectors to the file `queries`.
+    It first encodes all `count` questions and writes their vectors to the file `queries`, in the order of the rows.
     """
     import numpy as np
 
@@ -166,8 +167,8 @@ def dense_searches(
             shards, factory, args.index_path, device, args.seed, args.corpus_shard, args.nprobe, args.candidates
         )
 
-        def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-            vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
+        def search(questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+            vectors = np.load(queries, mmap_mode="r")[[number for number, _ in questions]]
             try:
                 scores, positions = index.search(np.array(vectors), args.n_docs)
             except NotFiniteError as error:
@@ -183,17 +184,17 @@ def bm25_search(args: Namespace, store: PassageStore) -> Search:
     from dynamicrag.search.bm25 import open_bm25
 
     index = open_bm25(store)
-    return lambda rows: index.search(list(map(search_text, rows)), args.n_docs)
+    return lambda questions: index.search([search_text(row) for _, row in questions], args.n_docs)
 
 
 def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
     """Return a search that gives the documents of another system's run. Questions that are not in the run get none."""
     import numpy as np
 
-    def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
+    def search(questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.zeros((len(questions), args.n_docs), dtype=np.float32)
         positions = np.full(scores.shape, -1, dtype=np.int64)
-        for number, row in enumerate(rows):
+        for number, (_, row) in enumerate(questions):
             ranking = run.ranking(row["id"])[: args.n_docs]
             doc_positions = store.positions(doc_id for doc_id, _ in ranking)
             if (doc_positions < 0).any():
@@ -235,16 +236,17 @@ def main(argv: list[str] | None = None) -> None:
 
     searched = without = 0
 
-    def retrieve(rows: list[Row]) -> list[Row]:
+    def retrieve(questions: list[Question]) -> list[Row]:
         nonlocal searched, without
-        rankings = [search(rows) for search in searches]
+        rankings = [search(questions) for search in searches]
         fused = len(rankings) > 1
         scores, positions = fuse([ranking for _, ranking in rankings], args.n_docs) if fused else rankings[0]
-        searched, without = searched + len(rows), without + int((positions < 0).all(axis=1).sum())
-        return attach_docs(rows, scores, positions, store)
+        searched, without = searched + len(questions), without + int((positions < 0).all(axis=1).sum())
+        return attach_docs([row for _, row in questions], scores, positions, store)
 
-    rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
-    output.process(rows, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
+    # Numbered before any is skipped, so that a continued run searches with the vectors of its own rows.
+    questions = enumerate(read_rows(args.query, dataset=args.dataset, reject=output.reject))
+    output.process(questions, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     if without:
         stage.log.warning("%d of %d questions of %s have no document; %s", without, searched, args.query,
                           "the passages contain none of their words" if args.index == ["bm25"] else "check --index, --nprobe and --run")

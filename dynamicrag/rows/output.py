@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
@@ -31,6 +31,8 @@ from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refus
 from dynamicrag.rows.row import Row
 from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
+
+Item = TypeVar("Item")  # a row, with or without what it is paired with
 
 
 class Output:
@@ -99,7 +101,7 @@ class Output:
 
     # -- output written in chunks
 
-    def chunks(self, rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    def chunks(self, rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
         """Cut rows into chunks of `size` and yield those not yet written. Call write() with the result of each chunk.
 
         Raises UserError if `size` is below 1 or the partial file holds more rows than the input.
@@ -177,8 +179,8 @@ class Output:
             os.fsync(self._file.fileno())
 
     def process(
-        self, rows: Iterable[Row], size: int, work: Callable[[Any], list[Row]], total: int, desc: str,
-        prepare: Callable[[list[Row]], object] | None = None,
+        self, rows: Iterable[Item], size: int, work: Callable[[Any], list[Row]], total: int, desc: str,
+        prepare: Callable[[list[Item]], object] | None = None,
     ) -> None:
         """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
@@ -255,5 +257,3 @@ class Output:
             log.warning("%s: %d questions have no answer; the first is %s: %s",
                         self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
-
-
