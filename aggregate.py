@@ -144,8 +144,8 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     shared = same_run(shards, args.questions, args.splits_dir)
     manifests = [require_manifest(path) for path in shards]
     outputs = [args.output_file, remain_path(args.output_file)]
-    run = Namespace(**{"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite})
-    output = Output(run, outputs, list(shared["inputs"]))
+    arguments = {"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite}
+    output = Output(arguments, outputs, list(shared["inputs"]))
     if output.finished:
         return
     changed = sorted(name for name, content in shared["inputs"].items() if output.identity["inputs"][name] != content)
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.questions is not None:
         aggregate_answers(args, shards)
         return
-    output = Output(args, [args.output_file], list(map(str, shards)))
+    output = Output(vars(args), [args.output_file], list(map(str, shards)))
     if output.finished:
         return
 

@@ -24,7 +24,7 @@ from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.reward.pair_figures import FIGURES, figures, say_what_they_teach, summarise
@@ -35,7 +35,7 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import labelled_documents
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
@@ -195,10 +195,11 @@ def warn_of_defaults(defaults: Counter, path: str) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    out = Output(vars(args), [args.reranker_file, args.generator_file], inputs)
     if out.finished:
         return
-    prompts, window = Prompts(args.prompts), load_window(args)
+    prompts, window = Prompts(args.prompts), load_window(options_from(args, LengthOptions))
     defaults: Counter[str] = Counter()
     count, differing = 0, []  # for each question used, whether its rewards differ
 
@@ -246,7 +247,7 @@ def main(argv=None):
     summary = summarise(taught)
     say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
     for path in (args.reranker_file, args.generator_file):
-        check_columns(args, path)
+        check_columns(args.train_recipe, path)
     targets = {f"{role}_target_{window.unit}": sizes[role] for role in ("reranker", "generator")}
     out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.expert import best_first, unjudged_position
@@ -22,7 +22,7 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.tasks import target_answer
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 NEEDS = ("docs", "true_id")
 
@@ -63,7 +63,8 @@ def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fi
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    out = Output(vars(args), [args.output_file], inputs)
     if out.finished:
         return
     prompts = Prompts(args.prompts)
@@ -83,7 +84,7 @@ def main(argv=None):
             yield row
 
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    window = load_window(args)
+    window = load_window(options_from(args, LengthOptions))
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
     count = out.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
@@ -91,7 +92,7 @@ def main(argv=None):
     if unscored:
         log.warning("%s: %d rows have relevant documents without rerank_score; the order of the documents is used instead",
                     args.input_file, unscored)
-    check_columns(args, args.output_file)
+    check_columns(args.train_recipe, args.output_file)
     out.finish(examples=count, **window.counts())
 
 

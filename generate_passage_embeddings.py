@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
     inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = Output(args, [str(shard), str(ids_path(shard))], inputs)
+    output = Output(vars(args), [str(shard), str(ids_path(shard))], inputs)
     if output.finished:
         return
 

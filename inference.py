@@ -23,14 +23,15 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
 
 import itertools
 import re
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from typing import Any
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import add_files_flags, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, assemble_result, runs_of
 from dynamicrag.llm.completion import Usage
-from dynamicrag.llm.engine import add_engine_flags
+from dynamicrag.llm.engine import add_engine_flags, engine_inputs
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence
@@ -38,7 +39,7 @@ from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
@@ -144,18 +145,21 @@ def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: 
                 raise UserError(f"{path}: row {row['id']}: {error}") from error
 
 
-def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """Return the answered rows. A row whose selection or answer cannot be read has `error` instead of `response`."""
+def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], selector: str, topn: int, path: str) -> list[Row]:
+    """Return the answered rows of the file `path`, with at most `topn` documents shown.
+
+    A row whose selection or answer cannot be read has `error` instead of `response`.
+    """
     chooser, generator = callers
-    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: run.topn]), rows)
-    if run.selector in BY_LLM:
-        choices, usages = select_by_llm(run.selector, rows, shown, chooser)
+    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][:topn]), rows)
+    if selector in BY_LLM:
+        choices, usages = select_by_llm(selector, rows, shown, chooser)
     else:
         usages = [Usage() for _ in rows]
-        if run.selector == "gold":
-            choices = [select_gold(row, docs, run.input_json) for row, docs in zip(rows, shown, strict=True)]
+        if selector == "gold":
+            choices = [select_gold(row, docs, path) for row, docs in zip(rows, shown, strict=True)]
         else:
-            choices = [select_by_rule(run.selector, docs) for docs in shown]
+            choices = [select_by_rule(selector, docs) for docs in shown]
     selected = {number: choice for number, choice in enumerate(choices) if isinstance(choice, list)}
     completions = generator.ask(in_threads(
         lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in selected[number]]), selected
@@ -170,20 +174,24 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
 
 def main(argv=None):
     args = parse_args(argv)
+    engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
 
     def rows_of(path: str) -> Iterable[Row]:
         return read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None)
 
-    def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
+    def load(runs: list[AnswerRun]) -> tuple[Caller, Caller]:
         # Held-out rows have labels
-        for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):
+        for path in dict.fromkeys(run.input_json for run in runs if run.value == "dynamic"):
             check_shown(path, rows_of(path), "--topn", args.topn)
         for path in dict.fromkeys(run.input_json for run in runs):
-            if by_rule := [run.selector for run in runs if run.input_json == path and run.selector in BY_KEYS_OF_ROWS]:
+            if by_rule := [run.value for run in runs if run.input_json == path and run.value in BY_KEYS_OF_ROWS]:
                 check_selectors(path, rows_of(path), by_rule, args.topn)
-        return load_callers(args, both=any(run.selector in BY_LLM for run in runs))
+        return load_callers(engine, calls, both=any(run.value in BY_LLM for run in runs))
 
-    answer_runs(runs_of(args, "selector"), load, answer_rows, "selector")
+    def answer(rows: list[Row], callers: tuple[Caller, Caller], run: AnswerRun) -> list[Row]:
+        return answer_rows(rows, callers, run.value, args.topn, run.input_json)
+
+    answer_runs(runs_of(args, "selector"), calls, engine_inputs(engine, calls), load, answer)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_leng
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.sequence_file, args.normal_file], [args.input_file])
+    out = Output(vars(args), [args.sequence_file, args.normal_file], [args.input_file])
     if out.finished:
         return
 

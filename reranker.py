@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.rows.records import count_rows, read_rows
 
     judge = args.run or args.model_name_or_path
-    output = Output(args, [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
+    output = Output(vars(args), [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
     if output.finished:
         return
     count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject), dataset=args.dataset)

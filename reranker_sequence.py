@@ -15,13 +15,14 @@ from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import Doc, Row
+from dynamicrag.stage import options_from
 
 NEEDS = ("docs", "true_id", "false_id", "sequence")
 
@@ -60,16 +61,17 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    out = Output(vars(args), [args.output_file], inputs)
     if out.finished:
         return
     prompts = Prompts(args.prompts)
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    window = load_window(args)
+    window = load_window(options_from(args, LengthOptions))
     rows = read_rows(args.input_file, NEEDS, reject=out.reject)
     fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
     examples = out.publish(args.output_file, (result.row for result in fitted))
-    check_columns(args, args.output_file)
+    check_columns(args.train_recipe, args.output_file)
     out.finish(examples=examples, **window.counts())
 
 

@@ -38,7 +38,7 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.row import Row
 from dynamicrag.rows.trec import Run, fuse
 from dynamicrag.search.index import CANDIDATES, NPROBE, faiss_can_read
-from dynamicrag.search.questions import encode_questions, query_settings, search_text
+from dynamicrag.search.questions import QuestionOptions, encode_questions, query_settings, search_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,15 +148,15 @@ def dense_searches(
     from dynamicrag.search.inner_products import NotFiniteError
     from dynamicrag.search.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
-    shards = open_shards(shard_paths)
+    shards, options = open_shards(shard_paths), stage.options_from(args, QuestionOptions)
     with process_of_its_own() as encoding:
         output.record(**encoding.submit(place, device, args.dtype).result())
-        settings = encoding.submit(query_settings, args).result()
+        settings = encoding.submit(query_settings, options).result()
         refuse_other_settings(shard_paths, args.model_name_or_path, settings)
         corpus = check_shards(shards, settings.width, store, args.model_name_or_path)
         output.begin()  # from here on, no other run can write this output or its vectors
         with in_turn(args.passages) if device == "cpu" else nullcontext():
-            said = encoding.submit(encode_questions, args, queries, count).result()
+            said = encoding.submit(encode_questions, options, queries, count).result()
             stage.log.info("%s, for questions: %s", args.model_name_or_path, said)
             encoding.shutdown()  # frees its memory before the other workers continue
     part, parts = map(int, args.corpus_shard.split("/"))
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
     shard_paths = find_shards(args.passages_embeddings) if dense else []
     inputs += [*map(str, shard_paths), *[args.model_name_or_path] * (dense and Path(args.model_name_or_path).exists())]
-    output = Output(args, [args.output_dir], inputs)
+    output = Output(vars(args), [args.output_dir], inputs)
     if output.finished:
         return
     count = count_rows(args.query, skip_malformed=bool(output.reject), dataset=args.dataset)

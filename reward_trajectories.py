@@ -184,7 +184,7 @@ def main(argv=None):
     if args.length_of == "response":
         needs += (RESPONSE_LENGTH,)
     encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
-    out = Output(args, [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
+    out = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
     if out.finished:
         return
     total = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))

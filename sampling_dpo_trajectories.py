@@ -23,6 +23,7 @@ from dynamicrag.llm.answering import place_of
 from dynamicrag.llm.completion import Completion, Request, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.requests import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence, unjudged_position
@@ -31,7 +32,7 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
-from dynamicrag.stage import UserError, derive_seed, log
+from dynamicrag.stage import UserError, derive_seed, log, options_from
 
 SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
 
@@ -192,7 +193,8 @@ def no_trajectory(row: Row, reason: str) -> Row:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
+    engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
+    out = Output(vars(args), [args.output_json], [args.input_json, *engine_inputs(engine, calls)])
     if out.finished:
         CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
         return
@@ -201,7 +203,7 @@ def main(argv=None):
     check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
     if args.include_expert:
         check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
-    callers = load_callers(args)
+    callers = load_callers(engine, calls)
     out.record(**place_of(callers))
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
     sample = partial(sample_trajectories, callers=callers, args=args)

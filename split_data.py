@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(sizes) < args.num_splits:
         stage.log.warning("--num_splits %d: the %d questions fill only %d parts", args.num_splits, sum(sizes), len(sizes))
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
-    output = Output(args, list(map(str, paths)), [args.input_file])
+    output = Output(vars(args), list(map(str, paths)), [args.input_file])
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)
     if output.finished:
         return

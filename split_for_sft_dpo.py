@@ -65,7 +65,7 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int,
 def main(argv=None):
     args = parse_args(argv)
     dev_file = [args.dev_file] if args.dev_size else []
-    out = Output(args, [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
+    out = Output(vars(args), [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
     if out.finished:
         return
     needs = ("docs", "true_id", "false_id")

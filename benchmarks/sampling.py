@@ -21,11 +21,12 @@ import measure
 
 import sampling_dpo_trajectories
 from dynamicrag.llm.engine import Request
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.requests import Caller, load_callers
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 DEMO = "runs/demo_default"
 
@@ -70,7 +71,7 @@ def one_at_a_time(rows: list[Row], caller: Caller, settings: argparse.Namespace)
 
 def speed(args: argparse.Namespace, rows: list[Row]) -> None:
     settings = stage_args(args, "--dtype", args.dtypes[0])
-    callers = load_callers(settings)
+    callers = load_callers(options_from(settings, EngineOptions), options_from(settings, CallOptions))
     caller, engine = callers[0], callers[0].engine
     counted: dict[str, int] = {}
 
@@ -111,7 +112,8 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
 def identical(args: argparse.Namespace, rows: list[Row]) -> None:
     lines, figures = [], {}
     for dtype in args.dtypes:
-        callers = load_callers(stage_args(args, "--dtype", dtype))
+        loaded = stage_args(args, "--dtype", dtype)
+        callers = load_callers(options_from(loaded, EngineOptions), options_from(loaded, CallOptions))
         for name, flags in (("greedy", ["--temperature", "0", "--num-samples", "1"]), ("sampled", [])):
             settings = stage_args(args, "--dtype", dtype, *flags)
 

@@ -16,13 +16,14 @@ import measure
 
 import inference
 import sampling_dpo_trajectories
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import Prompts
 from dynamicrag.llm.requests import load_callers
 from dynamicrag.models.device import pick_device
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 from reward_trajectories import terms_of_answers
 
 DEMO = "runs/demo_default"
@@ -50,12 +51,11 @@ def main() -> None:
         settings = sampling_dpo_trajectories.parse_args([
             "--llm-model", args.llm_model, "--template", args.template, "--topn", str(args.topn), "--max-model-len", str(args.max_model_len),
         ])
-        callers = load_callers(settings)
+        callers = load_callers(options_from(settings, EngineOptions), options_from(settings, CallOptions))
         device = pick_device("auto")
         bert = BertScore(args.bert_model, None, device, "none")
     except UserError as error:
         sys.exit(f"error: {error}; bash scripts/demo.sh creates the default files")
-    dynamic = argparse.Namespace(selector="dynamic", topn=args.topn, input_json=args.input_file)
     made: dict[str, list[Row]] = {}
 
     def sampling() -> float:
@@ -69,7 +69,7 @@ def main() -> None:
 
     def answering() -> float:
         callers[0].engine._llm.reset_prefix_cache()
-        made["inference"] = inference.answer_rows(rows, callers, dynamic)
+        made["inference"] = inference.answer_rows(rows, callers, "dynamic", args.topn, args.input_file)
         return len(rows)
 
     seconds = measure.in_turns({"sampling": sampling, "reward": reward, "inference": answering}, args.rounds)

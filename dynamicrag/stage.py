@@ -7,8 +7,13 @@ import logging
 import signal
 import sys
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 log = logging.getLogger("dynamicrag")
 
 
@@ -68,6 +73,11 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--on_error", choices=["fail", "skip"], default="fail",
         help="what to do with a malformed row: end the run, or set it aside in <output>.rejected.jsonl and count it",
     )
+
+
+def options_from(args: argparse.Namespace, kind: type[Options]) -> Options:
+    """Return a dataclass of the given kind, with each field taken from the flag of the same name."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 class _Terminated(KeyboardInterrupt):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -146,16 +145,16 @@ STAND_INS = {
 }
 START = """
 import sys
+from types import SimpleNamespace
 from dynamicrag.llm import engine
 if __name__ == "__main__":
-    tokenizer = engine.Namespace(added_tokens_decoder={})
-    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
+    tokenizer = SimpleNamespace(added_tokens_decoder={})
+    engine.load_prompts = lambda *of: SimpleNamespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
     engine.model_window, engine.forgeable = lambda model: None, lambda *of: []
     if "cuda" in sys.argv:
         import torch
         torch.cuda.is_available()
-    flags = engine.Namespace(template="", enable_thinking=None, max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
-    engine.VllmEngine("model", flags)
+    engine.VllmEngine(engine.EngineOptions("model", template="", max_model_len=8))
 """
 
 
@@ -263,7 +262,7 @@ class Output:
 
     def __init__(self, *samples: tuple[str, str]):
         self.prompt_token_ids = [1, 2, 3]
-        self.outputs = [Namespace(text=text, finish_reason=finish, token_ids=[1, 2]) for text, finish in samples]
+        self.outputs = [SimpleNamespace(text=text, finish_reason=finish, token_ids=[1, 2]) for text, finish in samples]
 
 
 class Words:
@@ -280,7 +279,7 @@ class Words:
 def in_process(monkeypatch):
     """An engine whose vLLM gives `outputs`; what it was asked is in `engine.sent`."""
     vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
-    vllm.SamplingParams, sampling_params.StructuredOutputsParams = Namespace, Namespace
+    vllm.SamplingParams, sampling_params.StructuredOutputsParams = SimpleNamespace, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
 
@@ -292,7 +291,7 @@ def in_process(monkeypatch):
             engine.sent.append((prompts, params, use_tqdm))
             return list(outputs)
 
-        engine._llm, engine._prompts, engine.max_model_len = Namespace(generate=generate), Words(opens_reasoning), 12
+        engine._llm, engine._prompts, engine.max_model_len = SimpleNamespace(generate=generate), Words(opens_reasoning), 12
         engine._special, engine._tags_are_special = list(special), tags
         return engine
 

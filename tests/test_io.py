@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 
 import pytest
 from conftest import at, naming, read_jsonl, write_jsonl
@@ -399,7 +398,7 @@ ROWS = [{"id": str(number), "question": f"question {number}"} for number in rang
 
 
 def arguments(**changes):
-    return Namespace(**{"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes})
+    return {"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes}
 
 
 class Killed(Exception):

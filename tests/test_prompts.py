@@ -1,7 +1,6 @@
 """dynamicrag/llm/prompts.py: the words, and that training, sampling and inference use the same ones (behaviour 21)."""
 
 import re
-from argparse import Namespace
 
 import pytest
 
@@ -10,12 +9,13 @@ import construct_generator_sft
 import inference
 import process_training_data
 import reranker_sequence
+from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS, PLACEHOLDERS
 from dynamicrag.llm.prompts import Prompts, training_row
 from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 DOCS = [
     {"id": "a", "title": "Nile", "text": "A river.", "rerank_score": 0.9, "rerank_label": "true", "score": 1.0},
@@ -167,7 +167,7 @@ class Window:
 
 
 def caller(prompts_file) -> Caller:
-    return Caller(Window(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
+    return Caller(Window(), CallOptions(prompts=prompts_file))
 
 
 def turns(row: dict) -> list[dict]:
@@ -229,7 +229,7 @@ def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
 def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
-    asked = Caller(Window(), inference.parse_args(flags))
+    asked = Caller(Window(), options_from(inference.parse_args(flags), CallOptions))
     assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
     assert asked.answer(ROW, DOCS).temperature == 0.0
 

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from conftest import at, logged, make_text, write_jsonl
 from test_inference import StubEngine, caller, documents, here, question, read  # noqa: F401  (here is a fixture)
 
 import sampling_dpo_trajectories
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import Caller
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.identifiers import summarise_selections
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 
 def sampled(rows, texts, *flags: str):
@@ -118,7 +121,7 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
     row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
     write_jsonl(Path("q.jsonl"), [row])
 
-    def load(args):
+    def load(engine, calls):
         raise RuntimeError("a model is loaded")
 
     monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
@@ -249,13 +252,13 @@ def compare_real_trajectories(folder: Path) -> None:
         "--llm-model", str(folder / "model"), "--reranker-model", str(folder / "other"), "--dtype", "float32", "--include-expert",
         "--template", str(REPO / "template/llama3.jinja"), "--max-model-len", "1024", "--answer-max-tokens", "6", "--num-samples", "4",
     ])
-    callers = sampling_dpo_trajectories.load_callers(args)
+    calls = options_from(args, CallOptions)
+    loaded = sampling_dpo_trajectories.load_callers(options_from(args, EngineOptions), calls)
     for permute, constrain in ((False, "on"), (True, "on"), (False, "off")):
         args.permute = permute
-        for caller_of in callers:
-            caller_of._args.constrain_ids = constrain
+        callers = tuple(Caller(of_model.engine, replace(calls, constrain_ids=constrain)) for of_model in loaded)
 
-        def sample(some):
+        def sample(some, callers=callers):
             return {row["id"]: row for row in sampling_dpo_trajectories.sample_trajectories(some, callers, args)}
 
         together = sample(rows)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import SCORERS, TOOLS, names
 
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.stage import options_from
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 STAGES = [name for name in SCRIPTS if name not in TOOLS]
@@ -154,6 +157,13 @@ def test_input_json_and_input_jsonl_are_one_flag(name):
     for kind in ("input", "output"):
         assert module.parse_args([f"--{kind}-json", "x"]) == module.parse_args([f"--{kind}_jsonl", "x"])
     assert module.parse_args(["--input-jsonl", "x"]).input_json in ("x", ["x"])
+
+
+@pytest.mark.parametrize("name", ["inference", "top_inference", "sampling_dpo_trajectories"])
+def test_options_have_the_defaults_of_their_flags(name):
+    args = load(name).parse_args([])
+    assert options_from(args, CallOptions) == CallOptions() and options_from(args, EngineOptions) == EngineOptions(args.llm_model)
+    assert options_from(load(name).parse_args(["--seed", "7"]), CallOptions).seed == 7
 
 
 @pytest.fixture

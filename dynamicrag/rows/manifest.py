@@ -5,14 +5,14 @@ The manifest also records library versions, device and precision, because they a
 results.
 """
 
-import argparse
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -179,16 +179,16 @@ def parse_manifest(path: Path) -> dict:
     return manifest
 
 
-def identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
+def identity(arguments: Mapping[str, Any], outputs: list[str], inputs: list[str]) -> dict:
     """Return what determines the content of an output: the stage, its arguments, and the fingerprints of its inputs."""
-    arguments = {
-        key: value for key, value in vars(args).items()
+    recorded = {
+        key: value for key, value in arguments.items()
         if key not in SPEED_FLAGS and not (isinstance(value, str) and value in map(str, outputs))
     }
     return {
         "stage": Path(sys.argv[0]).stem,
-        "seed": getattr(args, "seed", None),
-        "arguments": orjson.loads(orjson.dumps(arguments, default=str)),
+        "seed": arguments.get("seed"),
+        "arguments": orjson.loads(orjson.dumps(recorded, default=str)),
         "inputs": {str(name): fingerprint(name) for name in sorted(set(map(str, inputs)))},
     }
 

@@ -11,7 +11,6 @@ import gzip
 import itertools
 import re
 import shutil
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dynamicrag.files.hub import hub_files
 from dynamicrag.files.jsonio import dump_line
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.preparation import PrepareOptions
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.trec import Run, write_run
 from dynamicrag.stage import UserError
@@ -63,21 +63,23 @@ def export_run(rows: str, name: str, folder: str | Path, corpus: str | None, enc
     return target
 
 
-def import_run(place: str, name: str, args: Namespace) -> None:
-    """Write the rows and the TREC run of a shared run to `args.output_dir`. `place` is a folder of shared runs, or a data set repository.
+def import_run(place: str, name: str, options: PrepareOptions) -> None:
+    """Write the rows and the TREC run of a shared run to `options.output_dir`. `place` is a folder of shared runs, or a data set repository.
 
     Raises UserError if a file is missing, or is not the one that was exported.
     """
     check_name(name)
-    output = Path(args.output_dir) / f"{name}.jsonl"
-    run = Namespace(place=place, name=name, revision=args.revision, seed=args.seed, on_error=args.on_error, overwrite=args.overwrite)
-    out = Output(run, [str(output), str(output.with_suffix(".trec"))], [])
+    output = Path(options.output_dir) / f"{name}.jsonl"
+    arguments = {
+        "place": place, "name": name, "revision": options.revision, "seed": options.seed, "on_error": options.on_error, "overwrite": options.overwrite,
+    }
+    out = Output(arguments, [str(output), str(output.with_suffix(".trec"))], [])
     if out.finished:
         return
     folder, version = Path(place) / name, "a folder"
     if not Path(place).is_dir():
-        folder = Path(args.output_dir) / "downloads" / name
-        version, remotes = hub_files(place, "dataset", args.revision or "main", [f"{name}/{file}" for file in (ROWS, RUN, DESCRIPTION)])
+        folder = Path(options.output_dir) / "downloads" / name
+        version, remotes = hub_files(place, "dataset", options.revision or "main", [f"{name}/{file}" for file in (ROWS, RUN, DESCRIPTION)])
         for remote in remotes:
             obtain(remote, folder / Path(remote.name).name, overwrite=True)
     said = check_run(folder)
@@ -86,7 +88,7 @@ def import_run(place: str, name: str, args: Namespace) -> None:
     with atomic_writer(output.with_suffix(".trec")) as file:
         file.write((folder / RUN).read_bytes())
     out.finish({"shared_run": said}, rows=rows)
-    if version != "a folder" and not args.keep_downloads:
+    if version != "a folder" and not options.keep_downloads:
         shutil.rmtree(folder)
 
 

@@ -19,6 +19,7 @@ from warm_up import read_questions
 from dynamicrag.evaluation.selections import Chosen, summarise_chosen
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.llm.engine import Request, VllmEngine
+from dynamicrag.llm.options import EngineOptions
 from dynamicrag.llm.prompts import Prompts
 from dynamicrag.rows.identifiers import ids_pattern, parse_ids
 from dynamicrag.stage import ArgumentParser, derive_seed, log, run
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows, prompts = rows[:args.questions], Prompts(args.prompts)
-    engine = VllmEngine(args.model, Namespace(template=args.template, enable_thinking=None, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
+    engine = VllmEngine(EngineOptions(args.model, args.template, max_model_len=2048))
     found = {}
     for order in ORDERS:
         shown = documents_shown(rows, passages, args.n_docs, order, args.seed)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import yaml
 from oracle import ORDERS
-from warm_up import conversations, read_questions
+from warm_up import ConversationOptions, conversations, read_questions
 
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.jsonio import read_json, write_json
@@ -107,8 +107,8 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
     made: list[dict] = []
     read = 0
     for n_docs, until in ((direction.first_docs, wanted / 2), (5, wanted)):
-        settings = Namespace(role="reranker", n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed)
-        for row in conversations(rows[len(made):], passages, settings, prompts):
+        options = ConversationOptions("reranker", n_docs, direction.questions, direction.shuffled, args.seed)
+        for row in conversations(rows[len(made):], passages, options, prompts):
             if read >= until:
                 break
             made.append(row)
