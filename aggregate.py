@@ -23,7 +23,7 @@ from dynamicrag import stage
 from dynamicrag.files.paths import matching
 from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest, require_manifest
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
@@ -93,7 +93,7 @@ def read_shards(paths: list[Path]) -> Iterator[Row]:
 
     seen: dict[str, int] = {}
     for shard, path in enumerate(paths):
-        for row in read_rows(path, needs=("docs",)):
+        for row in read_rows(path, needs=STAGE_KEYS["aggregate"].reads):
             if row["id"] in seen:
                 raise UserError(f"{path}: id {row['id']!r} is also in {paths[seen[row['id']]]}; ids must be unique")
             seen[row["id"]] = shard

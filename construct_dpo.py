@@ -33,14 +33,14 @@ from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import labelled_documents
 from dynamicrag.stage import UserError, log, options_from
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
 GENERATOR_SHARE = 5  # in a smaller data set, one fifth of the questions give generator pairs
-NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
+NEEDS = STAGE_KEYS["construct_dpo"].reads
 
 
 def bounds(text: str) -> tuple[float, float]:

@@ -20,11 +20,11 @@ from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.expert import best_first, unjudged_position
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import UserError, log, options_from
 
-NEEDS = ("docs", "true_id")
+NEEDS = STAGE_KEYS["construct_generator_sft"].reads
 
 
 def parse_args(argv=None):

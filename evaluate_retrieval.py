@@ -30,7 +30,7 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questions
 from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc
+from dynamicrag.rows.row import STAGE_KEYS, Doc
 from dynamicrag.rows.tracking import track
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
@@ -207,7 +207,7 @@ def main(argv=None):
     if args.run_file:
         [(name, orders)] = results.items()
         order = list(orders)[-1]
-        rows = read_rows(args.results_file[0], ("docs",), args.dataset)
+        rows = read_rows(args.results_file[0], STAGE_KEYS["evaluate_retrieval"].reads, args.dataset)
         write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
     track("evaluate_retrieval", output, {"results": results}, vars(args))
     print(table)

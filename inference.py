@@ -37,7 +37,7 @@ from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, options_from
 
@@ -177,7 +177,7 @@ def main(argv=None):
     engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
 
     def rows_of(path: str) -> Iterable[Row]:
-        return read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None)
+        return read_rows(path, STAGE_KEYS["inference"].reads, reject=(lambda _: None) if args.on_error == "skip" else None)
 
     def load(runs: list[AnswerRun]) -> tuple[Caller, Caller]:
         # Held-out rows have labels

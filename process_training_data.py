@@ -22,7 +22,7 @@ from dynamicrag.rows.expert import EXPERT_LENGTH, expert_sequence, unjudged_posi
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
@@ -97,7 +97,7 @@ def main(argv=None):
         return
 
     def labelled(reject=None):
-        for row in read_rows(args.input_file, ("docs",), reject=reject):
+        for row in read_rows(args.input_file, STAGE_KEYS["process_training_data"].reads, reject=reject):
             shown = row["docs"][: args.n_docs]
             unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
             if unjudged is not None:

@@ -21,10 +21,10 @@ from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.stage import options_from
 
-NEEDS = ("docs", "true_id", "false_id", "sequence")
+NEEDS = STAGE_KEYS["reranker_sequence"].reads
 
 
 def parse_args(argv=None):

@@ -24,10 +24,10 @@ from dynamicrag.reward.judge import MOST_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.stage import UserError, log
 
-RESPONSE_LENGTH = "response_tokens"
+KEYS = STAGE_KEYS["reward_trajectories"]
 
 
 def parse_args(argv=None):
@@ -104,7 +104,7 @@ def terms_of_answers(
 
 def with_length(row: Row, terms: list[dict[str, float]], length_of: str) -> list[dict[str, float]]:
     """Return the terms of a row's trajectories with the length term added."""
-    lengths = map(len, row["id_lists"]) if length_of == "documents" else row[RESPONSE_LENGTH]
+    lengths = map(len, row["id_lists"]) if length_of == "documents" else row["response_tokens"]
     return [{**term, "length": length_term(length)} for term, length in zip(terms, lengths, strict=True)]
 
 
@@ -180,9 +180,8 @@ def main(argv=None):
     if args.judge_model and not weights.get("judge"):
         raise UserError("--judge-model: --weights gives its grades no weight, but each costs money; add judge=... or "
                         "omit --judge-model")
-    needs = ("id_lists", "score_terms") if args.reweight else ("answers", "id_lists", "responses")
-    if args.length_of == "response":
-        needs += (RESPONSE_LENGTH,)
+    flag = "--reweight" if args.reweight else f"--length-of {args.length_of}"
+    needs = KEYS.reads_with.get(flag, KEYS.reads)
     encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
     out = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
     if out.finished:

@@ -30,11 +30,11 @@ from dynamicrag.rows.expert import expert_sequence, unjudged_position
 from dynamicrag.rows.identifiers import Notation, format_ids, summarise_selections
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log, options_from
 
-SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
+KEYS = STAGE_KEYS["sampling_dpo_trajectories"]
 
 
 def parse_args(argv=None):
@@ -188,7 +188,7 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
 def no_trajectory(row: Row, reason: str) -> Row:
     """Return a row without trajectories, because its question does not fit the window."""
     log.warning("row %s: %s", row["id"], reason)
-    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())})
+    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in KEYS.writes if key not in ("docs_shown", "usage")}, "usage": vars(Usage())})
 
 
 def main(argv=None):
@@ -198,7 +198,7 @@ def main(argv=None):
     if out.finished:
         CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
         return
-    needs = ("docs", "true_id") if args.include_expert else ("docs",)
+    needs = KEYS.reads_with["--include-expert"] if args.include_expert else KEYS.reads
     total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
     check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
     if args.include_expert:

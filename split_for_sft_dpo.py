@@ -16,10 +16,12 @@ import random
 from dynamicrag import stage
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import STAGE_KEYS
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_SFT_ROWS = 70_000
 PUBLISHED_ROWS = 120_000
+NEEDS = STAGE_KEYS["split_for_sft_dpo"].reads
 
 
 def parse_args(argv=None):
@@ -68,12 +70,11 @@ def main(argv=None):
     out = Output(vars(args), [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
     if out.finished:
         return
-    needs = ("docs", "true_id", "false_id")
-    rows = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    rows = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
     sft, dpo, dev = divide(rows, args.sft_size, args.dpo_size, args.dev_size, args.seed)
 
     def part(numbers, reject):
-        return (row for number, row in enumerate(read_rows(args.input_file, needs, reject=reject)) if number in numbers)
+        return (row for number, row in enumerate(read_rows(args.input_file, NEEDS, reject=reject)) if number in numbers)
 
     out.publish(args.sft_file, part(sft, out.reject))
     out.publish(args.dpo_file, part(dpo, out.ignore))

@@ -23,6 +23,7 @@ from dynamicrag.llm.prompts import Prompts
 from dynamicrag.models.batches import default_batch_tokens
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import STAGE_KEYS
 from dynamicrag.stage import UserError
 
 LIMIT = "encoder, padding-free limit"
@@ -42,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        rows = list(read_rows(args.input_file, ("answers", "id_lists", "responses")))
+        rows = list(read_rows(args.input_file, STAGE_KEYS["reward_trajectories"].reads))
     except UserError as error:
         sys.exit(f"error: {error}; bash scripts/demo.sh creates the default input")
     pairs = [(response, gold) for row in rows for response in row["responses"] for gold in row["answers"] if response.strip() and gold.strip()]

@@ -25,7 +25,7 @@ from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.requests import Caller, load_callers
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.stage import UserError, options_from
 
 DEMO = "runs/demo_default"
@@ -143,7 +143,7 @@ def main() -> None:
         if not Path(path).exists():
             sys.exit(f"error: {path}: does not exist; bash scripts/demo.sh creates the default file")
     try:
-        rows = list(read_rows(args.input_file, ("docs",)))[: args.questions]
+        rows = list(read_rows(args.input_file, STAGE_KEYS["sampling_dpo_trajectories"].reads))[: args.questions]
     except UserError as error:
         sys.exit(f"error: {error}")
     for part in args.parts:

@@ -18,9 +18,11 @@ from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import Caller, asking, work_on_fitting
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row, fail_unanswered, unanswered
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row, fail_unanswered, unanswered
 from dynamicrag.rows.tasks import name_with_folder
 from dynamicrag.stage import UserError
+
+NEEDS = STAGE_KEYS["inference"].reads  # top_inference.py reads the same
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,12 @@ def answer_runs(
     if not unfinished:
         return
     skip = bool(outputs[0].reject)
-    totals = {path: count_rows(path, ("docs",), skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
+    totals = {path: count_rows(path, NEEDS, skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
     callers = load([run for run, _ in unfinished])
     for run, out in unfinished:
         out.record(**place_of(callers))
         out.started = time.monotonic()  # excludes loading the models and earlier runs
-        rows = read_rows(run.input_json, ("docs",), calls.dataset, out.reject)
+        rows = read_rows(run.input_json, NEEDS, calls.dataset, out.reject)
         work = _work_of(answer, callers, run)
         with asking(callers, run.output_json, run.arguments["overwrite"]):
             out.process(rows, calls.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {run.choice} {run.value}")

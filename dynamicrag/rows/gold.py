@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -140,7 +140,7 @@ def ranked_questions(
     else:
         run = None
         said = {row_id: {"question": question.text} for row_id, question in (asked or {}).items()}
-        for row in read_rows(path, ("docs",), dataset, asked=said):
+        for row in read_rows(path, STAGE_KEYS["evaluate_retrieval"].reads, dataset, asked=said):
             note(row["id"])
             yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])
     expected = asked if asked is not None else qrels or {}

@@ -25,10 +25,12 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.preparation import PrepareOptions
 from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import STAGE_KEYS
 from dynamicrag.rows.trec import Run, write_run
 from dynamicrag.stage import UserError
 
 ROWS, RUN, DESCRIPTION = "rows.jsonl.gz", "run.trec", "shared_run.json"
+NEEDS = STAGE_KEYS["prepare_data"].reads_with["--export_run"]
 SAID = ("corpus", "encoder", "k", "questions", "files")
 
 
@@ -51,10 +53,10 @@ def export_run(rows: str, name: str, folder: str | Path, corpus: str | None, enc
         if not said[key]:
             raise UserError(f"--{key}: the manifest of {rows} does not say it; give its name")
     target.mkdir(parents=True, exist_ok=True)
-    write_run(target / RUN, read_rows(rows, ("docs",)), "score", name)
+    write_run(target / RUN, read_rows(rows, NEEDS), "score", name)
     questions = most = 0
     with atomic_writer(target / ROWS) as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-        for row in read_rows(rows, ("docs",)):
+        for row in read_rows(rows, NEEDS):
             packed.write(dump_line(row))
             questions, most = questions + 1, max(most, len(row["docs"]))
     files = {path: digest_of(target / path) for path in (ROWS, RUN)}
@@ -84,7 +86,7 @@ def import_run(place: str, name: str, options: PrepareOptions) -> None:
             obtain(remote, folder / Path(remote.name).name, overwrite=True)
     said = check_run(folder)
     out.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
-    rows = out.publish(output, read_rows(folder / ROWS, ("docs",)))
+    rows = out.publish(output, read_rows(folder / ROWS, NEEDS))
     with atomic_writer(output.with_suffix(".trec")) as file:
         file.write((folder / RUN).read_bytes())
     out.finish({"shared_run": said}, rows=rows)
@@ -113,7 +115,7 @@ def check_run(folder: Path) -> dict[str, Any]:
         if (digest := digest_of(folder / name)) != said["files"][name]:
             raise UserError(f"{folder / name}: has the SHA-256 {digest}, not {said['files'][name]}; fetch it again")
     run = Run(folder / RUN)
-    for row in read_rows(folder / ROWS, ("docs",)):
+    for row in read_rows(folder / ROWS, NEEDS):
         ranked = [doc_id for doc_id, _ in run.ranking(row["id"])]
         if sorted(ranked) != sorted(doc["id"] for doc in row["docs"]):
             raise UserError(f"{folder / RUN}: query {row['id']!r}: has other documents than {ROWS}; export the run again")
