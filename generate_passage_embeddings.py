@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.search.shards import ids_path, save_ids, shard_bounds
 
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
-    inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
+    inputs = [args.passages]
+    if Path(args.model_name_or_path).exists():
+        inputs.append(args.model_name_or_path)
     output = Output(vars(args), [str(shard), str(ids_path(shard))], inputs)
     if output.finished:
         return

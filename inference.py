@@ -32,7 +32,7 @@ from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, as
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.llm.requests import Builders, RequestBuilder, add_call_flags, load_builders, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.gold import needed_documents
@@ -94,20 +94,20 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first
 
 
-def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list[list[int] | str], list[Usage]]:
+def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], builder: RequestBuilder) -> tuple[list[list[int] | str], list[Usage]]:
     """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the cost."""
     usages = [Usage() for _ in rows]
     choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
         numbers = [number for number, docs in enumerate(shown) if docs]  # without documents there is nothing to select
-        completions = caller.ask([caller.select(rows[number], shown[number]) for number in numbers])
+        completions = builder.ask([builder.select(rows[number], shown[number]) for number in numbers])
         for number, completion in zip(numbers, completions, strict=True):
             usages[number].add(completion)
-            selection = read_selection(completion, 0, len(shown[number]), caller.prompts.notation)
+            selection = read_selection(completion, 0, len(shown[number]), builder.prompts.notation)
             choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
     pairs = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
-    verdicts = caller.ask([caller.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
+    verdicts = builder.ask([builder.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
     for (number, position), completion in zip(pairs, verdicts, strict=True):
         usages[number].add(completion)
         verdict = VERDICT.match(completion.texts[0])
@@ -145,12 +145,12 @@ def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: 
                 raise UserError(f"{path}: row {row['id']}: {error}") from error
 
 
-def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], selector: str, topn: int, path: str) -> list[Row]:
+def answer_rows(rows: list[Row], builders: Builders, selector: str, topn: int, path: str) -> list[Row]:
     """Return the answered rows of the file `path`, with at most `topn` documents shown.
 
     A row whose selection or answer cannot be read has `error` instead of `response`.
     """
-    chooser, generator = callers
+    chooser, generator = builders
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][:topn]), rows)
     if selector in BY_LLM:
         choices, usages = select_by_llm(selector, rows, shown, chooser)
@@ -179,17 +179,17 @@ def main(argv=None):
     def rows_of(path: str) -> Iterable[Row]:
         return read_rows(path, STAGE_KEYS["inference"].reads, reject=(lambda _: None) if args.on_error == "skip" else None)
 
-    def load(runs: list[AnswerRun]) -> tuple[Caller, Caller]:
+    def load(runs: list[AnswerRun]) -> Builders:
         # Held-out rows have labels
         for path in dict.fromkeys(run.input_json for run in runs if run.value == "dynamic"):
             check_shown(path, rows_of(path), "--topn", args.topn)
         for path in dict.fromkeys(run.input_json for run in runs):
             if by_rule := [run.value for run in runs if run.input_json == path and run.value in BY_KEYS_OF_ROWS]:
                 check_selectors(path, rows_of(path), by_rule, args.topn)
-        return load_callers(engine, calls, both=any(run.value in BY_LLM for run in runs))
+        return load_builders(engine, calls, both=any(run.value in BY_LLM for run in runs))
 
-    def answer(rows: list[Row], callers: tuple[Caller, Caller], run: AnswerRun) -> list[Row]:
-        return answer_rows(rows, callers, run.value, args.topn, run.input_json)
+    def answer(rows: list[Row], builders: Builders, run: AnswerRun) -> list[Row]:
+        return answer_rows(rows, builders, run.value, args.topn, run.input_json)
 
     answer_runs(runs_of(args, "selector"), calls, engine_inputs(engine, calls), load, answer)
 

@@ -120,7 +120,10 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.rows.records import count_rows, read_rows
 
     judge = args.run or args.model_name_or_path
-    output = Output(vars(args), [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
+    inputs = [args.input_file]
+    if args.run or Path(judge).exists():
+        inputs.append(judge)
+    output = Output(vars(args), [args.output_file], inputs)
     if output.finished:
         return
     count = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject), dataset=args.dataset)

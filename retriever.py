@@ -59,10 +59,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("files")
     group.add_argument("--query", default="data/splits/split_0.json", help="questions, JSON or JSONL")
     group.add_argument("--passages", default="data/psgs_w100.tsv", help="corpus: TSV, JSONL or Parquet, or a folder")
-    group.add_argument("--passages_embeddings",
-                       default="data/wikipedia_embeddings/*", help="shards of the corpus, as a quoted glob")
-    group.add_argument("--passage_store",
-                       default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
+    group.add_argument("--passages_embeddings", default="data/wikipedia_embeddings/*", help="shards of the corpus, as a quoted glob")
+    group.add_argument("--passage_store", default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
     group.add_argument("--output_dir", "--output_file", default="output/retrieval_split_0.json", help="output file")
     group.add_argument("--dataset", default=None, help="data set of every row; overrides the rows")
     group = parser.add_argument_group("search")
@@ -71,21 +69,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--run", nargs="*", default=[], help="TREC run files; fused with --index if both are given")
     group.add_argument("--index_path", default=None, help="file of the faiss index (default: next to the shards)")
     group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters that an IVF index searches")
-    group.add_argument("--candidates", type=int, default=CANDIDATES,
-                       help="candidates of a compressed index per requested document")
-    group.add_argument("--corpus_shard",
-                       default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
-    group.add_argument("--questions_per_pass",
-                       type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
+    group.add_argument("--candidates", type=int, default=CANDIDATES, help="candidates of a compressed index per requested document")
+    group.add_argument("--corpus_shard", default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
+    group.add_argument("--questions_per_pass", type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
-    group.add_argument("--pooling", choices=POOLINGS, default=None,
-                       help="pooling of a plain folder, as in the embedding stage (default: mean)")
+    group.add_argument("--pooling", choices=POOLINGS, default=None, help="pooling of a plain folder, as in the embedding stage (default: mean)")
     group.add_argument("--normalize", action="store_true", help="scale vectors to length 1, as in the embedding stage")
-    group.add_argument("--query_prompt", default=None,
-                       help="prefix of each question, such as E5's 'query: ' (default: as given by the folder)")
-    group.add_argument("--max_length", type=int, default=None,
-                       help="maximum tokens of a question (default: as given by the folder, or 512)")
+    group.add_argument("--query_prompt", default=None, help="prefix of each question, such as E5's 'query: ' (default: as given by the folder)")
+    group.add_argument("--max_length", type=int, default=None, help="maximum tokens of a question (default: as given by the folder, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 if the hardware supports it")
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
@@ -215,7 +207,9 @@ def main(argv: list[str] | None = None) -> None:
 
     inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
     shard_paths = find_shards(args.passages_embeddings) if dense else []
-    inputs += [*map(str, shard_paths), *[args.model_name_or_path] * (dense and Path(args.model_name_or_path).exists())]
+    inputs += map(str, shard_paths)
+    if dense and Path(args.model_name_or_path).exists():
+        inputs.append(args.model_name_or_path)
     output = Output(vars(args), [args.output_dir], inputs)
     if output.finished:
         return

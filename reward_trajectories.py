@@ -11,6 +11,7 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
         --output_file training_data/llama3_8b_output_dpo.jsonl
 """
 
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.models.device import DEVICES, device_flag, place
 from dynamicrag.reward.bertscore import BertScore
-from dynamicrag.reward.judge import MOST_REPLIES, REPLY_FORMATS, Judge
+from dynamicrag.reward.judge import MAX_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
@@ -64,7 +65,7 @@ def parse_args(argv=None):
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url",
                        metavar="URL", help="OpenAI-compatible endpoint; its key is read from JUDGE_API_KEY")
-    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs at most {MOST_REPLIES} "
+    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs at most {MAX_REPLIES} "
                                              "replies if none can be read")
     judge.add_argument("--judge-format", choices=REPLY_FORMATS, default="json_schema",
                        help="structured output that the endpoint supports; grades are always parsed strictly")
@@ -142,17 +143,14 @@ def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | Non
     import numpy as np
 
     columns: list[str] = []
-
-    def values():
-        for row in rows:
-            for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
-                columns[:] = columns or [*terms, "reward", "k"]
-                yield from [*(terms[term] for term in columns[:-2]), reward, len(ids)]
-
-    table = np.fromiter(values(), dtype=np.float32)  # 34 MB at the published 1.2 million trajectories
+    values = array("f")  # 34 MB at the published 1.2 million trajectories
+    for row in rows:
+        for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
+            columns = columns or [*terms, "reward", "k"]
+            values.extend([*(terms[term] for term in columns[:-2]), reward, len(ids)])
     if not columns:
         return 0, {}
-    table = table.reshape(-1, len(columns)).T
+    table = np.frombuffer(values, dtype=np.float32).reshape(-1, len(columns)).T
     mean, spread = table.mean(axis=1, dtype=np.float64), table.std(axis=1, dtype=np.float64)
     centred = table - mean[:, None]
 

@@ -24,7 +24,15 @@ from dynamicrag.llm.completion import Completion, Request, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
+from dynamicrag.llm.requests import (
+    Builders,
+    RequestBuilder,
+    add_call_flags,
+    asking,
+    load_builders,
+    read_selection,
+    work_on_fitting,
+)
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence, unjudged_position
 from dynamicrag.rows.identifiers import Notation, format_ids, summarise_selections
@@ -71,7 +79,7 @@ def parse_args(argv=None):
     return args
 
 
-def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list[tuple[Request, list[int]]]:
+def selection_requests(row: Row, docs: list[Doc], chooser: RequestBuilder, args) -> list[tuple[Request, list[int]]]:
     """Return the requests for one question, each with its order of the documents (1-based positions in `docs`)."""
     settings = {"temperature": args.temperature, "top_p": args.top_p}
     in_order = list(range(1, len(docs) + 1))
@@ -122,9 +130,9 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
                     "of the documents", path, unscored)
 
 
-def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
+def sample_trajectories(rows: list[Row], builders: Builders, args) -> list[Row]:
     """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
-    chooser, generator = callers
+    chooser, generator = builders
     notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     jobs = [
@@ -203,17 +211,17 @@ def main(argv=None):
     check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
     if args.include_expert:
         check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
-    callers = load_callers(engine, calls)
-    out.record(**place_of(callers))
+    builders = load_builders(engine, calls)
+    out.record(**place_of(builders))
     rows = read_rows(args.input_json, needs, args.dataset, out.reject)
-    sample = partial(sample_trajectories, callers=callers, args=args)
+    sample = partial(sample_trajectories, builders=builders, args=args)
 
     def work(chunk: list[Row]) -> list[Row]:
-        return work_on_fitting(chunk, callers, sample, no_trajectory)
+        return work_on_fitting(chunk, builders, sample, no_trajectory)
 
-    with asking(callers, args.output_json, args.overwrite):
+    with asking(builders, args.output_json, args.overwrite):
         out.process(rows, args.chunk_size, work, total, "sampling")
-        seen = summarise_selections(out.written(), callers[0].prompts.notation)
+        seen = summarise_selections(out.written(), builders[0].prompts.notation)
         log.info(
             "%(trajectories)d selections: %(malformed)d malformed, %(out_of_range)d identifiers out of range, "
             "%(repeated)d repeated; share of None %(none_share).2f, mean k %(k_mean).2f (spread %(k_spread).2f); per "

@@ -21,7 +21,7 @@ from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, as
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, positions_of, read_selection
+from dynamicrag.llm.requests import Builders, add_call_flags, load_builders, positions_of, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.identifiers import Selection
 from dynamicrag.rows.row import Doc, Row
@@ -79,12 +79,12 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
     return list(first.values())
 
 
-def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], topn: int, window_size: int, order: str) -> list[Row]:
+def answer_rows(rows: list[Row], builders: Builders, topn: int, window_size: int, order: str) -> list[Row]:
     """Return the answered rows, from their first `topn` documents in windows of `window_size`. `order` is a value of --order.
 
     A row whose last selection or answer cannot be read has `error` instead of `response`.
     """
-    chooser, generator = callers
+    chooser, generator = builders
     usages = [Usage() for _ in rows]
 
     def choose(windows: list[Window]) -> list[Selection]:
@@ -127,10 +127,10 @@ def main(argv=None):
         raise UserError(f"--topn: expected at least 1, found {min(args.topn)}")
     engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
 
-    def answer(rows: list[Row], callers: tuple[Caller, Caller], run: AnswerRun) -> list[Row]:
-        return answer_rows(rows, callers, run.value, args.max_context_window, args.order)
+    def answer(rows: list[Row], builders: Builders, run: AnswerRun) -> list[Row]:
+        return answer_rows(rows, builders, run.value, args.max_context_window, args.order)
 
-    answer_runs(runs_of(args, "topn"), calls, engine_inputs(engine, calls), lambda _: load_callers(engine, calls), answer)
+    answer_runs(runs_of(args, "topn"), calls, engine_inputs(engine, calls), lambda _: load_builders(engine, calls), answer)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import measure
 
 from dynamicrag.llm.options import CallOptions
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.row import Row
@@ -77,25 +77,25 @@ def main() -> None:
     rows = made_rows(args.questions, args.topn)
     prompts = load_prompts(args.model, args.template)
 
-    def request(caller: Caller, row: Row) -> Messages:
-        return caller.select(row, caller.shown(row["question"], row["docs"])).messages
+    def request(builder: RequestBuilder, row: Row) -> Messages:
+        return builder.select(row, builder.shown(row["question"], row["docs"])).messages
 
     def again() -> float:
-        caller = Caller(EachTimeAgain(prompts), CallOptions())
-        for messages in [request(caller, row) for row in rows]:
-            caller.engine.ids(messages)
+        builder = RequestBuilder(EachTimeAgain(prompts), CallOptions())
+        for messages in [request(builder, row) for row in rows]:
+            builder.engine.ids(messages)
         return len(rows)
 
     def kept() -> float:
-        caller = Caller(Tokenizing(PromptTokenizer(prompts.tokenizer, prompts.chat_template)), CallOptions())
-        messages = in_threads(lambda row: request(caller, row), rows)
-        in_threads(caller.engine.ids, messages)
+        builder = RequestBuilder(Tokenizing(PromptTokenizer(prompts.tokenizer, prompts.chat_template)), CallOptions())
+        messages = in_threads(lambda row: request(builder, row), rows)
+        in_threads(builder.engine.ids, messages)
         return len(rows)
 
     systems = {"each time, one after the other": again, "kept, on all cores": kept}
     seconds = measure.in_turns(systems, args.rounds)
     slow = seconds["each time, one after the other"]
-    tokens = sum(len(prompts.ids(request(Caller(Tokenizing(prompts), CallOptions()), row))) for row in rows) // len(rows)
+    tokens = sum(len(prompts.ids(request(RequestBuilder(Tokenizing(prompts), CallOptions()), row))) for row in rows) // len(rows)
     lines = [[name, f"{1 / s:.1f}", f"{slow / s:.2f}"] for name, s in seconds.items()]
     title = f"Prompts of {tokens} tokens, {len(rows)} questions, {len(os.sched_getaffinity(0))} cores"
     measure.report(title, ["", "prompts/s", "to each time"], lines, {name: 1 / s for name, s in seconds.items()}, args.output_file)

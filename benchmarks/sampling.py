@@ -22,7 +22,7 @@ import measure
 import sampling_dpo_trajectories
 from dynamicrag.llm.engine import Request
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Caller, load_callers
+from dynamicrag.llm.requests import RequestBuilder, load_builders
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Row
@@ -51,33 +51,33 @@ def stage_args(args: argparse.Namespace, *more: str) -> argparse.Namespace:
     return sampling_dpo_trajectories.parse_args([*flags, *more])
 
 
-def one_at_a_time(rows: list[Row], caller: Caller, settings: argparse.Namespace) -> list[list[list[int]]]:
+def one_at_a_time(rows: list[Row], builder: RequestBuilder, settings: argparse.Namespace) -> list[list[list[int]]]:
     """Send every sample and every answer as a separate request without reuse, like a loop over a server's API."""
     def alone(request: Request) -> str:
-        caller.engine._llm.reset_prefix_cache()
-        return caller.engine.complete([request])[0].texts[0]
+        builder.engine._llm.reset_prefix_cache()
+        return builder.engine.complete([request])[0].texts[0]
 
     chosen = []
     for row in rows:
-        docs = caller.shown(row["question"], row["docs"][: settings.topn])
+        docs = builder.shown(row["question"], row["docs"][: settings.topn])
         chosen.append([])
         for sample in range(settings.num_samples):
-            text = alone(caller.select(row, docs, f"sample {sample}", temperature=settings.temperature))
+            text = alone(builder.select(row, docs, f"sample {sample}", temperature=settings.temperature))
             ids = parse_ids(text, len(docs)).ids
-            alone(caller.answer(row, [docs[position - 1] for position in ids]))
+            alone(builder.answer(row, [docs[position - 1] for position in ids]))
             chosen[-1].append(ids)
     return chosen
 
 
 def speed(args: argparse.Namespace, rows: list[Row]) -> None:
     settings = stage_args(args, "--dtype", args.dtypes[0])
-    callers = load_callers(options_from(settings, EngineOptions), options_from(settings, CallOptions))
-    caller, engine = callers[0], callers[0].engine
+    builders = load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions))
+    builder, engine = builders[0], builders[0].engine
     counted: dict[str, int] = {}
 
     def ours() -> float:
         engine._llm.reset_prefix_cache()
-        results = sampling_dpo_trajectories.sample_trajectories(rows, callers, settings)
+        results = sampling_dpo_trajectories.sample_trajectories(rows, builders, settings)
         counted["trajectories"] = sum(len(row["id_lists"]) for row in results)
         counted["answers"] = sum(len(set(map(tuple, row["id_lists"]))) for row in results)
         ours.results = results
@@ -85,7 +85,7 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
 
     def loop() -> float:
         some = rows[: max(len(rows) // 3, 1)]
-        one_at_a_time(some, caller, settings)
+        one_at_a_time(some, builder, settings)
         return len(some)
 
     def floor() -> float:
@@ -94,8 +94,8 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
         prompts = []
         for row, result in zip(rows, ours.results, strict=True):
             docs = row["docs"][: result["docs_shown"]]
-            prompts.append(caller.select(row, docs))
-            prompts += [caller.answer(row, [docs[position - 1] for position in ids]) for ids in set(map(tuple, result["id_lists"]))]
+            prompts.append(builder.select(row, docs))
+            prompts += [builder.answer(row, [docs[position - 1] for position in ids]) for ids in set(map(tuple, result["id_lists"]))]
         engine.complete([Request(request.messages, seed=0, max_tokens=1) for request in prompts])
         return len(rows)
 
@@ -113,12 +113,12 @@ def identical(args: argparse.Namespace, rows: list[Row]) -> None:
     lines, figures = [], {}
     for dtype in args.dtypes:
         loaded = stage_args(args, "--dtype", dtype)
-        callers = load_callers(options_from(loaded, EngineOptions), options_from(loaded, CallOptions))
+        builders = load_builders(options_from(loaded, EngineOptions), options_from(loaded, CallOptions))
         for name, flags in (("greedy", ["--temperature", "0", "--num-samples", "1"]), ("sampled", [])):
             settings = stage_args(args, "--dtype", dtype, *flags)
 
-            def sampled(chunks: list[list[Row]], settings=settings, callers=callers) -> dict[str, tuple]:
-                results = [row for chunk in chunks for row in sampling_dpo_trajectories.sample_trajectories(chunk, callers, settings)]
+            def sampled(chunks: list[list[Row]], settings=settings, builders=builders) -> dict[str, tuple]:
+                results = [row for chunk in chunks for row in sampling_dpo_trajectories.sample_trajectories(chunk, builders, settings)]
                 return {row["id"]: list(zip(map(tuple, row["id_lists"]), row["responses"], strict=True)) for row in results}
 
             whole = sampled([rows])

@@ -18,7 +18,7 @@ import inference
 import sampling_dpo_trajectories
 from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import Prompts
-from dynamicrag.llm.requests import load_callers
+from dynamicrag.llm.requests import load_builders
 from dynamicrag.models.device import pick_device
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
@@ -51,7 +51,7 @@ def main() -> None:
         settings = sampling_dpo_trajectories.parse_args([
             "--llm-model", args.llm_model, "--template", args.template, "--topn", str(args.topn), "--max-model-len", str(args.max_model_len),
         ])
-        callers = load_callers(options_from(settings, EngineOptions), options_from(settings, CallOptions))
+        builders = load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions))
         device = pick_device("auto")
         bert = BertScore(args.bert_model, None, device, "none")
     except UserError as error:
@@ -59,8 +59,8 @@ def main() -> None:
     made: dict[str, list[Row]] = {}
 
     def sampling() -> float:
-        callers[0].engine._llm.reset_prefix_cache()
-        made["sampling"] = sampling_dpo_trajectories.sample_trajectories(rows, callers, settings)
+        builders[0].engine._llm.reset_prefix_cache()
+        made["sampling"] = sampling_dpo_trajectories.sample_trajectories(rows, builders, settings)
         return len(rows)
 
     def reward() -> float:
@@ -68,8 +68,8 @@ def main() -> None:
         return len(rows)
 
     def answering() -> float:
-        callers[0].engine._llm.reset_prefix_cache()
-        made["inference"] = inference.answer_rows(rows, callers, "dynamic", args.topn, args.input_file)
+        builders[0].engine._llm.reset_prefix_cache()
+        made["inference"] = inference.answer_rows(rows, builders, "dynamic", args.topn, args.input_file)
         return len(rows)
 
     seconds = measure.in_turns({"sampling": sampling, "reward": reward, "inference": answering}, args.rounds)

@@ -88,7 +88,7 @@ class _Terminated(KeyboardInterrupt):
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-MOST_SAID = 1000  # maximum length of an error message in characters
+MAX_SAID = 1000  # maximum length of an error message in characters
 
 
 def run(main) -> None:
@@ -128,8 +128,8 @@ def _fail(message: str, status: int) -> int:
     from tqdm import tqdm
 
     line = " ".join(message.split())
-    if len(line) > MOST_SAID:
-        line = f"{line[: MOST_SAID * 3 // 4]} ... {line[-MOST_SAID // 4 :]}"
+    if len(line) > MAX_SAID:
+        line = f"{line[: MAX_SAID * 3 // 4]} ... {line[-MAX_SAID // 4 :]}"
     # A plain print would continue the line of a progress bar that the error left open.
     tqdm.write("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
     return status

@@ -222,9 +222,9 @@ def reply(request, kind, titles):
 def load(engine, calls, both=True):
     with open("LOADS", "a") as file:
         print(script, file=file)
-    return (requests.Caller(StubEngine(reply), calls),) * 2
+    return (requests.RequestBuilder(StubEngine(reply), calls),) * 2
 module = __import__(script)
-module.load_callers = load
+module.load_builders = load
 stage.run(module.main)
 """
 

@@ -19,7 +19,7 @@ from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm import requests
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.options import CallOptions
-from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
+from dynamicrag.llm.requests import RequestBuilder, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
 from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
@@ -75,8 +75,8 @@ def question(number: int = 1, docs: int | list[dict] = 5, **more) -> dict:
     return {"id": f"q{number}", "question": f"what is {number}?", "answers": ["a"], "docs": docs, **more}
 
 
-def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Caller:
-    return Caller(StubEngine(reply, window), options_from(module.parse_args(list(flags)), CallOptions))
+def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> RequestBuilder:
+    return RequestBuilder(StubEngine(reply, window), options_from(module.parse_args(list(flags)), CallOptions))
 
 
 def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
@@ -484,7 +484,7 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():  # behaviour
     assert row["usage"]["calls"] == 15
 
 
-def by_windows(rows: list[dict], call: Caller, *flags: str) -> list[dict]:
+def by_windows(rows: list[dict], call: RequestBuilder, *flags: str) -> list[dict]:
     args = top_inference.parse_args(list(flags))
     return top_inference.answer_rows(rows, (call, call), args.topn[0], args.max_context_window, args.order)
 

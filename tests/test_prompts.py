@@ -12,7 +12,7 @@ import reranker_sequence
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS, PLACEHOLDERS
 from dynamicrag.llm.prompts import Prompts, training_row
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of
 from dynamicrag.stage import UserError, options_from
@@ -166,8 +166,8 @@ class Window:
         return True
 
 
-def caller(prompts_file) -> Caller:
-    return Caller(Window(), CallOptions(prompts=prompts_file))
+def caller(prompts_file) -> RequestBuilder:
+    return RequestBuilder(Window(), CallOptions(prompts=prompts_file))
 
 
 def turns(row: dict) -> list[dict]:
@@ -229,7 +229,7 @@ def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
 def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
-    asked = Caller(Window(), options_from(inference.parse_args(flags), CallOptions))
+    asked = RequestBuilder(Window(), options_from(inference.parse_args(flags), CallOptions))
     assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
     assert asked.answer(ROW, DOCS).temperature == 0.0
 

@@ -14,7 +14,7 @@ from test_inference import StubEngine, caller, documents, here, question, read  
 
 import sampling_dpo_trajectories
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.identifiers import summarise_selections
 from dynamicrag.rows.manifest import read_manifest
@@ -124,7 +124,7 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
     def load(engine, calls):
         raise RuntimeError("a model is loaded")
 
-    monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
+    monkeypatch.setattr(sampling_dpo_trajectories, "load_builders", load)
     arguments = ["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--overwrite", *flags]
     if status is None:
         with pytest.raises(RuntimeError, match="a model is loaded"):
@@ -253,10 +253,10 @@ def compare_real_trajectories(folder: Path) -> None:
         "--template", str(REPO / "template/llama3.jinja"), "--max-model-len", "1024", "--answer-max-tokens", "6", "--num-samples", "4",
     ])
     calls = options_from(args, CallOptions)
-    loaded = sampling_dpo_trajectories.load_callers(options_from(args, EngineOptions), calls)
+    loaded = sampling_dpo_trajectories.load_builders(options_from(args, EngineOptions), calls)
     for permute, constrain in ((False, "on"), (True, "on"), (False, "off")):
         args.permute = permute
-        callers = tuple(Caller(of_model.engine, replace(calls, constrain_ids=constrain)) for of_model in loaded)
+        callers = tuple(RequestBuilder(of_model.engine, replace(calls, constrain_ids=constrain)) for of_model in loaded)
 
         def sample(some, callers=callers):
             return {row["id"]: row for row in sampling_dpo_trajectories.sample_trajectories(some, callers, args)}

@@ -15,7 +15,7 @@ from typing import Any, cast
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.options import CallOptions
-from dynamicrag.llm.requests import Caller, asking, work_on_fitting
+from dynamicrag.llm.requests import Builders, asking, work_on_fitting
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row, fail_unanswered, unanswered
@@ -37,7 +37,7 @@ class AnswerRun:
     arguments: Mapping[str, Any]  # every flag of the stage by name, with the values of this run
 
 
-Answer = Callable[[list[Row], tuple[Caller, Caller], AnswerRun], list[Row]]
+Answer = Callable[[list[Row], Builders, AnswerRun], list[Row]]
 
 
 def add_files_flags(group, input_json: str, output_json: str) -> None:
@@ -86,9 +86,9 @@ def runs_of(args: Namespace, choice: str) -> list[AnswerRun]:
     return runs
 
 
-def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
+def place_of(builders: Builders) -> dict[str, str]:
     """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not known."""
-    places = [place_of_engine() for caller in callers if (place_of_engine := getattr(caller.engine, "place", None))]
+    places = [place_of_engine() for builder in builders if (place_of_engine := getattr(builder.engine, "place", None))]
     return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
 
 
@@ -113,16 +113,16 @@ def assemble_result(
     return cast(Row, {**result, "usage": vars(usage)})
 
 
-def _work_of(answer: Answer, callers: tuple[Caller, Caller], run: AnswerRun) -> Callable[[list[Row]], list[Row]]:
+def _work_of(answer: Answer, builders: Builders, run: AnswerRun) -> Callable[[list[Row]], list[Row]]:
     """Return a function that answers the rows of a chunk; a row whose question exceeds the window gets an `error`."""
-    return lambda rows: work_on_fitting(rows, callers, lambda fitting: answer(fitting, callers, run), fail_unanswered)
+    return lambda rows: work_on_fitting(rows, builders, lambda fitting: answer(fitting, builders, run), fail_unanswered)
 
 
 def answer_runs(
     runs: list[AnswerRun],
     calls: CallOptions,
     inputs: list[str],
-    load: Callable[[list[AnswerRun]], tuple[Caller, Caller]],
+    load: Callable[[list[AnswerRun]], Builders],
     answer: Answer,
 ) -> None:
     """Answer the files of every unfinished run. `load` gets these runs and is called only if there are any.
@@ -139,12 +139,12 @@ def answer_runs(
         return
     skip = bool(outputs[0].reject)
     totals = {path: count_rows(path, NEEDS, skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
-    callers = load([run for run, _ in unfinished])
+    builders = load([run for run, _ in unfinished])
     for run, out in unfinished:
-        out.record(**place_of(callers))
+        out.record(**place_of(builders))
         out.started = time.monotonic()  # excludes loading the models and earlier runs
         rows = read_rows(run.input_json, NEEDS, calls.dataset, out.reject)
-        work = _work_of(answer, callers, run)
-        with asking(callers, run.output_json, run.arguments["overwrite"]):
+        work = _work_of(answer, builders, run)
+        with asking(builders, run.output_json, run.arguments["overwrite"]):
             out.process(rows, calls.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {run.choice} {run.value}")
             out.finish_answers()

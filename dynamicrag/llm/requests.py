@@ -84,7 +84,7 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
     return [positions[doc["id"]] for doc in chosen]
 
 
-def load_callers(engine: EngineOptions, calls: CallOptions, both: bool = True) -> tuple["Caller", "Caller"]:
+def load_builders(engine: EngineOptions, calls: CallOptions, both: bool = True) -> "Builders":
     """Load the selector and the generator.
 
     They are one model unless calls.reranker_model is given; `both=False` skips the selector. Two models in this process
@@ -92,47 +92,47 @@ def load_callers(engine: EngineOptions, calls: CallOptions, both: bool = True) -
     that come with it, or else with the project's.
     """
     if not (both and calls.reranker_model):
-        caller = _load_caller(engine, calls)
-        return caller, caller
+        builder = _load_builder(engine, calls)
+        return builder, builder
     answering = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
     choosing = replace(answering, llm_model=calls.reranker_model, template=calls.reranker_template or engine.template)
-    generator = _load_caller(answering, calls)
-    return _load_caller(choosing, calls), generator
+    generator = _load_builder(answering, calls)
+    return _load_builder(choosing, calls), generator
 
 
-def _load_caller(engine: EngineOptions, calls: CallOptions) -> "Caller":
+def _load_builder(engine: EngineOptions, calls: CallOptions) -> "RequestBuilder":
     if not engine.api_base:  # a server's model is only a name
         engine = replace(engine, llm_model=pull(resolve_model(engine.llm_model)))
-    return Caller(load_engine(engine), replace(calls, prompts=prompts_for(engine.llm_model, calls.prompts)))
+    return RequestBuilder(load_engine(engine), replace(calls, prompts=prompts_for(engine.llm_model, calls.prompts)))
 
 
 def work_on_fitting(
-    rows: list[Row], callers: tuple["Caller", "Caller"], work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
+    rows: list[Row], builders: "Builders", work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
 ) -> list[Row]:
     """Return work() of the rows whose question fits the window, and fail(row, reason) of the others, in order.
 
     A question that is too long therefore does not end the run.
     """
-    models = list(dict.fromkeys(callers))
-    reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
+    models = list(dict.fromkeys(builders))
+    reasons_in_order = in_threads(lambda row: next(filter(None, (builder.too_long(row) for builder in models)), None), rows)
     reasons = list(zip(rows, reasons_in_order, strict=True))
     done = iter(work([row for row, reason in reasons if not reason]))
     return [fail(row, reason) if reason else next(done) for row, reason in reasons]
 
 
 @contextmanager
-def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
+def asking(builders: "Builders", output: str, overwrite: bool) -> Iterator[None]:
     """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were cut off."""
-    models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
+    models, cache = list(dict.fromkeys(builders)), CompletionCache(output)
     if overwrite:
         cache.remove()
-    for caller in models:
-        caller.begin(cache)
+    for builder in models:
+        builder.begin(cache)
     try:
         yield
     finally:
-        for caller in models:
-            caller.say_cut_off()
+        for builder in models:
+            builder.say_cut_off()
     cache.remove()
 
 
@@ -143,7 +143,7 @@ def read_selection(completion: Completion, sample: int, n_docs: int, notation: N
     return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off, notation)
 
 
-class Caller:
+class RequestBuilder:
     """Builds the requests of one run from its options and sends them."""
 
     def __init__(self, engine: VllmEngine | ApiEngine, options: CallOptions):
@@ -244,3 +244,6 @@ class Caller:
             pattern="(Yes|No)" if self._options.constrain_ids == "on" else None,
             stop=self.prompts.stop("pointwise"), limit="--selection-max-tokens",
         )
+
+
+Builders = tuple[RequestBuilder, RequestBuilder]  # of the selector and of the generator
