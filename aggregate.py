@@ -14,9 +14,9 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
     python aggregate.py
 """
 
+import argparse
 import re
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -30,7 +30,7 @@ from dynamicrag.stage import UserError
 ROWS_PER_CHUNK = 1000
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, as a quoted glob")
@@ -136,7 +136,7 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
     return first
 
 
-def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
+def aggregate_answers(args: argparse.Namespace, shards: list[Path]) -> None:
     """Combine answered shards and their remain files, and write the manifest that a single run would have written."""
     from dynamicrag.files.jsonio import read_json
     from dynamicrag.llm.answering import remain_path
@@ -169,7 +169,7 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     output.finish(rows=rows, **counts, shards=len(shards))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     shards = find_shards(args.input_files, args.splits_dir)
     if args.questions is not None:

@@ -54,7 +54,7 @@ def bounds(text: str) -> tuple[float, float]:
     return low, high
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
@@ -138,7 +138,7 @@ def fit_pair(
     return Fitted(row, len(docs) - len(shown), {**about, "target size": sum(map(window.size, targets))})
 
 
-def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+def reranker_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, window: TrainingWindow) -> list[Fitted]:
     """Return the reranker pairs of a question, each with its figures."""
     docs, pairs = row["docs"][: row["docs_shown"]], []
 
@@ -152,7 +152,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
     return pairs
 
 
-def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+def generator_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, window: TrainingWindow) -> list[Fitted]:
     """Return the generator pair of a question, if there is one. It has no figures."""
     pair = generator_pair(row, args.generator_chosen, args.recipe == "published")
     if not pair:
@@ -168,7 +168,8 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
 
 
 def training_rows(
-    pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args, window: TrainingWindow | None = None, total: int | None = None
+    pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args: argparse.Namespace,
+    window: TrainingWindow | None = None, total: int | None = None,
 ) -> Iterator[tuple[dict[str, str], Mapping[str, float]]]:
     """Yield the training row and the figures of every pair that fits the window."""
     window = window or TrainingWindow()
@@ -193,11 +194,11 @@ def warn_of_defaults(defaults: Counter, path: str) -> None:
             log.warning("%s: %d rows have no %s: %s", path, defaults[key], key, what)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
-    out = Output(vars(args), [args.reranker_file, args.generator_file], inputs)
-    if out.finished:
+    output = Output(vars(args), [args.reranker_file, args.generator_file], inputs)
+    if output.finished:
         return
     prompts, window = Prompts(args.prompts), load_window(options_from(args, LengthOptions))
     defaults: Counter[str] = Counter()
@@ -206,7 +207,7 @@ def main(argv=None):
     def read(reject, defaults: Counter) -> Iterator[Row]:
         return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
 
-    for row in read(out.reject, defaults):
+    for row in read(output.reject, defaults):
         count += 1
         if worth_learning_from(row, args.keep_mean):
             differing.append(len(set(row["response_scores"])) > 1)
@@ -218,7 +219,7 @@ def main(argv=None):
 
         In the published recipe, each belongs to one set and only if its rewards differ.
         """
-        kept = (row for row in read(out.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
+        kept = (row for row in read(output.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
         return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
     def generator(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
@@ -242,14 +243,14 @@ def main(argv=None):
                 taught.extend(about[figure] for figure in FIGURES)
             yield row
 
-    of_reranker = out.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
-    of_generator = out.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
+    of_reranker = output.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
+    of_generator = output.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
     summary = summarise(taught)
     say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
     for path in (args.reranker_file, args.generator_file):
         check_columns(args.train_recipe, path)
     targets = {f"{role}_target_{window.unit}": sizes[role] for role in ("reranker", "generator")}
-    out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
+    output.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
 
 
 if __name__ == "__main__":

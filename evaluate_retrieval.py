@@ -13,10 +13,11 @@ Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order:
     python evaluate_retrieval.py --results_file output/retrieval_data_rerank.jsonl
 """
 
+import argparse
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Scored(NamedTuple):
     documents: int
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     default = "output/retrieval_data_rerank.jsonl"
@@ -180,7 +181,7 @@ def _cell(summary: dict, column: str) -> str:
     return f"{shown} ({summary['low']:.1f} to {summary['high']:.1f})" if column == summary.get("main") else shown
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.run_file and len(args.results_file) > 1:
         raise UserError("--run_file: can hold the documents of one results file only; give one --results_file")

@@ -13,9 +13,9 @@ Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row per pa
         --output_dir data/wikipedia_embeddings
 """
 
+import argparse
 import os
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -29,7 +29,7 @@ from dynamicrag.rows.output import Output
 WINDOW = 2048
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
@@ -87,7 +87,7 @@ def open_rows(file, count: int, width: int) -> int:
     return done
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.search.shards import ids_path, save_ids, shard_bounds
 

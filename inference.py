@@ -21,10 +21,10 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
         --remain-output-json results/llama3_8b_nq_remain.json
 """
 
+import argparse
 import itertools
 import re
-from argparse import ArgumentTypeError
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dynamicrag import stage
@@ -50,11 +50,11 @@ VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 def selector_flag(value: str) -> str:
     """Check a value of --selector and return it. Raises ArgumentTypeError."""
     if not SELECTOR.fullmatch(value):
-        raise ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
+        raise argparse.ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
     return value
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
@@ -172,7 +172,7 @@ def answer_rows(rows: list[Row], builders: Builders, selector: str, topn: int, p
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
 

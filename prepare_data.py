@@ -12,7 +12,8 @@ Writes   data/prepared/dynamicrag_nq.jsonl      rows, one file per set of questi
     python prepare_data.py --name dynamicrag_nq --limit 20
 """
 
-from argparse import Namespace
+import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dynamicrag.rows.shared_runs import export_run, import_run
 from dynamicrag.stage import UserError, log, options_from
 
 
-def parse_args(argv=None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--list", action="store_true", help="show every set: source, licence, stage, and what is unverified")
@@ -98,7 +99,7 @@ def prepare_all(entries: list[Published], options: PrepareOptions) -> None:
                         "same command again")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     options = options_from(args, PrepareOptions)
     if args.list:

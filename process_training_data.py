@@ -14,8 +14,10 @@ Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, fal
     python process_training_data.py
 """
 
+import argparse
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 from dynamicrag import stage
 from dynamicrag.rows.expert import EXPERT_LENGTH, expert_sequence, unjudged_position
@@ -30,7 +32,7 @@ PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
 EXPERT_SHARE = 5  # in a smaller data set, one fifth of the rows become expert rows
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="output/retrieval_data_rerank.jsonl", help="reranked rows")
@@ -90,10 +92,10 @@ def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_leng
     return chosen
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(vars(args), [args.sequence_file, args.normal_file], [args.input_file])
-    if out.finished:
+    output = Output(vars(args), [args.sequence_file, args.normal_file], [args.input_file])
+    if output.finished:
         return
 
     def labelled(reject=None):
@@ -112,7 +114,7 @@ def main(argv=None):
 
     # The file is read three times. Malformed rows are recorded only the first time.
     candidates, rows, unscored = [], 0, 0
-    for row in labelled(out.reject):
+    for row in labelled(output.reject):
         rows += 1
         unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
@@ -131,7 +133,7 @@ def main(argv=None):
     expert_ids = {row_id for row_id, _ in chosen}
 
     def sequences():
-        for row in labelled(out.ignore):
+        for row in labelled(output.ignore):
             for length in lengths_of(row, args.targets, args.max_length):
                 if (row["id"], length) not in chosen:
                     continue
@@ -143,12 +145,12 @@ def main(argv=None):
                     sequence = padded_sequence(row["true_id"], row["false_id"], length, rng)
                     yield {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
 
-    expert = out.publish(args.sequence_file, sequences())
-    others = (row for row in labelled(out.ignore) if row["id"] not in expert_ids)
-    normal = out.publish(args.normal_file, others)
+    expert = output.publish(args.sequence_file, sequences())
+    others = (row for row in labelled(output.ignore) if row["id"] not in expert_ids)
+    normal = output.publish(args.normal_file, others)
     lengths = Counter(length for _, length in chosen)
     log.info("expert rows by length: %s", ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)))
-    out.finish(expert=expert, others=normal)
+    output.finish(expert=expert, others=normal)
 
 
 if __name__ == "__main__":

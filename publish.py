@@ -16,11 +16,12 @@ Writes   <MODEL>.published                          card, manifest, prompts, tem
     python publish.py DynamicRAG_llama3_8b --repo OWNER/NAME --results results/llama3_8b_nq.json.metrics.json
 """
 
+import argparse
 import fnmatch
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -49,7 +50,7 @@ EVAL_TASKS = {
 }
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL", default="DynamicRAG_llama3_8b", help="folder of the model, or training output")
     hub = parser.add_argument_group("hub")
@@ -144,7 +145,7 @@ def write_files(contents: Mapping[str, str | bytes], folder: Path) -> dict[str, 
     return paths
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not (args.repo or args.dry_run):
         raise UserError("--repo: is needed to publish; give OWNER/NAME, or --dry_run")

@@ -12,9 +12,9 @@ Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rera
         --output_file output/retrieval_data_rerank.jsonl --device cuda
 """
 
+import argparse
 import math
-from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -32,7 +32,7 @@ NEEDS = STAGE_KEYS["reranker"].reads
 QUESTIONS_PER_CHUNK = 64
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", default="output/retrieval_data.jsonl", help="rows with docs, JSON or JSONL")
@@ -95,7 +95,7 @@ def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float
     return score
 
 
-def by_model(args: Namespace) -> tuple[Callable, Callable]:
+def by_model(args: argparse.Namespace) -> tuple[Callable, Callable]:
     """Return the two halves of scoring a chunk: prepare(rows) tokenises, work(prepared) returns the scored rows."""
     from tqdm import tqdm
 
@@ -115,7 +115,7 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
     return prepare, work
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.rows.records import count_rows, read_rows
 

@@ -10,6 +10,7 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
     python reranker_sequence.py
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from dynamicrag.stage import options_from
 NEEDS = STAGE_KEYS["reranker_sequence"].reads
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -59,20 +60,20 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
     return Fitted(training_row(build(shown), output=target), len(labelled) - len(shown))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
-    out = Output(vars(args), [args.output_file], inputs)
-    if out.finished:
+    output = Output(vars(args), [args.output_file], inputs)
+    if output.finished:
         return
     prompts = Prompts(args.prompts)
-    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
+    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
     window = load_window(options_from(args, LengthOptions))
-    rows = read_rows(args.input_file, NEEDS, reject=out.reject)
+    rows = read_rows(args.input_file, NEEDS, reject=output.reject)
     fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
-    examples = out.publish(args.output_file, (result.row for result in fitted))
+    examples = output.publish(args.output_file, (result.row for result in fitted))
     check_columns(args.train_recipe, args.output_file)
-    out.finish(examples=examples, **window.counts())
+    output.finish(examples=examples, **window.counts())
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ Writes   output/retrieval_split_0.json                   + docs: id, title, text
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import re
 import signal
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from multiprocessing import get_context
@@ -54,7 +54,7 @@ M_ARENA_MAX = -8  # of mallopt(3)
 QUESTIONS_PER_PASS = {"cpu": 1024, "cuda": 4096}
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--query", default="data/splits/split_0.json", help="questions, JSON or JSONL")
@@ -128,7 +128,7 @@ def process_of_its_own() -> Executor:
 
 
 def dense_searches(
-    args: Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
+    args: argparse.Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
 ) -> dict[str, Search]:
     """Return a search for every embedding index in --index.
 
@@ -172,14 +172,14 @@ def dense_searches(
     return {factory: search_by(factory) for factory in args.index if factory != "bm25"}
 
 
-def bm25_search(args: Namespace, store: PassageStore) -> Search:
+def bm25_search(args: argparse.Namespace, store: PassageStore) -> Search:
     from dynamicrag.search.bm25 import open_bm25
 
     index = open_bm25(store)
     return lambda questions: index.search([search_text(row) for _, row in questions], args.n_docs)
 
 
-def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
+def run_search(run: Run, args: argparse.Namespace, store: PassageStore) -> Search:
     """Return a search that gives the documents of another system's run. Questions that are not in the run get none."""
     import numpy as np
 
@@ -199,7 +199,7 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
     return search
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     allocate_from_one_arena()
     from dynamicrag.rows.records import count_rows, read_rows

@@ -11,8 +11,9 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
         --output_file training_data/llama3_8b_output_dpo.jsonl
 """
 
+import argparse
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -31,7 +32,7 @@ from dynamicrag.stage import UserError, log
 KEYS = STAGE_KEYS["reward_trajectories"]
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="results/training_data_dpo_sampling.json", help="sampled trajectories")
@@ -172,7 +173,7 @@ def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
     return markdown_table(header, [[name, *("" if v is None else f"{v:.3f}" for v in line.values())] for name, line in summary.items()])
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     weights = parse_weights(args.weights)
     if args.judge_model and not weights.get("judge"):
@@ -181,13 +182,13 @@ def main(argv=None):
     flag = "--reweight" if args.reweight else f"--length-of {args.length_of}"
     needs = KEYS.reads_with.get(flag, KEYS.reads)
     encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
-    out = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
-    if out.finished:
+    output = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
+    if output.finished:
         return
-    total = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    total = count_rows(args.input_file, needs, skip_malformed=bool(output.reject))
     judged = bool(args.judge_model)
     if args.reweight:
-        judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=out.ignore), weights)
+        judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=output.ignore), weights)
     if weights.get("judge") and not judged:
         log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
     bert = judge = None
@@ -196,7 +197,7 @@ def main(argv=None):
     if weights.get("bert") and not args.reweight:
         from dynamicrag.models.device import pick_device
 
-        out.record(**place(args.device))
+        output.record(**place(args.device))
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)
     prompts = Prompts(args.prompts)
 
@@ -207,16 +208,16 @@ def main(argv=None):
         return [rewarded(row, with_length(row, of_row, args.length_of), weights) for row, of_row in zip(rows, terms, strict=True)]
 
     try:
-        out.process(read_rows(args.input_file, needs, reject=out.reject), args.chunk_size, reward, total, "reward")
+        output.process(read_rows(args.input_file, needs, reject=output.reject), args.chunk_size, reward, total, "reward")
     finally:
         if judge:
             said = {name: "not known" if value is None else value for name, value in judge.usage.counts().items()}
             log.info("judge: %(calls)s calls, %(cached)s cached grades; tokens: %(prompt_tokens)s in prompts, "
                      "%(generated_tokens)s generated", said)
-    trajectories, summary = summarise(out.written())
+    trajectories, summary = summarise(output.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
     usage = judge.usage.counts() if judge else {}
-    out.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
+    output.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ Writes   results/training_data_dpo_sampling.json         + id_lists, responses, 
         --input-jsonl training_data/training_data_dpo.jsonl --output-json results/training_data_dpo_sampling.json
 """
 
+import argparse
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ from dynamicrag.stage import UserError, derive_seed, log, options_from
 KEYS = STAGE_KEYS["sampling_dpo_trajectories"]
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -79,7 +80,7 @@ def parse_args(argv=None):
     return args
 
 
-def selection_requests(row: Row, docs: list[Doc], chooser: RequestBuilder, args) -> list[tuple[Request, list[int]]]:
+def selection_requests(row: Row, docs: list[Doc], chooser: RequestBuilder, args: argparse.Namespace) -> list[tuple[Request, list[int]]]:
     """Return the requests for one question, each with its order of the documents (1-based positions in `docs`)."""
     settings = {"temperature": args.temperature, "top_p": args.top_p}
     in_order = list(range(1, len(docs) + 1))
@@ -130,7 +131,7 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
                     "of the documents", path, unscored)
 
 
-def sample_trajectories(rows: list[Row], builders: Builders, args) -> list[Row]:
+def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Namespace) -> list[Row]:
     """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
     chooser, generator = builders
     notation = chooser.prompts.notation
@@ -199,35 +200,35 @@ def no_trajectory(row: Row, reason: str) -> Row:
     return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in KEYS.writes if key not in ("docs_shown", "usage")}, "usage": vars(Usage())})
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
-    out = Output(vars(args), [args.output_json], [args.input_json, *engine_inputs(engine, calls)])
-    if out.finished:
-        CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
+    output = Output(vars(args), [args.output_json], [args.input_json, *engine_inputs(engine, calls)])
+    if output.finished:
+        CompletionCache(output.path).remove()  # left by an interruption just after the manifest was written
         return
     needs = KEYS.reads_with["--include-expert"] if args.include_expert else KEYS.reads
-    total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
-    check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
+    total = count_rows(args.input_json, needs, skip_malformed=bool(output.reject))
+    check_shown(args.input_json, read_rows(args.input_json, needs, reject=output.ignore), "--topn", args.topn)
     if args.include_expert:
-        check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
+        check_judged(args.input_json, read_rows(args.input_json, needs, reject=output.ignore))
     builders = load_builders(engine, calls)
-    out.record(**place_of(builders))
-    rows = read_rows(args.input_json, needs, args.dataset, out.reject)
+    output.record(**place_of(builders))
+    rows = read_rows(args.input_json, needs, args.dataset, output.reject)
     sample = partial(sample_trajectories, builders=builders, args=args)
 
     def work(chunk: list[Row]) -> list[Row]:
         return work_on_fitting(chunk, builders, sample, no_trajectory)
 
     with asking(builders, args.output_json, args.overwrite):
-        out.process(rows, args.chunk_size, work, total, "sampling")
-        seen = summarise_selections(out.written(), builders[0].prompts.notation)
+        output.process(rows, args.chunk_size, work, total, "sampling")
+        seen = summarise_selections(output.written(), builders[0].prompts.notation)
         log.info(
             "%(trajectories)d selections: %(malformed)d malformed, %(out_of_range)d identifiers out of range, "
             "%(repeated)d repeated; share of None %(none_share).2f, mean k %(k_mean).2f (spread %(k_spread).2f); per "
             "question %(distinct_selections).2f distinct selections and %(distinct_answers).2f distinct answers", seen,
         )
-        out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
+        output.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
 
 
 if __name__ == "__main__":

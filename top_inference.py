@@ -14,6 +14,7 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
         --remain-output-json results/llama3_8b_top_500_nq_remain.json --max-context-window 40 --topn 500
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
@@ -30,7 +31,7 @@ from dynamicrag.stage import UserError, options_from
 Window = tuple[int, list[Doc]]  # number of the question, documents in the window
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq_top500.jsonl", "results/llama3_8b_top_500_nq.json")
     windows = parser.add_argument_group("windows")
@@ -119,7 +120,7 @@ def answer_rows(rows: list[Row], builders: Builders, topn: int, window_size: int
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.max_context_window < 1:
         raise UserError(f"--max-context-window: expected at least 1, found {args.max_context_window}")

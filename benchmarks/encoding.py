@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +24,21 @@ from dynamicrag.models.batches import default_batch_tokens
 from dynamicrag.models.encoder import Encoder
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.search.passages import open_passages
+from dynamicrag.stage import ArgumentParser
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 LIMIT = "encoder, padding-free limit"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--model_name_or_path", help="a real encoder (default: one with random weights)")
     parser.add_argument("--passages", type=int, default=600)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def factbook(folder: Path, count: int) -> Path:

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
@@ -22,6 +23,7 @@ from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.row import Row
 from dynamicrag.search.corpus import read_passages
+from dynamicrag.stage import ArgumentParser
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 WINDOW = 8192
@@ -47,15 +49,15 @@ class EachTimeAgain(Tokenizing):
         return self.prompts.tokenizer.encode(self.prompts.render(messages), add_special_tokens=False)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--model", default="models/smollm2-135m", help="folder of a tokenizer")
     parser.add_argument("--template", default="template/smollm2.jinja")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--topn", type=int, default=40, help="documents per question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def made_rows(questions: int, topn: int) -> list[Row]:

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +26,15 @@ from dynamicrag.models.batches import default_batch_tokens, length_batches, pad
 from dynamicrag.models.monot5 import MonoT5
 from dynamicrag.models.reranker import Pair, load_reranker
 from dynamicrag.search.corpus import read_passages
+from dynamicrag.stage import ArgumentParser
 
 LIMIT = "encoder, padding-free limit"
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--n_docs", type=int, default=50)
     parser.add_argument("--batch_tokens", type=int, help="padded tokens per batch (default: depends on the device)")
@@ -40,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def passages(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import made
@@ -23,12 +24,13 @@ import numpy as np
 
 from dynamicrag.search.exact import ExactIndex
 from dynamicrag.search.inner_products import best_first
+from dynamicrag.stage import ArgumentParser
 
 COMPRESSED = ("IVF1024,SQ8", "RR768,IVF1024,RaBitQ4", "RR768,IVF1024,RaBitQfs")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["search", "compressed", "workers", "memory"])
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
@@ -44,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--normalize", action="store_true")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (part search only)")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

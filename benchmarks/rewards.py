@@ -12,6 +12,7 @@ by default that of `bash scripts/demo.sh`.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import bert_score
 import measure
@@ -24,20 +25,20 @@ from dynamicrag.models.batches import default_batch_tokens
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS
-from dynamicrag.stage import UserError
+from dynamicrag.stage import ArgumentParser, UserError
 
 LIMIT = "encoder, padding-free limit"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--input_file", default="runs/demo_default/results/training_data_dpo_sampling.json")
     parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
     parser.add_argument("--published_pairs", type=int, default=5, help="number of pairs for timing the published loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
@@ -26,13 +27,13 @@ from dynamicrag.llm.requests import RequestBuilder, load_builders
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Row
-from dynamicrag.stage import UserError, options_from
+from dynamicrag.stage import ArgumentParser, UserError, options_from
 
 DEMO = "runs/demo_default"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["speed", "identical"])
     parser.add_argument("--llm_model", default=f"{DEMO}/DynamicRAG_smollm2_135m/sft")
     parser.add_argument("--template", default="template/smollm2.jinja")
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"],
                         help="precisions of part identical; speed uses the first")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def stage_args(args: argparse.Namespace, *more: str) -> argparse.Namespace:

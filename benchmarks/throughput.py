@@ -11,6 +11,7 @@ GPU, give enough questions to keep it busy.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import measure
 
@@ -23,15 +24,15 @@ from dynamicrag.models.device import pick_device
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row
-from dynamicrag.stage import UserError, options_from
+from dynamicrag.stage import ArgumentParser, UserError, options_from
 from reward_trajectories import terms_of_answers
 
 DEMO = "runs/demo_default"
 UNITS = ("questions", "trajectories", "prompt_tokens", "generated_tokens")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--llm_model", default=f"{DEMO}/DynamicRAG_smollm2_135m/sft")
     parser.add_argument("--template", default="template/smollm2.jinja")
     parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_model_len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import hashlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------- flags
 
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the line breaks of the stage's docstring.
@@ -41,10 +44,19 @@ RENAMED_FLAGS = {"max_pairs_a_question": "max_pairs_per_question", "questions_a_
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
+    """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file.
+
+    Help and usage show all flags with dashes, those in the stage's docstring too.
+    """
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def format_help(self) -> str:
+        return FLAG.sub(lambda flag: flag[0].replace("_", "-"), super().format_help())
+
+    def format_usage(self) -> str:
+        return FLAG.sub(lambda flag: flag[0].replace("_", "-"), super().format_usage())
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         spelling = {flag.replace("-", "_"): flag for flag in self._option_string_actions}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
     assert done.returncode == 0
     assert f"python {name}.py" in done.stdout, "one command to copy"
     assert ("--seed" in done.stdout) == (name in STAGES)
-    for flag in ("--overwrite", "--on_error"):
+    for flag in ("--overwrite", "--on-error"):
         assert (flag in done.stdout) == (name in STAGES and name not in SCORERS)
     assert min(seconds) < 1
     assert not list(tmp_path.iterdir())
@@ -90,8 +91,9 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
 def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_args(["--help"])
-    flags = [" ".join(flag.split()) for flag in capsys.readouterr().out.split("\n  -")]
-    assert len(flags) > 3
+    text = capsys.readouterr().out
+    flags = [" ".join(flag.split()) for flag in text.split("\n  -")]
+    assert len(flags) > 3 and not re.findall(r"--[\w-]*_\w*", text), "one spelling in one help"
     assert not [flag for flag in flags if flag.count("(default") > 1 or "default: None" in flag]
 
 

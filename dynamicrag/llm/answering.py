@@ -131,20 +131,20 @@ def answer_runs(
     so that a malformed row is reported at once.
     """
     outputs = [Output(run.arguments, [run.output_json, run.remain_output_json], [run.input_json, *inputs]) for run in runs]
-    unfinished = [(run, out) for run, out in zip(runs, outputs, strict=True) if not out.finished]
-    for out in outputs:
-        if out.finished:
-            CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
+    unfinished = [(run, output) for run, output in zip(runs, outputs, strict=True) if not output.finished]
+    for output in outputs:
+        if output.finished:
+            CompletionCache(output.path).remove()  # left by an interruption just after the manifest was written
     if not unfinished:
         return
     skip = bool(outputs[0].reject)
     totals = {path: count_rows(path, NEEDS, skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
     builders = load([run for run, _ in unfinished])
-    for run, out in unfinished:
-        out.record(**place_of(builders))
-        out.started = time.monotonic()  # excludes loading the models and earlier runs
-        rows = read_rows(run.input_json, NEEDS, calls.dataset, out.reject)
+    for run, output in unfinished:
+        output.record(**place_of(builders))
+        output.started = time.monotonic()  # excludes loading the models and earlier runs
+        rows = read_rows(run.input_json, NEEDS, calls.dataset, output.reject)
         work = _work_of(answer, builders, run)
         with asking(builders, run.output_json, run.arguments["overwrite"]):
-            out.process(rows, calls.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {run.choice} {run.value}")
-            out.finish_answers()
+            output.process(rows, calls.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {run.choice} {run.value}")
+            output.finish_answers()

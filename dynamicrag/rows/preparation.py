@@ -134,8 +134,8 @@ def prepare(entry: Published, options: PrepareOptions) -> None:
 def prepare_questions(entry: Published, options: PrepareOptions) -> None:
     """Write the rows of a published file in the form of published_rows()."""
     path, limit = entry.path(options.output_dir, options.models_dir), limit_of(entry, options)
-    out = Output(arguments_of(entry, options), [str(path)], [])
-    if out.finished:
+    output = Output(arguments_of(entry, options), [str(path)], [])
+    if output.finished:
         return
     version, [remote] = remote_files(entry, options.revision or entry.revision)
     whole = download_path(entry, remote, options)
@@ -147,13 +147,13 @@ def prepare_questions(entry: Published, options: PrepareOptions) -> None:
     else:
         check_space(whole.parent, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
         raw, digest = whole, obtain(remote, whole, options.overwrite)
-    out.record(version=version, file=remote.name, sha256=digest)
+    output.record(version=version, file=remote.name, sha256=digest)
     counts = dict.fromkeys(("rows", "with_documents", "without_answers", "without_dataset"), 0)
 
     def counted() -> Iterator[Row]:
         from tqdm import tqdm
 
-        rows = islice(published_rows(raw, entry.name, entry.dataset, out.reject), limit)
+        rows = islice(published_rows(raw, entry.name, entry.dataset, output.reject), limit)
         for row in tqdm(rows, desc=entry.name, unit="row", total=limit or entry.rows):
             counts["rows"] += 1
             counts["with_documents"] += bool(row.get("docs"))
@@ -161,11 +161,11 @@ def prepare_questions(entry: Published, options: PrepareOptions) -> None:
             counts["without_dataset"] += not row.get("dataset")
             yield row
 
-    if not out.publish(str(path), counted()):
-        raise UserError(f"{raw}: contains no usable row; {out.rejected_path} says why")
+    if not output.publish(str(path), counted()):
+        raise UserError(f"{raw}: contains no usable row; {output.rejected_path} says why")
     if entry.rows and not limit and counts["rows"] != entry.rows:
         log.warning("%s: has %d rows, and %d were published before; the set has changed", path, counts["rows"], entry.rows)
-    out.finish({"licence": entry.licence}, **counts)
+    output.finish({"licence": entry.licence}, **counts)
 
 
 def prepare_files(entry: Published, options: PrepareOptions) -> None:

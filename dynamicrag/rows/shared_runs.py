@@ -71,12 +71,12 @@ def import_run(place: str, name: str, options: PrepareOptions) -> None:
     Raises UserError if a file is missing, or is not the one that was exported.
     """
     check_name(name)
-    output = Path(options.output_dir) / f"{name}.jsonl"
+    path = Path(options.output_dir) / f"{name}.jsonl"
     arguments = {
         "place": place, "name": name, "revision": options.revision, "seed": options.seed, "on_error": options.on_error, "overwrite": options.overwrite,
     }
-    out = Output(arguments, [str(output), str(output.with_suffix(".trec"))], [])
-    if out.finished:
+    output = Output(arguments, [str(path), str(path.with_suffix(".trec"))], [])
+    if output.finished:
         return
     folder, version = Path(place) / name, "a folder"
     if not Path(place).is_dir():
@@ -85,11 +85,11 @@ def import_run(place: str, name: str, options: PrepareOptions) -> None:
         for remote in remotes:
             obtain(remote, folder / Path(remote.name).name, overwrite=True)
     said = check_run(folder)
-    out.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
-    rows = out.publish(output, read_rows(folder / ROWS, NEEDS))
-    with atomic_writer(output.with_suffix(".trec")) as file:
+    output.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
+    rows = output.publish(path, read_rows(folder / ROWS, NEEDS))
+    with atomic_writer(path.with_suffix(".trec")) as file:
         file.write((folder / RUN).read_bytes())
-    out.finish({"shared_run": said}, rows=rows)
+    output.finish({"shared_run": said}, rows=rows)
     if version != "a folder" and not options.keep_downloads:
         shutil.rmtree(folder)
 

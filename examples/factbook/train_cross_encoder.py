@@ -10,12 +10,14 @@ checkpoint whose sigmoid is above 0.5 for needed passages.
         --encoder models/minilm --output_dir models/cross-encoder
 """
 
+import argparse
 import math
 import os
 import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamicrag.files.jsonio import read_json
@@ -28,7 +30,7 @@ HEAD_RATE = 5.0
 Pair = tuple[str, str, bool]
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="retrieval output for reranker.jsonl")
@@ -221,7 +223,7 @@ def save(model, tokenizer, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     folder = Path(args.output_dir)
     if (folder / "config.json").exists() and not args.overwrite:

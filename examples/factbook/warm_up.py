@@ -16,10 +16,11 @@ Writes   --output_file    LLaMA-Factory rows with a history: instruction, input,
     python examples/factbook/warm_up.py --input_file output/factbook/reranker_retrieval.jsonl --max_rows 320
 """
 
+import argparse
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from facts import Fact, read_facts
@@ -51,7 +52,7 @@ class ConversationOptions:
     seed: int
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="retrieval output for questions of training countries")
@@ -183,7 +184,7 @@ def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str,
     return rows, passages
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
