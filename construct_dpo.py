@@ -80,17 +80,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "pair differs in the order only",
     )
     pairs.add_argument("--min-margin", type=float, default=0.0, help="minimum difference in reward of a reranker pair")
-    pairs.add_argument("--max-pairs-per-question", type=int,
-                       help="maximum number of reranker pairs per question; the widest margins are kept")
-    pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold",
-                       help="chosen answer: the gold answer, or the best sampled one")
-    pairs.add_argument("--max-reranker-pairs", type=int,
-                       help="maximum number of reranker pairs, drawn at random (default: all)")
-    pairs.add_argument("--max-generator-pairs", type=int,
-                       help="maximum number of generator pairs, drawn at random (default: all)")
+    pairs.add_argument("--max-pairs-per-question", type=int, help="maximum number of reranker pairs per question; the widest margins are kept")
+    pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold", help="chosen answer: the gold answer, or the best sampled one")
+    pairs.add_argument("--max-reranker-pairs", type=int, help="maximum number of reranker pairs, drawn at random (default: all)")
+    pairs.add_argument("--max-generator-pairs", type=int, help="maximum number of generator pairs, drawn at random (default: all)")
     add_length_flags(parser, "recipes/llama3_8b/dpo.yaml")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Values, and flags that exclude each other
     if not PAIRS.fullmatch(args.pairs):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
     caps = (args.max_pairs_per_question, args.max_reranker_pairs, args.max_generator_pairs)
@@ -204,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults: Counter[str] = Counter()
     count, differing = 0, []  # for each question used, whether its rewards differ
 
+    # Read once: which questions are used, and which set each belongs to
     def read(reject, defaults: Counter) -> Iterator[Row]:
         return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
 
@@ -228,12 +226,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def reranker(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
         return distinct(reranker_rows(questions(for_generator, None), prompts, args, window, len(differing)))
 
+    # Refuse an empty set before writing
     for name, pairs in (("reranker", reranker), ("generator", generator)):
         if next(pairs(window.again()), None) is None:
             raise UserError(
                 f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions, but DPO needs both "
                 "kinds; sample at a higher --temperature or from more questions, or relax --min-margin and --keep-mean"
             )
+    # Write both sets
     taught, sizes = array("f"), Counter()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     of_reranker = output.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
     of_generator = output.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
+    # Say what they teach
     summary = summarise(taught)
     say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
     for path in (args.reranker_file, args.generator_file):

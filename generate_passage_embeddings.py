@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.search.shards import ids_path, save_ids, shard_bounds
 
+    # End if an earlier run is complete
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
     inputs = [args.passages]
     if Path(args.model_name_or_path).exists():
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dynamicrag.models.encoder import Encoder
     from dynamicrag.search.passages import open_passages
 
+    # Corpus and encoder
     store = open_passages(args.passages, args.passage_store)
     start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)
     if start == stop:
@@ -116,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     output.record(**place(args.device, args.dtype))
     stage.log.info("%s, for passages: %s", args.model_name_or_path, encoder.said())
+    # Embed the windows that are missing
     file = output.begin()
     done = open_rows(file, stop - start, encoder.hidden_size)
     began = time.monotonic()
@@ -133,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise stage.UserError(f"{args.model_name_or_path}: the float16 vector of passage {ids[row]!r} is not "
                                       "finite; try --normalize or --dtype float32")
             output.append(vectors.tobytes())
+    # Ids, and the settings that a search must share
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)

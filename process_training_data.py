@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.finished:
         return
 
+    # Label every row. The file is read three times.
     def labelled(reject=None):
         for row in read_rows(args.input_file, STAGE_KEYS["process_training_data"].reads, reject=reject):
             shown = row["docs"][: args.n_docs]
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                 "one, or give --labels reranker")
             yield label(row, args.n_docs, gold)
 
-    # The file is read three times. Malformed rows are recorded only the first time.
+    # Count, and collect the candidates. Only this first reading records malformed rows.
     candidates, rows, unscored = [], 0, 0
     for row in labelled(output.reject):
         rows += 1
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unscored:
         log.warning("%s: %d of %d rows have documents without rerank_score; the order of the documents is used instead",
                     args.input_file, unscored, rows)
+    # Choose the expert rows
     max_rows = args.max_rows
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
@@ -132,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
     expert_ids = {row_id for row_id, _ in chosen}
 
+    # Write expert rows and others
     def sequences():
         for row in labelled(output.ignore):
             for length in lengths_of(row, args.targets, args.max_length):

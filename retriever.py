@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Values, and flags that exclude each other
     args.index = (["flat"] if not args.run else []) if args.index is None else args.index
     part = re.fullmatch(r"(\d+)/(\d+)", args.corpus_shard)
     if not part or int(part[1]) >= int(part[2]):
@@ -140,6 +141,7 @@ def dense_searches(
     from dynamicrag.search.inner_products import NotFiniteError
     from dynamicrag.search.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
+    # Check the shards against encoder and corpus, then encode the questions
     shards, options = open_shards(shard_paths), stage.options_from(args, QuestionOptions)
     with process_of_its_own() as encoding:
         output.record(**encoding.submit(place, device, args.dtype).result())
@@ -151,6 +153,7 @@ def dense_searches(
             said = encoding.submit(encode_questions, options, queries, count).result()
             stage.log.info("%s, for questions: %s", args.model_name_or_path, said)
             encoding.shutdown()  # frees its memory before the other workers continue
+    # This worker's part of the corpus
     part, parts = map(int, args.corpus_shard.split("/"))
     shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
 
@@ -205,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dynamicrag.rows.records import count_rows, read_rows
     from dynamicrag.search.shards import find_shards
 
+    # End if an earlier run is complete
     inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
     shard_paths = find_shards(args.passages_embeddings) if dense else []
     inputs += map(str, shard_paths)
@@ -213,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Output(vars(args), [args.output_dir], inputs)
     if output.finished:
         return
+    # Check questions and runs before the long work
     count = count_rows(args.query, skip_malformed=bool(output.reject), dataset=args.dataset)
     runs = [Run(path) for path in args.run]
     for run in runs:
@@ -221,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dynamicrag.search.passages import open_passages
 
+    # Open the searches
     store, queries = open_passages(args.passages, args.passage_store), f"{output.path}.queries.npy"
     device = pick_device(args.device) if dense else "cpu"
     by_index = dense_searches(args, device, shard_paths, store, output, queries, count) if dense else {}
@@ -228,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
 
+    # Search
     searched = without = 0
 
     def retrieve(questions: list[Question]) -> list[Row]:

@@ -76,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_prompts_flag(judge)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Flags that need or exclude each other
     if bool(args.judge_base_url) != bool(args.judge_model):
         parser.error("--judge-base-url and --judge-model must be given together")
     if args.reweight and (args.judge_model or args.answer_match != "exact" or args.length_of != "documents"):
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.judge_model and not weights.get("judge"):
         raise UserError("--judge-model: --weights gives its grades no weight, but each costs money; add judge=... or "
                         "omit --judge-model")
+    # Check all rows before the long work
     flag = "--reweight" if args.reweight else f"--length-of {args.length_of}"
     needs = KEYS.reads_with.get(flag, KEYS.reads)
     encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
@@ -191,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=output.ignore), weights)
     if weights.get("judge") and not judged:
         log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
+    # What computes the terms
     bert = judge = None
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)
@@ -207,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         terms = terms_of_answers(rows, bert, judge, prompts, args.answer_match)
         return [rewarded(row, with_length(row, of_row, args.length_of), weights) for row, of_row in zip(rows, terms, strict=True)]
 
+    # Reward
     try:
         output.process(read_rows(args.input_file, needs, reject=output.reject), args.chunk_size, reward, total, "reward")
     finally:
@@ -214,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             said = {name: "not known" if value is None else value for name, value in judge.usage.counts().items()}
             log.info("judge: %(calls)s calls, %(cached)s cached grades; tokens: %(prompt_tokens)s in prompts, "
                      "%(generated_tokens)s generated", said)
+    # Summarise
     trajectories, summary = summarise(output.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
     usage = judge.usage.counts() if judge else {}

@@ -136,6 +136,7 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
     chooser, generator = builders
     notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
+    # Sample the selections of all questions in one batch
     jobs = [
         (number, request, order)
         for number, of_row in enumerate(in_threads(lambda pair: selection_requests(pair[0], pair[1], chooser, args), zip(rows, shown, strict=True)))
@@ -145,6 +146,7 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
     for (number, _, order), completion in zip(jobs, chooser.ask([r for _, r, _ in jobs]), strict=True):
         samples[number].append((completion, order))
 
+    # Read them into trajectories
     results: list[dict[str, Any]] = []
     distinct: dict[tuple[str, tuple[int, ...]], tuple[Row, list[Doc]]] = {}  # (row id, selection): row, documents of the answer
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
@@ -172,8 +174,10 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
             if (row["id"], tuple(ids)) not in distinct:
                 distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
 
+    # Answer every distinct selection in one batch
     requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
     answers = dict(zip(distinct, generator.ask(requests), strict=True))
+    # Leave out trajectories without an answer
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
         for completion in mine.values():

@@ -68,6 +68,7 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The texts, the encoder and the lengths in tokens
         passages = factbook(folder, args.passages)
         model = args.model_name_or_path or make_encoder(folder / "encoder", folder / "all.jsonl")
         store = open_passages(passages)
@@ -77,6 +78,7 @@ def main() -> None:
         lengths = [len(tokens) for tokens in encoder.tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
         files = iter(range(10_000))
 
+        # What is compared
         def stage() -> float:
             nonlocal made
             output, began = folder / f"embeddings_{next(files)}", time.perf_counter()
@@ -100,6 +102,7 @@ def main() -> None:
             for size in (default // 2, default, 2 * default, 4 * default)
         }
         systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}
+        # Measure and report
         seconds = measure.in_turns(systems, args.rounds)
     best = min(limits, key=seconds.get)
     rows = [[system, f"{1 / s:.1f}", f"{seconds['batches of 64 in file order'] / s:.2f}", f"{seconds[best] / s:.2f}"] for system, s in seconds.items()]

@@ -103,11 +103,13 @@ def main() -> None:
     scores, rows, figures = {}, [], {}
     batch_tokens = args.batch_tokens or default_batch_tokens(args.device)
     with tempfile.TemporaryDirectory() as folder:
+        # Questions and their documents
         texts = passages(Path(folder))
         questions = [" ".join(texts[number].split()[:9]) + "?" for number in rng.choice(len(texts), args.questions, replace=False)]
         by_question = [[(question, texts[number]) for number in rng.choice(len(texts), args.n_docs, replace=False)] for question in questions]
         pairs = [pair for pairs in by_question for pair in pairs]
         make_model(Path(folder), texts)
+        # Each precision: lengths, systems, speed
         for dtype in args.dtypes:
             model = load_reranker(folder, args.device, dtype)
             spread(model, pairs[:40])
@@ -132,6 +134,7 @@ def main() -> None:
                 figures[f"{name}, {dtype}"] = 1 / s
                 rows.append([name, dtype, f"{1 / s:.2f}", f"{seconds['published loop'] / s:.2f}",
                              f"{seconds[LIMIT] / s:.2f}", f"{waste[name]:.1%}"])
+    # Report speed, then agreement
     title = f"Reranking, {len(pairs)} documents of {np.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)}), T5-base, {args.device}"
     measure.report(title, ["", "precision", "documents/s", "to the loop", "to the limit", "padding"], rows, figures, args.output_file)
     reference = scores["published loop", args.dtypes[0]]

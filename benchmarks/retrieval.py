@@ -73,12 +73,14 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
 
     from dynamicrag.models.device import devices_of, pick_dtype
 
+    # The indexes
     ours = ExactIndex([vectors], devices_of(args.device))
     wide = vectors.astype(np.float32)
     plain = faiss.IndexFlatIP(vectors.shape[1])
     plain.add(wide)
     device, k = devices_of(args.device)[0], args.k
 
+    # What is compared
     def in_batches(find, size: int, count: int):
         def work() -> int:
             for start in range(0, count, size):
@@ -105,6 +107,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
         "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
         f"--index flat, {count} per pass": in_batches(lambda batch: ours.search(batch, k), count, count),
     }
+    # Measure and report speed
     seconds = measure.in_turns(names, args.rounds)
     alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))
     rows = [[name, f"{1 / s:.1f}", f"{alone / s:.1f}", f"{batched / s:.2f}"] for name, s in seconds.items()]
@@ -112,6 +115,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
     header = ["", "questions/s", "to one at a time", "to faiss in batches"]
     measure.report(title, header, rows, {name: 1 / s for name, s in seconds.items()}, args.output_file)
 
+    # Compare the results with brute force and with faiss
     scores, positions = ours.search(questions, k)
     sample = questions[:64]
     expected = np.concatenate([

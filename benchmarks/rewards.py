@@ -47,6 +47,7 @@ def main() -> None:
         rows = list(read_rows(args.input_file, STAGE_KEYS["reward_trajectories"].reads))
     except UserError as error:
         sys.exit(f"error: {error}; bash scripts/demo.sh creates the default input")
+    # The pairs and their lengths in tokens
     pairs = [(response, gold) for row in rows for response in row["responses"] for gold in row["answers"] if response.strip() and gold.strip()]
     trajectories = sum(len(row["responses"]) for row in rows)
     bert = BertScore(args.bert_model, None, args.device, "none")
@@ -54,6 +55,7 @@ def main() -> None:
     lengths = [len(tokens) for tokens in bert._tokenizer(texts, truncation=True)["input_ids"]]
     sample = [pairs[number] for number in np.random.default_rng(0).choice(len(pairs), args.published_pairs, replace=False)]
 
+    # What is compared
     def published() -> float:
         for response, gold in sample:
             bert_score.score([response], [gold], model_type=args.bert_model, num_layers=bert.layer, device=args.device)
@@ -79,6 +81,7 @@ def main() -> None:
         "bert_score.score per pair, as published": published, "one call per pair, model loaded once": loaded_once,
         "reward_trajectories.py": ours, LIMIT: limit,
     }
+    # Measure and report
     seconds = measure.in_turns(systems, args.rounds)
     rows_of_table = [
         [name, f"{1 / s:.1f}", f"{seconds['bert_score.score per pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]

@@ -99,6 +99,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     buffer, position, line = "", 0, 1
     with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
 
+        # The buffer and the position in it
         def broken(reason: str) -> UserError:
             return UserError(f"{path}:{line}: not a valid JSON array ({reason}); correct the file")
 
@@ -146,6 +147,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                     raise broken(str(error)) from error
                 size *= 2
 
+        # The elements between the brackets
         next_character()
         advance(position + 1)  # the opening [
         if next_character() == "]":

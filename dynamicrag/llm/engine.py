@@ -169,6 +169,7 @@ class VllmEngine:
         except Exception as error:  # vLLM raises the exceptions of all its libraries
             raise UserError(f"{model}: vLLM cannot load it: {_refusal(error)}; see --max-model-len, --dtype, --gpu-memory-utilization "
                             "and --tensor-parallel-size, or give another --llm-model") from error
+        # Warn about what the template makes possible
         tokenizer = self._prompts.tokenizer
         if tokens := forgeable(self._prompts.chat_template, tokenizer):
             log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "

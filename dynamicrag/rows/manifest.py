@@ -199,6 +199,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     The dictionary is empty if the identities are the same. Two inputs are the same if their contents are, whatever
     their paths. A flag whose `auto` was resolved (`resolved`, see Output.record) is compared by its resolved value.
     """
+    # Arguments
     before = {RENAMED_FLAGS[flag] if flag in RENAMED_FLAGS else flag: value for flag, value in made.get("arguments", {}).items()}
     after = {**now["arguments"]}
     was, has = made.get("inputs", {}), now["inputs"]
@@ -227,6 +228,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     )
     if changed:
         return "arguments", {key: (before.get(key), after.get(key)) for key in changed}
+    # Inputs by path, then by content
     given = [{name for value in arguments.values() for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)} for arguments in (before, after)]
     changed = {name for name in was.keys() & has.keys() if not same_file(name, name)}
     changed |= (was.keys() ^ has.keys()) & given[0] & given[1]  # the same path, but only once a file
