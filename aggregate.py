@@ -14,23 +14,23 @@ Writes   output/retrieval_data.jsonl                     the same rows in one fi
     python aggregate.py
 """
 
+import argparse
 import re
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
 from dynamicrag.files.paths import matching
 from dynamicrag.rows.manifest import fingerprint, is_content, manifest_path, read_manifest, require_manifest
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
 ROWS_PER_CHUNK = 1000
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_files", default="output/retrieval_split_*.json", help="the shards, as a quoted glob")
@@ -93,7 +93,7 @@ def read_shards(paths: list[Path]) -> Iterator[Row]:
 
     seen: dict[str, int] = {}
     for shard, path in enumerate(paths):
-        for row in read_rows(path, needs=("docs",)):
+        for row in read_rows(path, needs=STAGE_KEYS["aggregate"].reads):
             if row["id"] in seen:
                 raise UserError(f"{path}: id {row['id']!r} is also in {paths[seen[row['id']]]}; ids must be unique")
             seen[row["id"]] = shard
@@ -136,7 +136,7 @@ def same_run(shards: list[Path], questions: str, splits_dir: str) -> dict:
     return first
 
 
-def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
+def aggregate_answers(args: argparse.Namespace, shards: list[Path]) -> None:
     """Combine answered shards and their remain files, and write the manifest that a single run would have written."""
     from dynamicrag.files.jsonio import read_json
     from dynamicrag.llm.answering import remain_path
@@ -144,8 +144,8 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     shared = same_run(shards, args.questions, args.splits_dir)
     manifests = [require_manifest(path) for path in shards]
     outputs = [args.output_file, remain_path(args.output_file)]
-    run = Namespace(**{"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite})
-    output = Output(run, outputs, list(shared["inputs"]))
+    arguments = {"on_error": "fail", **shared["arguments"], "overwrite": args.overwrite}
+    output = Output(arguments, outputs, list(shared["inputs"]))
     if output.finished:
         return
     changed = sorted(name for name, content in shared["inputs"].items() if output.identity["inputs"][name] != content)
@@ -169,13 +169,13 @@ def aggregate_answers(args: Namespace, shards: list[Path]) -> None:
     output.finish(rows=rows, **counts, shards=len(shards))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     shards = find_shards(args.input_files, args.splits_dir)
     if args.questions is not None:
         aggregate_answers(args, shards)
         return
-    output = Output(args, [args.output_file], list(map(str, shards)))
+    output = Output(vars(args), [args.output_file], list(map(str, shards)))
     if output.finished:
         return
 

@@ -24,7 +24,7 @@ from functools import partial
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.reward.pair_figures import FIGURES, figures, say_what_they_teach, summarise
@@ -33,14 +33,14 @@ from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import labelled_documents
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
 GENERATOR_SHARE = 5  # in a smaller data set, one fifth of the questions give generator pairs
-NEEDS = ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms")
+NEEDS = STAGE_KEYS["construct_dpo"].reads
 
 
 def bounds(text: str) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def bounds(text: str) -> tuple[float, float]:
     return low, high
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
@@ -80,17 +80,14 @@ def parse_args(argv=None):
         "pair differs in the order only",
     )
     pairs.add_argument("--min-margin", type=float, default=0.0, help="minimum difference in reward of a reranker pair")
-    pairs.add_argument("--max-pairs-per-question", type=int,
-                       help="maximum number of reranker pairs per question; the widest margins are kept")
-    pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold",
-                       help="chosen answer: the gold answer, or the best sampled one")
-    pairs.add_argument("--max-reranker-pairs", type=int,
-                       help="maximum number of reranker pairs, drawn at random (default: all)")
-    pairs.add_argument("--max-generator-pairs", type=int,
-                       help="maximum number of generator pairs, drawn at random (default: all)")
+    pairs.add_argument("--max-pairs-per-question", type=int, help="maximum number of reranker pairs per question; the widest margins are kept")
+    pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold", help="chosen answer: the gold answer, or the best sampled one")
+    pairs.add_argument("--max-reranker-pairs", type=int, help="maximum number of reranker pairs, drawn at random (default: all)")
+    pairs.add_argument("--max-generator-pairs", type=int, help="maximum number of generator pairs, drawn at random (default: all)")
     add_length_flags(parser, "recipes/llama3_8b/dpo.yaml")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Values, and flags that exclude each other
     if not PAIRS.fullmatch(args.pairs):
         parser.error(f"--pairs {args.pairs}: expected best-worst, all or top-bottom:M")
     caps = (args.max_pairs_per_question, args.max_reranker_pairs, args.max_generator_pairs)
@@ -138,7 +135,7 @@ def fit_pair(
     return Fitted(row, len(docs) - len(shown), {**about, "target size": sum(map(window.size, targets))})
 
 
-def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+def reranker_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, window: TrainingWindow) -> list[Fitted]:
     """Return the reranker pairs of a question, each with its figures."""
     docs, pairs = row["docs"][: row["docs_shown"]], []
 
@@ -152,7 +149,7 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) 
     return pairs
 
 
-def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow) -> list[Fitted]:
+def generator_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, window: TrainingWindow) -> list[Fitted]:
     """Return the generator pair of a question, if there is one. It has no figures."""
     pair = generator_pair(row, args.generator_chosen, args.recipe == "published")
     if not pair:
@@ -168,7 +165,8 @@ def generator_pairs_of(row: Row, prompts: Prompts, args, window: TrainingWindow)
 
 
 def training_rows(
-    pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args, window: TrainingWindow | None = None, total: int | None = None
+    pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args: argparse.Namespace,
+    window: TrainingWindow | None = None, total: int | None = None,
 ) -> Iterator[tuple[dict[str, str], Mapping[str, float]]]:
     """Yield the training row and the figures of every pair that fits the window."""
     window = window or TrainingWindow()
@@ -193,19 +191,21 @@ def warn_of_defaults(defaults: Counter, path: str) -> None:
             log.warning("%s: %d rows have no %s: %s", path, defaults[key], key, what)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(args, [args.reranker_file, args.generator_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
-    if out.finished:
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    output = Output(vars(args), [args.reranker_file, args.generator_file], inputs)
+    if output.finished:
         return
-    prompts, window = Prompts(args.prompts), load_window(args)
+    prompts, window = Prompts(args.prompts), load_window(options_from(args, LengthOptions))
     defaults: Counter[str] = Counter()
     count, differing = 0, []  # for each question used, whether its rewards differ
 
+    # Read once: which questions are used, and which set each belongs to
     def read(reject, defaults: Counter) -> Iterator[Row]:
         return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
 
-    for row in read(out.reject, defaults):
+    for row in read(output.reject, defaults):
         count += 1
         if worth_learning_from(row, args.keep_mean):
             differing.append(len(set(row["response_scores"])) > 1)
@@ -217,7 +217,7 @@ def main(argv=None):
 
         In the published recipe, each belongs to one set and only if its rewards differ.
         """
-        kept = (row for row in read(out.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
+        kept = (row for row in read(output.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
         return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
     def generator(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
@@ -226,12 +226,14 @@ def main(argv=None):
     def reranker(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:
         return distinct(reranker_rows(questions(for_generator, None), prompts, args, window, len(differing)))
 
+    # Refuse an empty set before writing
     for name, pairs in (("reranker", reranker), ("generator", generator)):
         if next(pairs(window.again()), None) is None:
             raise UserError(
                 f"{args.input_file}: no {name} pair from {len(differing)} of {count} questions, but DPO needs both "
                 "kinds; sample at a higher --temperature or from more questions, or relax --min-margin and --keep-mean"
             )
+    # Write both sets
     taught, sizes = array("f"), Counter()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
@@ -241,14 +243,15 @@ def main(argv=None):
                 taught.extend(about[figure] for figure in FIGURES)
             yield row
 
-    of_reranker = out.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
-    of_generator = out.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
+    of_reranker = output.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
+    of_generator = output.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
+    # Say what they teach
     summary = summarise(taught)
     say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
     for path in (args.reranker_file, args.generator_file):
-        check_columns(args, path)
+        check_columns(args.train_recipe, path)
     targets = {f"{role}_target_{window.unit}": sizes[role] for role in ("reranker", "generator")}
-    out.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
+    output.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
 
 
 if __name__ == "__main__":

@@ -9,25 +9,26 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
     python construct_generator_sft.py
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.expert import best_first, unjudged_position
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.tasks import target_answer
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
-NEEDS = ("docs", "true_id")
+NEEDS = STAGE_KEYS["construct_generator_sft"].reads
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="training_data/training_data_sft.jsonl", help="labelled rows")
@@ -61,10 +62,11 @@ def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fi
     return Fitted(training_row(build(shown), output=answer), len(relevant) - len(shown))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
-    if out.finished:
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    output = Output(vars(args), [args.output_file], inputs)
+    if output.finished:
         return
     prompts = Prompts(args.prompts)
     unanswered: list[str] = []
@@ -72,7 +74,7 @@ def main(argv=None):
 
     def answered() -> Iterator[Row]:
         nonlocal unscored
-        for row in read_rows(args.input_file, NEEDS, reject=out.reject):
+        for row in read_rows(args.input_file, NEEDS, reject=output.reject):
             if not any(answer.strip() for answer in row.get("answers") or ()):
                 unanswered.append(row["id"])
                 continue
@@ -82,17 +84,17 @@ def main(argv=None):
             unscored += bool(row["true_id"]) and row["docs"][row["true_id"][0] - 1].get("rerank_score") is None
             yield row
 
-    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    window = load_window(args)
+    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
+    window = load_window(options_from(args, LengthOptions))
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
-    count = out.publish(args.output_file, (result.row for result in fitted))
+    count = output.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
         log.warning("%s: %d rows have no gold answer and are not used; the first is %s", args.input_file, len(unanswered), unanswered[0])
     if unscored:
         log.warning("%s: %d rows have relevant documents without rerank_score; the order of the documents is used instead",
                     args.input_file, unscored)
-    check_columns(args, args.output_file)
-    out.finish(examples=count, **window.counts())
+    check_columns(args.train_recipe, args.output_file)
+    output.finish(examples=count, **window.counts())
 
 
 if __name__ == "__main__":

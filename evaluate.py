@@ -16,8 +16,9 @@ Writes   results/llama3_8b_nq.json.metrics.json          per file: score, interv
     python evaluate.py --results_file results/llama3_8b_nq.json --metric match
 """
 
+import argparse
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -36,7 +37,7 @@ from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--results_file", nargs="+", default=["results/llama3_8b_nq.json"],
@@ -81,7 +82,7 @@ def with_progress(rows: Iterable[Row], results_file: str, asked: Mapping | None,
     return tqdm(rows, desc=name, unit=" rows", total=len(asked) if asked is not None else counts.get("rows"))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.remain_file and len(args.results_file) > 1:
         raise UserError("--remain_file: applies to a single results file; omit it, because each manifest names its "

@@ -13,10 +13,11 @@ Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order:
     python evaluate_retrieval.py --results_file output/retrieval_data_rerank.jsonl
 """
 
+import argparse
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.rows.gold import Question, Ranked, ranked_questions, read_questions
 from dynamicrag.rows.output_checks import refuse_overlap
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc
+from dynamicrag.rows.row import STAGE_KEYS, Doc
 from dynamicrag.rows.tracking import track
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
@@ -47,7 +48,7 @@ class Scored(NamedTuple):
     documents: int
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     default = "output/retrieval_data_rerank.jsonl"
@@ -180,7 +181,7 @@ def _cell(summary: dict, column: str) -> str:
     return f"{shown} ({summary['low']:.1f} to {summary['high']:.1f})" if column == summary.get("main") else shown
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.run_file and len(args.results_file) > 1:
         raise UserError("--run_file: can hold the documents of one results file only; give one --results_file")
@@ -207,7 +208,7 @@ def main(argv=None):
     if args.run_file:
         [(name, orders)] = results.items()
         order = list(orders)[-1]
-        rows = read_rows(args.results_file[0], ("docs",), args.dataset)
+        rows = read_rows(args.results_file[0], STAGE_KEYS["evaluate_retrieval"].reads, args.dataset)
         write_run(args.run_file, rows, SCORES[order], "_".join([*name.split(), order]))
     track("evaluate_retrieval", output, {"results": results}, vars(args))
     print(table)

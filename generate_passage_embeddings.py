@@ -13,9 +13,9 @@ Writes   data/wikipedia_embeddings/passages_00.npy       float16, one row per pa
         --output_dir data/wikipedia_embeddings
 """
 
+import argparse
 import os
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -29,7 +29,7 @@ from dynamicrag.rows.output import Output
 WINDOW = 2048
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
@@ -87,13 +87,16 @@ def open_rows(file, count: int, width: int) -> int:
     return done
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.search.shards import ids_path, save_ids, shard_bounds
 
+    # End if an earlier run is complete
     shard = Path(args.output_dir) / f"passages_{args.shard_id:02d}.npy"
-    inputs = [args.passages] + [args.model_name_or_path] * Path(args.model_name_or_path).exists()
-    output = Output(args, [str(shard), str(ids_path(shard))], inputs)
+    inputs = [args.passages]
+    if Path(args.model_name_or_path).exists():
+        inputs.append(args.model_name_or_path)
+    output = Output(vars(args), [str(shard), str(ids_path(shard))], inputs)
     if output.finished:
         return
 
@@ -105,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamicrag.models.encoder import Encoder
     from dynamicrag.search.passages import open_passages
 
+    # Corpus and encoder
     store = open_passages(args.passages, args.passage_store)
     start, stop = shard_bounds(len(store), args.shard_id, args.num_shards)
     if start == stop:
@@ -114,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     output.record(**place(args.device, args.dtype))
     stage.log.info("%s, for passages: %s", args.model_name_or_path, encoder.said())
+    # Embed the windows that are missing
     file = output.begin()
     done = open_rows(file, stop - start, encoder.hidden_size)
     began = time.monotonic()
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise stage.UserError(f"{args.model_name_or_path}: the float16 vector of passage {ids[row]!r} is not "
                                       "finite; try --normalize or --dtype float32")
             output.append(vectors.tobytes())
+    # Ids, and the settings that a search must share
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start
     rate = (stop - start - done) / (time.monotonic() - began)

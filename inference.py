@@ -21,24 +21,25 @@ Writes   results/llama3_8b_nq.json               + id_list, final_docs, response
         --remain-output-json results/llama3_8b_nq_remain.json
 """
 
+import argparse
 import itertools
 import re
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import add_files_flags, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, assemble_result, runs_of
 from dynamicrag.llm.completion import Usage
-from dynamicrag.llm.engine import add_engine_flags
-from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, read_selection
+from dynamicrag.llm.engine import add_engine_flags, engine_inputs
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import Builders, RequestBuilder, add_call_flags, load_builders, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 SELECTOR = re.compile(r"dynamic|none|all|monot5|adaptive|pointwise|gold|top:[1-9]\d*")
 BY_LLM = ("dynamic", "pointwise")
@@ -49,11 +50,11 @@ VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 def selector_flag(value: str) -> str:
     """Check a value of --selector and return it. Raises ArgumentTypeError."""
     if not SELECTOR.fullmatch(value):
-        raise ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
+        raise argparse.ArgumentTypeError(f"{value}: expected dynamic, none, all, top:K, monot5, adaptive, pointwise or gold")
     return value
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq.jsonl", "results/llama3_8b_nq.json")
     choice = parser.add_argument_group("selection")
@@ -93,20 +94,20 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first
 
 
-def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], caller: Caller) -> tuple[list[list[int] | str], list[Usage]]:
+def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], builder: RequestBuilder) -> tuple[list[list[int] | str], list[Usage]]:
     """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the cost."""
     usages = [Usage() for _ in rows]
     choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
         numbers = [number for number, docs in enumerate(shown) if docs]  # without documents there is nothing to select
-        completions = caller.ask([caller.select(rows[number], shown[number]) for number in numbers])
+        completions = builder.ask([builder.select(rows[number], shown[number]) for number in numbers])
         for number, completion in zip(numbers, completions, strict=True):
             usages[number].add(completion)
-            selection = read_selection(completion, 0, len(shown[number]), caller.prompts.notation)
+            selection = read_selection(completion, 0, len(shown[number]), builder.prompts.notation)
             choices[number] = selection.ids if selection.valid else selection.reason
         return choices, usages
     pairs = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
-    verdicts = caller.ask([caller.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
+    verdicts = builder.ask([builder.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
     for (number, position), completion in zip(pairs, verdicts, strict=True):
         usages[number].add(completion)
         verdict = VERDICT.match(completion.texts[0])
@@ -144,18 +145,21 @@ def check_selectors(path: str, rows: Iterable[Row], selectors: list[str], topn: 
                 raise UserError(f"{path}: row {row['id']}: {error}") from error
 
 
-def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """Return the answered rows. A row whose selection or answer cannot be read has `error` instead of `response`."""
-    chooser, generator = callers
-    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: run.topn]), rows)
-    if run.selector in BY_LLM:
-        choices, usages = select_by_llm(run.selector, rows, shown, chooser)
+def answer_rows(rows: list[Row], builders: Builders, selector: str, topn: int, path: str) -> list[Row]:
+    """Return the answered rows of the file `path`, with at most `topn` documents shown.
+
+    A row whose selection or answer cannot be read has `error` instead of `response`.
+    """
+    chooser, generator = builders
+    shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][:topn]), rows)
+    if selector in BY_LLM:
+        choices, usages = select_by_llm(selector, rows, shown, chooser)
     else:
         usages = [Usage() for _ in rows]
-        if run.selector == "gold":
-            choices = [select_gold(row, docs, run.input_json) for row, docs in zip(rows, shown, strict=True)]
+        if selector == "gold":
+            choices = [select_gold(row, docs, path) for row, docs in zip(rows, shown, strict=True)]
         else:
-            choices = [select_by_rule(run.selector, docs) for docs in shown]
+            choices = [select_by_rule(selector, docs) for docs in shown]
     selected = {number: choice for number, choice in enumerate(choices) if isinstance(choice, list)}
     completions = generator.ask(in_threads(
         lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in selected[number]]), selected
@@ -168,22 +172,26 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
 
     def rows_of(path: str) -> Iterable[Row]:
-        return read_rows(path, ("docs",), reject=(lambda _: None) if args.on_error == "skip" else None)
+        return read_rows(path, STAGE_KEYS["inference"].reads, reject=(lambda _: None) if args.on_error == "skip" else None)
 
-    def load(runs: list[Namespace]) -> tuple[Caller, Caller]:
+    def load(runs: list[AnswerRun]) -> Builders:
         # Held-out rows have labels
-        for path in dict.fromkeys(run.input_json for run in runs if run.selector == "dynamic"):
+        for path in dict.fromkeys(run.input_json for run in runs if run.value == "dynamic"):
             check_shown(path, rows_of(path), "--topn", args.topn)
         for path in dict.fromkeys(run.input_json for run in runs):
-            if by_rule := [run.selector for run in runs if run.input_json == path and run.selector in BY_KEYS_OF_ROWS]:
+            if by_rule := [run.value for run in runs if run.input_json == path and run.value in BY_KEYS_OF_ROWS]:
                 check_selectors(path, rows_of(path), by_rule, args.topn)
-        return load_callers(args, both=any(run.selector in BY_LLM for run in runs))
+        return load_builders(engine, calls, both=any(run.value in BY_LLM for run in runs))
 
-    answer_runs(runs_of(args, "selector"), load, answer_rows, "selector")
+    def answer(rows: list[Row], builders: Builders, run: AnswerRun) -> list[Row]:
+        return answer_rows(rows, builders, run.value, args.topn, run.input_json)
+
+    answer_runs(runs_of(args, "selector"), calls, engine_inputs(engine, calls), load, answer)
 
 
 if __name__ == "__main__":

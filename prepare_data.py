@@ -12,7 +12,8 @@ Writes   data/prepared/dynamicrag_nq.jsonl      rows, one file per set of questi
     python prepare_data.py --name dynamicrag_nq --limit 20
 """
 
-from argparse import Namespace
+import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.downloads import free_space, size_of
 from dynamicrag.files.hub import no_network
 from dynamicrag.files.published import Published, chosen, published
-from dynamicrag.rows.preparation import Cost, cost_of, is_there, prepare
+from dynamicrag.rows.preparation import Cost, PrepareOptions, cost_of, is_there, prepare
 from dynamicrag.rows.shared_runs import export_run, import_run
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 
-def parse_args(argv=None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--list", action="store_true", help="show every set: source, licence, stage, and what is unverified")
@@ -63,31 +64,31 @@ def listing() -> str:
     ])
 
 
-def forecast(entries: list[Published], args: Namespace) -> str:
+def forecast(entries: list[Published], options: PrepareOptions) -> str:
     """Return a table of what a download costs and what is there already. Without a network, sizes are those of the list."""
     lines, total, reachable = [], 0, True
     for entry in entries:
         cost = Cost(entry.bytes or entry.about_bytes, note="size as in --list")
         try:
-            if reachable or is_there(entry, entry.path(args.output_dir, args.models_dir)):
-                cost = cost_of(entry, args)
+            if reachable or is_there(entry, entry.path(options.output_dir, options.models_dir)):
+                cost = cost_of(entry, options)
         except UserError as error:
             cost, reachable = replace(cost, note=str(error)), not no_network(error)
         total += cost.missing or 0
-        lines.append([entry.name, str(entry.path(args.output_dir, args.models_dir)), size_of(cost.size), "a part" if cost.cut else size_of(cost.missing),
+        lines.append([entry.name, str(entry.path(options.output_dir, options.models_dir)), size_of(cost.size), "a part" if cost.cut else size_of(cost.missing),
                       size_of(cost.there), entry.licence, cost.note])
     table = markdown_table(["name", "becomes", "size", "to download", "there already", "licence", "note"], lines)
-    free = {folder: size_of(free_space(Path(folder))) for folder in (args.output_dir, args.models_dir)}
+    free = {folder: size_of(free_space(Path(folder))) for folder in (options.output_dir, options.models_dir)}
     return (f"{table}\n\nTo download: {size_of(total)}. Free: {', '.join(f'{space} for {folder}' for folder, space in free.items())}. "
             "Rows and unpacked archives need as much again while they are made.")
 
 
-def prepare_all(entries: list[Published], args: Namespace) -> None:
+def prepare_all(entries: list[Published], options: PrepareOptions) -> None:
     """Prepare every set. One that cannot be had does not keep the others from being prepared. Raises UserError at the end."""
     failed = []
     for entry in entries:
         try:
-            prepare(entry, args)
+            prepare(entry, options)
         except UserError as error:
             if len(entries) == 1 or no_network(error):
                 raise
@@ -98,8 +99,9 @@ def prepare_all(entries: list[Published], args: Namespace) -> None:
                         "same command again")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    options = options_from(args, PrepareOptions)
     if args.list:
         print(listing())
     elif args.export_run:
@@ -108,16 +110,16 @@ def main(argv=None):
         raise UserError("--name: nothing to prepare; give names of --list")
     elif args.shared_runs:
         for name in args.name:
-            import_run(args.shared_runs, name, args)
+            import_run(args.shared_runs, name, options)
     else:
         try:
             entries = chosen(args.name)
         except KeyError as error:
             raise UserError(f"--name {error.args[0]}: there is no such set; --list shows them") from error
         if args.dry_run:
-            print(forecast(entries, args))
+            print(forecast(entries, options))
         else:
-            prepare_all(entries, args)
+            prepare_all(entries, options)
 
 
 if __name__ == "__main__":

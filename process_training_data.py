@@ -14,15 +14,17 @@ Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, fal
     python process_training_data.py
 """
 
+import argparse
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 from dynamicrag import stage
 from dynamicrag.rows.expert import EXPERT_LENGTH, expert_sequence, unjudged_position
 from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN
 from dynamicrag.stage import UserError, log
 
@@ -30,7 +32,7 @@ PUBLISHED_EXPERT_ROWS = 30_000  # of 150,000
 EXPERT_SHARE = 5  # in a smaller data set, one fifth of the rows become expert rows
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="output/retrieval_data_rerank.jsonl", help="reranked rows")
@@ -90,14 +92,15 @@ def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_leng
     return chosen
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(args, [args.sequence_file, args.normal_file], [args.input_file])
-    if out.finished:
+    output = Output(vars(args), [args.sequence_file, args.normal_file], [args.input_file])
+    if output.finished:
         return
 
+    # Label every row. The file is read three times.
     def labelled(reject=None):
-        for row in read_rows(args.input_file, ("docs",), reject=reject):
+        for row in read_rows(args.input_file, STAGE_KEYS["process_training_data"].reads, reject=reject):
             shown = row["docs"][: args.n_docs]
             unjudged = next((n for n, doc in enumerate(shown, start=1) if "rerank_label" not in doc), unjudged_position(shown, range(1, len(shown) + 1)))
             if unjudged is not None:
@@ -110,9 +113,9 @@ def main(argv=None):
                                 "one, or give --labels reranker")
             yield label(row, args.n_docs, gold)
 
-    # The file is read three times. Malformed rows are recorded only the first time.
+    # Count, and collect the candidates. Only this first reading records malformed rows.
     candidates, rows, unscored = [], 0, 0
-    for row in labelled(out.reject):
+    for row in labelled(output.reject):
         rows += 1
         unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
         candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
@@ -121,6 +124,7 @@ def main(argv=None):
     if unscored:
         log.warning("%s: %d of %d rows have documents without rerank_score; the order of the documents is used instead",
                     args.input_file, unscored, rows)
+    # Choose the expert rows
     max_rows = args.max_rows
     if max_rows is None:
         max_rows = min(PUBLISHED_EXPERT_ROWS, max(1, rows // EXPERT_SHARE))
@@ -130,8 +134,9 @@ def main(argv=None):
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
     expert_ids = {row_id for row_id, _ in chosen}
 
+    # Write expert rows and others
     def sequences():
-        for row in labelled(out.ignore):
+        for row in labelled(output.ignore):
             for length in lengths_of(row, args.targets, args.max_length):
                 if (row["id"], length) not in chosen:
                     continue
@@ -143,12 +148,12 @@ def main(argv=None):
                     sequence = padded_sequence(row["true_id"], row["false_id"], length, rng)
                     yield {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
 
-    expert = out.publish(args.sequence_file, sequences())
-    others = (row for row in labelled(out.ignore) if row["id"] not in expert_ids)
-    normal = out.publish(args.normal_file, others)
+    expert = output.publish(args.sequence_file, sequences())
+    others = (row for row in labelled(output.ignore) if row["id"] not in expert_ids)
+    normal = output.publish(args.normal_file, others)
     lengths = Counter(length for _, length in chosen)
     log.info("expert rows by length: %s", ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)))
-    out.finish(expert=expert, others=normal)
+    output.finish(expert=expert, others=normal)
 
 
 if __name__ == "__main__":

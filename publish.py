@@ -16,11 +16,12 @@ Writes   <MODEL>.published                          card, manifest, prompts, tem
     python publish.py DynamicRAG_llama3_8b --repo OWNER/NAME --results results/llama3_8b_nq.json.metrics.json
 """
 
+import argparse
 import fnmatch
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -49,7 +50,7 @@ EVAL_TASKS = {
 }
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL", default="DynamicRAG_llama3_8b", help="folder of the model, or training output")
     hub = parser.add_argument_group("hub")
@@ -144,8 +145,9 @@ def write_files(contents: Mapping[str, str | bytes], folder: Path) -> dict[str, 
     return paths
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    # What is published
     if not (args.repo or args.dry_run):
         raise UserError("--repo: is needed to publish; give OWNER/NAME, or --dry_run")
     is_adapter = (Path(args.model) / "adapter_config.json").is_file()
@@ -155,6 +157,7 @@ def main(argv=None):
     files = files_to_publish(model, args.template)
     if not args.dry_run:
         check_account(args.repo)
+    # What the card says
     prompts_file = prompts_for(str(model), args.prompts)
     prompts, template, systems = Prompts(prompts_file), load_prompts(str(model), args.template), card.read_results(args.results)
     check_results(systems, model, prompts, template.chat_template)
@@ -164,6 +167,7 @@ def main(argv=None):
     if not args.license:
         log.warning("--license: is not given; the card says that the terms of the base model and of the data apply")
 
+    # Write the files that are made here
     folder = Path(args.output_dir or f"{model}.published")
     tasks = EVAL_TASKS if args.eval_dataset == EVAL_DATASET else {name: name for name in TASKS}
     cleaned = {name: content for name, path in files.items() if (content := without_private_keys(path)) is not None}
@@ -188,6 +192,7 @@ def main(argv=None):
         "versions": versions(),
     }
     files |= write_files({MANIFEST: orjson.dumps(manifest, option=orjson.OPT_INDENT_2)}, folder)
+    # Show, and upload
     sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
     print(markdown_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in [*sizes.items(), ("total", sum(sizes.values()))]]))
     if args.dry_run:

@@ -12,9 +12,9 @@ Writes   output/retrieval_data_rerank.jsonl              + rerank_score and rera
         --output_file output/retrieval_data_rerank.jsonl --device cuda
 """
 
+import argparse
 import math
-from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -22,16 +22,17 @@ from dynamicrag.models.batches import BATCH_TOKENS_HELP
 from dynamicrag.models.device import DEVICES, DTYPES, device_flag, place
 from dynamicrag.models.reranker import Tokens, document_text
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.trec import Run
 
 Judged = tuple[Row, Doc]  # row, document
+NEEDS = STAGE_KEYS["reranker"].reads
 
 # Documents are sorted by length across the questions of a chunk. A run continues after the last whole chunk.
 QUESTIONS_PER_CHUNK = 64
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", default="output/retrieval_data.jsonl", help="rows with docs, JSON or JSONL")
@@ -94,7 +95,7 @@ def scores_of_run(run: Run, logits: bool) -> Callable[[list[Judged]], list[float
     return score
 
 
-def by_model(args: Namespace) -> tuple[Callable, Callable]:
+def by_model(args: argparse.Namespace) -> tuple[Callable, Callable]:
     """Return the two halves of scoring a chunk: prepare(rows) tokenises, work(prepared) returns the scored rows."""
     from tqdm import tqdm
 
@@ -114,29 +115,32 @@ def by_model(args: Namespace) -> tuple[Callable, Callable]:
     return prepare, work
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.rows.records import count_rows, read_rows
 
     judge = args.run or args.model_name_or_path
-    output = Output(args, [args.output_file], [args.input_file] + [judge] * bool(args.run or Path(judge).exists()))
+    inputs = [args.input_file]
+    if args.run or Path(judge).exists():
+        inputs.append(judge)
+    output = Output(vars(args), [args.output_file], inputs)
     if output.finished:
         return
-    count = count_rows(args.input_file, ("docs",), skip_malformed=bool(output.reject), dataset=args.dataset)
-    given = next((row["docs"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None) if row["docs"]), [])
+    count = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject), dataset=args.dataset)
+    given = next((row["docs"] for row in read_rows(args.input_file, NEEDS, args.dataset, lambda _: None) if row["docs"]), [])
     if any("rerank_label" in doc for doc in given):
         stage.log.warning("%s: documents already have a rerank_label, like published training data; it is replaced",
                           args.input_file)
     if args.run:
         run = Run(args.run)
-        ids = (row["id"] for row in read_rows(args.input_file, ("docs",), args.dataset, lambda _: None))
+        ids = (row["id"] for row in read_rows(args.input_file, NEEDS, args.dataset, lambda _: None))
         run.check_questions(ids, args.input_file, "their documents score 0")
         score = scores_of_run(run, args.logits)
         prepare, work = None, lambda chunk: rerank(chunk, score, args.n_docs, args.sort)
     else:
         output.record(**place(args.device, args.dtype))
         prepare, work = by_model(args)
-    rows = read_rows(args.input_file, ("docs",), args.dataset, output.reject)
+    rows = read_rows(args.input_file, NEEDS, args.dataset, output.reject)
     output.process(rows, QUESTIONS_PER_CHUNK, work, count, "reranking", prepare)
     judged = relevant = 0
     for row in output.written():

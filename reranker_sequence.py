@@ -10,23 +10,25 @@ Writes   training_data/reranker_bc_training.json              LLaMA-Factory rows
     python reranker_sequence.py
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
+from dynamicrag.stage import options_from
 
-NEEDS = ("docs", "true_id", "false_id", "sequence")
+NEEDS = STAGE_KEYS["reranker_sequence"].reads
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -58,19 +60,20 @@ def fit(row: Row, prompts: Prompts, window: TrainingWindow) -> Fitted:
     return Fitted(training_row(build(shown), output=target), len(labelled) - len(shown))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(args, [args.output_file], [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)])
-    if out.finished:
+    inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
+    output = Output(vars(args), [args.output_file], inputs)
+    if output.finished:
         return
     prompts = Prompts(args.prompts)
-    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(out.reject))
-    window = load_window(args)
-    rows = read_rows(args.input_file, NEEDS, reject=out.reject)
+    total = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
+    window = load_window(options_from(args, LengthOptions))
+    rows = read_rows(args.input_file, NEEDS, reject=output.reject)
     fitted = window.kept(rows, lambda row: [fit(row, prompts, window)], total, "training rows", args.input_file)
-    examples = out.publish(args.output_file, (result.row for result in fitted))
-    check_columns(args, args.output_file)
-    out.finish(examples=examples, **window.counts())
+    examples = output.publish(args.output_file, (result.row for result in fitted))
+    check_columns(args.train_recipe, args.output_file)
+    output.finish(examples=examples, **window.counts())
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ Writes   output/retrieval_split_0.json                   + docs: id, title, text
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import re
 import signal
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from multiprocessing import get_context
@@ -38,30 +38,29 @@ from dynamicrag.rows.output import Output
 from dynamicrag.rows.row import Row
 from dynamicrag.rows.trec import Run, fuse
 from dynamicrag.search.index import CANDIDATES, NPROBE, faiss_can_read
-from dynamicrag.search.questions import encode_questions, query_settings, search_text
+from dynamicrag.search.questions import QuestionOptions, encode_questions, query_settings, search_text
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dynamicrag.search.passages import PassageStore
 
-# A search maps rows to scores (float32) and corpus positions (int64, -1: no document), both [rows, k].
-Search = Callable[[list[Row]], tuple["np.ndarray", "np.ndarray"]]
+Question = tuple[int, Row]  # number of the row among the valid rows, which is that of its vector; row
+# A search maps questions to scores (float32) and corpus positions (int64, -1: no document), both [questions, k].
+Search = Callable[[list[Question]], tuple["np.ndarray", "np.ndarray"]]
 
 M_ARENA_MAX = -8  # of mallopt(3)
 # Questions per pass. On a GPU, rounding the vectors takes as long as comparing them with 1024 questions.
 QUESTIONS_PER_PASS = {"cpu": 1024, "cuda": 4096}
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--query", default="data/splits/split_0.json", help="questions, JSON or JSONL")
     group.add_argument("--passages", default="data/psgs_w100.tsv", help="corpus: TSV, JSONL or Parquet, or a folder")
-    group.add_argument("--passages_embeddings",
-                       default="data/wikipedia_embeddings/*", help="shards of the corpus, as a quoted glob")
-    group.add_argument("--passage_store",
-                       default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
+    group.add_argument("--passages_embeddings", default="data/wikipedia_embeddings/*", help="shards of the corpus, as a quoted glob")
+    group.add_argument("--passage_store", default=None, help="folder of the memory-mapped corpus (default: <passages>.store)")
     group.add_argument("--output_dir", "--output_file", default="output/retrieval_split_0.json", help="output file")
     group.add_argument("--dataset", default=None, help="data set of every row; overrides the rows")
     group = parser.add_argument_group("search")
@@ -70,26 +69,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--run", nargs="*", default=[], help="TREC run files; fused with --index if both are given")
     group.add_argument("--index_path", default=None, help="file of the faiss index (default: next to the shards)")
     group.add_argument("--nprobe", type=int, default=NPROBE, help="clusters that an IVF index searches")
-    group.add_argument("--candidates", type=int, default=CANDIDATES,
-                       help="candidates of a compressed index per requested document")
-    group.add_argument("--corpus_shard",
-                       default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
-    group.add_argument("--questions_per_pass",
-                       type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
+    group.add_argument("--candidates", type=int, default=CANDIDATES, help="candidates of a compressed index per requested document")
+    group.add_argument("--corpus_shard", default="0/1", help="i/n: search only part i (from 0) of n; aggregate.py merges the results")
+    group.add_argument("--questions_per_pass", type=int, help="questions per pass over the vectors (default: 1024; 4096 on a GPU)")
     group = parser.add_argument_group("encoder")
     group.add_argument("--model_name_or_path", default="models/retriever", help="encoder: a folder or a hub name")
-    group.add_argument("--pooling", choices=POOLINGS, default=None,
-                       help="pooling of a plain folder, as in the embedding stage (default: mean)")
+    group.add_argument("--pooling", choices=POOLINGS, default=None, help="pooling of a plain folder, as in the embedding stage (default: mean)")
     group.add_argument("--normalize", action="store_true", help="scale vectors to length 1, as in the embedding stage")
-    group.add_argument("--query_prompt", default=None,
-                       help="prefix of each question, such as E5's 'query: ' (default: as given by the folder)")
-    group.add_argument("--max_length", type=int, default=None,
-                       help="maximum tokens of a question (default: as given by the folder, or 512)")
+    group.add_argument("--query_prompt", default=None, help="prefix of each question, such as E5's 'query: ' (default: as given by the folder)")
+    group.add_argument("--max_length", type=int, default=None, help="maximum tokens of a question (default: as given by the folder, or 512)")
     group.add_argument("--batch_tokens", type=int, default=None, help=BATCH_TOKENS_HELP)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 if the hardware supports it")
     group.add_argument("--device", type=device_flag, default="auto", help=DEVICES)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Values, and flags that exclude each other
     args.index = (["flat"] if not args.run else []) if args.index is None else args.index
     part = re.fullmatch(r"(\d+)/(\d+)", args.corpus_shard)
     if not part or int(part[1]) >= int(part[2]):
@@ -135,11 +129,11 @@ def process_of_its_own() -> Executor:
 
 
 def dense_searches(
-    args: Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
+    args: argparse.Namespace, device: str, shard_paths: list[Path], store: PassageStore, output: Output, queries: str, count: int
 ) -> dict[str, Search]:
-    """Return a search for every embedding index in --index. A search takes the rows that follow those already written.
+    """Return a search for every embedding index in --index.
 
-    It first encodes all `count` questions and writes their vectors to the file `queries`.
+    It first encodes all `count` questions and writes their vectors to the file `queries`, in the order of the rows.
     """
     import numpy as np
 
@@ -147,17 +141,19 @@ def dense_searches(
     from dynamicrag.search.inner_products import NotFiniteError
     from dynamicrag.search.shards import check_shards, name_of, open_shards, part_of, shard_bounds
 
-    shards = open_shards(shard_paths)
+    # Check the shards against encoder and corpus, then encode the questions
+    shards, options = open_shards(shard_paths), stage.options_from(args, QuestionOptions)
     with process_of_its_own() as encoding:
         output.record(**encoding.submit(place, device, args.dtype).result())
-        settings = encoding.submit(query_settings, args).result()
+        settings = encoding.submit(query_settings, options).result()
         refuse_other_settings(shard_paths, args.model_name_or_path, settings)
         corpus = check_shards(shards, settings.width, store, args.model_name_or_path)
         output.begin()  # from here on, no other run can write this output or its vectors
         with in_turn(args.passages) if device == "cpu" else nullcontext():
-            said = encoding.submit(encode_questions, args, queries, count).result()
+            said = encoding.submit(encode_questions, options, queries, count).result()
             stage.log.info("%s, for questions: %s", args.model_name_or_path, said)
             encoding.shutdown()  # frees its memory before the other workers continue
+    # This worker's part of the corpus
     part, parts = map(int, args.corpus_shard.split("/"))
     shards, corpus = part_of(shards, part, parts), corpus[slice(*shard_bounds(len(corpus), part, parts))]
 
@@ -166,8 +162,8 @@ def dense_searches(
             shards, factory, args.index_path, device, args.seed, args.corpus_shard, args.nprobe, args.candidates
         )
 
-        def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-            vectors = np.load(queries, mmap_mode="r")[output.rows : output.rows + len(rows)]
+        def search(questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+            vectors = np.load(queries, mmap_mode="r")[[number for number, _ in questions]]
             try:
                 scores, positions = index.search(np.array(vectors), args.n_docs)
             except NotFiniteError as error:
@@ -179,21 +175,21 @@ def dense_searches(
     return {factory: search_by(factory) for factory in args.index if factory != "bm25"}
 
 
-def bm25_search(args: Namespace, store: PassageStore) -> Search:
+def bm25_search(args: argparse.Namespace, store: PassageStore) -> Search:
     from dynamicrag.search.bm25 import open_bm25
 
     index = open_bm25(store)
-    return lambda rows: index.search(list(map(search_text, rows)), args.n_docs)
+    return lambda questions: index.search([search_text(row) for _, row in questions], args.n_docs)
 
 
-def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
+def run_search(run: Run, args: argparse.Namespace, store: PassageStore) -> Search:
     """Return a search that gives the documents of another system's run. Questions that are not in the run get none."""
     import numpy as np
 
-    def search(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.zeros((len(rows), args.n_docs), dtype=np.float32)
+    def search(questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.zeros((len(questions), args.n_docs), dtype=np.float32)
         positions = np.full(scores.shape, -1, dtype=np.int64)
-        for number, row in enumerate(rows):
+        for number, (_, row) in enumerate(questions):
             ranking = run.ranking(row["id"])[: args.n_docs]
             doc_positions = store.positions(doc_id for doc_id, _ in ranking)
             if (doc_positions < 0).any():
@@ -206,18 +202,22 @@ def run_search(run: Run, args: Namespace, store: PassageStore) -> Search:
     return search
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     allocate_from_one_arena()
     from dynamicrag.rows.records import count_rows, read_rows
     from dynamicrag.search.shards import find_shards
 
+    # End if an earlier run is complete
     inputs, dense = [args.query, args.passages, *args.run], any(index != "bm25" for index in args.index)
     shard_paths = find_shards(args.passages_embeddings) if dense else []
-    inputs += [*map(str, shard_paths), *[args.model_name_or_path] * (dense and Path(args.model_name_or_path).exists())]
-    output = Output(args, [args.output_dir], inputs)
+    inputs += map(str, shard_paths)
+    if dense and Path(args.model_name_or_path).exists():
+        inputs.append(args.model_name_or_path)
+    output = Output(vars(args), [args.output_dir], inputs)
     if output.finished:
         return
+    # Check questions and runs before the long work
     count = count_rows(args.query, skip_malformed=bool(output.reject), dataset=args.dataset)
     runs = [Run(path) for path in args.run]
     for run in runs:
@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from dynamicrag.search.passages import open_passages
 
+    # Open the searches
     store, queries = open_passages(args.passages, args.passage_store), f"{output.path}.queries.npy"
     device = pick_device(args.device) if dense else "cpu"
     by_index = dense_searches(args, device, shard_paths, store, output, queries, count) if dense else {}
@@ -233,18 +234,20 @@ def main(argv: list[str] | None = None) -> None:
         by_index["bm25"] = bm25_search(args, store)
     searches = [by_index[index] for index in args.index] + [run_search(run, args, store) for run in runs]
 
+    # Search
     searched = without = 0
 
-    def retrieve(rows: list[Row]) -> list[Row]:
+    def retrieve(questions: list[Question]) -> list[Row]:
         nonlocal searched, without
-        rankings = [search(rows) for search in searches]
+        rankings = [search(questions) for search in searches]
         fused = len(rankings) > 1
         scores, positions = fuse([ranking for _, ranking in rankings], args.n_docs) if fused else rankings[0]
-        searched, without = searched + len(rows), without + int((positions < 0).all(axis=1).sum())
-        return attach_docs(rows, scores, positions, store)
+        searched, without = searched + len(questions), without + int((positions < 0).all(axis=1).sum())
+        return attach_docs([row for _, row in questions], scores, positions, store)
 
-    rows = read_rows(args.query, dataset=args.dataset, reject=output.reject)
-    output.process(rows, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
+    # Numbered before any is skipped, so that a continued run searches with the vectors of its own rows.
+    questions = enumerate(read_rows(args.query, dataset=args.dataset, reject=output.reject))
+    output.process(questions, args.questions_per_pass or QUESTIONS_PER_PASS["cuda" if device.startswith("cuda") else "cpu"], retrieve, count, "retrieving")
     if without:
         stage.log.warning("%d of %d questions of %s have no document; %s", without, searched, args.query,
                           "the passages contain none of their words" if args.index == ["bm25"] else "check --index, --nprobe and --run")

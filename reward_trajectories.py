@@ -11,7 +11,9 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
         --output_file training_data/llama3_8b_output_dpo.jsonl
 """
 
-from collections.abc import Iterable
+import argparse
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
@@ -20,17 +22,17 @@ from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.models.device import DEVICES, device_flag, place
 from dynamicrag.reward.bertscore import BertScore
-from dynamicrag.reward.judge import MOST_REPLIES, REPLY_FORMATS, Judge
+from dynamicrag.reward.judge import MAX_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.stage import UserError, log
 
-RESPONSE_LENGTH = "response_tokens"
+KEYS = STAGE_KEYS["reward_trajectories"]
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="results/training_data_dpo_sampling.json", help="sampled trajectories")
@@ -64,7 +66,7 @@ def parse_args(argv=None):
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-base-url",
                        metavar="URL", help="OpenAI-compatible endpoint; its key is read from JUDGE_API_KEY")
-    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs at most {MOST_REPLIES} "
+    judge.add_argument("--judge-model", help=f"model name at that endpoint; an answer costs at most {MAX_REPLIES} "
                                              "replies if none can be read")
     judge.add_argument("--judge-format", choices=REPLY_FORMATS, default="json_schema",
                        help="structured output that the endpoint supports; grades are always parsed strictly")
@@ -74,6 +76,7 @@ def parse_args(argv=None):
     add_prompts_flag(judge)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
+    # Flags that need or exclude each other
     if bool(args.judge_base_url) != bool(args.judge_model):
         parser.error("--judge-base-url and --judge-model must be given together")
     if args.reweight and (args.judge_model or args.answer_match != "exact" or args.length_of != "documents"):
@@ -104,7 +107,7 @@ def terms_of_answers(
 
 def with_length(row: Row, terms: list[dict[str, float]], length_of: str) -> list[dict[str, float]]:
     """Return the terms of a row's trajectories with the length term added."""
-    lengths = map(len, row["id_lists"]) if length_of == "documents" else row[RESPONSE_LENGTH]
+    lengths = map(len, row["id_lists"]) if length_of == "documents" else row["response_tokens"]
     return [{**term, "length": length_term(length)} for term, length in zip(terms, lengths, strict=True)]
 
 
@@ -142,17 +145,14 @@ def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | Non
     import numpy as np
 
     columns: list[str] = []
-
-    def values():
-        for row in rows:
-            for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
-                columns[:] = columns or [*terms, "reward", "k"]
-                yield from [*(terms[term] for term in columns[:-2]), reward, len(ids)]
-
-    table = np.fromiter(values(), dtype=np.float32)  # 34 MB at the published 1.2 million trajectories
+    values = array("f")  # 34 MB at the published 1.2 million trajectories
+    for row in rows:
+        for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
+            columns = columns or [*terms, "reward", "k"]
+            values.extend([*(terms[term] for term in columns[:-2]), reward, len(ids)])
     if not columns:
         return 0, {}
-    table = table.reshape(-1, len(columns)).T
+    table = np.frombuffer(values, dtype=np.float32).reshape(-1, len(columns)).T
     mean, spread = table.mean(axis=1, dtype=np.float64), table.std(axis=1, dtype=np.float64)
     centred = table - mean[:, None]
 
@@ -174,32 +174,33 @@ def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
     return markdown_table(header, [[name, *("" if v is None else f"{v:.3f}" for v in line.values())] for name, line in summary.items()])
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     weights = parse_weights(args.weights)
     if args.judge_model and not weights.get("judge"):
         raise UserError("--judge-model: --weights gives its grades no weight, but each costs money; add judge=... or "
                         "omit --judge-model")
-    needs = ("id_lists", "score_terms") if args.reweight else ("answers", "id_lists", "responses")
-    if args.length_of == "response":
-        needs += (RESPONSE_LENGTH,)
+    # Check all rows before the long work
+    flag = "--reweight" if args.reweight else f"--length-of {args.length_of}"
+    needs = KEYS.reads_with.get(flag, KEYS.reads)
     encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
-    out = Output(args, [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
-    if out.finished:
+    output = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
+    if output.finished:
         return
-    total = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    total = count_rows(args.input_file, needs, skip_malformed=bool(output.reject))
     judged = bool(args.judge_model)
     if args.reweight:
-        judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=out.ignore), weights)
+        judged = check_terms(args.input_file, read_rows(args.input_file, needs, reject=output.ignore), weights)
     if weights.get("judge") and not judged:
         log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
+    # What computes the terms
     bert = judge = None
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)
     if weights.get("bert") and not args.reweight:
         from dynamicrag.models.device import pick_device
 
-        out.record(**place(args.device))
+        output.record(**place(args.device))
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)
     prompts = Prompts(args.prompts)
 
@@ -209,17 +210,19 @@ def main(argv=None):
         terms = terms_of_answers(rows, bert, judge, prompts, args.answer_match)
         return [rewarded(row, with_length(row, of_row, args.length_of), weights) for row, of_row in zip(rows, terms, strict=True)]
 
+    # Reward
     try:
-        out.process(read_rows(args.input_file, needs, reject=out.reject), args.chunk_size, reward, total, "reward")
+        output.process(read_rows(args.input_file, needs, reject=output.reject), args.chunk_size, reward, total, "reward")
     finally:
         if judge:
             said = {name: "not known" if value is None else value for name, value in judge.usage.counts().items()}
             log.info("judge: %(calls)s calls, %(cached)s cached grades; tokens: %(prompt_tokens)s in prompts, "
                      "%(generated_tokens)s generated", said)
-    trajectories, summary = summarise(out.written())
+    # Summarise
+    trajectories, summary = summarise(output.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
     usage = judge.usage.counts() if judge else {}
-    out.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
+    output.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ Writes   results/training_data_dpo_sampling.json         + id_lists, responses, 
         --input-jsonl training_data/training_data_dpo.jsonl --output-json results/training_data_dpo_sampling.json
 """
 
+import argparse
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -23,20 +24,29 @@ from dynamicrag.llm.answering import place_of
 from dynamicrag.llm.completion import Completion, Request, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
-from dynamicrag.llm.requests import Caller, add_call_flags, asking, load_callers, read_selection, work_on_fitting
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import (
+    Builders,
+    RequestBuilder,
+    add_call_flags,
+    asking,
+    load_builders,
+    read_selection,
+    work_on_fitting,
+)
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence, unjudged_position
 from dynamicrag.rows.identifiers import Notation, format_ids, summarise_selections
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
-from dynamicrag.stage import UserError, derive_seed, log
+from dynamicrag.stage import UserError, derive_seed, log, options_from
 
-SAMPLED_KEYS = ("id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections")
+KEYS = STAGE_KEYS["sampling_dpo_trajectories"]
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -70,7 +80,7 @@ def parse_args(argv=None):
     return args
 
 
-def selection_requests(row: Row, docs: list[Doc], chooser: Caller, args) -> list[tuple[Request, list[int]]]:
+def selection_requests(row: Row, docs: list[Doc], chooser: RequestBuilder, args: argparse.Namespace) -> list[tuple[Request, list[int]]]:
     """Return the requests for one question, each with its order of the documents (1-based positions in `docs`)."""
     settings = {"temperature": args.temperature, "top_p": args.top_p}
     in_order = list(range(1, len(docs) + 1))
@@ -121,11 +131,12 @@ def check_judged(path: str, rows: Iterable[Row]) -> None:
                     "of the documents", path, unscored)
 
 
-def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -> list[Row]:
+def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Namespace) -> list[Row]:
     """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
-    chooser, generator = callers
+    chooser, generator = builders
     notation = chooser.prompts.notation
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
+    # Sample the selections of all questions in one batch
     jobs = [
         (number, request, order)
         for number, of_row in enumerate(in_threads(lambda pair: selection_requests(pair[0], pair[1], chooser, args), zip(rows, shown, strict=True)))
@@ -135,6 +146,7 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
     for (number, _, order), completion in zip(jobs, chooser.ask([r for _, r, _ in jobs]), strict=True):
         samples[number].append((completion, order))
 
+    # Read them into trajectories
     results: list[dict[str, Any]] = []
     distinct: dict[tuple[str, tuple[int, ...]], tuple[Row, list[Doc]]] = {}  # (row id, selection): row, documents of the answer
     for row, docs, sampled in zip(rows, shown, samples, strict=True):
@@ -162,8 +174,10 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
             if (row["id"], tuple(ids)) not in distinct:
                 distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
 
+    # Answer every distinct selection in one batch
     requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
     answers = dict(zip(distinct, generator.ask(requests), strict=True))
+    # Leave out trajectories without an answer
     for result in results:
         mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
         for completion in mine.values():
@@ -187,37 +201,38 @@ def sample_trajectories(rows: list[Row], callers: tuple[Caller, Caller], args) -
 def no_trajectory(row: Row, reason: str) -> Row:
     """Return a row without trajectories, because its question does not fit the window."""
     log.warning("row %s: %s", row["id"], reason)
-    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in SAMPLED_KEYS}, "usage": vars(Usage())})
+    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in KEYS.writes if key not in ("docs_shown", "usage")}, "usage": vars(Usage())})
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    out = Output(args, [args.output_json], [args.input_json, *engine_inputs(args)])
-    if out.finished:
-        CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
+    engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
+    output = Output(vars(args), [args.output_json], [args.input_json, *engine_inputs(engine, calls)])
+    if output.finished:
+        CompletionCache(output.path).remove()  # left by an interruption just after the manifest was written
         return
-    needs = ("docs", "true_id") if args.include_expert else ("docs",)
-    total = count_rows(args.input_json, needs, skip_malformed=bool(out.reject))
-    check_shown(args.input_json, read_rows(args.input_json, needs, reject=out.ignore), "--topn", args.topn)
+    needs = KEYS.reads_with["--include-expert"] if args.include_expert else KEYS.reads
+    total = count_rows(args.input_json, needs, skip_malformed=bool(output.reject))
+    check_shown(args.input_json, read_rows(args.input_json, needs, reject=output.ignore), "--topn", args.topn)
     if args.include_expert:
-        check_judged(args.input_json, read_rows(args.input_json, needs, reject=out.ignore))
-    callers = load_callers(args)
-    out.record(**place_of(callers))
-    rows = read_rows(args.input_json, needs, args.dataset, out.reject)
-    sample = partial(sample_trajectories, callers=callers, args=args)
+        check_judged(args.input_json, read_rows(args.input_json, needs, reject=output.ignore))
+    builders = load_builders(engine, calls)
+    output.record(**place_of(builders))
+    rows = read_rows(args.input_json, needs, args.dataset, output.reject)
+    sample = partial(sample_trajectories, builders=builders, args=args)
 
     def work(chunk: list[Row]) -> list[Row]:
-        return work_on_fitting(chunk, callers, sample, no_trajectory)
+        return work_on_fitting(chunk, builders, sample, no_trajectory)
 
-    with asking(callers, args.output_json, args.overwrite):
-        out.process(rows, args.chunk_size, work, total, "sampling")
-        seen = summarise_selections(out.written(), callers[0].prompts.notation)
+    with asking(builders, args.output_json, args.overwrite):
+        output.process(rows, args.chunk_size, work, total, "sampling")
+        seen = summarise_selections(output.written(), builders[0].prompts.notation)
         log.info(
             "%(trajectories)d selections: %(malformed)d malformed, %(out_of_range)d identifiers out of range, "
             "%(repeated)d repeated; share of None %(none_share).2f, mean k %(k_mean).2f (spread %(k_spread).2f); per "
             "question %(distinct_selections).2f distinct selections and %(distinct_answers).2f distinct answers", seen,
         )
-        out.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
+        output.finish(seen, trajectories=seen["trajectories"], malformed=seen["malformed"])
 
 
 if __name__ == "__main__":

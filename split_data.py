@@ -9,8 +9,9 @@ Writes   data/splits/split_0.json, split_1.json, ...     the same rows, divided
     python split_data.py --input_file data/rag_training_data.json --output_dir data/splits --num_splits 8
 """
 
+import argparse
 import re
-from argparse import Namespace
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dynamicrag.rows.output import Output
 SPLIT_NAME = re.compile(r"split_(\d+)\.json")
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", default="data/rag_training_data.json", help="questions, JSON or JSONL")
@@ -54,7 +55,7 @@ def remove_stale(folder: Path, parts: int, overwrite: bool) -> None:
         stage.log.info("removed %s, which belongs to an earlier, larger split", path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dynamicrag.rows.records import count_rows, read_rows
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(sizes) < args.num_splits:
         stage.log.warning("--num_splits %d: the %d questions fill only %d parts", args.num_splits, sum(sizes), len(sizes))
     paths = [Path(args.output_dir) / f"split_{part}.json" for part in range(len(sizes))]
-    output = Output(args, list(map(str, paths)), [args.input_file])
+    output = Output(vars(args), list(map(str, paths)), [args.input_file])
     remove_stale(Path(args.output_dir), len(paths), args.overwrite)
     if output.finished:
         return

@@ -11,18 +11,22 @@ Writes   training_data/training_data_sft.jsonl, training_data/training_data_dpo.
     python split_for_sft_dpo.py
 """
 
+import argparse
 import random
+from collections.abc import Sequence
 
 from dynamicrag import stage
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
+from dynamicrag.rows.row import STAGE_KEYS
 from dynamicrag.stage import UserError, log
 
 PUBLISHED_SFT_ROWS = 70_000
 PUBLISHED_ROWS = 120_000
+NEEDS = STAGE_KEYS["split_for_sft_dpo"].reads
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--input_file", default="training_data/retrieval_data_rerank_normal.jsonl", help="labelled rows")
@@ -62,24 +66,23 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int,
     return set(sft), set(dpo), set(dev)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     dev_file = [args.dev_file] if args.dev_size else []
-    out = Output(args, [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
-    if out.finished:
+    output = Output(vars(args), [args.sft_file, args.dpo_file, *dev_file], [args.input_file])
+    if output.finished:
         return
-    needs = ("docs", "true_id", "false_id")
-    rows = count_rows(args.input_file, needs, skip_malformed=bool(out.reject))
+    rows = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
     sft, dpo, dev = divide(rows, args.sft_size, args.dpo_size, args.dev_size, args.seed)
 
     def part(numbers, reject):
-        return (row for number, row in enumerate(read_rows(args.input_file, needs, reject=reject)) if number in numbers)
+        return (row for number, row in enumerate(read_rows(args.input_file, NEEDS, reject=reject)) if number in numbers)
 
-    out.publish(args.sft_file, part(sft, out.reject))
-    out.publish(args.dpo_file, part(dpo, out.ignore))
+    output.publish(args.sft_file, part(sft, output.reject))
+    output.publish(args.dpo_file, part(dpo, output.ignore))
     for path in dev_file:
-        out.publish(path, part(dev, out.ignore))
-    out.finish(sft=len(sft), dpo=len(dpo), dev=len(dev))
+        output.publish(path, part(dev, output.ignore))
+    output.finish(sft=len(sft), dpo=len(dpo), dev=len(dev))
 
 
 if __name__ == "__main__":

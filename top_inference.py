@@ -14,23 +14,24 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
         --remain-output-json results/llama3_8b_top_500_nq_remain.json --max-context-window 40 --topn 500
 """
 
-from argparse import Namespace
+import argparse
 from collections.abc import Callable, Sequence
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import add_files_flags, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, assemble_result, runs_of
 from dynamicrag.llm.completion import Usage
-from dynamicrag.llm.engine import add_engine_flags
-from dynamicrag.llm.requests import Caller, add_call_flags, load_callers, positions_of, read_selection
+from dynamicrag.llm.engine import add_engine_flags, engine_inputs
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import Builders, add_call_flags, load_builders, positions_of, read_selection
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.identifiers import Selection
 from dynamicrag.rows.row import Doc, Row
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 Window = tuple[int, list[Doc]]  # number of the question, documents in the window
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     add_files_flags(parser.add_argument_group("files"), "eval_data/nq_top500.jsonl", "results/llama3_8b_top_500_nq.json")
     windows = parser.add_argument_group("windows")
@@ -79,9 +80,12 @@ def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
     return list(first.values())
 
 
-def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace) -> list[Row]:
-    """Return the answered rows. A row whose last selection or answer cannot be read has `error` instead of `response`."""
-    chooser, generator = callers
+def answer_rows(rows: list[Row], builders: Builders, topn: int, window_size: int, order: str) -> list[Row]:
+    """Return the answered rows, from their first `topn` documents in windows of `window_size`. `order` is a value of --order.
+
+    A row whose last selection or answer cannot be read has `error` instead of `response`.
+    """
+    chooser, generator = builders
     usages = [Usage() for _ in rows]
 
     def choose(windows: list[Window]) -> list[Selection]:
@@ -94,10 +98,10 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
         notation = chooser.prompts.notation
         return [read_selection(completion, 0, len(docs), notation) for (_, docs), completion in zip(shown, completions, strict=True)]
 
-    candidates = reduce_to_window([row["docs"][: run.topn] for row in rows], run.max_context_window, choose)
+    candidates = reduce_to_window([row["docs"][:topn] for row in rows], window_size, choose)
     open_questions = [number for number, docs in enumerate(candidates) if docs]
     final = dict(zip(open_questions, choose([(number, candidates[number]) for number in open_questions]), strict=True))
-    in_order = sorted if run.order == "retrieval" else list  # candidates are in the order of retrieval
+    in_order = sorted if order == "retrieval" else list  # candidates are in the order of retrieval
     readable = [number for number in range(len(rows)) if number not in final or final[number].valid]
     chosen = {
         number: [candidates[number][position - 1] for position in in_order(final[number].ids)] if number in final else []
@@ -116,13 +120,18 @@ def answer_rows(rows: list[Row], callers: tuple[Caller, Caller], run: Namespace)
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.max_context_window < 1:
         raise UserError(f"--max-context-window: expected at least 1, found {args.max_context_window}")
     if min(args.topn) < 1:
         raise UserError(f"--topn: expected at least 1, found {min(args.topn)}")
-    answer_runs(runs_of(args, "topn"), lambda _: load_callers(args), answer_rows, "topn")
+    engine, calls = options_from(args, EngineOptions), options_from(args, CallOptions)
+
+    def answer(rows: list[Row], builders: Builders, run: AnswerRun) -> list[Row]:
+        return answer_rows(rows, builders, run.value, args.max_context_window, args.order)
+
+    answer_runs(runs_of(args, "topn"), calls, engine_inputs(engine, calls), lambda _: load_builders(engine, calls), answer)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +24,21 @@ from dynamicrag.models.batches import default_batch_tokens
 from dynamicrag.models.encoder import Encoder
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.search.passages import open_passages
+from dynamicrag.stage import ArgumentParser
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 LIMIT = "encoder, padding-free limit"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--model_name_or_path", help="a real encoder (default: one with random weights)")
     parser.add_argument("--passages", type=int, default=600)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def factbook(folder: Path, count: int) -> Path:
@@ -66,6 +68,7 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The texts, the encoder and the lengths in tokens
         passages = factbook(folder, args.passages)
         model = args.model_name_or_path or make_encoder(folder / "encoder", folder / "all.jsonl")
         store = open_passages(passages)
@@ -75,6 +78,7 @@ def main() -> None:
         lengths = [len(tokens) for tokens in encoder.tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
         files = iter(range(10_000))
 
+        # What is compared
         def stage() -> float:
             nonlocal made
             output, began = folder / f"embeddings_{next(files)}", time.perf_counter()
@@ -98,6 +102,7 @@ def main() -> None:
             for size in (default // 2, default, 2 * default, 4 * default)
         }
         systems = {"batches of 64 in file order": in_file_order, "generate_passage_embeddings.py": stage, **limits}
+        # Measure and report
         seconds = measure.in_turns(systems, args.rounds)
     best = min(limits, key=seconds.get)
     rows = [[system, f"{1 / s:.1f}", f"{seconds['batches of 64 in file order'] / s:.2f}", f"{seconds[best] / s:.2f}"] for system, s in seconds.items()]

@@ -12,16 +12,18 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
 
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.options import CallOptions
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, load_prompts
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.rows.row import Row
 from dynamicrag.search.corpus import read_passages
-from sampling_dpo_trajectories import parse_args as stage_flags
+from dynamicrag.stage import ArgumentParser
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 WINDOW = 8192
@@ -47,15 +49,15 @@ class EachTimeAgain(Tokenizing):
         return self.prompts.tokenizer.encode(self.prompts.render(messages), add_special_tokens=False)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--model", default="models/smollm2-135m", help="folder of a tokenizer")
     parser.add_argument("--template", default="template/smollm2.jinja")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--topn", type=int, default=40, help="documents per question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def made_rows(questions: int, topn: int) -> list[Row]:
@@ -76,27 +78,26 @@ def main() -> None:
     args = parse_args()
     rows = made_rows(args.questions, args.topn)
     prompts = load_prompts(args.model, args.template)
-    flags = stage_flags(["--topn", str(args.topn)])
 
-    def request(caller: Caller, row: Row) -> Messages:
-        return caller.select(row, caller.shown(row["question"], row["docs"])).messages
+    def request(builder: RequestBuilder, row: Row) -> Messages:
+        return builder.select(row, builder.shown(row["question"], row["docs"])).messages
 
     def again() -> float:
-        caller = Caller(EachTimeAgain(prompts), flags)
-        for messages in [request(caller, row) for row in rows]:
-            caller.engine.ids(messages)
+        builder = RequestBuilder(EachTimeAgain(prompts), CallOptions())
+        for messages in [request(builder, row) for row in rows]:
+            builder.engine.ids(messages)
         return len(rows)
 
     def kept() -> float:
-        caller = Caller(Tokenizing(PromptTokenizer(prompts.tokenizer, prompts.chat_template)), flags)
-        messages = in_threads(lambda row: request(caller, row), rows)
-        in_threads(caller.engine.ids, messages)
+        builder = RequestBuilder(Tokenizing(PromptTokenizer(prompts.tokenizer, prompts.chat_template)), CallOptions())
+        messages = in_threads(lambda row: request(builder, row), rows)
+        in_threads(builder.engine.ids, messages)
         return len(rows)
 
     systems = {"each time, one after the other": again, "kept, on all cores": kept}
     seconds = measure.in_turns(systems, args.rounds)
     slow = seconds["each time, one after the other"]
-    tokens = sum(len(prompts.ids(request(Caller(Tokenizing(prompts), flags), row))) for row in rows) // len(rows)
+    tokens = sum(len(prompts.ids(request(RequestBuilder(Tokenizing(prompts), CallOptions()), row))) for row in rows) // len(rows)
     lines = [[name, f"{1 / s:.1f}", f"{slow / s:.2f}"] for name, s in seconds.items()]
     title = f"Prompts of {tokens} tokens, {len(rows)} questions, {len(os.sched_getaffinity(0))} cores"
     measure.report(title, ["", "prompts/s", "to each time"], lines, {name: 1 / s for name, s in seconds.items()}, args.output_file)

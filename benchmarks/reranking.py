@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +26,15 @@ from dynamicrag.models.batches import default_batch_tokens, length_batches, pad
 from dynamicrag.models.monot5 import MonoT5
 from dynamicrag.models.reranker import Pair, load_reranker
 from dynamicrag.search.corpus import read_passages
+from dynamicrag.stage import ArgumentParser
 
 LIMIT = "encoder, padding-free limit"
 
 sys.path.insert(0, str(measure.REPOSITORY / "examples" / "factbook"))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--n_docs", type=int, default=50)
     parser.add_argument("--batch_tokens", type=int, help="padded tokens per batch (default: depends on the device)")
@@ -40,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def passages(folder: Path) -> list[str]:
@@ -101,11 +103,13 @@ def main() -> None:
     scores, rows, figures = {}, [], {}
     batch_tokens = args.batch_tokens or default_batch_tokens(args.device)
     with tempfile.TemporaryDirectory() as folder:
+        # Questions and their documents
         texts = passages(Path(folder))
         questions = [" ".join(texts[number].split()[:9]) + "?" for number in rng.choice(len(texts), args.questions, replace=False)]
         by_question = [[(question, texts[number]) for number in rng.choice(len(texts), args.n_docs, replace=False)] for question in questions]
         pairs = [pair for pairs in by_question for pair in pairs]
         make_model(Path(folder), texts)
+        # Each precision: lengths, systems, speed
         for dtype in args.dtypes:
             model = load_reranker(folder, args.device, dtype)
             spread(model, pairs[:40])
@@ -130,6 +134,7 @@ def main() -> None:
                 figures[f"{name}, {dtype}"] = 1 / s
                 rows.append([name, dtype, f"{1 / s:.2f}", f"{seconds['published loop'] / s:.2f}",
                              f"{seconds[LIMIT] / s:.2f}", f"{waste[name]:.1%}"])
+    # Report speed, then agreement
     title = f"Reranking, {len(pairs)} documents of {np.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)}), T5-base, {args.device}"
     measure.report(title, ["", "precision", "documents/s", "to the loop", "to the limit", "padding"], rows, figures, args.output_file)
     reference = scores["published loop", args.dtypes[0]]

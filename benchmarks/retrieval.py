@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import made
@@ -23,12 +24,13 @@ import numpy as np
 
 from dynamicrag.search.exact import ExactIndex
 from dynamicrag.search.inner_products import best_first
+from dynamicrag.stage import ArgumentParser
 
 COMPRESSED = ("IVF1024,SQ8", "RR768,IVF1024,RaBitQ4", "RR768,IVF1024,RaBitQfs")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["search", "compressed", "workers", "memory"])
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
@@ -44,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--normalize", action="store_true")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (part search only)")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -71,12 +73,14 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
 
     from dynamicrag.models.device import devices_of, pick_dtype
 
+    # The indexes
     ours = ExactIndex([vectors], devices_of(args.device))
     wide = vectors.astype(np.float32)
     plain = faiss.IndexFlatIP(vectors.shape[1])
     plain.add(wide)
     device, k = devices_of(args.device)[0], args.k
 
+    # What is compared
     def in_batches(find, size: int, count: int):
         def work() -> int:
             for start in range(0, count, size):
@@ -103,6 +107,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
         "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
         f"--index flat, {count} per pass": in_batches(lambda batch: ours.search(batch, k), count, count),
     }
+    # Measure and report speed
     seconds = measure.in_turns(names, args.rounds)
     alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))
     rows = [[name, f"{1 / s:.1f}", f"{alone / s:.1f}", f"{batched / s:.2f}"] for name, s in seconds.items()]
@@ -110,6 +115,7 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
     header = ["", "questions/s", "to one at a time", "to faiss in batches"]
     measure.report(title, header, rows, {name: 1 / s for name, s in seconds.items()}, args.output_file)
 
+    # Compare the results with brute force and with faiss
     scores, positions = ours.search(questions, k)
     sample = questions[:64]
     expected = np.concatenate([

@@ -12,6 +12,7 @@ by default that of `bash scripts/demo.sh`.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import bert_score
 import measure
@@ -23,28 +24,30 @@ from dynamicrag.llm.prompts import Prompts
 from dynamicrag.models.batches import default_batch_tokens
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
-from dynamicrag.stage import UserError
+from dynamicrag.rows.row import STAGE_KEYS
+from dynamicrag.stage import ArgumentParser, UserError
 
 LIMIT = "encoder, padding-free limit"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--input_file", default="runs/demo_default/results/training_data_dpo_sampling.json")
     parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
     parser.add_argument("--published_pairs", type=int, default=5, help="number of pairs for timing the published loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args()
     try:
-        rows = list(read_rows(args.input_file, ("answers", "id_lists", "responses")))
+        rows = list(read_rows(args.input_file, STAGE_KEYS["reward_trajectories"].reads))
     except UserError as error:
         sys.exit(f"error: {error}; bash scripts/demo.sh creates the default input")
+    # The pairs and their lengths in tokens
     pairs = [(response, gold) for row in rows for response in row["responses"] for gold in row["answers"] if response.strip() and gold.strip()]
     trajectories = sum(len(row["responses"]) for row in rows)
     bert = BertScore(args.bert_model, None, args.device, "none")
@@ -52,6 +55,7 @@ def main() -> None:
     lengths = [len(tokens) for tokens in bert._tokenizer(texts, truncation=True)["input_ids"]]
     sample = [pairs[number] for number in np.random.default_rng(0).choice(len(pairs), args.published_pairs, replace=False)]
 
+    # What is compared
     def published() -> float:
         for response, gold in sample:
             bert_score.score([response], [gold], model_type=args.bert_model, num_layers=bert.layer, device=args.device)
@@ -77,6 +81,7 @@ def main() -> None:
         "bert_score.score per pair, as published": published, "one call per pair, model loaded once": loaded_once,
         "reward_trajectories.py": ours, LIMIT: limit,
     }
+    # Measure and report
     seconds = measure.in_turns(systems, args.rounds)
     rows_of_table = [
         [name, f"{1 / s:.1f}", f"{seconds['bert_score.score per pair, as published'] / s:.1f}", f"{seconds[LIMIT] / s:.2f}"]

@@ -15,23 +15,25 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
 
 import sampling_dpo_trajectories
 from dynamicrag.llm.engine import Request
-from dynamicrag.llm.requests import Caller, load_callers
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import RequestBuilder, load_builders
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Row
-from dynamicrag.stage import UserError
+from dynamicrag.rows.row import STAGE_KEYS, Row
+from dynamicrag.stage import ArgumentParser, UserError, options_from
 
 DEMO = "runs/demo_default"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["speed", "identical"])
     parser.add_argument("--llm_model", default=f"{DEMO}/DynamicRAG_smollm2_135m/sft")
     parser.add_argument("--template", default="template/smollm2.jinja")
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"],
                         help="precisions of part identical; speed uses the first")
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def stage_args(args: argparse.Namespace, *more: str) -> argparse.Namespace:
@@ -50,33 +52,33 @@ def stage_args(args: argparse.Namespace, *more: str) -> argparse.Namespace:
     return sampling_dpo_trajectories.parse_args([*flags, *more])
 
 
-def one_at_a_time(rows: list[Row], caller: Caller, settings: argparse.Namespace) -> list[list[list[int]]]:
+def one_at_a_time(rows: list[Row], builder: RequestBuilder, settings: argparse.Namespace) -> list[list[list[int]]]:
     """Send every sample and every answer as a separate request without reuse, like a loop over a server's API."""
     def alone(request: Request) -> str:
-        caller.engine._llm.reset_prefix_cache()
-        return caller.engine.complete([request])[0].texts[0]
+        builder.engine._llm.reset_prefix_cache()
+        return builder.engine.complete([request])[0].texts[0]
 
     chosen = []
     for row in rows:
-        docs = caller.shown(row["question"], row["docs"][: settings.topn])
+        docs = builder.shown(row["question"], row["docs"][: settings.topn])
         chosen.append([])
         for sample in range(settings.num_samples):
-            text = alone(caller.select(row, docs, f"sample {sample}", temperature=settings.temperature))
+            text = alone(builder.select(row, docs, f"sample {sample}", temperature=settings.temperature))
             ids = parse_ids(text, len(docs)).ids
-            alone(caller.answer(row, [docs[position - 1] for position in ids]))
+            alone(builder.answer(row, [docs[position - 1] for position in ids]))
             chosen[-1].append(ids)
     return chosen
 
 
 def speed(args: argparse.Namespace, rows: list[Row]) -> None:
     settings = stage_args(args, "--dtype", args.dtypes[0])
-    callers = load_callers(settings)
-    caller, engine = callers[0], callers[0].engine
+    builders = load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions))
+    builder, engine = builders[0], builders[0].engine
     counted: dict[str, int] = {}
 
     def ours() -> float:
         engine._llm.reset_prefix_cache()
-        results = sampling_dpo_trajectories.sample_trajectories(rows, callers, settings)
+        results = sampling_dpo_trajectories.sample_trajectories(rows, builders, settings)
         counted["trajectories"] = sum(len(row["id_lists"]) for row in results)
         counted["answers"] = sum(len(set(map(tuple, row["id_lists"]))) for row in results)
         ours.results = results
@@ -84,7 +86,7 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
 
     def loop() -> float:
         some = rows[: max(len(rows) // 3, 1)]
-        one_at_a_time(some, caller, settings)
+        one_at_a_time(some, builder, settings)
         return len(some)
 
     def floor() -> float:
@@ -93,8 +95,8 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
         prompts = []
         for row, result in zip(rows, ours.results, strict=True):
             docs = row["docs"][: result["docs_shown"]]
-            prompts.append(caller.select(row, docs))
-            prompts += [caller.answer(row, [docs[position - 1] for position in ids]) for ids in set(map(tuple, result["id_lists"]))]
+            prompts.append(builder.select(row, docs))
+            prompts += [builder.answer(row, [docs[position - 1] for position in ids]) for ids in set(map(tuple, result["id_lists"]))]
         engine.complete([Request(request.messages, seed=0, max_tokens=1) for request in prompts])
         return len(rows)
 
@@ -111,12 +113,13 @@ def speed(args: argparse.Namespace, rows: list[Row]) -> None:
 def identical(args: argparse.Namespace, rows: list[Row]) -> None:
     lines, figures = [], {}
     for dtype in args.dtypes:
-        callers = load_callers(stage_args(args, "--dtype", dtype))
+        loaded = stage_args(args, "--dtype", dtype)
+        builders = load_builders(options_from(loaded, EngineOptions), options_from(loaded, CallOptions))
         for name, flags in (("greedy", ["--temperature", "0", "--num-samples", "1"]), ("sampled", [])):
             settings = stage_args(args, "--dtype", dtype, *flags)
 
-            def sampled(chunks: list[list[Row]], settings=settings, callers=callers) -> dict[str, tuple]:
-                results = [row for chunk in chunks for row in sampling_dpo_trajectories.sample_trajectories(chunk, callers, settings)]
+            def sampled(chunks: list[list[Row]], settings=settings, builders=builders) -> dict[str, tuple]:
+                results = [row for chunk in chunks for row in sampling_dpo_trajectories.sample_trajectories(chunk, builders, settings)]
                 return {row["id"]: list(zip(map(tuple, row["id_lists"]), row["responses"], strict=True)) for row in results}
 
             whole = sampled([rows])
@@ -141,7 +144,7 @@ def main() -> None:
         if not Path(path).exists():
             sys.exit(f"error: {path}: does not exist; bash scripts/demo.sh creates the default file")
     try:
-        rows = list(read_rows(args.input_file, ("docs",)))[: args.questions]
+        rows = list(read_rows(args.input_file, STAGE_KEYS["sampling_dpo_trajectories"].reads))[: args.questions]
     except UserError as error:
         sys.exit(f"error: {error}")
     for part in args.parts:

@@ -11,26 +11,28 @@ GPU, give enough questions to keep it busy.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import measure
 
 import inference
 import sampling_dpo_trajectories
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import Prompts
-from dynamicrag.llm.requests import load_callers
+from dynamicrag.llm.requests import load_builders
 from dynamicrag.models.device import pick_device
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row
-from dynamicrag.stage import UserError
+from dynamicrag.stage import ArgumentParser, UserError, options_from
 from reward_trajectories import terms_of_answers
 
 DEMO = "runs/demo_default"
 UNITS = ("questions", "trajectories", "prompt_tokens", "generated_tokens")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--llm_model", default=f"{DEMO}/DynamicRAG_smollm2_135m/sft")
     parser.add_argument("--template", default="template/smollm2.jinja")
     parser.add_argument("--bert_model", default="models/minilm", help="an encoder folder")
@@ -40,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_model_len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output_file", help="JSON file to which the results are added")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -50,17 +52,16 @@ def main() -> None:
         settings = sampling_dpo_trajectories.parse_args([
             "--llm-model", args.llm_model, "--template", args.template, "--topn", str(args.topn), "--max-model-len", str(args.max_model_len),
         ])
-        callers = load_callers(settings)
+        builders = load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions))
         device = pick_device("auto")
         bert = BertScore(args.bert_model, None, device, "none")
     except UserError as error:
         sys.exit(f"error: {error}; bash scripts/demo.sh creates the default files")
-    dynamic = argparse.Namespace(selector="dynamic", topn=args.topn, input_json=args.input_file)
     made: dict[str, list[Row]] = {}
 
     def sampling() -> float:
-        callers[0].engine._llm.reset_prefix_cache()
-        made["sampling"] = sampling_dpo_trajectories.sample_trajectories(rows, callers, settings)
+        builders[0].engine._llm.reset_prefix_cache()
+        made["sampling"] = sampling_dpo_trajectories.sample_trajectories(rows, builders, settings)
         return len(rows)
 
     def reward() -> float:
@@ -68,8 +69,8 @@ def main() -> None:
         return len(rows)
 
     def answering() -> float:
-        callers[0].engine._llm.reset_prefix_cache()
-        made["inference"] = inference.answer_rows(rows, callers, dynamic)
+        builders[0].engine._llm.reset_prefix_cache()
+        made["inference"] = inference.answer_rows(rows, builders, "dynamic", args.topn, args.input_file)
         return len(rows)
 
     seconds = measure.in_turns({"sampling": sampling, "reward": reward, "inference": answering}, args.rounds)

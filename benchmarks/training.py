@@ -11,11 +11,13 @@ Writes   standard output                                           a table of ra
     python benchmarks/training.py
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -31,7 +33,7 @@ ATTENTION = {"sdpa": "sdpa", "eager": "disabled"}
 MEMORY = {"given back": {}, "kept": {"GLIBC_TUNABLES": KEPT}}
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--data", default="runs/demo_default/training_data/factbook_warm_up.json", help="rows to train on")
     parser.add_argument("--model", default="models/smollm2-135m", help="checkpoint to start from")
@@ -42,7 +44,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def seconds(attention: str, memory: dict[str, str], folder: Path, args) -> float:
+def seconds(attention: str, memory: dict[str, str], folder: Path, args: argparse.Namespace) -> float:
     """Return LLaMA-Factory's train_runtime, which excludes its start and reading the data."""
     settings = yaml.safe_load(Path(args.recipe).read_text()) | {
         "model_name_or_path": args.model, "dataset_dir": str(folder), "dataset": "factbook_warm_up", "output_dir": str(folder / "model"),
@@ -56,7 +58,7 @@ def seconds(attention: str, memory: dict[str, str], folder: Path, args) -> float
     return json.loads((folder / "model/train_results.json").read_text())["train_runtime"]
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not Path(args.data).is_file():
         raise UserError(f"{args.data}: no such file; create it with bash scripts/demo.sh or "

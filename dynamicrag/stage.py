@@ -4,11 +4,17 @@ import argparse
 import errno
 import hashlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 log = logging.getLogger("dynamicrag")
 
 
@@ -17,6 +23,8 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------- flags
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,10 +44,19 @@ RENAMED_FLAGS = {"max_pairs_a_question": "max_pairs_per_question", "questions_a_
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file."""
+    """Accept flags in full only, with dashes or underscores: --input-file is the same as --input_file.
+
+    Help and usage show all flags with dashes, those in the stage's docstring too.
+    """
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def format_help(self) -> str:
+        return FLAG.sub(lambda flag: flag[0].replace("_", "-"), super().format_help())
+
+    def format_usage(self) -> str:
+        return FLAG.sub(lambda flag: flag[0].replace("_", "-"), super().format_usage())
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         spelling = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
@@ -70,6 +87,11 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def options_from(args: argparse.Namespace, kind: type[Options]) -> Options:
+    """Return a dataclass of the given kind, with each field taken from the flag of the same name."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which a cluster sends before it reclaims the machine. It is handled like Ctrl-C."""
 
@@ -78,7 +100,7 @@ class _Terminated(KeyboardInterrupt):
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-MOST_SAID = 1000  # maximum length of an error message in characters
+MAX_SAID = 1000  # maximum length of an error message in characters
 
 
 def run(main) -> None:
@@ -118,8 +140,8 @@ def _fail(message: str, status: int) -> int:
     from tqdm import tqdm
 
     line = " ".join(message.split())
-    if len(line) > MOST_SAID:
-        line = f"{line[: MOST_SAID * 3 // 4]} ... {line[-MOST_SAID // 4 :]}"
+    if len(line) > MAX_SAID:
+        line = f"{line[: MAX_SAID * 3 // 4]} ... {line[-MAX_SAID // 4 :]}"
     # A plain print would continue the line of a progress bar that the error left open.
     tqdm.write("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line), file=sys.stderr)
     return status

@@ -12,7 +12,9 @@ Writes   OUTPUT_DIR/evidence.md             the tables
         --seeds runs/evidence/seed_1.json runs/evidence/seed_2.json runs/evidence/seed_3.json
 """
 
+import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +68,7 @@ def mean(figures: list[dict], key: str) -> float:
     return statistics.fmean(one[key] for one in figures)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--seeds", nargs="+", required=True, help="one file per seed")
     parser.add_argument("--output_dir", default="runs/evidence", help="folder of evidence.md and evidence.json")
@@ -177,7 +179,7 @@ def rounds_table(rounds: list[list[dict]]) -> str:
     return markdown_table(["round", *(heading for heading, _ in ROUND_COLUMNS.values())], lines)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     seeds = read_seeds(args.seeds)
     systems = read_systems(seeds, args.seeds)

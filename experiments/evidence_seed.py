@@ -14,8 +14,10 @@ Writes   OUTPUT_FILE    {"questions": {id: kind}, "systems": [{"model", "selecto
     .venv/bin/python experiments/evidence_seed.py --run runs/evidence/seed_1 --output_file runs/evidence/seed_1.json
 """
 
+import argparse
 import functools
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -37,7 +39,7 @@ ROUND = {
 }
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--run", required=True, help="folder of the seed")
     parser.add_argument("--set", default="test", help="name of the evaluation set")
@@ -92,7 +94,7 @@ def round_figures(summaries: dict) -> dict[str, float]:
     return found
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     run, output = Path(args.run), Path(args.output_file)
     questions, systems = all_systems(run, args.set, args.bootstrap_seed)

@@ -10,10 +10,11 @@ Writes   docs/report_desktop.png                 1280 pixels wide
     .venv/bin/python experiments/screenshots.py runs/demo_default/results/report/index.html
 """
 
+import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -27,7 +28,7 @@ FLAGS = (
 )
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("page", help="index.html of a report")
     parser.add_argument("--output_dir", default="docs", help="folder of the pictures")
@@ -66,7 +67,7 @@ def open_page(started: Browser, path: str, width: int, height: int, scale: float
     return page
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not Path(args.page).is_file():
         raise UserError(f"{args.page}: no such file; create it with bash scripts/report.sh RESULTS_DIR")

@@ -8,6 +8,8 @@ Writes   ROUNDS_DIR/rounds.md          the table
     python scripts/rounds.py --rounds_dir runs/demo_default/rounds --last 3 --model smollm2_135m
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -31,7 +33,7 @@ COLUMNS = (
 )
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--rounds_dir", required=True, help="folder of the rounds")
     parser.add_argument("--last", type=int, required=True, help="number of the last round to compare")
@@ -78,7 +80,7 @@ def best_round(scores: list[float]) -> int:
     return max(range(len(scores)), key=lambda number: (scores[number], -number))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     folder = Path(args.rounds_dir)
     rounds = [read_round(folder / str(number), args.model) for number in range(args.last + 1)]

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ ROWS = [{"id": str(number), "question": f"question {number}"} for number in rang
 
 
 def arguments(**changes):
-    return Namespace(**{"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes})
+    return {"overwrite": False, "seed": 1, "flag": "x", "device": "cpu", "on_error": "fail", **changes}
 
 
 class Killed(Exception):

@@ -97,6 +97,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("evaluate_retrieval", SCORES, "--results_file {rows} --output_file {out}/retrieval.json",
           inputs={"--results_file": "", "--eval_file": "", "--qrels": ""}),
 )}
+# Stages that read one file of rows. The others read indexes, corpora, sets of shards and a hub: test_retrieval.py, test_io.py, test_prepare_data.py.
+ALONE = [name for name in STAGES if name not in ("aggregate", "retriever", "generate_passage_embeddings", "prepare_data")]
 
 
 def of_kind(*kinds: str) -> tuple[str, ...]:

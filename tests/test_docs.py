@@ -11,11 +11,11 @@ import yaml
 from pages import code, page, table
 from rooms import ROOMS, rooms_of_imports
 from running import refused
-from stages import REPO, STAGES, row
+from stages import ALONE, REPO, STAGES, TOOLS, row
 
 from dynamicrag.evaluation.metrics import METRIC_NAMES
 from dynamicrag.rows.checks import POSITION_KEYS, TRAJECTORY_KEYS
-from dynamicrag.rows.row import RESULT_KEYS, Doc, Row
+from dynamicrag.rows.row import RESULT_KEYS, STAGE_KEYS, Doc, Row, StageKeys
 from dynamicrag.rows.tasks import TASKS, dataset_named
 
 STAGE_TABLE = table(page("README.md"), "stage | command | reads")
@@ -38,22 +38,51 @@ def test_paths_and_keys_are_those_of_the_stages(line):
     keys = {key for cell, *_ in table(page("docs/data.md"), "key |") for key in code(cell)}
     for named in code(reads) + code(writes):
         assert named in sources or ("/" not in named and named in {key.removeprefix("docs[]").lstrip(".") for key in keys})
+    written = {key for name in code(command) if name.endswith(".py") for key in STAGE_KEYS.get(name.removesuffix(".py"), StageKeys()).writes}
+    assert {named for named in code(writes) if "/" not in named} <= written
 
 
 # ---------------------------------------------------------------- docs/data.md
 
 
+KEYS = [
+    (key.removeprefix("docs[]").lstrip("."), writers)
+    for cell, _, writers, _ in table(page("docs/data.md"), "key |") for key in code(cell)
+]
+STAGE_NEEDS = [
+    (script.removesuffix(".py"), keys)
+    for scripts, keys in table(page("docs/data.md"), "stage | keys that a row needs") for script in code(scripts)
+]
+
+
 def test_every_key_of_a_row_is_described():
-    described = {key.removeprefix("docs[]").lstrip(".") for cell, *_ in table(page("docs/data.md"), "key |") for key in code(cell)}
+    described = {key for key, _ in KEYS}
     assert {*Row.__annotations__, *POSITION_KEYS, *TRAJECTORY_KEYS, *RESULT_KEYS} <= described
     assert set(Doc.__annotations__) <= described | {"id", "title", "text", "score"}
 
 
+@pytest.mark.parametrize(("key", "writers"), KEYS)
+def test_a_key_is_written_by_the_stages_that_the_page_names(key, writers):
+    """`inference` on the page may be inference.py, top_inference.py or both."""
+    stages = [stage for stage, keys in STAGE_KEYS.items() if key in keys.writes]
+    words = [] if writers.startswith("you") else writers.replace("every LLM stage", "sampling, inference").split(", ")
+    assert bool(stages) == bool(words)
+    assert all(any(word in stage for word in words) for stage in stages)
+    assert all(any(word in stage for stage in stages) for word in words)
+
+
 # Cells that only name keys, without a choice between them.
 NEEDED = [
-    (code(stage)[0].removesuffix(".py"), key)
-    for stage, keys in table(page("docs/data.md"), "stage | keys that a row needs") if not re.search(r" or |;", keys) for key in code(keys)
+    (stage, key)
+    for stage, keys in STAGE_NEEDS if stage in ALONE and not re.search(r" or |;", keys) for key in code(keys)
 ]
+
+
+def test_the_page_names_the_keys_that_every_stage_reads():
+    assert {stage for stage, _ in STAGE_NEEDS} == {path.stem for path in REPO.glob("*.py")} - {"generate_passage_embeddings", *TOOLS} == {*STAGE_KEYS}
+    for stage, keys in STAGE_NEEDS:
+        read, named = {*STAGE_KEYS[stage].reads} - {*STAGE_KEYS[stage].computes}, {*code(keys)}
+        assert read <= named if re.search(r" or |;", keys) else read == named
 
 
 @pytest.mark.parametrize(("stage", "key"), NEEDED)

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -123,16 +122,16 @@ STAND_INS = {
 }
 START = """
 import sys
+from types import SimpleNamespace
 from dynamicrag.llm import engine
 if __name__ == "__main__":
-    tokenizer = engine.Namespace(added_tokens_decoder={})
-    engine.load_prompts = lambda *of: engine.Namespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
+    tokenizer = SimpleNamespace(added_tokens_decoder={})
+    engine.load_prompts = lambda *of: SimpleNamespace(tokenizer=tokenizer, chat_template="", opens_reasoning=False)
     engine.model_window, engine.forgeable = lambda model: None, lambda *of: []
     if "cuda" in sys.argv:
         import torch
         torch.cuda.is_available()
-    flags = engine.Namespace(template="", enable_thinking=None, max_model_len=8, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto")
-    engine.VllmEngine("model", flags)
+    engine.VllmEngine(engine.EngineOptions("model", template="", max_model_len=8))
 """
 
 
@@ -240,7 +239,7 @@ class Output:
 
     def __init__(self, *samples: tuple[str, str]):
         self.prompt_token_ids = [1, 2, 3]
-        self.outputs = [Namespace(text=text, finish_reason=finish, token_ids=[1, 2]) for text, finish in samples]
+        self.outputs = [SimpleNamespace(text=text, finish_reason=finish, token_ids=[1, 2]) for text, finish in samples]
 
 
 class Words:
@@ -257,7 +256,7 @@ class Words:
 def in_process(monkeypatch):
     """An engine whose vLLM returns `outputs`. Its requests are in `engine.sent`."""
     vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
-    vllm.SamplingParams, sampling_params.StructuredOutputsParams = Namespace, Namespace
+    vllm.SamplingParams, sampling_params.StructuredOutputsParams = SimpleNamespace, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
 
@@ -269,7 +268,7 @@ def in_process(monkeypatch):
             engine.sent.append((prompts, params, use_tqdm))
             return list(outputs)
 
-        engine._llm, engine._prompts, engine.max_model_len = Namespace(generate=generate), Words(opens_reasoning), 12
+        engine._llm, engine._prompts, engine.max_model_len = SimpleNamespace(generate=generate), Words(opens_reasoning), 12
         engine._special, engine._tags_are_special = list(special), tags
         return engine
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import top_inference
 from dynamicrag.evaluation import results as result_files
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.llm.engine import Completion
-from dynamicrag.llm.requests import Caller, work_on_fitting
+from dynamicrag.llm.options import CallOptions
+from dynamicrag.llm.requests import RequestBuilder, work_on_fitting
 from dynamicrag.rows import tasks
 from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.stage import UserError
@@ -262,11 +262,10 @@ def test_rows_that_a_run_could_not_answer_have_a_reason_that_is_known():
 
     docs = [{"id": "d", "title": "", "text": "x"}]
     rows = [make_row(1, None, docs=docs), make_row(2, None, docs=docs, question="this is too long")]
-    caller = Caller(Engine(), inference.parse_args([]))
-    by_windows = top_inference.parse_args([])
-    by_windows.topn, by_windows.max_context_window = 10, 5
-    for answer, args in ((inference.answer_rows, Namespace(selector="dynamic", topn=5)), (top_inference.answer_rows, by_windows)):
-        work = partial(answer, callers=(caller, caller), run=args)
+    caller = RequestBuilder(Engine(), CallOptions())
+    by_windows = partial(top_inference.answer_rows, topn=10, window_size=5, order="final")
+    for answer in (partial(inference.answer_rows, selector="dynamic", topn=5, path="q.jsonl"), by_windows):
+        work = partial(answer, builders=(caller, caller))
         found = work_on_fitting(rows, (caller, caller), work, fail_unanswered)
         assert [unanswered_reason(row) for row in found] == ["no_selection", "question_too_long"]
 

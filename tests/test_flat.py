@@ -75,7 +75,7 @@ def test_scores_beyond_half_precision(small_tiles):
 
 
 def test_many_questions_in_small_tiles(small_tiles, monkeypatch):
-    monkeypatch.setattr(exact, "MOST_SCORES", 100)
+    monkeypatch.setattr(exact, "MAX_SCORES", 100)
     rng = np.random.default_rng(8)
     assert_exact(normal(rng, 300, 8).astype(np.float16), normal(rng, 70, 8), 5)
 

@@ -99,7 +99,7 @@ def main():
     parser.add_argument("written")
     stage.add_common_flags(parser)
     args = parser.parse_args()
-    output = Output(args, [args.written], [args.read])
+    output = Output(vars(args), [args.written], [args.read])
     if not output.finished:
         for chunk in output.chunks(read_rows(args.read), 100):
             output.write(chunk)
@@ -200,12 +200,12 @@ sys.argv = sys.argv[1:]
 def reply(request, kind, titles):
     question = request.messages[-1]["content"]
     return "answer" if kind == "answer" else "no selection" if "odd 1" in question else "[1]"
-def load(args, both=True):
+def load(engine, calls, both=True):
     with open("LOADS", "a") as file:
         print(script, file=file)
-    return (requests.Caller(StubEngine(reply), args),) * 2
+    return (requests.RequestBuilder(StubEngine(reply), calls),) * 2
 module = __import__(script)
-module.load_callers = load
+module.load_builders = load
 stage.run(module.main)
 """
 

@@ -4,7 +4,6 @@ import json
 import random
 import re
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,21 @@ import top_inference
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm.completion import Completion, Usage
-from dynamicrag.llm.requests import Caller, documents_that_fit, work_on_fitting
+from dynamicrag.llm.options import CallOptions
+from dynamicrag.llm.requests import RequestBuilder, documents_that_fit, work_on_fitting
 from dynamicrag.rows.identifiers import Selection, format_ids, summarise_selections
 from dynamicrag.rows.row import fail_unanswered
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 
-def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> Caller:
-    return Caller(StubEngine(reply, window), module.parse_args(list(flags)))
+def caller(reply=None, module=inference, window: int = 10**6, *flags: str) -> RequestBuilder:
+    return RequestBuilder(StubEngine(reply, window), options_from(module.parse_args(list(flags)), CallOptions))
 
 
 def answered(rows, selector="dynamic", reply=None, topn=20, window=10**6, *flags):
     call = caller(reply, inference, window, *flags)
-    return inference.answer_rows(rows, (call, call), Namespace(selector=selector, topn=topn, input_json="q.jsonl")), call.engine
+    return inference.answer_rows(rows, (call, call), selector, topn, "q.jsonl"), call.engine
 
 
 def choosing(text: str):
@@ -277,9 +277,9 @@ def test_several_files_load_one_model_and_each_is_as_if_it_were_answered_alone(h
 def test_the_seconds_of_a_run_are_its_own(here, monkeypatch):
     real = inference.answer_rows
 
-    def slow(rows, callers, run):
-        time.sleep(0.3 if run.selector == "all" else 0)
-        return real(rows, callers, run)
+    def slow(rows, callers, selector, *given):
+        time.sleep(0.3 if selector == "all" else 0)
+        return real(rows, callers, selector, *given)
 
     monkeypatch.setattr(inference, "answer_rows", slow)
     run(inference, "--selector", "all", "none")
@@ -404,7 +404,7 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():
         return format_ids(range(1, len(titles) + 1)) if titles[0] == "d40" else format_ids([len(titles)])
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_rows([question(docs=500)], (call, call), call_args())
+    [row] = by_windows([question(docs=500)], call)
     expected = [*range(40, 481, 40), 500]
     assert row["id_list"] == expected
     assert row["final_docs"] == row["candidates"] == [f"d{n}" for n in expected]
@@ -412,9 +412,9 @@ def test_top_500_with_a_model_that_takes_the_last_of_each_window():
     assert row["usage"]["calls"] == 15
 
 
-def call_args(*flags: str):
+def by_windows(rows: list[dict], call: RequestBuilder, *flags: str) -> list[dict]:
     args = top_inference.parse_args(list(flags))
-    return Namespace(**{**vars(args), "topn": args.topn[0]})
+    return top_inference.answer_rows(rows, (call, call), args.topn[0], args.max_context_window, args.order)
 
 
 def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval():
@@ -424,7 +424,7 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
         return "[2], [1]" if len(titles) > 1 else "[1]"
 
     call = caller(reply, top_inference)
-    [row] = top_inference.answer_rows([question(docs=6)], (call, call), call_args("--max-context-window", "3", "--topn", "6"))
+    [row] = by_windows([question(docs=6)], call, "--max-context-window", "3", "--topn", "6")
     # {d1 d2 d3} and {d4 d5 d6} keep d1 d2 d4 d5; then {d1 d2 d4} {d5} keep d1 d2 d5; of these [2], [1]
     assert row["candidates"] == ["d1", "d2", "d5"]
     assert row["final_docs"] == ["d2", "d1"]
@@ -436,8 +436,8 @@ def test_the_final_window_is_ordered_by_the_model_and_earlier_ones_by_retrieval(
 @pytest.mark.parametrize(("order", "chosen"), [("final", ["d5", "d1", "d3"]), ("retrieval", ["d1", "d3", "d5"])])
 def test_the_documents_are_read_in_the_order_of_the_last_window_or_of_retrieval(order, chosen):
     call = caller(lambda request, kind, titles: "from " + " ".join(titles) if kind == "answer" else "[3], [1], [2]", top_inference)
-    flags = call_args("--order", order, "--max-context-window", "3", "--topn", "5")
-    [row] = top_inference.answer_rows([question(docs=[doc for doc in documents(5) if doc["id"] in ("d1", "d3", "d5")])], (call, call), flags)
+    flags = ["--order", order, "--max-context-window", "3", "--topn", "5"]
+    [row] = by_windows([question(docs=[doc for doc in documents(5) if doc["id"] in ("d1", "d3", "d5")])], call, *flags)
     assert (row["final_docs"], row["response"]) == (chosen, "from " + " ".join(chosen))
     assert row["id_list"] == [{"d1": 1, "d3": 2, "d5": 3}[doc_id] for doc_id in chosen]
 
@@ -463,8 +463,8 @@ def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(
         return rng.choice(written)
 
     call = caller(reply, top_inference)
-    flags = call_args("--max-context-window", str(window), "--topn", str(count), "--order", order)
-    [row] = top_inference.answer_rows([question(docs=docs)], (call, call), flags)
+    flags = ["--max-context-window", str(window), "--topn", str(count), "--order", order]
+    [row] = by_windows([question(docs=docs)], call, *flags)
     unique = {doc["id"]: doc for doc in reversed(docs)}
     if len(unique) > window:
         assert len(call.engine.batches[0]) == -(-len(unique) // window)
@@ -482,7 +482,7 @@ def test_whatever_the_model_writes_the_answer_is_from_documents_of_the_question(
 
 def test_a_window_of_which_nothing_is_chosen_leaves_an_answer_without_documents():
     call = caller(choosing("None"), top_inference)
-    [row] = top_inference.answer_rows([question(docs=90)], (call, call), call_args())
+    [row] = by_windows([question(docs=90)], call)
     assert (row["id_list"], row["final_docs"], row["candidates"]) == ([], [], [])
     assert isinstance(row["response"], str)
 
@@ -492,7 +492,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
         return "a" if kind == "answer" else "prose" if titles[0] == "d1" else "[1]"
 
     call = caller(reply, top_inference)
-    rows = top_inference.answer_rows([question(docs=6), question(2, 0)], (call, call), call_args("--max-context-window", "4"))
+    rows = by_windows([question(docs=6), question(2, 0)], call, "--max-context-window", "4")
     # {d1..d4} unreadable, kept; {d5 d6} keeps d5; five are cut again: {d1..d4} kept, {d5} kept: no shrinking, cut to four
     assert rows[0]["candidates"] == ["d1", "d2", "d3", "d4"]
     assert "error" in rows[0]
@@ -505,14 +505,14 @@ def test_documents_are_identified_by_id_not_by_position_or_text():
     kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
     call = caller(choosing("[2], [1]"), top_inference)
-    [row] = top_inference.answer_rows([question(docs=docs)], (call, call), call_args("--max-context-window", "5"))
+    [row] = by_windows([question(docs=docs)], call, "--max-context-window", "5")
     assert row["final_docs"] == ["d1", "d0"]
     assert row["id_list"] == [2, 1]
 
 
 def test_top_inference_shows_no_more_than_topn():
     call = caller(choosing("[1]"), top_inference)
-    [row] = top_inference.answer_rows([question(docs=90)], (call, call), call_args("--topn", "50"))
+    [row] = by_windows([question(docs=90)], call, "--topn", "50")
     assert row["candidates"] == ["d1", "d41"]
 
 
@@ -585,7 +585,7 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
     call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"] and fits(messages, max_tokens)
     rows = [question(1), {**question(2), "question": "endless", "response": "of an earlier run"}, question(3)]
     results = work_on_fitting(
-        rows, (call, call), lambda some: inference.answer_rows(some, (call, call), Namespace(selector="dynamic", topn=20)), fail_unanswered
+        rows, (call, call), lambda some: inference.answer_rows(some, (call, call), "dynamic", 20, "q.jsonl"), fail_unanswered
     )
     assert [row["id"] for row in results] == ["q1", "q2", "q3"]
     assert results[0]["response"] and results[2]["response"] and "response" not in results[1]
@@ -594,7 +594,7 @@ def test_an_overlong_question_costs_itself_and_not_the_run():
     call = caller(lambda request, kind, titles: ["[1]"] * request.n if kind == "select" else "an answer", sampling_dpo_trajectories)
     call.engine.fits = lambda messages, max_tokens: "endless" not in messages[-1]["content"]
     sampled = work_on_fitting(
-        rows, (call, call), lambda some: sampling_dpo_trajectories.sample_trajectories(some, (call, call), call._args),
+        rows, (call, call), lambda some: sampling_dpo_trajectories.sample_trajectories(some, (call, call), sampling_dpo_trajectories.parse_args([])),
         sampling_dpo_trajectories.no_trajectory,
     )
     assert [len(row["id_lists"]) for row in sampled] == [8, 0, 8]

@@ -28,8 +28,8 @@ from dynamicrag.llm.prompts import Prompts
 from dynamicrag.reward import judge as judge_module
 from dynamicrag.reward.judge import (
     CRITERIA,
+    MAX_REPLIES,
     MAX_TOKENS,
-    MOST_REPLIES,
     POINTS,
     REPLY_FORMATS,
     RETRY_TEMPERATURE,
@@ -306,7 +306,7 @@ def storm(response: str) -> tuple[list, float]:
     points = [rng.randint(0, POINTS) for _ in CRITERIA]
     troubles = rng.choices(TROUBLES, k=rng.randint(0, 5))
     replies = [trouble for trouble in troubles if trouble[0] == 200 and isinstance(trouble[1], str)]
-    for trouble in replies[MOST_REPLIES - 1 :]:  # a third one would end the run
+    for trouble in replies[MAX_REPLIES - 1 :]:  # a third one would end the run
         troubles.remove(trouble)
     return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
 

@@ -51,7 +51,7 @@ def evaluation(count: int) -> bytes:
 def hub(monkeypatch, tmp_path):
     """A hub, used by this process; no retry waits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(downloads, "MOST_WAIT", 0)
+    monkeypatch.setattr(downloads, "MAX_WAIT", 0)
     with LocalHub() as started:
         started.connect(monkeypatch, tmp_path / "cache")
         yield started

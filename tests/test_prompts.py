@@ -1,7 +1,6 @@
 """dynamicrag/llm/prompts.py: the words of the prompts, which are the same in training, sampling and inference."""
 
 import re
-from argparse import Namespace
 
 import pytest
 from prompt_rows import DOCS, ROW
@@ -12,12 +11,13 @@ import construct_generator_sft
 import inference
 import process_training_data
 import reranker_sequence
+from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.prompt_texts import DEFAULT_PROMPTS, PLACEHOLDERS
 from dynamicrag.llm.prompts import Prompts, training_row
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.rows.identifiers import Notation, ids_pattern
 from dynamicrag.rows.tasks import task_of
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 
 def user(messages) -> str:
@@ -151,8 +151,8 @@ def prompts_file(request, tmp_path):
     return str(path)
 
 
-def caller(prompts_file) -> Caller:
-    return Caller(StubEngine(), Namespace(**{**vars(inference.parse_args([])), "prompts": prompts_file}))
+def caller(prompts_file) -> RequestBuilder:
+    return RequestBuilder(StubEngine(), CallOptions(prompts=prompts_file))
 
 
 def turns(row: dict) -> list[dict]:
@@ -214,7 +214,7 @@ def test_stop_strings_go_with_every_request_of_their_prompt(tmp_path):
 
 @pytest.mark.parametrize(("flags", "temperature"), [([], 0.0), (["--selection-temperature", "0.4"], 0.4)])
 def test_selections_are_greedy_unless_asked_otherwise(flags, temperature):
-    asked = Caller(StubEngine(), inference.parse_args(flags))
+    asked = RequestBuilder(StubEngine(), options_from(inference.parse_args(flags), CallOptions))
     assert asked.select(ROW, DOCS).temperature == temperature and asked.select(ROW, DOCS, temperature=0.0).temperature == 0.0
     assert asked.answer(ROW, DOCS).temperature == 0.0
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from dynamicrag.evaluation.answers import summarise
 from dynamicrag.llm import requests
 from dynamicrag.llm.engine import engine_inputs
 from dynamicrag.llm.model_files import MANIFEST, PROMPTS, TEMPLATE, manifest_of, prompts_for, prompts_yaml
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import Prompts
 from dynamicrag.llm.templates import load_prompts
 from dynamicrag.models.chat_templates import SAMPLE
@@ -73,7 +73,7 @@ def stub(monkeypatch):
     """A stub in place of the engine. Returns what it was loaded with, and asked."""
     loaded = []
 
-    def load_engine(args: Namespace) -> StubEngine:
+    def load_engine(args: EngineOptions) -> StubEngine:
         engine = StubEngine(lambda request, kind, titles: "[2]" if kind == "select" else f"from {' '.join(titles)}")
         engine.args = args
         loaded.append(engine)
@@ -432,7 +432,6 @@ def test_a_prompts_file_that_was_changed_is_noticed(model, caplog):
 
 
 def test_a_servers_model_is_looked_up_nowhere(model, hub):
-    args = Namespace(api_base="http://127.0.0.1:9", llm_model="me/tiny", reranker_model=None, template="auto", reranker_template=None, prompts=None)
-    assert engine_inputs(args) == [] and hub.requests == []
+    assert engine_inputs(EngineOptions("me/tiny", api_base="http://127.0.0.1:9"), CallOptions()) == [] and hub.requests == []
     with pytest.raises(UserError, match=naming("missing/model")):
         load_prompts("missing/model", "auto")

@@ -15,10 +15,11 @@ from stubs import LLAMA3_TOKENS, StubEngine
 from transformers import PreTrainedTokenizerFast
 
 import inference
+from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.prompts import Prompts
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.llm.templates import PromptTokenizer
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 REPO = Path(__file__).parents[1]
 SKELETON = REPO / "configs/released_8b_prompts.yaml"
@@ -41,9 +42,10 @@ def filled(**changes) -> dict:
 
 @pytest.fixture
 def caller(tmp_path):
-    def make(**changes) -> Caller:
+    def make(**changes) -> RequestBuilder:
         (tmp_path / "p.yaml").write_text(yaml.safe_dump(filled(**changes)), encoding="utf-8")
-        return Caller(StubEngine(), inference.parse_args(["--prompts", str(tmp_path / "p.yaml"), *settings_of("ENGINE_FLAGS")]))
+        flags = ["--prompts", str(tmp_path / "p.yaml"), *settings_of("ENGINE_FLAGS")]
+        return RequestBuilder(StubEngine(), options_from(inference.parse_args(flags), CallOptions))
 
     return make
 

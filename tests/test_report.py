@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from argparse import Namespace
 from html import unescape
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def finish_run(results: Path, name: str, rows: list[dict], selector: str = "dyna
     asked = write_jsonl(results.parent / f"{questions_file}.jsonl", rows)
     path, remain = results / f"{name}.json", results / f"{name}_remain.json"
     arguments = {"selector": selector, "topn": 4, **arguments}
-    args = Namespace(input_json=str(asked), output_json=str(path), remain_output_json=str(remain), llm_model=f"models/{model}", reranker_model=reranker,
+    args = dict(input_json=str(asked), output_json=str(path), remain_output_json=str(remain), llm_model=f"models/{model}", reranker_model=reranker,
                      seed=1, on_error="fail", overwrite=False, **{key: value for key, value in arguments.items() if value is not None})
     out = Output(args, [str(path), str(remain)], [str(asked)])
     answered = []

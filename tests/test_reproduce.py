@@ -14,8 +14,9 @@ from machines import program, table
 from stubs import StubEngine
 
 import inference
-from dynamicrag.llm.requests import Caller
-from dynamicrag.stage import UserError
+from dynamicrag.llm.options import CallOptions
+from dynamicrag.llm.requests import RequestBuilder
+from dynamicrag.stage import UserError, options_from
 
 REPO = Path(__file__).parents[1]
 NINE = "nq triviaqa popqa hotpotqa 2wikimqa fever eli5 asqa arc_challenge".split()
@@ -127,10 +128,9 @@ def test_the_tokens_forecast_are_those_that_inference_sends(scripts, selector):
 
     engine = StubEngine(reply)
     engine.titles = lambda messages: re.findall(r"^(?:\[\d+\] )?(t\d)$", messages[-1]["content"], re.MULTILINE)
-    asked.selector = selector  # as a run of one selector has it
     questions = [row(1), row(2, docs=1)]
-    caller = Caller(engine, asked)
-    inference.answer_rows(questions, (caller, caller), asked)
+    caller = RequestBuilder(engine, options_from(asked, CallOptions))
+    inference.answer_rows(questions, (caller, caller), selector, asked.topn, "q.jsonl")
     requests = [request for batch in engine.batches for request in batch]
     sent = sum(lengths.window.prompt_tokens(request.messages) for request in requests)
     forecast = [lengths.question(question, selector) for question in questions]

@@ -575,14 +575,12 @@ def workplace(tmp_path, monkeypatch, encoder_dir, corpus_tsv, shards_dir):
 
 def work(number):
     """Write the files of a retriever without a search."""
-    from argparse import Namespace
-
     from dynamicrag.rows.output import Output
     from dynamicrag.rows.records import read_rows
 
     source = f"data/splits/split_{number}.json"
-    args = Namespace(query=source, overwrite=True, seed=1, on_error="fail")
-    output = Output(args, [f"output/retrieval_split_{number}.json"], [source])
+    arguments = {"query": source, "overwrite": True, "seed": 1, "on_error": "fail"}
+    output = Output(arguments, [f"output/retrieval_split_{number}.json"], [source])
     output.process(read_rows(source), 2, lambda rows: [{**row, "docs": [{"id": "d", "title": "", "text": "t"}]} for row in rows], 1, "")
     output.finish()
 

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from stubs import StubEngine, documents, make_text, make_tiny_llama, question
 
 import sampling_dpo_trajectories
 from dynamicrag.files.jsonio import read_json
-from dynamicrag.llm.requests import Caller
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.identifiers import summarise_selections
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 
-def caller(reply) -> Caller:
-    return Caller(StubEngine(reply), sampling_dpo_trajectories.parse_args([]))
+def caller(reply) -> RequestBuilder:
+    return RequestBuilder(StubEngine(reply), options_from(sampling_dpo_trajectories.parse_args([]), CallOptions))
 
 
 def read(path: str) -> list[dict]:
@@ -126,10 +128,10 @@ def test_documents_shown_are_those_that_were_labelled_or_both_numbers_are_named(
     row = question(docs=documents(4), true_id=[1], false_id=[2, 3, 4])
     write_jsonl(Path("q.jsonl"), [row])
 
-    def load(args):
+    def load(engine, calls):
         raise RuntimeError("a model is loaded")
 
-    monkeypatch.setattr(sampling_dpo_trajectories, "load_callers", load)
+    monkeypatch.setattr(sampling_dpo_trajectories, "load_builders", load)
     arguments = ["--input-jsonl", "q.jsonl", "--template", "t.jinja", "--overwrite", *flags]
     if status is None:
         with pytest.raises(RuntimeError, match="a model is loaded"):
@@ -255,13 +257,13 @@ def compare_real_trajectories(folder: Path) -> None:
         "--llm-model", str(folder / "model"), "--reranker-model", str(folder / "other"), "--dtype", "float32", "--include-expert",
         "--template", str(REPO / "template/llama3.jinja"), "--max-model-len", "1024", "--answer-max-tokens", "6", "--num-samples", "4",
     ])
-    callers = sampling_dpo_trajectories.load_callers(args)
+    calls = options_from(args, CallOptions)
+    loaded = sampling_dpo_trajectories.load_builders(options_from(args, EngineOptions), calls)
     for permute, constrain in ((False, "on"), (True, "on"), (False, "off")):
         args.permute = permute
-        for caller_of in callers:
-            caller_of._args.constrain_ids = constrain
+        callers = tuple(RequestBuilder(of_model.engine, replace(calls, constrain_ids=constrain)) for of_model in loaded)
 
-        def sample(some):
+        def sample(some, callers=callers):
             return {row["id"]: row for row in sampling_dpo_trajectories.sample_trajectories(some, callers, args)}
 
         together = sample(rows)

@@ -14,6 +14,7 @@ from stubs import make_text
 
 import aggregate
 import retriever
+from dynamicrag.rows.output import Output
 from dynamicrag.rows.trec import fuse
 from dynamicrag.search import bm25
 from dynamicrag.search.passages import open_passages
@@ -232,6 +233,24 @@ def test_vectors_stay_with_their_questions(tmp_path, encoder_dir, corpus_tsv, sh
     expected = retrieve(encoder_dir, corpus_tsv, shards_dir, write_jsonl(tmp_path / "p.jsonl", alone), tmp_path / "e.jsonl", *flags)
     assert ids(found) == ids(expected) and len(found) == 2
     assert not (tmp_path / "o.jsonl.queries.npy").exists()
+
+
+def test_a_row_is_searched_with_its_own_vector_whichever_rows_are_skipped(search, monkeypatch):
+    """Here a continued run gets the first rows last, and the number of finished rows is not kept."""
+    expected = {row["id"]: row["docs"] for row in search("whole.jsonl", "--n_docs", 5)}
+    assert len({json.dumps(docs) for docs in expected.values()}) > 5
+    chunks = Output.chunks
+
+    def first_rows_last(output, rows, size):
+        first, *others = chunks(output, rows, size)
+        for chunk in (*others, first):
+            output.rows = 0
+            yield chunk
+
+    monkeypatch.setattr(Output, "chunks", first_rows_last)
+    rows = search("skipped.jsonl", "--n_docs", 5, "--questions_per_pass", 4)
+    assert [row["id"] for row in rows] == [f"q{number}" for number in (4, 5, 6, 7, 8, 9, 10, 0, 1, 2, 3)]
+    assert {row["id"]: row["docs"] for row in rows} == expected
 
 
 def test_no_two_runs_write_one_output(tmp_path, search, monkeypatch):

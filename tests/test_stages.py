@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import names
 from running import refused
-from stages import DOCS, LLM_STAGES, MODEL, REPO, SCORERS, STAGES, TOOLS, flags_of, of_kind, page_commands, row
+from stages import ALONE, DOCS, LLM_STAGES, MODEL, REPO, SCORERS, STAGES, TOOLS, flags_of, of_kind, page_commands, row
+
+from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.stage import options_from
 
 HEAVY = ("torch", "vllm", "transformers", "faiss", "datasets", "spacy", "numpy", "openai", "bert_score")
-# Stages that read one file of rows. The others read indexes, corpora, sets of shards and a hub: test_retrieval.py, test_io.py, test_prepare_data.py.
-ALONE = [name for name in STAGES if name not in ("aggregate", "retriever", "generate_passage_embeddings", "prepare_data")]
 WRITERS = [name for name in ALONE if name not in (*SCORERS, "split_data")]  # split_data reads its input before it makes the folder
 GOOD = json.dumps(row())
 BROKEN = {
@@ -71,7 +72,7 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
     assert done.returncode == 0
     assert f"python {name}.py" in done.stdout, "one command to copy"
     assert ("--seed" in done.stdout) == (name in STAGES)
-    for flag in ("--overwrite", "--on_error"):
+    for flag in ("--overwrite", "--on-error"):
         assert (flag in done.stdout) == (name in STAGES and name not in SCORERS)
     assert min(seconds) < 1
     assert not list(tmp_path.iterdir())
@@ -81,8 +82,9 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
 def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_args(["--help"])
-    flags = [" ".join(flag.split()) for flag in capsys.readouterr().out.split("\n  -")]
-    assert len(flags) > 3
+    text = capsys.readouterr().out
+    flags = [" ".join(flag.split()) for flag in text.split("\n  -")]
+    assert len(flags) > 3 and not re.findall(r"--[\w-]*_\w*", text), "one spelling in one help"
     assert not [flag for flag in flags if flag.count("(default") > 1 or "default: None" in flag]
 
 
@@ -148,6 +150,13 @@ def test_input_json_and_input_jsonl_are_one_flag(name):
     for kind in ("input", "output"):
         assert module.parse_args([f"--{kind}-json", "x"]) == module.parse_args([f"--{kind}_jsonl", "x"])
     assert module.parse_args(["--input-jsonl", "x"]).input_json in ("x", ["x"])
+
+
+@pytest.mark.parametrize("name", ["inference", "top_inference", "sampling_dpo_trajectories"])
+def test_options_have_the_defaults_of_their_flags(name):
+    args = load(name).parse_args([])
+    assert options_from(args, CallOptions) == CallOptions() and options_from(args, EngineOptions) == EngineOptions(args.llm_model)
+    assert options_from(load(name).parse_args(["--seed", "7"]), CallOptions).seed == 7
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,17 @@ import reranker_sequence
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.llm import training_rows
 from dynamicrag.llm.prompts import Prompts
-from dynamicrag.llm.recipe import check_columns
+from dynamicrag.llm.recipe import LengthOptions, check_columns, resolve_length_flags
 from dynamicrag.llm.templates import PromptTokenizer
 from dynamicrag.llm.training_rows import TrainingWindow, load_window
 from dynamicrag.models.chat_templates import read_template
 from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.manifest import read_manifest
-from dynamicrag.stage import UserError
+from dynamicrag.stage import UserError, options_from
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, DPO = ROOT / "recipes/llama3_8b/sft.yaml", ROOT / "recipes/llama3_8b/dpo.yaml"
+RECIPE = "recipes/llama3_8b/sft.yaml"
+SFT, DPO = ROOT / RECIPE, ROOT / "recipes/llama3_8b/dpo.yaml"
 BC, GENERATOR = "training_data/reranker_bc_training.json", "training_data/generator_sft_training.json"
 PAIRS = [f"training_data/llama3_8b_{role}_dpo.json" for role in ("reranker", "generator")]
 DOCS = 40
@@ -96,6 +96,10 @@ def llama3(tmp_path_factory) -> Path:
     return folder
 
 
+def lengths(flags: list[str]) -> LengthOptions:
+    return options_from(reranker_sequence.parse_args(flags), LengthOptions)
+
+
 def count_by(folder: Path) -> list[str]:
     return ["--tokenizer", str(folder), "--template", str(ROOT / "template/llama3.jinja")]
 
@@ -105,7 +109,7 @@ def count_by(folder: Path) -> list[str]:
 
 def test_a_row_loses_as_many_documents_as_it_must_and_no_more(llama3):
     write_sets(long_rows(), *count_by(llama3))
-    window = load_window(reranker_sequence.parse_args(count_by(llama3)))
+    window = load_window(lengths(count_by(llama3)))
     assert window.cutoff_len == yaml.safe_load(SFT.read_text())["cutoff_len"] == 8192
     by_question = {row["question"]: row for row in long_rows()}
     for made in read(BC):
@@ -167,7 +171,7 @@ def conversation(questions: int) -> dict:
 
 
 def test_a_conversation_loses_its_last_questions(llama3):
-    window = load_window(reranker_sequence.parse_args(count_by(llama3)))
+    window = load_window(lengths(count_by(llama3)))
     row, removed, _ = window.conversation(conversation(60))
     kept = len(row["history"]) + 1
     assert 1 < kept < 60 and removed == 60 - kept
@@ -195,10 +199,6 @@ def test_without_a_tokenizer_lengths_are_estimated_and_it_is_said_once_with_the_
     assert logged(caplog, "--tokenizer", 8192) == 1
 
 
-def args_of(**flags: object) -> Namespace:
-    return Namespace(**{"train_recipe": "recipes/llama3_8b/sft.yaml", "cutoff_len": None, "tokenizer": None, "template": None, **flags})
-
-
 @pytest.mark.parametrize(
     ("recipe", "flags", "cutoff_len"),
     [
@@ -214,9 +214,9 @@ def test_the_recipe_says_how_long_a_row_may_be_and_flags_override_it(recipe, fla
         Path("r.yaml").write_text(recipe)
     if cutoff_len is UserError:
         with pytest.raises(UserError):
-            load_window(args_of(train_recipe="r.yaml", **flags))
+            load_window(LengthOptions("r.yaml", **flags))
         return
-    assert load_window(args_of(train_recipe="r.yaml", **flags)).cutoff_len == cutoff_len
+    assert load_window(LengthOptions("r.yaml", **flags)).cutoff_len == cutoff_len
     assert logged(caplog) == logged(caplog, *(("r.yaml", "--cutoff_len") if cutoff_len is None else (cutoff_len, "--tokenizer"))) == 1
 
 
@@ -225,13 +225,13 @@ def test_the_hub_is_asked_once_and_quickly(monkeypatch, caplog):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert load_window(args_of()).unit == "characters"
+    assert load_window(LengthOptions(RECIPE)).unit == "characters"
     assert logged(caplog, "http://127.0.0.1:9", "--tokenizer") == 1
 
 
 def test_another_tokenizer_or_cutoff_len_is_another_set_and_another_learning_rate_is_not(llama3):
     args = reranker_sequence.parse_args([*count_by(llama3)])
-    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(training_rows.resolve_length_flags(args))
+    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(resolve_length_flags(args))
     assert (args.cutoff_len, args.tokenizer) == (8192, str(llama3))
     write_jsonl(Path("rows.jsonl"), long_rows(4, 5))
     process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "4"])
@@ -268,7 +268,7 @@ def test_an_entry_that_would_lose_the_system_prompt_is_named(entry, warned, capl
     Path("recipes").mkdir()
     info = {"alpaca": {"file_name": "a.json"}, **({"mine": {"file_name": "../training_data/bc.json", **entry}} if entry is not None else {})}
     Path("recipes/dataset_info.json").write_text(json.dumps(info))
-    check_columns(args_of(), "somewhere/bc.json")
+    check_columns(RECIPE, "somewhere/bc.json")
     [said] = caplog.records
     assert (said.levelname == "WARNING") is warned
     assert '"system": "system"' in said.getMessage() and (entry is None or "mine" in said.getMessage())
@@ -279,7 +279,7 @@ def test_a_dataset_info_that_is_none_is_named(content):
     Path("recipes").mkdir()
     Path("recipes/dataset_info.json").write_text(content)
     with pytest.raises(UserError, match=r"recipes/dataset_info\.json"):
-        check_columns(args_of(), "bc.json")
+        check_columns(RECIPE, "bc.json")
 
 
 def test_every_set_says_how_its_system_prompt_is_trained(caplog):
@@ -352,7 +352,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
         write_sets(long_rows(8), "--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja"))
         sets[name] = {f"{entry}{form}": read(path) for entry, path in SETS.items() for form in ("", "_published")}
         flags = ["--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja")]
-        sets[name]["factbook_warm_up"] = [load_window(reranker_sequence.parse_args(flags)).conversation(conversation(80)).row]
+        sets[name]["factbook_warm_up"] = [load_window(lengths(flags)).conversation(conversation(80)).row]
     for path, content in (("cases.json", cases), ("sets.json", sets), ("info.json", {**info, **published})):
         Path(path).write_text(json.dumps(content))
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_check.part import ROOT, Run, execute, record_of
@@ -42,7 +43,7 @@ LEAST = 8  # minimum seconds that must remain to start a part
 CLOSING = 6  # seconds reserved for the end of the last part and the table
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=9, help="maximum duration of the whole check (9)")
     parser.add_argument("--dry", action="store_true", help="run every part on the CPU in a small size")
@@ -179,7 +180,7 @@ def table(records: list[dict]) -> str:
     return markdown_table(["part", "status", "s", "figures"], rows)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.list:
         print("\n".join(f"{name:12s} {seconds:4d} s at most" for name, (_, _, seconds) in PARTS.items()))

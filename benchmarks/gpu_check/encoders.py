@@ -37,6 +37,7 @@ def encoder(run: Run) -> None:
     from dynamicrag.models.encoder import Encoder
 
     device = run.device
+    # The encoder, and what it gives in float32 on the CPU
     torch.manual_seed(0)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
     config = data.bert_config(run.dry, len(tokenizer))
@@ -46,6 +47,7 @@ def encoder(run: Run) -> None:
     exact = Encoder(str(folder), "cpu", "float32").encode(few)
     run.note(dtype=str(fast.model.dtype), vocabulary=len(tokenizer))
 
+    # Precision
     def same(dtype: str, least: float) -> dict:
         model = Encoder(str(folder), device, dtype)
         vectors = model.encode(few, batch_tokens=2048)
@@ -58,6 +60,7 @@ def encoder(run: Run) -> None:
 
     run.case("float32", same, "float32", 0.999999)
     run.case("bfloat16", same, "bfloat16", 0.999)
+    # Speed
     passages = data.texts(24 if run.dry else 4096, 30 if run.dry else 130, seed=1)
     passages = passages * (1 if run.dry else 2)
 
@@ -117,6 +120,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     from dynamicrag.models.monot5 import MonoT5
     from dynamicrag.models.reranker import load_reranker
 
+    # A model with random weights whose probabilities differ
     torch.manual_seed(3)
     tokenizer = data.t5_tokenizer(500 if run.dry else 20_000)
     width, layers = (64, 2) if run.dry else (768, 12)
@@ -132,6 +136,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
     folder = data.saved(run.folder / f"monot5_{gated}_{scaled}", made, tokenizer)
     del made
     kept.setdefault("monoT5", folder)
+    # Its own forward pass, this project's, and that without padding
     found = {}
     probabilities = {}
     for dtype in ("float32", "bfloat16"):
@@ -145,6 +150,7 @@ def _monot5(run: Run, pairs, gated: bool, scaled: bool, kept: dict, device: str)
             alone = torch.cat([model.forward(*_batch(model, pairs, slice(row, row + 1))) for row in range(0, len(pairs), 4)])
         probabilities[dtype] = own, ours
         found[dtype] = {"own forward": _most(own, ours), "unpadded": _most(alone, ours[::4])}
+    # Differences that bfloat16 does not explain are errors
     spread = float(probabilities["float32"][0].std())
     precision = _most(probabilities["bfloat16"][0], probabilities["float32"][0])
     print(found, "bfloat16 of the own forward is off by", precision, "spread", spread)
@@ -217,6 +223,7 @@ def bertscore(run: Run) -> None:
     from dynamicrag.reward.bertscore import BertScore
 
     device = run.device
+    # The encoder and the pairs
     torch.manual_seed(5)
     tokenizer = data.bert_tokenizer(500 if run.dry else 20_000)
     config = data.bert_config(run.dry, len(tokenizer), large=True)
@@ -225,12 +232,14 @@ def bertscore(run: Run) -> None:
     responses, gold = data.texts(count, 16, seed=6), data.texts(count, 12, seed=7)
     gold = [f"{text} {' '.join(response.split()[: number % 8])}" for number, (text, response) in enumerate(zip(gold, responses, strict=True))]
     pairs = [(response, [text]) for response, text in zip(responses, gold, strict=True)]
+    # Speed
     scorer = BertScore(folder, None, device)
     scorer.score(pairs[:50])
     _peak(device)
     together, seconds = _timed(lambda: scorer.score(pairs))
     run.note(pairs_per_s=round(count / seconds), pairs=count, spread=round(float(np.std(together)), 4), least=round(min(together), 3), most=round(max(together), 3), **_peak(device))
 
+    # Scores
     def alone() -> dict:
         off = max(abs(scorer.score([pairs[row]])[0] - together[row]) for row in range(0, count, max(count // 25, 1)))
         assert off < 1e-4, f"a pair alone scores {off} differently"

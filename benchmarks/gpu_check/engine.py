@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 from gpu_check import data
@@ -52,9 +51,9 @@ def main(model: Path) -> None:
     import re
 
     from dynamicrag.llm.engine import Request, VllmEngine
+    from dynamicrag.llm.options import EngineOptions
 
-    args = Namespace(template="template/smollm2.jinja", max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.3, dtype="auto")
-    engine = VllmEngine(str(model), args)
+    engine = VllmEngine(EngineOptions(str(model), "template/smollm2.jinja", max_model_len=2048, gpu_memory_utilization=0.3))
     asked = [Request([{"role": "user", "content": text}], seed=number, max_tokens=16, n=8, temperature=1.0) for number, text in enumerate(data.texts(16, 20))]
     chosen = [Request([{"role": "user", "content": text}], seed=number, max_tokens=8, pattern=CHOICE) for number, text in enumerate(data.texts(16, 20))]
     first, second = engine.complete(asked + chosen), engine.complete(asked + chosen)

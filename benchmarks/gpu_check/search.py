@@ -22,6 +22,7 @@ def exactness(run: Run) -> None:
 
     device = run.device
     count, width, asked = (20_000, 48, 24) if run.dry else (1_000_000, 768, 256)
+    # Vectors of several kinds
     made = passage_vectors(count, width, device)
     generator = torch.Generator(device).manual_seed(2)
 
@@ -47,6 +48,7 @@ def exactness(run: Run) -> None:
         which = torch.randint(64, (count,), generator=generator, device=device)
         return (centres[which] + 0.02 * normal(count, width, dtype=torch.float32)).half()
 
+    # The cases
     small = {"BLOCK_VECTORS": 2_048 if run.dry else 1 << 17}
     run.case("topics, float16", lambda: check(made))
     run.case("gaussian, float16", lambda: check(normal(count, width)))
@@ -178,6 +180,7 @@ def speed(run: Run) -> None:
 
     device = run.device
     count, width, views = (4_000, 32, 3) if run.dry else (2_100_000, 768, 10)
+    # Vectors and questions
     made = passage_vectors(count, width, device)
     asked = (32, 64) if run.dry else (1024, 4096)
     questions = questions_about(made, asked[-1]).cpu().numpy()
@@ -186,6 +189,7 @@ def speed(run: Run) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    # Load the index
     began = time.perf_counter()
     index = exact.ExactIndex([array] * views, (device,))
     loaded = time.perf_counter() - began
@@ -193,6 +197,7 @@ def speed(run: Run) -> None:
     run.note(vectors=count * views, load_s=round(loaded, 2), first_pass_s=round(first, 2))
     found = {}
 
+    # What is measured
     def passes(number: int, k: int) -> dict:
         seconds = []
         for _ in range(2):
@@ -206,6 +211,7 @@ def speed(run: Run) -> None:
             assert all((few[side] == many[side][: asked[0]]).all() for side in (0, 1)), f"k {k}: the results depend on the questions of a pass"
         return {"equal": True}
 
+    # The cases
     for number in asked:
         for k in (50, 500):
             run.case(f"{number} questions, k {k}", passes, number, k)
@@ -239,11 +245,13 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
 
     from dynamicrag.search import exact
 
+    # The steps of a pass
     wait = torch.cuda.synchronize if index._parts[0].device != "cpu" else lambda: None
     steps = {"rounding": (exact._Part, "_round"), "selection": (exact._Best, "consider"), "sifting": (exact._Best, "_sift"), "settling": (exact._Best, "settle")}
     absent = [name for owner, name in steps.values() if not hasattr(owner, name)]
     if absent:
         raise Skipped(f"dynamicrag.search.exact has no {', '.join(absent)}")
+    # A clock that attributes the time to the innermost step
     seconds, calls, running, last = {"product": 0.0}, {}, ["product"], [time.perf_counter()]
 
     def turn() -> None:
@@ -264,6 +272,7 @@ def _split(index, queries: np.ndarray, k: int) -> dict:
                 running.pop()
         return wrapped
 
+    # One search with the steps timed
     with ExitStack() as stack:
         for label, (owner, name) in steps.items():
             stack.enter_context(patch.object(owner, name, timed(label, getattr(owner, name))))

@@ -116,6 +116,7 @@ def _rows(path: Path, pair: bool, count: int = 64, length: int = 12) -> Path:
 def training(run: Run) -> None:
     """Run SFT, DPO, and SFT under ZeRO-3 to the end; SFT and ZeRO-3 are also killed and resumed."""
     device = run.device
+    # A small model, rows and settings
     place = Training(run)
     model = small_llama(run.folder / "model", layers=2 if run.dry else 4, width=64 if run.dry else 256)
     folder = place.work / "training_data"
@@ -125,6 +126,7 @@ def training(run: Run) -> None:
     steps = 6 if run.dry else 16
     settings = {**COMMON, "model_name_or_path": model, "cutoff_len": 512, "dataset": "reranker_bc,generator_sft", **light}
 
+    # The runs
     def sft() -> dict:
         return _killed_and_resumed(place, "smollm2_135m", [bc, answers], settings, steps)
 
@@ -151,6 +153,7 @@ def training(run: Run) -> None:
         assert done.returncode and "FORCE_TORCHRUN=1" in done.stderr, f"status {done.returncode}: {_reason(done.stderr)}"
         return {"refused": True}
 
+    # The cases
     run.case("ZeRO-3 SFT, killed and resumed", zero3)  # first, because only a GPU can run it
     run.case("ZeRO-3 without FORCE_TORCHRUN is refused", refused)
     run.case("DPO", dpo)

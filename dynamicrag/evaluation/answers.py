@@ -80,6 +80,7 @@ def summarise(
     read after `rows`. `selection` is present if the needed documents of some row are known, `entity_support` if the
     rows have it. Errors refer to the rows' file as `path`. Raises UserError if no row has a gold answer.
     """
+    # Score every row
     outcomes: dict[str, Outcome] = {}
     without_gold_answer: list[str] = []
     grounded = False
@@ -100,6 +101,7 @@ def summarise(
         log.warning("%s: %d rows have no gold answer and are not counted; the first is %s",
                     path, len(without_gold_answer), without_gold_answer[0])
     matches.warn(path)
+    # Groups and costs
     by_group: dict[str, list[Outcome]] = defaultdict(list)
     usage: dict[str, list[int]] = defaultdict(list)
     for outcome in outcomes.values():
@@ -108,6 +110,7 @@ def summarise(
             usage[key] += [] if value is None else [value]
     if by_group.keys() == {""} and group_by != "dataset":
         log.warning("%s: no row has the key %r of --group_by, so there are no groups", path, group_by)
+    # The summary
     every = list(outcomes.values())
     reasons = Counter(outcome.reason for outcome in every if outcome.reason)
     documents = [outcome.documents for outcome in every if outcome.documents is not None]

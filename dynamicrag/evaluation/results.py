@@ -41,6 +41,7 @@ def result_rows(
     """
     if asked is None and eval_file:
         asked = read_asked(eval_file, "dataset", dataset)
+    # Find the remain file
     manifest = read_manifest(results_file)
     if remain_file is None and manifest and len(manifest["outputs"]) > 1:
         named = Path(manifest["outputs"][1])
@@ -48,6 +49,7 @@ def result_rows(
     if remain_file is None and eval_file is None:
         log.warning("%s: no manifest names its remain file, and --eval_file is not given; unanswered questions are "
                     "not counted", results_file)
+    # Answered rows and rows of the remain file
     repeated = Counter() if repeated is None else repeated
     seen, first_repeat = set(), None
     reasoned, responded, without_response = 0, False, None
@@ -74,6 +76,7 @@ def result_rows(
             else:
                 seen.add(row["id"])
                 yield row
+    # Say what was found
     if without_response:
         told = f"keys of row {without_response['id']}: {', '.join(sorted(without_response))}"
         if not responded:
@@ -85,6 +88,7 @@ def result_rows(
     if first_repeat:
         log.warning("%s: %d rows repeat a question and are not counted; the first is %s",
                     results_file, repeated[results_file], first_repeat)
+    # Missing questions
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
         for row in read_rows(eval_file, dataset=dataset) if eval_file else ():

@@ -22,8 +22,8 @@ from dynamicrag.files.locks import lock
 from dynamicrag.stage import UserError, log
 
 ATTEMPTS = 8  # in a row without a new byte
-MOST_WAIT = 30  # seconds between two of them
-FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a request for the first lines; each asks for twice as many as the last
+MAX_WAIT = 30  # seconds between two of them
+FIRST_BYTES, MAX_BYTES = 1 << 18, 1 << 24  # of a request for the first lines; each asks for twice as many as the last
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -160,7 +160,7 @@ def _attempts(stop: Callable[[Any], bool]) -> Any:
             return error.response.status_code in TRY_AGAIN
         return isinstance(error, httpx2.TransportError)
 
-    return Retrying(stop=stop, wait=wait_exponential(max=MOST_WAIT), retry=retry_if_exception(may_pass), reraise=True)
+    return Retrying(stop=stop, wait=wait_exponential(max=MAX_WAIT), retry=retry_if_exception(may_pass), reraise=True)
 
 
 @contextlib.contextmanager
@@ -224,4 +224,4 @@ def _blocks(remote: Remote) -> Generator[bytes]:
                 yield block
             if response.status_code != 206 or start - before < size:
                 return
-        size = min(2 * size, MOST_BYTES)
+        size = min(2 * size, MAX_BYTES)

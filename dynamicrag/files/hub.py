@@ -15,7 +15,7 @@ from dynamicrag.stage import UserError, log
 
 SECONDS = 30  # without a byte, after which a connection counts as broken
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}  # answers of a server that a later request may not get
-MOST_LISTED = 12  # file names in a message
+MAX_LISTED = 12  # file names in a message
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def hub_files(repo: str, repo_type: str, revision: str, patterns: Sequence[str])
             ))
     if not remotes:
         names = sorted(file.rfilename for file in info.siblings or ())
-        there = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
+        there = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
         raise UserError(f"{repo}: has no file {' or '.join(patterns)} at {commit}; it has {there or 'none'}; try another --revision")
     return commit, remotes
 

@@ -26,7 +26,7 @@ READ_BYTES = 1 << 20
 # broken JSON.
 CUT_MARGIN = 32
 # Limit for the nesting of a row. orjson reads one more level, but could then not write the row inside another object.
-MOST_LEVELS = 253
+MAX_LEVELS = 253
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -70,11 +70,11 @@ def _value(text: bytes | str) -> object:
     """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again."""
     value = orjson.loads(text)
     brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
-    if brackets > MOST_LEVELS:
+    if brackets > MAX_LEVELS:
         try:
             orjson.dumps([value])  # one level deeper, as in the file of rejected rows
         except orjson.JSONEncodeError as error:
-            raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from error
+            raise ValueError(f"nested more than {MAX_LEVELS} levels deep") from error
     return value
 
 
@@ -99,6 +99,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
     buffer, position, line = "", 0, 1
     with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
 
+        # The buffer and the position in it
         def broken(reason: str) -> UserError:
             return UserError(f"{path}:{line}: not a valid JSON array ({reason}); correct the file")
 
@@ -146,6 +147,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                     raise broken(str(error)) from error
                 size *= 2
 
+        # The elements between the brackets
         next_character()
         advance(position + 1)  # the opening [
         if next_character() == "]":

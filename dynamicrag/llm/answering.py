@@ -8,20 +8,36 @@ import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
-from dynamicrag.llm.engine import engine_inputs
-from dynamicrag.llm.requests import Caller, asking, work_on_fitting
+from dynamicrag.llm.options import CallOptions
+from dynamicrag.llm.requests import Builders, asking, work_on_fitting
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
-from dynamicrag.rows.row import Doc, Row, fail_unanswered, unanswered
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row, fail_unanswered, unanswered
 from dynamicrag.rows.tasks import name_with_folder
 from dynamicrag.stage import UserError
 
-Answer = Callable[[list[Row], tuple[Caller, Caller], Namespace], list[Row]]
+NEEDS = STAGE_KEYS["inference"].reads  # top_inference.py reads the same
+
+
+@dataclass(frozen=True)
+class AnswerRun:
+    """One run: an input file and one value of the stage's list flag `choice`, with their own output files."""
+
+    input_json: str
+    output_json: str
+    remain_output_json: str
+    choice: str
+    value: Any
+    arguments: Mapping[str, Any]  # every flag of the stage by name, with the values of this run
+
+
+Answer = Callable[[list[Row], Builders, AnswerRun], list[Row]]
 
 
 def add_files_flags(group, input_json: str, output_json: str) -> None:
@@ -39,7 +55,7 @@ def remain_path(output: str) -> str:
     return str(path.with_name(f"{path.stem}_remain{path.suffix}"))
 
 
-def runs_of(args: Namespace, choice: str) -> list[Namespace]:
+def runs_of(args: Namespace, choice: str) -> list[AnswerRun]:
     """Return one run for each pair of an input file and a value of the list flag `choice`, with placeholders in paths replaced.
 
     Raises UserError if two runs would write the same file.
@@ -52,7 +68,8 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
             for placeholder, name in named.items():
                 path = path.replace(placeholder, name)
             paths[flag] = path
-        runs.append(Namespace(**{**vars(args), **paths, "input_json": input_json, choice: value}))
+        files = {"input_json": input_json, **paths}
+        runs.append(AnswerRun(**files, choice=choice, value=value, arguments={**vars(args), **files, choice: value}))
     for flag in ("output_json", "remain_output_json"):
         paths = [getattr(run, flag) for run in runs]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
@@ -69,9 +86,9 @@ def runs_of(args: Namespace, choice: str) -> list[Namespace]:
     return runs
 
 
-def place_of(callers: tuple[Caller, Caller]) -> dict[str, str]:
+def place_of(builders: Builders) -> dict[str, str]:
     """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not known."""
-    places = [place_of_engine() for caller in callers if (place_of_engine := getattr(caller.engine, "place", None))]
+    places = [place_of_engine() for builder in builders if (place_of_engine := getattr(builder.engine, "place", None))]
     return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
 
 
@@ -96,37 +113,38 @@ def assemble_result(
     return cast(Row, {**result, "usage": vars(usage)})
 
 
-def _work_of(answer: Answer, callers: tuple[Caller, Caller], run: Namespace) -> Callable[[list[Row]], list[Row]]:
+def _work_of(answer: Answer, builders: Builders, run: AnswerRun) -> Callable[[list[Row]], list[Row]]:
     """Return a function that answers the rows of a chunk; a row whose question exceeds the window gets an `error`."""
-    return lambda rows: work_on_fitting(rows, callers, lambda fitting: answer(fitting, callers, run), fail_unanswered)
+    return lambda rows: work_on_fitting(rows, builders, lambda fitting: answer(fitting, builders, run), fail_unanswered)
 
 
 def answer_runs(
-    runs: list[Namespace],
-    load: Callable[[list[Namespace]], tuple[Caller, Caller]],
+    runs: list[AnswerRun],
+    calls: CallOptions,
+    inputs: list[str],
+    load: Callable[[list[AnswerRun]], Builders],
     answer: Answer,
-    choice: str,
 ) -> None:
     """Answer the files of every unfinished run. `load` gets these runs and is called only if there are any.
 
-    `choice` is the list flag given to runs_of; the progress bar shows its value and the input file. Every input is read
-    completely before a model is loaded, so that a malformed row is reported at once.
+    `inputs` are the files that all runs read (engine_inputs). Every input is read completely before a model is loaded,
+    so that a malformed row is reported at once.
     """
-    outputs = [Output(run, [run.output_json, run.remain_output_json], [run.input_json, *engine_inputs(run)]) for run in runs]
-    unfinished = [(run, out) for run, out in zip(runs, outputs, strict=True) if not out.finished]
-    for out in outputs:
-        if out.finished:
-            CompletionCache(out.path).remove()  # left by an interruption just after the manifest was written
+    outputs = [Output(run.arguments, [run.output_json, run.remain_output_json], [run.input_json, *inputs]) for run in runs]
+    unfinished = [(run, output) for run, output in zip(runs, outputs, strict=True) if not output.finished]
+    for output in outputs:
+        if output.finished:
+            CompletionCache(output.path).remove()  # left by an interruption just after the manifest was written
     if not unfinished:
         return
     skip = bool(outputs[0].reject)
-    totals = {path: count_rows(path, ("docs",), skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
-    callers = load([run for run, _ in unfinished])
-    for run, out in unfinished:
-        out.record(**place_of(callers))
-        out.started = time.monotonic()  # excludes loading the models and earlier runs
-        rows = read_rows(run.input_json, ("docs",), run.dataset, out.reject)
-        work = _work_of(answer, callers, run)
-        with asking(callers, run.output_json, run.overwrite):
-            out.process(rows, run.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {choice} {getattr(run, choice)}")
-            out.finish_answers()
+    totals = {path: count_rows(path, NEEDS, skip) for path in dict.fromkeys(run.input_json for run, _ in unfinished)}
+    builders = load([run for run, _ in unfinished])
+    for run, output in unfinished:
+        output.record(**place_of(builders))
+        output.started = time.monotonic()  # excludes loading the models and earlier runs
+        rows = read_rows(run.input_json, NEEDS, calls.dataset, output.reject)
+        work = _work_of(answer, builders, run)
+        with asking(builders, run.output_json, run.arguments["overwrite"]):
+            output.process(rows, calls.chunk_size, work, totals[run.input_json], f"{Path(run.input_json).stem}, {run.choice} {run.value}")
+            output.finish_answers()

@@ -16,8 +16,8 @@ ATTEMPTS = 8
 MAX_WAIT_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 120
 PASSING_STATUSES = (408, 409, 425, 429)  # and every status of at least 500
-MOST_SAID = 500
-MOST_SHOWN = 100  # characters of a reply in an error message
+MAX_SAID = 500
+MAX_SHOWN = 100  # characters of a reply in an error message
 
 
 class UnreadableReply(ValueError):
@@ -102,7 +102,7 @@ def refuse_foreign(flag: str, url: str, error: BaseException, reply: object, key
         return
     came = getattr(error, "doc", "") if reply is None else getattr(reply, "to_dict", lambda: reply)()
     raise UserError(
-        f"{flag} {url}: expected a chat completion, found {without_key(str(came), key)[:MOST_SHOWN]!r}; give the "
+        f"{flag} {url}: expected a chat completion, found {without_key(str(came), key)[:MAX_SHOWN]!r}; give the "
         "address of an OpenAI-compatible server, which usually ends in /v1"
     ) from error
 
@@ -120,7 +120,7 @@ def reason_of(error: BaseException, key: str, seconds: float) -> str:
         reason = f"no connection ({error.__cause__ or error})"
     else:
         reason = str(error)
-    return without_key(reason, key)[:MOST_SAID]  # cut after the replacement, so that no part of the key remains
+    return without_key(reason, key)[:MAX_SAID]  # cut after the replacement, so that no part of the key remains
 
 
 def tokens_of(reply: object) -> tuple[int | None, int | None]:

@@ -6,7 +6,7 @@ them, unless VLLM_BATCH_INVARIANT=1.
 """
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 
 import orjson
@@ -21,6 +21,7 @@ from dynamicrag.llm.completion import (
     refused,
 )
 from dynamicrag.llm.model_files import manifest_of
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import prefix_of
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.templates import (
@@ -83,26 +84,26 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def engine_inputs(args: Namespace) -> list[str]:
+def engine_inputs(engine: EngineOptions, calls: CallOptions) -> list[str]:
     """Return the files and folders that affect the output of an LLM stage, besides its rows: template, prompts, checkpoints.
 
     The manifest of a model that is published on the hub stands for all its files.
     """
-    models = [] if args.api_base else [args.llm_model, args.reranker_model]
+    models = [] if engine.api_base else [engine.llm_model, calls.reranker_model]
     checkpoints = [resolve_model(model) for model in models if model]
-    files = [name for name in (args.template, args.reranker_template, args.prompts) if name and name != AUTO]
+    files = [name for name in (engine.template, calls.reranker_template, calls.prompts) if name and name != AUTO]
     manifests = [str(path) for name in checkpoints if not Path(name).exists() and (path := manifest_of(name))]
     return [*files, *(name for name in checkpoints if Path(name).is_dir()), *manifests]
 
 
-def load_engine(args: Namespace) -> "VllmEngine | ApiEngine":
-    """Return the engine that the flags of add_engine_flags describe."""
-    if args.api_base:
-        if args.max_model_len:
+def load_engine(options: EngineOptions) -> "VllmEngine | ApiEngine":
+    """Return the engine that the options describe."""
+    if options.api_base:
+        if options.max_model_len:
             log.warning("--max-model-len: has no effect with --api-base; the server has its own window, and a question that "
                         "exceeds it gets no answer")
-        return ApiEngine(args.api_base, args.llm_model, args.enable_thinking)
-    return VllmEngine(resolve_model(args.llm_model), args)
+        return ApiEngine(options.api_base, options.llm_model, options.enable_thinking)
+    return VllmEngine(options)
 
 
 def model_window(model: str) -> int | None:
@@ -139,26 +140,27 @@ def window_of(model: str, asked: int | None) -> int:
 class VllmEngine:
     """vLLM in this process. Prompts are rendered with the chat template chosen here and passed as token ids."""
 
-    def __init__(self, model: str, args: Namespace):
+    def __init__(self, options: EngineOptions):
         """Raises UserError if the template does not belong to the model, and for every error that vLLM raises at the start."""
         # Checks that do not need the weights come first.
-        self._prompts: PromptTokenizer = load_prompts(model, args.template, args.enable_thinking == "on")
-        self.max_model_len = window_of(model, args.max_model_len)
-        on_cpu = prepare_vllm(args.tensor_parallel_size)
+        model = resolve_model(options.llm_model)
+        self._prompts: PromptTokenizer = load_prompts(model, options.template, options.enable_thinking == "on")
+        self.max_model_len = window_of(model, options.max_model_len)
+        on_cpu = prepare_vllm(options.tensor_parallel_size)
         from vllm import LLM
 
         # On a CPU, vLLM cannot prefill a seeded request in pieces ("CPU Generator does not use offset"). By default it
         # shares prompts in blocks of 128 tokens, and each of several samples would compute the rest of the prompt
         # again.
         on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": self.max_model_len, "block_size": 32} if on_cpu else {}
-        log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{args.tensor_parallel_size} GPU")
+        log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{options.tensor_parallel_size} GPU")
         try:
             self._llm = LLM(
                 model=model,
-                tensor_parallel_size=args.tensor_parallel_size,
+                tensor_parallel_size=options.tensor_parallel_size,
                 max_model_len=self.max_model_len,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-                dtype="bfloat16" if on_cpu and args.dtype == "auto" else args.dtype,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                dtype="bfloat16" if on_cpu and options.dtype == "auto" else options.dtype,
                 enable_prefix_caching=True,
                 enforce_eager=on_cpu,  # compilation takes a minute on a CPU and saves less than 8 %
                 generation_config="vllm",  # sampling parameters come from the requests, not from the checkpoint
@@ -167,6 +169,7 @@ class VllmEngine:
         except Exception as error:  # vLLM raises the exceptions of all its libraries
             raise UserError(f"{model}: vLLM cannot load it: {_refusal(error)}; see --max-model-len, --dtype, --gpu-memory-utilization "
                             "and --tensor-parallel-size, or give another --llm-model") from error
+        # Warn about what the template makes possible
         tokenizer = self._prompts.tokenizer
         if tokens := forgeable(self._prompts.chat_template, tokenizer):
             log.warning("%s: a document may contain %s and forge a turn with it; add it to TURN_MARKERS in "

@@ -36,7 +36,7 @@ from dynamicrag.stage import UserError
 # Markers of turns in chat templates. A tokenizer treats them in a document like those of the template, so that a
 # document could end its turn and begin another. With a space after the first character they are plain text.
 TURN_MARKERS = re.compile(r"<(?=\||\uff5c|/?s>|<?/?SYS>>|(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
-MOST_PROMPTS_BYTES, MOST_LEVELS = 1 << 20, 10
+MAX_PROMPTS_BYTES, MAX_LEVELS = 1 << 20, 10
 
 
 def add_prompts_flag(group: _ActionsContainer) -> None:
@@ -226,15 +226,15 @@ def read_yaml(path: Path, of: str) -> object:
 
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_PROMPTS_BYTES + 1).decode()
-        if len(text) > MOST_PROMPTS_BYTES:
+            text = file.read(MAX_PROMPTS_BYTES + 1).decode()
+        if len(text) > MAX_PROMPTS_BYTES:
             raise ValueError("it is larger than 1 MB")
         depth = 0
         for token in yaml.scan(text):
             kind = type(token).__name__
             depth += kind.endswith("StartToken") - kind.endswith("EndToken")
-            if kind in ("AliasToken", "TagToken") or depth > MOST_LEVELS:
-                what = "aliases (*name) and tags (!name) are not allowed" if depth <= MOST_LEVELS else "nested too deep"
+            if kind in ("AliasToken", "TagToken") or depth > MAX_LEVELS:
+                what = "aliases (*name) and tags (!name) are not allowed" if depth <= MAX_LEVELS else "nested too deep"
                 raise ValueError(f"line {token.start_mark.line + 1}: {what}")
         return yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """LLaMA-Factory's recipe for the rows that a stage writes: its token limit, tokenizer, template and columns."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,21 @@ import orjson
 from dynamicrag.files.hub_access import why_unreachable
 from dynamicrag.llm.prompts import read_yaml
 from dynamicrag.models.checkpoints import NO_CODE, loading
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 HERE = Path(__file__).resolve().parents[2]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 SETTINGS = {"model_name_or_path": str, "template": str, "cutoff_len": int, "dataset_dir": str}
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """What limits the length of training rows: the flags of add_length_flags, which describe them."""
+
+    train_recipe: str
+    cutoff_len: int | None = None
+    tokenizer: str | None = None
+    template: str | None = None
 
 
 def add_length_flags(parser: ArgumentParser, recipe: str) -> None:
@@ -29,12 +40,12 @@ def add_length_flags(parser: ArgumentParser, recipe: str) -> None:
                        help="chat template of that model (default: template/<the recipe's template>.jinja)")
 
 
-def recipe_path(args: Namespace) -> Path | None:
+def recipe_path(train_recipe: str) -> Path | None:
     """Return the recipe's file, from the current or the project's folder; None without the project.
 
     Raises UserError if it is missing.
     """
-    given = Path(args.train_recipe)
+    given = Path(train_recipe)
     if existing := next((path for path in (given, HERE / given) if path.is_file()), None):
         return existing
     if (HERE / "recipes").is_dir():
@@ -59,15 +70,24 @@ def resolve_length_flags(args: Namespace) -> list[str]:
     The recipe itself is not among them, because other settings do not affect training rows. Raises UserError as
     read_recipe does.
     """
-    path = recipe_path(args)
-    recipe = read_recipe(path) if path else {}
-    args.cutoff_len = recipe.get("cutoff_len") if args.cutoff_len is None else args.cutoff_len
-    args.tokenizer = args.tokenizer or recipe.get("model_name_or_path")
-    if not args.template:
-        name = Path("template") / f"{Path(recipe.get('template', '')).name}.jinja"
-        args.template = next((str(file) for file in (name, HERE / name) if file.is_file()), None)
-    files = [args.template, *(Path(args.tokenizer) / name for name in TOKENIZER_FILES if args.tokenizer)]
+    options = resolve_lengths(options_from(args, LengthOptions))
+    vars(args).update(asdict(options))
+    files = [options.template, *(Path(options.tokenizer) / name for name in TOKENIZER_FILES if options.tokenizer)]
     return [str(file) for file in files if file and Path(file).is_file()]
+
+
+def resolve_lengths(options: LengthOptions) -> LengthOptions:
+    """Return the options with those that are None taken from the recipe. Raises UserError as read_recipe does."""
+    path = recipe_path(options.train_recipe)
+    recipe = read_recipe(path) if path else {}
+    template = options.template
+    if not template:
+        name = Path("template") / f"{Path(recipe.get('template', '')).name}.jinja"
+        template = next((str(file) for file in (name, HERE / name) if file.is_file()), None)
+    return replace(
+        options, cutoff_len=recipe.get("cutoff_len") if options.cutoff_len is None else options.cutoff_len,
+        tokenizer=options.tokenizer or recipe.get("model_name_or_path"), template=template,
+    )
 
 
 def load_tokenizer(model: str) -> tuple[Any, str]:
@@ -104,13 +124,13 @@ def _unreachable(name: str) -> str | None:
     return f"{name} is not a local folder, and {why}" if (why := why_unreachable()) else None
 
 
-def check_columns(args: Namespace, output: str) -> None:
+def check_columns(train_recipe: str, output: str) -> None:
     """Log which dataset_info.json entry trains a file, and warn about entries that would ignore its system prompts.
 
     Without a mapping in `columns`, LLaMA-Factory silently trains without a system prompt. Published entries have no
     such mapping.
     """
-    path = recipe_path(args)
+    path = recipe_path(train_recipe)
     folder = Path((read_recipe(path) if path else {}).get("dataset_dir", "recipes"))
     info_path = next((file for file in (folder / "dataset_info.json", HERE / folder / "dataset_info.json") if file.is_file()), None)
     note = ('LLaMA-Factory uses the system prompts of this file only if "columns" of the dataset_info.json entry has '

@@ -3,16 +3,18 @@
 All requests of sampling, inference and top-N inference are built here.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.engine import ApiEngine, VllmEngine, load_engine, resolve_model
 from dynamicrag.llm.model_files import prompts_for, pull
+from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.models.chat_templates import Messages
@@ -82,58 +84,55 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
     return [positions[doc["id"]] for doc in chosen]
 
 
-def load_callers(args: Namespace, both: bool = True) -> tuple["Caller", "Caller"]:
+def load_builders(engine: EngineOptions, calls: CallOptions, both: bool = True) -> "Builders":
     """Load the selector and the generator.
 
-    They are one model unless --reranker-model is given; `both=False` skips the selector. Two models in this process
-    share the GPU memory that one model would get. Each is asked with the prompts of --prompts, or else with those that
-    come with it, or else with the project's.
+    They are one model unless calls.reranker_model is given; `both=False` skips the selector. Two models in this process
+    share the GPU memory that one model would get. Each is asked with the prompts of calls.prompts, or else with those
+    that come with it, or else with the project's.
     """
-    if not (both and args.reranker_model):
-        caller = _load_caller(args)
-        return caller, caller
-    shared = {**vars(args), "gpu_memory_utilization": args.gpu_memory_utilization / 2}
-    choosing = {"llm_model": args.reranker_model, "template": args.reranker_template or args.template}
-    generator = _load_caller(Namespace(**shared))
-    return _load_caller(Namespace(**{**shared, **choosing})), generator
+    if not (both and calls.reranker_model):
+        builder = _load_builder(engine, calls)
+        return builder, builder
+    answering = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
+    choosing = replace(answering, llm_model=calls.reranker_model, template=calls.reranker_template or engine.template)
+    generator = _load_builder(answering, calls)
+    return _load_builder(choosing, calls), generator
 
 
-def _load_caller(args: Namespace) -> "Caller":
-    model = args.llm_model
-    if not args.api_base:  # a server's model is only a name
-        model = pull(resolve_model(model))
-        if model != resolve_model(args.llm_model):
-            args = Namespace(**{**vars(args), "llm_model": model})
-    return Caller(load_engine(args), Namespace(**{**vars(args), "prompts": prompts_for(model, args.prompts)}))
+def _load_builder(engine: EngineOptions, calls: CallOptions) -> "RequestBuilder":
+    if not engine.api_base:  # a server's model is only a name
+        engine = replace(engine, llm_model=pull(resolve_model(engine.llm_model)))
+    return RequestBuilder(load_engine(engine), replace(calls, prompts=prompts_for(engine.llm_model, calls.prompts)))
 
 
 def work_on_fitting(
-    rows: list[Row], callers: tuple["Caller", "Caller"], work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
+    rows: list[Row], builders: "Builders", work: Callable[[list[Row]], list[Row]], fail: Callable[[Row, str], Row]
 ) -> list[Row]:
     """Return work() of the rows whose question fits the window, and fail(row, reason) of the others, in order.
 
     A question that is too long therefore does not end the run.
     """
-    models = list(dict.fromkeys(callers))
-    reasons_in_order = in_threads(lambda row: next(filter(None, (caller.too_long(row) for caller in models)), None), rows)
+    models = list(dict.fromkeys(builders))
+    reasons_in_order = in_threads(lambda row: next(filter(None, (builder.too_long(row) for builder in models)), None), rows)
     reasons = list(zip(rows, reasons_in_order, strict=True))
     done = iter(work([row for row, reason in reasons if not reason]))
     return [fail(row, reason) if reason else next(done) for row, reason in reasons]
 
 
 @contextmanager
-def asking(callers: tuple["Caller", "Caller"], output: str, overwrite: bool) -> Iterator[None]:
+def asking(builders: "Builders", output: str, overwrite: bool) -> Iterator[None]:
     """Context of a run that writes `output`: caches the replies of a server, and logs at the end how many texts were cut off."""
-    models, cache = list(dict.fromkeys(callers)), CompletionCache(output)
+    models, cache = list(dict.fromkeys(builders)), CompletionCache(output)
     if overwrite:
         cache.remove()
-    for caller in models:
-        caller.begin(cache)
+    for builder in models:
+        builder.begin(cache)
     try:
         yield
     finally:
-        for caller in models:
-            caller.say_cut_off()
+        for builder in models:
+            builder.say_cut_off()
     cache.remove()
 
 
@@ -144,13 +143,13 @@ def read_selection(completion: Completion, sample: int, n_docs: int, notation: N
     return parse_ids(completion.texts[sample], n_docs, sample in completion.cut_off, notation)
 
 
-class Caller:
-    """Builds the requests of one run from its flags and sends them."""
+class RequestBuilder:
+    """Builds the requests of one run from its options and sends them."""
 
-    def __init__(self, engine: VllmEngine | ApiEngine, args: Namespace):
-        self._args = args
+    def __init__(self, engine: VllmEngine | ApiEngine, options: CallOptions):
+        self._options = options
         self.engine = engine
-        self.prompts = Prompts(args.prompts)
+        self.prompts = Prompts(options.prompts)
         self._said_cut = False
         self._texts, self._cut_off = Counter(), Counter()  # by (flag of the limit, limit)
 
@@ -191,17 +190,17 @@ class Caller:
         """Return why a row cannot be answered, if its question alone exceeds the window; otherwise None."""
         task = task_of_row(row)
         prompts = [
-            (self.prompts.reranker(row["question"], []), self._args.selection_max_tokens),
-            (self.prompts.generator(row["question"], [], self.prompts.instruction(row)), self._args.answer_max_tokens or task.max_tokens),
+            (self.prompts.reranker(row["question"], []), self._options.selection_max_tokens),
+            (self.prompts.generator(row["question"], [], self.prompts.instruction(row)), self._options.answer_max_tokens or task.max_tokens),
         ]
         if all(self.engine.fits(messages, max_tokens) for messages, max_tokens in prompts):
             return None
-        window = getattr(self.engine, "max_model_len", self._args.max_model_len)
+        window = getattr(self.engine, "max_model_len", None)
         return f"the question alone is longer than --max-model-len {window}: {row['question'][:80]!r}"
 
     def shown(self, question: str, docs: Sequence[Doc]) -> list[Doc]:
         """Return the documents that fit into the reranker's prompt."""
-        return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._args.selection_max_tokens)
+        return self._fit(lambda some: self.prompts.reranker(question, some), docs, self._options.selection_max_tokens)
 
     def select(
         self, row: Row, docs: Sequence[Doc], purpose: object = "select", n: int = 1, temperature: float | None = None, top_p: float = 1.0
@@ -213,17 +212,17 @@ class Caller:
         """
         return Request(
             messages=self.prompts.reranker(row["question"], docs),
-            seed=derive_seed(self._args.seed, row["id"], purpose),
-            max_tokens=self._args.selection_max_tokens,
-            n=n, temperature=self._args.selection_temperature if temperature is None else temperature, top_p=top_p,
-            pattern=ids_pattern(len(docs), self.prompts.notation) if self._args.constrain_ids == "on" else None,
+            seed=derive_seed(self._options.seed, row["id"], purpose),
+            max_tokens=self._options.selection_max_tokens,
+            n=n, temperature=self._options.selection_temperature if temperature is None else temperature, top_p=top_p,
+            pattern=ids_pattern(len(docs), self.prompts.notation) if self._options.constrain_ids == "on" else None,
             stop=self.prompts.stop("reranker"), limit="--selection-max-tokens",
         )
 
     def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
         """Return the request to answer from `docs`, with greedy decoding."""
         task = task_of_row(row)
-        max_tokens = self._args.answer_max_tokens or task.max_tokens
+        max_tokens = self._options.answer_max_tokens or task.max_tokens
 
         numbers = positions_of(row["docs"], docs)
 
@@ -232,7 +231,7 @@ class Caller:
 
         return Request(
             messages=build(self._fit(build, docs, max_tokens)),
-            seed=derive_seed(self._args.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
+            seed=derive_seed(self._options.seed, row["id"], "answer", *(doc["id"] for doc in docs)),
             max_tokens=max_tokens, stop=self.prompts.stop("generator"),
         )
 
@@ -240,8 +239,11 @@ class Caller:
         """Return the request that asks whether one document is needed, Yes or No (the pointwise baseline)."""
         return Request(
             messages=self.prompts.pointwise(row["question"], doc),
-            seed=derive_seed(self._args.seed, row["id"], "pointwise", doc["id"]),
-            max_tokens=self._args.selection_max_tokens,
-            pattern="(Yes|No)" if self._args.constrain_ids == "on" else None,
+            seed=derive_seed(self._options.seed, row["id"], "pointwise", doc["id"]),
+            max_tokens=self._options.selection_max_tokens,
+            pattern="(Yes|No)" if self._options.constrain_ids == "on" else None,
             stop=self.prompts.stop("pointwise"), limit="--selection-max-tokens",
         )
+
+
+Builders = tuple[RequestBuilder, RequestBuilder]  # of the selector and of the generator

@@ -13,8 +13,8 @@ from dynamicrag.stage import UserError
 CONCURRENCY = 64
 CALL_SECONDS = 600
 RETRY_SECONDS = 180  # minimum time to wait for a server that has answered before
-MOST_TIMEOUTS = 3
-MOST_REFUSED = 20  # if the first 20 requests are refused, their content is not the reason
+MAX_TIMEOUTS = 3
+MAX_REFUSED = 20  # if the first 20 requests are refused, their content is not the reason
 # Statuses that concern one request. Every other status below 500 concerns all requests.
 OWN_FAULT = (400, 413, 422, 451)
 
@@ -40,7 +40,7 @@ class ServerCalls:
             if state.attempt_number > 1:
                 self._options.say("busy", f"does not answer ({self._reason(state.outcome.exception())}); trying again")
             if _timed_out(state.outcome.exception()):  # each attempt took CALL_SECONDS
-                return self.failed or state.attempt_number >= min(MOST_TIMEOUTS, endpoint.ATTEMPTS)
+                return self.failed or state.attempt_number >= min(MAX_TIMEOUTS, endpoint.ATTEMPTS)
             patient = self._answered and state.seconds_since_start < RETRY_SECONDS
             return self.failed or (state.attempt_number >= endpoint.ATTEMPTS and not patient)
 
@@ -58,7 +58,7 @@ class ServerCalls:
             raise UserError(f"{self._url}: {self._model}: {reason}; {self._advice(status)}") from error
         if isinstance(reply, str):
             self._refused += 1
-            if not self._answered and self._refused >= MOST_REFUSED:
+            if not self._answered and self._refused >= MAX_REFUSED:
                 raise UserError(f"{self._url}: {self._model}: all of the first {self._refused} requests were refused, "
                                 f"the last with: {reply}; check the server and --llm-model")
         else:

@@ -127,6 +127,7 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
     published = file_of(model, TEMPLATE) if (Path(model) / MANIFEST).is_file() else None
     with loading(model, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
+    # The file that was given
     if template != AUTO:
         prompts = PromptTokenizer(tokenizer, text, template, thinking)
         if strange := strange_markers(prompts):
@@ -140,6 +141,7 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
             log.warning("--template %s: gives other prompts than %s, with which %s was published; omit the flag, or give "
                         "auto", template, published, model)
         return prompts
+    # The checkpoint's own template, unless it was trained with another
     prompts = own_template(model, tokenizer, thinking)
     if prompts and published:
         log.info("--template auto: using %s, which comes with the model", published)
@@ -155,6 +157,7 @@ def load_prompts(model: str, template: str, thinking: bool = False) -> PromptTok
     if prompts:
         log.info("--template auto: using the chat template of %s", model)
         return prompts
+    # A file that fits its tokens
     fitting = fitting_templates(model, tokenizer)
     if not fitting:
         raise UserError(f"{model}: has no chat template, and no file of template/*.jinja fits its tokens; give "

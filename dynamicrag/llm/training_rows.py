@@ -7,13 +7,12 @@ every row into `cutoff_len` first. Whole documents are removed from the end, as 
 """
 
 import itertools
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from dynamicrag.llm.prompts import as_text
-from dynamicrag.llm.recipe import load_tokenizer, resolve_length_flags
+from dynamicrag.llm.recipe import LengthOptions, load_tokenizer, resolve_lengths
 from dynamicrag.llm.requests import documents_that_fit
 from dynamicrag.llm.templates import PromptTokenizer, in_threads, strange_markers
 from dynamicrag.models.chat_templates import SAMPLE, Messages, read_template
@@ -159,22 +158,22 @@ def estimated_tokens(text: str) -> int:
     return round(ascii_only / CHARACTERS_PER_TOKEN) + len(text) - ascii_only
 
 
-def load_window(args: Namespace) -> TrainingWindow:
+def load_window(options: LengthOptions) -> TrainingWindow:
     """Return the window of the recipe. Logs once if lengths are estimated or not checked.
 
     Raises UserError for an unusable recipe, template or tokenizer folder.
     """
-    resolve_length_flags(args)
-    cutoff_len, model, template = args.cutoff_len, args.tokenizer, args.template
+    options = resolve_lengths(options)
+    cutoff_len, model, template = options.cutoff_len, options.tokenizer, options.template
     if cutoff_len is None:
         log.warning("%s: does not exist or has no cutoff_len, so that lengths are not checked; give --cutoff_len or "
-                    "--train_recipe", args.train_recipe)
+                    "--train_recipe", options.train_recipe)
         return TrainingWindow()
     if cutoff_len < 1:
         raise UserError(f"cutoff_len {cutoff_len}: expected at least 1; give another --cutoff_len")
-    tokenizer, why = load_tokenizer(model) if model else (None, f"{args.train_recipe} names no model")
+    tokenizer, why = load_tokenizer(model) if model else (None, f"{options.train_recipe} names no model")
     if tokenizer is not None and template is None:
-        why = f"the chat template that {args.train_recipe} names does not exist"
+        why = f"the chat template that {options.train_recipe} names does not exist"
     if tokenizer is None or template is None:
         log.warning(
             "cutoff_len %d: lengths are estimated at %s characters per token, because %s; to count tokens, give "

@@ -17,7 +17,7 @@ Messages = list[dict[str, str]]  # turns of a conversation, each with its role a
 
 SECONDS = 10
 MEMORY = 1 << 30  # bytes in addition to the current size of this process
-MOST_SAID = 1000
+MAX_SAID = 1000
 SAMPLE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which river is the longest?"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -46,7 +46,7 @@ def try_template(text: str, name: str, messages: Messages) -> None:
     sender.close()
     try:
         if receiver.poll(SECONDS):
-            said = receiver.recv_bytes(MOST_SAID)
+            said = receiver.recv_bytes(MAX_SAID)
         else:
             said = f": the chat template takes more than {SECONDS} s; give another template".encode()
     except EOFError:
@@ -76,7 +76,7 @@ def _try(text: str, messages: Messages, sender: Connection) -> None:
         wrong = f":{error.lineno}: not a Jinja template: {error.message}"
     except Exception as error:  # a template is a program and may raise anything
         wrong = f": the chat template cannot be rendered: {type(error).__name__}: {error}"
-    sender.send_bytes(wrong.encode(errors="replace")[:MOST_SAID])  # bytes, so that the receiver unpickles nothing
+    sender.send_bytes(wrong.encode(errors="replace")[:MAX_SAID])  # bytes, so that the receiver unpickles nothing
 
 
 def fixed_options(template: str, thinking: bool = False) -> dict[str, Any]:

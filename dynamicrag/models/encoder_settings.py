@@ -69,6 +69,7 @@ def read_settings(
     from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers import AutoConfig
 
+    # The modules that the folder lists, or those of a plain folder
     listed = None if plain else read_json(path, "modules.json")
     if listed is None:
         width = AutoConfig.from_pretrained(path, **NO_CODE).hidden_size
@@ -79,6 +80,7 @@ def read_settings(
         config = _read_config(path)
         modules = _load_tail(path, listed, config.get("truncate_dim"))
         width = AutoConfig.from_pretrained(path, subfolder=modules.transformer, **NO_CODE).hidden_size
+    # Pooling
     poolings = [module for module in modules.tail if isinstance(module, Pooling)]
     names = [type(module).__name__ for module in modules.tail]
     if len(poolings) != 1 or names[0] != "Pooling":
@@ -88,6 +90,7 @@ def read_settings(
     if pooling is not None and pooling != pooled:
         raise UserError(f"--pooling {pooling}: {path}/modules.json specifies {pooled}; omit the flag, which is for "
                         "plain folders only")
+    # Normalisation
     compared_by = config.get("similarity_fn_name")
     by_folder = listed is not None and (names[-1] == "Normalize" or compared_by == "cosine")
     if normalize and listed is not None and not by_folder:
@@ -98,6 +101,7 @@ def read_settings(
         log.warning("%s: has no Normalize module and does not name its similarity function; the inner product is "
                     "used; give --normalize "
                     "to both stages if its authors use the cosine", path)
+    # Width
     for module in modules.tail:
         dimension: Any = getattr(module, "get_embedding_dimension", None)
         width = dimension() if dimension else width

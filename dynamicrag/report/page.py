@@ -11,6 +11,7 @@ Writes   RESULTS_DIR/report/index.html           tables, figures and a browser o
     python -m dynamicrag.report runs/demo_default/results
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from dynamicrag.stage import UserError
 HERE = Path(__file__).parent
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("results_dir", help="folder of results files")
     parser.add_argument("--output_dir", help="folder of the report (default: RESULTS_DIR/report)")
@@ -84,7 +85,7 @@ def render(**values: object) -> str:
     return environment.get_template("page.html.jinja").render(**own, **values)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     results = Path(args.results_dir)
     if not results.is_dir():

@@ -38,12 +38,14 @@ class BertScore:
         from transformers import AutoConfig, dynamic_module_utils
         from transformers.utils import logging
 
+        # Find the baseline
         names = {known.rpartition("/")[2]: known for known in model2layers} | {known: known for known in model2layers}
         called = names.get(model) or (names.get(Path(model).name) if Path(model).is_dir() else None)
         path = _baseline_path(called or "" if baseline == "auto" else baseline)
         if path is None and baseline not in ("auto", "none"):
             raise UserError(f"--bert_baseline {baseline}: bert-score has no English baseline for this model; give "
                             "another, or none")
+        # Load the encoder
         logging.set_verbosity_error()  # suppresses reports about the pooling layer, which BERTScore does not use
         # bert-score does not forbid code next to the weights. With this setting it is refused without asking the user.
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -61,6 +63,7 @@ class BertScore:
                                 "or --bert_baseline none") from error
             raise UserError(f"--bert_model {model}: the encoder cannot be loaded: {error}; give another "
                             "model") from error
+        # Settings of scoring
         self.layer = layer
         self._model, self._tokenizer, self._device = scorer._model, scorer._tokenizer, device
         # No limit in its files; RoBERTa cannot use two of its positions

@@ -36,7 +36,7 @@ from dynamicrag.reward.judge_cache import GradeCache
 from dynamicrag.stage import UserError, log
 
 TIMEOUT_SECONDS = 60  # for a whole call, however slowly its bytes arrive
-MOST_REPLIES = 3  # maximum paid replies per answer: unreadable replies are retried less often than a busy server
+MAX_REPLIES = 3  # maximum paid replies per answer: unreadable replies are retried less often than a busy server
 MAX_TOKENS = 1024  # the grades take about 50 tokens; a model that reasons first needs more
 MAX_REASONING_TOKENS = 16384  # maximum after the limit was raised
 _LIMITS = {"max_tokens", "max_completion_tokens"}  # the servers' names of this option
@@ -151,7 +151,7 @@ class Judge:
             raise failures[min(failures)]
 
     async def _ask(self, client, row: str, messages: Messages) -> float:
-        """Return the grade, after at most ATTEMPTS calls and MOST_REPLIES replies. Raises UserError or _LimitReached."""
+        """Return the grade, after at most ATTEMPTS calls and MAX_REPLIES replies. Raises UserError or _LimitReached."""
         import openai
         from tenacity import AsyncRetrying, retry_if_exception
 
@@ -159,7 +159,7 @@ class Judge:
         unreadable = 0
 
         def gives_up(state) -> bool:
-            return state.attempt_number >= endpoint.ATTEMPTS or unreadable >= MOST_REPLIES
+            return state.attempt_number >= endpoint.ATTEMPTS or unreadable >= MAX_REPLIES
 
         async def call() -> float:
             nonlocal changed, unreadable

@@ -121,23 +121,29 @@ def chosen_label(response: str, gold: str, choices: Sequence[Choice]) -> str | N
             match["label"].islower() or not _REASON.match(after)
         )
 
+    # A marked label at the start
     start = re.match(rf"{_OPEN}{label}", text, re.IGNORECASE)
     opened = start is not None and re.search(r"[(\[{*]", text[: start.start("label")]) is not None
     if start and (opened or re.match(r"\s*(?:$|[.:;)\]}*\n]|[-–—]\s|,(?!\s*(?:" + one + r")(?!\w)))", text[start.end() :], re.IGNORECASE)):
         return named(start)
+    # A stated label
     stated = [m for m in re.finditer(rf"{_STATEMENT}(?P<open>{_OPEN}){label}", text, re.IGNORECASE) if m["open"].strip() or not is_word(m)]
     stated += re.finditer(rf"(?<![\w-]){label}[)\]*\"']*\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s+not)", text, re.IGNORECASE)
     if stated:
         return named(max(stated, key=lambda m: m.start("label")))
+    # The text of a choice
     by_text = {_bare(choice.text): choice.label for choice in choices}
     if bare in by_text:
         return by_text[bare]
+    # A label before other words
     if start and not is_word(start):
         return named(start)
     if start and any(_bare(text[start.end() :]).startswith(_bare(c.text)) for c in choices if c.label.casefold() == start["label"].casefold()):
         return named(start)  # "A iron", where iron is choice A
+    # A position
     if same := _same_place(bare, choices, gold):
         return same
+    # A text or a label within the response
     held = [words for words in by_text if words and f" {words} " in f" {bare} "]
     held = [words for words in held if not any(words != other and f" {words} " in f" {other} " for other in held)]
     if len(held) == 1:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -121,6 +121,7 @@ def ranked_questions(
     seen = set()
     matches = Matches()
 
+    # What each question adds
     def ranked(row_id: str, question: Question, docs: list[Doc]) -> Ranked:
         if docs and question.gold:
             matches.add(question.group, len(question.gold), len(question.gold.keys() & {doc["id"] for doc in docs}))
@@ -131,6 +132,7 @@ def ranked_questions(
             raise UserError(f"{path}: row {row_id} is not in {asked_in}; give the results of the same questions")
         seen.add(row_id)
 
+    # The results
     if is_run(path):
         if asked is None:
             raise UserError(f"{path}: is a TREC run, which contains no questions; give them with --eval_file")
@@ -140,9 +142,10 @@ def ranked_questions(
     else:
         run = None
         said = {row_id: {"question": question.text} for row_id, question in (asked or {}).items()}
-        for row in read_rows(path, ("docs",), dataset, asked=said):
+        for row in read_rows(path, STAGE_KEYS["evaluate_retrieval"].reads, dataset, asked=said):
             note(row["id"])
             yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])
+    # Questions that the results lack
     expected = asked if asked is not None else qrels or {}
     if missing := sum(row_id not in seen for row_id in expected):
         means = "they count as zero" if asked is not None else "they are not counted without --eval_file"

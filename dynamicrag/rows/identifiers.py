@@ -34,7 +34,7 @@ _OTHER_FORMS = str.maketrans({
     "\uff1a": ":", "\uff1e": ">", "\u3002": ".", "*": None, "`": None, '"': None,
 })
 _BULLET = re.compile(r"^[ \t]*[-\u2022][ \t]+", re.MULTILINE)
-_MOST_SAID = 200
+_MAX_SAID = 200
 # The engines' regular expressions do not support an escaped space, which re.escape writes.
 _SPECIAL = re.compile(r"[\\.^$*+?{}\[\]|()]")
 
@@ -138,7 +138,7 @@ def parse_ids(text: str, n_docs: int, cut_off: bool = False, notation: Notation 
         repeated += sum(position in ids for position in inside)
         ids.update(dict.fromkeys(inside))
     valid = bool(ids) or numbers == []
-    said = (f"no selection in the model's output {text[:_MOST_SAID]!r}; expected {notation.write([1, 2])} or "
+    said = (f"no selection in the model's output {text[:_MAX_SAID]!r}; expected {notation.write([1, 2])} or "
             f"{notation.none}, among {n_docs} documents")
     return Selection(list(ids), valid, out_of_range, repeated, "" if valid else said)
 

@@ -5,14 +5,14 @@ The manifest also records library versions, device and precision, because they a
 results.
 """
 
-import argparse
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -179,16 +179,16 @@ def parse_manifest(path: Path) -> dict:
     return manifest
 
 
-def identity(args: argparse.Namespace, outputs: list[str], inputs: list[str]) -> dict:
+def identity(arguments: Mapping[str, Any], outputs: list[str], inputs: list[str]) -> dict:
     """Return what determines the content of an output: the stage, its arguments, and the fingerprints of its inputs."""
-    arguments = {
-        key: value for key, value in vars(args).items()
+    recorded = {
+        key: value for key, value in arguments.items()
         if key not in SPEED_FLAGS and not (isinstance(value, str) and value in map(str, outputs))
     }
     return {
         "stage": Path(sys.argv[0]).stem,
-        "seed": getattr(args, "seed", None),
-        "arguments": orjson.loads(orjson.dumps(arguments, default=str)),
+        "seed": arguments.get("seed"),
+        "arguments": orjson.loads(orjson.dumps(recorded, default=str)),
         "inputs": {str(name): fingerprint(name) for name in sorted(set(map(str, inputs)))},
     }
 
@@ -199,6 +199,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     The dictionary is empty if the identities are the same. Two inputs are the same if their contents are, whatever
     their paths. A flag whose `auto` was resolved (`resolved`, see Output.record) is compared by its resolved value.
     """
+    # Arguments
     given_before: dict[str, object] = made.get("arguments", {})
     before = {RENAMED_FLAGS.get(flag, flag): value for flag, value in given_before.items()}
     after = {**now["arguments"]}
@@ -228,6 +229,7 @@ def differences(made: dict, now: dict) -> tuple[str, dict[str, tuple[object, obj
     )
     if changed:
         return "arguments", {key: (before.get(key), after.get(key)) for key in changed}
+    # Inputs by path, then by content
     given = [{name for value in arguments.values() for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)} for arguments in (before, after)]
     changed = {name for name in was.keys() & has.keys() if not same_file(name, name)}
     changed |= (was.keys() ^ has.keys()) & given[0] & given[1]  # the same path, but only once a file

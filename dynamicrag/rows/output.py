@@ -10,14 +10,13 @@ If the output is a link, the link stays; its target is written, with the partial
 target.
 """
 
-import argparse
 import fcntl
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
@@ -32,17 +31,20 @@ from dynamicrag.rows.row import Row
 from dynamicrag.rows.tracking import track
 from dynamicrag.stage import UserError, log
 
+Item = TypeVar("Item")  # a row, with or without what it is paired with
+
 
 class Output:
     """The output files of one run of one stage. The first one is written in chunks and can be continued.
 
+    `arguments` holds every flag of the stage by name, --overwrite and --on_error among them; the manifest records them.
     `finished` is True if an earlier run with the same arguments and inputs is complete, so that nothing remains to be
     done. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another
     run is writing the same output, or an existing output was made from other arguments or inputs (--overwrite discards
     it).
     """
 
-    def __init__(self, args: argparse.Namespace, outputs: list[str], inputs: list[str]):
+    def __init__(self, arguments: Mapping[str, Any], outputs: list[str], inputs: list[str]):
         self._given = [str(output) for output in outputs]
         self.paths = [written_at(output) for output in outputs]
         self.path = self.paths[0]
@@ -50,16 +52,16 @@ class Output:
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
         self.rejected = 0
         # Handlers of malformed rows for read_rows: for the first pass over a file, and for later passes.
-        self.reject = self._set_aside if args.on_error == "skip" else None
-        self.ignore = (lambda _: None) if args.on_error == "skip" else None
+        self.reject = self._set_aside if arguments["on_error"] == "skip" else None
+        self.ignore = (lambda _: None) if arguments["on_error"] == "skip" else None
         self.rows = 0
         self.started = time.monotonic()
         self._file: BinaryIO | None = None
         self._by_rows = False
         check_paths(self.paths, inputs)
         refuse_other_owner(self.paths, self._given[0])
-        self.identity = identity(args, outputs, inputs)
-        if args.overwrite:
+        self.identity = identity(arguments, outputs, inputs)
+        if arguments["overwrite"]:
             for path in self.paths:
                 for stale in (path, manifest_path(path), self.partial, self._begun, self.rejected_path):
                     stale.unlink(missing_ok=True)
@@ -99,7 +101,7 @@ class Output:
 
     # -- output written in chunks
 
-    def chunks(self, rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    def chunks(self, rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
         """Cut rows into chunks of `size` and yield those not yet written. Call write() with the result of each chunk.
 
         Raises UserError if `size` is below 1 or the partial file holds more rows than the input.
@@ -177,8 +179,8 @@ class Output:
             os.fsync(self._file.fileno())
 
     def process(
-        self, rows: Iterable[Row], size: int, work: Callable[[Any], list[Row]], total: int, desc: str,
-        prepare: Callable[[list[Row]], object] | None = None,
+        self, rows: Iterable[Item], size: int, work: Callable[[Any], list[Row]], total: int, desc: str,
+        prepare: Callable[[list[Item]], object] | None = None,
     ) -> None:
         """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
@@ -255,5 +257,3 @@ class Output:
             log.warning("%s: %d questions have no answer; the first is %s: %s",
                         self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)
-
-

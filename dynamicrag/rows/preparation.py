@@ -5,11 +5,11 @@ Each result has a manifest with the version and the SHA-256 of what it was made 
 
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import orjson
 
@@ -29,6 +29,20 @@ OTHER_FORMS = ("original", "onnx", "openvino")  # folders of a model repository 
 WEIGHTS = (".safetensors", ".bin")  # the first that a repository has
 LIMITED = ("questions", "corpus")
 OF_A_PART = "not known of a part"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Where published files go and how much of them is taken: flags of prepare_data.py, which describes them."""
+
+    output_dir: str
+    models_dir: str
+    limit: int | None
+    revision: str | None
+    keep_downloads: bool
+    seed: int
+    on_error: str
+    overwrite: bool
 
 
 def remote_files(entry: Published, revision: str | None) -> tuple[str, list[Remote]]:
@@ -65,27 +79,27 @@ class Cost:
         return None if self.size is None else 0 if self.cut else self.size - self.there
 
 
-def cost_of(entry: Published, args: Namespace) -> Cost:
+def cost_of(entry: Published, options: PrepareOptions) -> Cost:
     """Return what a set costs, by what its hub says now. Raises UserError if the hub refuses it or cannot be reached."""
-    if is_there(entry, entry.path(args.output_dir, args.models_dir)):
+    if is_there(entry, entry.path(options.output_dir, options.models_dir)):
         size = entry.bytes or entry.about_bytes or 0
         return Cost(size, size, note="complete")
-    _, remotes = remote_files(entry, args.revision)
+    _, remotes = remote_files(entry, options.revision)
     check_access(remotes[0])
-    cut = bool(args.limit) and entry.kind in LIMITED and not is_packed(entry, remotes[0])
-    note = f"only the beginning, for {args.limit} rows" if cut else "whole, in spite of --limit" if args.limit else ""
-    there = sum((remote.size or 0) if remote.local else arrived(download_path(entry, remote, args)) for remote in remotes)
+    cut = bool(options.limit) and entry.kind in LIMITED and not is_packed(entry, remotes[0])
+    note = f"only the beginning, for {options.limit} rows" if cut else "whole, in spite of --limit" if options.limit else ""
+    there = sum((remote.size or 0) if remote.local else arrived(download_path(entry, remote, options)) for remote in remotes)
     return Cost(sum(remote.size or 0 for remote in remotes), there, cut, note or ("in the cache of the hub" if all(remote.local for remote in remotes) else ""))
 
 
-def download_path(entry: Published, remote: Remote, args: Namespace) -> Path:
+def download_path(entry: Published, remote: Remote, options: PrepareOptions) -> Path:
     """Return where a file is downloaded to: to its place, unless something else is made from it."""
-    path = entry.path(args.output_dir, args.models_dir)
+    path = entry.path(options.output_dir, options.models_dir)
     if entry.kind == "model":
         return path / remote.name
     if entry.kind == "corpus" and not is_packed(entry, remote):
         return path
-    return Path(args.output_dir) / "downloads" / entry.name / PurePosixPath(remote.name).name
+    return Path(options.output_dir) / "downloads" / entry.name / PurePosixPath(remote.name).name
 
 
 def is_packed(entry: Published, remote: Remote) -> bool:
@@ -98,89 +112,93 @@ def is_there(entry: Published, path: Path) -> bool:
     return path.exists() and read_manifest(path) is not None
 
 
-def run_of(entry: Published, args: Namespace) -> Namespace:
+def arguments_of(entry: Published, options: PrepareOptions) -> dict[str, Any]:
     """Return what determines the content of a set, in the form of a stage's arguments."""
-    limit = args.limit if entry.kind in LIMITED else None
-    return Namespace(
-        set=entry.name, place=entry.place, revision=args.revision or entry.revision, limit=limit, on_error=args.on_error, overwrite=args.overwrite,
-    )
+    return {
+        "set": entry.name, "place": entry.place, "revision": options.revision or entry.revision, "limit": limit_of(entry, options),
+        "on_error": options.on_error, "overwrite": options.overwrite,
+    }
 
 
-def prepare(entry: Published, args: Namespace) -> None:
-    """Get one set, and remove what it was made from unless args.keep_downloads. Raises UserError."""
-    (prepare_questions if entry.kind == "questions" else prepare_files)(entry, args)
-    if not args.keep_downloads:
-        shutil.rmtree(Path(args.output_dir) / "downloads" / entry.name, ignore_errors=True)
+def limit_of(entry: Published, options: PrepareOptions) -> int | None:
+    return options.limit if entry.kind in LIMITED else None
 
 
-def prepare_questions(entry: Published, args: Namespace) -> None:
+def prepare(entry: Published, options: PrepareOptions) -> None:
+    """Get one set, and remove what it was made from unless options.keep_downloads. Raises UserError."""
+    (prepare_questions if entry.kind == "questions" else prepare_files)(entry, options)
+    if not options.keep_downloads:
+        shutil.rmtree(Path(options.output_dir) / "downloads" / entry.name, ignore_errors=True)
+
+
+def prepare_questions(entry: Published, options: PrepareOptions) -> None:
     """Write the rows of a published file in the form of published_rows()."""
-    path, run = entry.path(args.output_dir, args.models_dir), run_of(entry, args)
-    out = Output(run, [str(path)], [])
-    if out.finished:
+    path, limit = entry.path(options.output_dir, options.models_dir), limit_of(entry, options)
+    output = Output(arguments_of(entry, options), [str(path)], [])
+    if output.finished:
         return
-    version, [remote] = remote_files(entry, run.revision)
-    whole = download_path(entry, remote, args)
-    raw = whole.with_name(f"first_{run.limit}_{whole.name}")
-    if run.limit and first_lines(remote, run.limit, raw):
+    version, [remote] = remote_files(entry, options.revision or entry.revision)
+    whole = download_path(entry, remote, options)
+    raw = whole.with_name(f"first_{limit}_{whole.name}")
+    if limit and first_lines(remote, limit, raw):
         digest = remote.sha256 or OF_A_PART
     elif remote.local:
         raw, digest = remote.local, digest_of(remote.local)
     else:
         check_space(whole.parent, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
-        raw, digest = whole, obtain(remote, whole, run.overwrite)
-    out.record(version=version, file=remote.name, sha256=digest)
+        raw, digest = whole, obtain(remote, whole, options.overwrite)
+    output.record(version=version, file=remote.name, sha256=digest)
     counts = dict.fromkeys(("rows", "with_documents", "without_answers", "without_dataset"), 0)
 
     def counted() -> Iterator[Row]:
         from tqdm import tqdm
 
-        rows = islice(published_rows(raw, entry.name, entry.dataset, out.reject), run.limit)
-        for row in tqdm(rows, desc=entry.name, unit="row", total=run.limit or entry.rows):
+        rows = islice(published_rows(raw, entry.name, entry.dataset, output.reject), limit)
+        for row in tqdm(rows, desc=entry.name, unit="row", total=limit or entry.rows):
             counts["rows"] += 1
             counts["with_documents"] += bool(row.get("docs"))
             counts["without_answers"] += not row.get("answers")
             counts["without_dataset"] += not row.get("dataset")
             yield row
 
-    if not out.publish(str(path), counted()):
-        raise UserError(f"{raw}: contains no usable row; {out.rejected_path} says why")
-    if entry.rows and not run.limit and counts["rows"] != entry.rows:
+    if not output.publish(str(path), counted()):
+        raise UserError(f"{raw}: contains no usable row; {output.rejected_path} says why")
+    if entry.rows and not limit and counts["rows"] != entry.rows:
         log.warning("%s: has %d rows, and %d were published before; the set has changed", path, counts["rows"], entry.rows)
-    out.finish({"licence": entry.licence}, **counts)
+    output.finish({"licence": entry.licence}, **counts)
 
 
-def prepare_files(entry: Published, args: Namespace) -> None:
+def prepare_files(entry: Published, options: PrepareOptions) -> None:
     """Get a corpus (one file), embeddings (a folder of shards) or a model (a folder)."""
-    path, run = entry.path(args.output_dir, args.models_dir), run_of(entry, args)
-    started, made = time.monotonic(), identity(run, [str(path)], [])
+    path, limit = entry.path(options.output_dir, options.models_dir), limit_of(entry, options)
+    started, made = time.monotonic(), identity(arguments_of(entry, options), [str(path)], [])
     manifest = read_manifest(path)
-    if manifest and path.exists() and not run.overwrite:
+    if manifest and path.exists() and not options.overwrite:
         refuse_other_run(manifest, made, path)
         log.info("%s is already complete; nothing to do (--overwrite makes it again)", path)
         return
-    version, remotes = remote_files(entry, run.revision)
+    version, remotes = remote_files(entry, options.revision or entry.revision)
     first, packed = remotes[0], is_packed(entry, remotes[0])
-    if path.exists() and not run.overwrite and (packed or run.limit):
+    if path.exists() and not options.overwrite and (packed or limit):
         raise UserError(f"{path}: exists, but is not the finished output of this stage; move it away or give --overwrite")
     manifest_path(path).unlink(missing_ok=True)
     if entry.kind == "model":
         check_space(path, sum((remote.size or 0) - arrived(path / remote.name) for remote in remotes), entry.name)
-        digests = {remote.name: obtain(remote, download_path(entry, remote, args), run.overwrite) for remote in remotes}
+        digests = {remote.name: obtain(remote, download_path(entry, remote, options), options.overwrite) for remote in remotes}
         _check_weights(entry, path)
     elif packed:
-        archive = download_path(entry, first, args)
-        digests = {first.name: obtain(first, archive, run.overwrite)}
+        archive = download_path(entry, first, options)
+        digests = {first.name: obtain(first, archive, options.overwrite)}
         if entry.kind == "corpus":
-            unpack_corpus(archive, path, run.limit)
+            unpack_corpus(archive, path, limit)
         else:
             shutil.rmtree(path, ignore_errors=True)
             unpack_shards(archive, path)
-    elif run.limit:
-        first_lines(first, run.limit + (".tsv" in first.name), path)  # a table has a header
+    elif limit:
+        first_lines(first, limit + (".tsv" in first.name), path)  # a table has a header
         digests = {first.name: OF_A_PART}
     else:
-        digests = {first.name: obtain(first, path, run.overwrite)}
+        digests = {first.name: obtain(first, path, options.overwrite)}
     manifest = {
         **made, "outputs": [str(path)], "resolved": {"version": version}, "counts": {"files": len(digests)}, "sha256": digests,
         "summary": {"licence": entry.licence}, "seconds": round(time.monotonic() - started, 1), "versions": versions(),

@@ -82,22 +82,26 @@ def normalise_row(
     if not isinstance(value, dict):
         raise RowError("(the whole row)", f"expected a JSON object, found {kind_of(value)}")
     row: dict[str, Any] = dict(value)
+    # Id and question
     row["id"] = _identifier(row)
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise RowError("question", f"expected a non-empty string, found {kind_of(question)}")
+    # Optional keys and answers
     for key, (accepts, expected) in OPTIONAL.items():
         if row.get(key) is not None and not accepts(row[key]):
             raise RowError(key, f"expected {expected}, found {kind_of(row[key])}")
     answers = gold_answers(row)
     if answers is not None:
         row["answers"] = answers
+    # Documents
     docs_key = next((key for key in DOCS_KEYS if key in row), None)
     if docs_key is not None:
         docs = row.pop(docs_key)
         if not isinstance(docs, list):
             raise RowError(docs_key, f"expected a list of documents, found {kind_of(docs)}")
         row["docs"] = [normalise_doc(doc, position, docs_key) for position, doc in enumerate(docs, start=1)]
+    # Data set and choices
     if not dataset and row.get("dataset") is not None and not _is_text(row["dataset"]):
         raise RowError("dataset", f"expected a string, found {kind_of(row['dataset'])}")
     named = dataset or row.get("dataset") or derive_dataset(row["id"], file_name)
@@ -106,6 +110,7 @@ def normalise_row(
     if named is not None:
         row["dataset"] = dataset_named(named) or named
     _show_choices(row)
+    # The keys that the stage needs
     if complete is not None:
         complete(cast(Row, row))
     for key in needs:
@@ -114,6 +119,7 @@ def normalise_row(
             reason = "contains no gold answer" if empty else "missing; it comes from an earlier stage or the data set"
             raise RowError(empty or key, reason)
     check_written(row, needs)
+    # The result of an earlier run
     if "response" in row:
         if isinstance(row["response"], list) and len(row["response"]) == 1 and isinstance(row["response"][0], str):
             row["response"] = row["response"][0]  # a list of one sample

@@ -1,10 +1,9 @@
 """A row and its documents: the keys that the stages read and write, and how errors name them."""
 
 import math
-from typing import Any, Required, TypedDict, cast
-
-# Keys that inference.py and top_inference.py add to a row.
-RESULT_KEYS = {"docs_shown", "candidates", "id_list", "final_docs", "response", "error", "usage"}
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Required, TypedDict, cast
 
 
 class Doc(TypedDict, total=False):
@@ -21,8 +20,8 @@ class Doc(TypedDict, total=False):
 class Row(TypedDict, total=False):
     """A question and the keys that the stages have added to it. Positions are 1-based, into the documents shown.
 
-    Every row has `id` and `question`. The other required keys are those that a stage names in `needs` before it reads
-    them, so that read_rows refuses a row without them. Any other key may be missing.
+    Every row has `id` and `question`. The other required keys are those that a stage reads according to STAGE_KEYS, so
+    that read_rows refuses a row without them. Any other key may be missing.
     """
 
     id: Required[str]
@@ -56,6 +55,49 @@ class Row(TypedDict, total=False):
     response: str
     error: str
     usage: dict[str, int | None]  # None: not known
+
+
+class StageKeys(NamedTuple):
+    """The keys of rows that a stage reads and writes, besides id and question."""
+
+    reads: tuple[str, ...] = ()  # a row without one of them is refused
+    writes: tuple[str, ...] = ()
+    computes: tuple[str, ...] = ()  # those of `reads` that the stage computes itself if a row lacks them
+    reads_with: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # by flag: what it reads then instead of `reads`
+
+
+# By the name of the script. docs/data.md describes the keys, and is compared with this table.
+STAGE_KEYS = {
+    "prepare_data": StageKeys(writes=("source_id",), reads_with=MappingProxyType({"--export_run": ("docs",)})),
+    "split_data": StageKeys(),
+    "retriever": StageKeys(writes=("docs",)),
+    "aggregate": StageKeys(("docs",)),
+    "reranker": StageKeys(("docs",), ("rerank_score", "rerank_label")),
+    "process_training_data": StageKeys(("docs",), ("true_id", "false_id", "true_count", "sequence", "sequence_length")),
+    "reranker_sequence": StageKeys(("docs", "true_id", "false_id", "sequence")),
+    "split_for_sft_dpo": StageKeys(("docs", "true_id", "false_id")),
+    "construct_generator_sft": StageKeys(("docs", "true_id")),
+    "sampling_dpo_trajectories": StageKeys(
+        ("docs",),
+        ("docs_shown", "id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections", "usage"),
+        reads_with=MappingProxyType({"--include-expert": ("docs", "true_id")}),
+    ),
+    "reward_trajectories": StageKeys(
+        ("answers", "id_lists", "responses"), ("response_scores", "score_terms"),
+        reads_with=MappingProxyType({
+            "--length-of response": ("answers", "id_lists", "responses", "response_tokens"), "--reweight": ("id_lists", "score_terms"),
+        }),
+    ),
+    "construct_dpo": StageKeys(
+        ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms"), computes=("docs_shown", "score_terms")
+    ),
+    "inference": StageKeys(("docs",), ("docs_shown", "id_list", "final_docs", "response", "error", "usage")),
+    "top_inference": StageKeys(("docs",), ("candidates", "id_list", "final_docs", "response", "error", "usage")),
+    "evaluate": StageKeys(),
+    "evaluate_retrieval": StageKeys(("docs",)),
+}
+# Keys that inference.py and top_inference.py add to a row.
+RESULT_KEYS = {*STAGE_KEYS["inference"].writes, *STAGE_KEYS["top_inference"].writes}
 
 
 class RowError(ValueError):

@@ -11,7 +11,6 @@ import gzip
 import itertools
 import re
 import shutil
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,14 @@ from dynamicrag.files.hub import hub_files
 from dynamicrag.files.jsonio import dump_line
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.preparation import PrepareOptions
 from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import STAGE_KEYS
 from dynamicrag.rows.trec import Run, write_run
 from dynamicrag.stage import UserError
 
 ROWS, RUN, DESCRIPTION = "rows.jsonl.gz", "run.trec", "shared_run.json"
+NEEDS = STAGE_KEYS["prepare_data"].reads_with["--export_run"]
 SAID = ("corpus", "encoder", "k", "questions", "files")
 
 
@@ -51,10 +53,10 @@ def export_run(rows: str, name: str, folder: str | Path, corpus: str | None, enc
         if not said[key]:
             raise UserError(f"--{key}: the manifest of {rows} does not say it; give its name")
     target.mkdir(parents=True, exist_ok=True)
-    write_run(target / RUN, read_rows(rows, ("docs",)), "score", name)
+    write_run(target / RUN, read_rows(rows, NEEDS), "score", name)
     questions = most = 0
     with atomic_writer(target / ROWS) as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-        for row in read_rows(rows, ("docs",)):
+        for row in read_rows(rows, NEEDS):
             packed.write(dump_line(row))
             questions, most = questions + 1, max(most, len(row["docs"]))
     files = {path: digest_of(target / path) for path in (ROWS, RUN)}
@@ -63,30 +65,32 @@ def export_run(rows: str, name: str, folder: str | Path, corpus: str | None, enc
     return target
 
 
-def import_run(place: str, name: str, args: Namespace) -> None:
-    """Write the rows and the TREC run of a shared run to `args.output_dir`. `place` is a folder of shared runs, or a data set repository.
+def import_run(place: str, name: str, options: PrepareOptions) -> None:
+    """Write the rows and the TREC run of a shared run to `options.output_dir`. `place` is a folder of shared runs, or a data set repository.
 
     Raises UserError if a file is missing, or is not the one that was exported.
     """
     check_name(name)
-    output = Path(args.output_dir) / f"{name}.jsonl"
-    run = Namespace(place=place, name=name, revision=args.revision, seed=args.seed, on_error=args.on_error, overwrite=args.overwrite)
-    out = Output(run, [str(output), str(output.with_suffix(".trec"))], [])
-    if out.finished:
+    path = Path(options.output_dir) / f"{name}.jsonl"
+    arguments = {
+        "place": place, "name": name, "revision": options.revision, "seed": options.seed, "on_error": options.on_error, "overwrite": options.overwrite,
+    }
+    output = Output(arguments, [str(path), str(path.with_suffix(".trec"))], [])
+    if output.finished:
         return
     folder, version = Path(place) / name, "a folder"
     if not Path(place).is_dir():
-        folder = Path(args.output_dir) / "downloads" / name
-        version, remotes = hub_files(place, "dataset", args.revision or "main", [f"{name}/{file}" for file in (ROWS, RUN, DESCRIPTION)])
+        folder = Path(options.output_dir) / "downloads" / name
+        version, remotes = hub_files(place, "dataset", options.revision or "main", [f"{name}/{file}" for file in (ROWS, RUN, DESCRIPTION)])
         for remote in remotes:
             obtain(remote, folder / Path(remote.name).name, overwrite=True)
     said = check_run(folder)
-    out.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
-    rows = out.publish(output, read_rows(folder / ROWS, ("docs",)))
-    with atomic_writer(output.with_suffix(".trec")) as file:
+    output.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
+    rows = output.publish(path, read_rows(folder / ROWS, NEEDS))
+    with atomic_writer(path.with_suffix(".trec")) as file:
         file.write((folder / RUN).read_bytes())
-    out.finish({"shared_run": said}, rows=rows)
-    if version != "a folder" and not args.keep_downloads:
+    output.finish({"shared_run": said}, rows=rows)
+    if version != "a folder" and not options.keep_downloads:
         shutil.rmtree(folder)
 
 
@@ -111,7 +115,7 @@ def check_run(folder: Path) -> dict[str, Any]:
         if (digest := digest_of(folder / name)) != said["files"][name]:
             raise UserError(f"{folder / name}: has the SHA-256 {digest}, not {said['files'][name]}; fetch it again")
     run = Run(folder / RUN)
-    for row in read_rows(folder / ROWS, ("docs",)):
+    for row in read_rows(folder / ROWS, NEEDS):
         ranked = [doc_id for doc_id, _ in run.ranking(row["id"])]
         if sorted(ranked) != sorted(doc["id"] for doc in row["docs"]):
             raise UserError(f"{folder / RUN}: query {row['id']!r}: has other documents than {ROWS}; export the run again")

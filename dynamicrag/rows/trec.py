@@ -7,8 +7,8 @@ score and break ties by document id, each in its own direction. Here the rank fi
 from __future__ import annotations
 
 import codecs
-from array import array
 from collections.abc import Iterable, Iterator, KeysView, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 
 RUN_FIELDS = "query_id Q0 doc_id rank score tag"
 FUSION_CONSTANT = 60  # a document at rank r of a ranking contributes 1 / (60 + r)
-MOST = {int: 2**31 - 1, float: 3.402823466385289e38}  # the largest values of trec_eval's integers and of float32
+MAX_VALUES = {int: 2**31 - 1, float: 3.402823466385289e38}  # the largest values of trec_eval's integers and of float32
 Number = TypeVar("Number", int, float)
 QRELS_FIELDS = "query_id iteration doc_id relevance"
+
+
+@dataclass(slots=True)
+class _Block:
+    """Consecutive lines of one query: the number of the first line, and the place of the lines in the file, in bytes."""
+
+    first_line: int
+    start: int
+    end: int = 0
 
 
 class Run:
@@ -35,19 +44,18 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._places: dict[str, array] = {}  # (first line, offset, bytes) of each block of lines, concatenated
-        query_id = ""  # no field is empty
+        self._blocks: dict[str, list[_Block]] = {}
+        query_id, block = "", _Block(0, 0)  # no field is empty
         for number, offset, line, fields in _lines(self.path, RUN_FIELDS):
             _rank_and_score(self.path, number, fields)
             if fields[0] != query_id:
-                query_id = fields[0]
-                self._places.setdefault(query_id, array("q")).extend((number, offset, 0))
-            place = self._places[query_id]
-            place[-1] = offset + len(line) - place[-2]
+                query_id, block = fields[0], _Block(number, offset)
+                self._blocks.setdefault(query_id, []).append(block)
+            block.end = offset + len(line)
 
     @property
     def query_ids(self) -> KeysView[str]:
-        return self._places.keys()
+        return self._blocks.keys()
 
     def check_questions(self, query_ids: Iterable[str], asked_in: str, without: str) -> None:
         """Check that the run has rankings for the questions of the file `asked_in`. The ids are streamed, not stored.
@@ -58,7 +66,7 @@ class Run:
         count = missing = 0
         for query_id in query_ids:
             count += 1
-            missing += query_id not in self._places
+            missing += query_id not in self._blocks
         if missing == count:
             raise UserError(f"{self.path}: has none of the {count} questions of {asked_in}; give the run of this file")
         if missing:
@@ -71,11 +79,10 @@ class Run:
         """
         first_lines: dict[str, int] = {}
         ranked = []
-        place = self._places.get(query_id, ())
         with _open(self.path) as file:
-            for first, offset, size in zip(place[::3], place[1::3], place[2::3], strict=True):
-                file.seek(offset)
-                for number, line in enumerate(file.read(size).split(b"\n"), start=first):
+            for block in self._blocks.get(query_id, ()):
+                file.seek(block.start)
+                for number, line in enumerate(file.read(block.end - block.start).split(b"\n"), start=block.first_line):
                     if not (fields := line.decode().split()):
                         continue
                     doc_id = fields[2]
@@ -195,7 +202,7 @@ def _parse(kind: type[Number], path: Path, number: int, field: str, text: str) -
         value = kind(text)
     except ValueError:  # int() also refuses thousands of digits
         value = None
-    if value is None or not abs(value) <= MOST[kind]:
+    if value is None or not abs(value) <= MAX_VALUES[kind]:
         expected = "an integer" if kind is int else "a finite number"
         reason = "" if value is None or value != value else ", which is too large"
         raise UserError(f"{path}:{number}: field '{field}': expected {expected}, found {text!r}{reason}")

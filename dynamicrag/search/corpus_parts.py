@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynamicrag.rows.manifest import manifest_path, read_manifest, require_manifest
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.stage import UserError
 
 # Arguments that may differ between machines that search parts of a corpus, because each may store its files elsewhere.
@@ -51,7 +51,7 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
     """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order."""
-    for rows in zip_longest(*(read_rows(path, needs=("docs",)) for path in paths)):
+    for rows in zip_longest(*(read_rows(path, needs=STAGE_KEYS["aggregate"].reads) for path in paths)):
         first: Row | None = rows[0]
         scored: list[tuple[float, Doc]] = []
         for path, row in zip(paths, rows, strict=True):

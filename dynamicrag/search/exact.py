@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Vectors per matrix multiplication. The scores of a tile fit into a CPU's cache, and keep a GPU busy.
 TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
 # Maximum number of scores in memory: a gigabyte.
-MOST_SCORES = 1 << 29
+MAX_SCORES = 1 << 29
 # Scores are checked in groups of this size. Single scores are compared only if the group's maximum may be among the
 # best.
 GROUP = 64
@@ -112,7 +112,7 @@ class _Part:
 
         with torch.inference_mode():
             best = _Best(torch.from_numpy(queries).to(self.device), self.dtype, k)
-            tile_size = min(self.tile, max(MOST_SCORES // len(queries) // GROUP, 1) * GROUP)
+            tile_size = min(self.tile, max(MAX_SCORES // len(queries) // GROUP, 1) * GROUP)
             size = (tile_size, queries.shape[1])
             exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
             scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)

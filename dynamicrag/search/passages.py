@@ -135,6 +135,7 @@ def _build(path: Path, folder: Path, content: str) -> None:
     building = Path(f"{folder}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    # The passages, in batches
     schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "title", "text")])
     keys = array.array("Q")
     batch: list[Passage] = []
@@ -157,6 +158,7 @@ def _build(path: Path, folder: Path, content: str) -> None:
             flush()
     if not keys:
         raise UserError(f"{path}: contains no passage; check the corpus")
+    # The index of ids
     unsorted = np.frombuffer(keys, dtype=np.uint64)
     order = np.argsort(unsorted, kind="stable").astype(np.uint32 if len(unsorted) < 1 << 32 else np.uint64)
     np.save(building / "keys.npy", unsorted[order])
@@ -166,6 +168,7 @@ def _build(path: Path, folder: Path, content: str) -> None:
         first, second = (int(order[repeated[0] + offset]) for offset in (0, 1))
         shown = PassageStore(building).slice(first, first + 1)["id"][0]
         raise UserError(f"{path}: passages {first + 1} and {second + 1} have the same id {shown!r}; ids must be unique")
+    # Complete: move the store to its place
     (building / "store.json").write_bytes(orjson.dumps({"passages": content, "count": len(unsorted)}))
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)

@@ -10,7 +10,9 @@ Writes   --output_file    {order of the documents: {"all": means, "kinds": {kind
         --input_file runs/demo_default/output/retrieval_test.jsonl --output_file choice.json
 """
 
-from argparse import Namespace
+
+import argparse
+from collections.abc import Sequence
 
 import orjson
 from oracle import ORDERS, documents_shown
@@ -19,12 +21,13 @@ from warm_up import read_questions
 from dynamicrag.evaluation.selections import Chosen, summarise_chosen
 from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.llm.engine import Request, VllmEngine
+from dynamicrag.llm.options import EngineOptions
 from dynamicrag.llm.prompts import Prompts
 from dynamicrag.rows.identifiers import ids_pattern, parse_ids
 from dynamicrag.stage import ArgumentParser, derive_seed, log, run
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--model", required=True, help="folder of the checkpoint")
@@ -56,11 +59,11 @@ def choices(engine: VllmEngine, rows: list[dict], shown: list[list[dict]], promp
     return chosen
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows, prompts = rows[:args.questions], Prompts(args.prompts)
-    engine = VllmEngine(args.model, Namespace(template=args.template, enable_thinking=None, max_model_len=2048, tensor_parallel_size=1, gpu_memory_utilization=0.9, dtype="auto"))
+    engine = VllmEngine(EngineOptions(args.model, args.template, max_model_len=2048))
     found = {}
     for order in ORDERS:
         shown = documents_shown(rows, passages, args.n_docs, order, args.seed)

@@ -10,12 +10,14 @@ out.
     python examples/factbook/corpus.py --output_file data/factbook/passages.jsonl
 """
 
+import argparse
 import html
 import json
 import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamicrag.files.jsonio import write_json
@@ -40,7 +42,7 @@ SKIPPED = {
 ABBREVIATIONS = {"St", "Mt", "Dr", "Mr", "Mrs", "Gen", "Col", "Sgt", "Jr", "Sr", "No", "no", "vs", "ca", "est", "approx"}
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("passages")
     group.add_argument("--output_file", default="data/factbook/passages.jsonl", help="file of passages")
@@ -219,7 +221,7 @@ def find_shared_notes(countries: list[tuple[str, dict]]) -> set[str]:
     return {note for note, count in counts.items() if count >= SHARED_NOTE}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     countries = read_countries()
     shared_notes = find_shared_notes(countries)

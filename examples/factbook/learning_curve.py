@@ -16,18 +16,19 @@ Without names after --directions, it writes table and plot only:
     python examples/factbook/learning_curve.py --output_dir docs/evidence/learning_curve --directions
 """
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from oracle import ORDERS
-from warm_up import conversations, read_questions
+from warm_up import ConversationOptions, conversations, read_questions
 
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.jsonio import read_json, write_json
@@ -75,7 +76,7 @@ DIRECTIONS = {
 }
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--train", default="runs/learning_curve/train.jsonl",
@@ -98,7 +99,7 @@ def parse_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-def training_rows(direction: Direction, rows: list[dict], passages: dict, prompts: Prompts, args: Namespace) -> tuple[list[dict], int]:
+def training_rows(direction: Direction, rows: list[dict], passages: dict, prompts: Prompts, args: argparse.Namespace) -> tuple[list[dict], int]:
     """Return as many conversations as fit the direction's tokens, and their number of tokens."""
     from transformers import AutoTokenizer
 
@@ -107,8 +108,8 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
     made: list[dict] = []
     read = 0
     for n_docs, until in ((direction.first_docs, wanted / 2), (5, wanted)):
-        settings = Namespace(role="reranker", n_docs=n_docs, questions=direction.questions, shuffled=direction.shuffled, seed=args.seed)
-        for row in conversations(rows[len(made):], passages, settings, prompts):
+        options = ConversationOptions("reranker", n_docs, direction.questions, direction.shuffled, args.seed)
+        for row in conversations(rows[len(made):], passages, options, prompts):
             if read >= until:
                 break
             made.append(row)
@@ -120,7 +121,7 @@ def training_rows(direction: Direction, rows: list[dict], passages: dict, prompt
     return made, read
 
 
-def train(folder: Path, direction: Direction, made: list[dict], args: Namespace) -> list[Path]:
+def train(folder: Path, direction: Direction, made: list[dict], args: argparse.Namespace) -> list[Path]:
     """Run LLaMA-Factory once. Returns its checkpoints in order. Raises UserError if it fails."""
     write_json(folder / "factbook_warm_up.json", made)
     info = json.loads(Path("recipes/dataset_info.json").read_text())["factbook_warm_up"] | {"file_name": "factbook_warm_up.json"}
@@ -134,8 +135,8 @@ def train(folder: Path, direction: Direction, made: list[dict], args: Namespace)
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     shutil.rmtree(folder / "model", ignore_errors=True)
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / "train.log").open("wb") as out:
-        done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=out, stderr=out, env=environment)
+    with (folder / "train.log").open("wb") as output:
+        done = subprocess.run([args.trainer, *direction.trainer, str(folder / "settings.yaml")], stdout=output, stderr=output, env=environment)
     if done.returncode:
         raise UserError(f"{folder / 'train.log'}: LLaMA-Factory failed; see this log")
     return sorted((folder / "model").glob("checkpoint-*"), key=step_of)
@@ -145,7 +146,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def follow(name: str, args: Namespace, rows: list[dict], passages: dict) -> None:
+def follow(name: str, args: argparse.Namespace, rows: list[dict], passages: dict) -> None:
     """Train one direction and measure each checkpoint in a separate process, because a process can hold one vLLM engine only."""
     direction, folder = DIRECTIONS[name], curve_file(args.output_dir, name).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ def plot(curves: list[dict], path: str) -> None:
     figure.savefig(path, dpi=144, metadata={"Software": None})
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if missing := [name for name in args.directions if not curve_file(args.output_dir, name).exists()]:
         rows, passages = read_questions(args.train, args.passages)

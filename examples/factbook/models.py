@@ -8,10 +8,12 @@ unrelated ones. An existing folder is not changed.
     python examples/factbook/models.py --output_dir models
 """
 
+import argparse
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamicrag.stage import ArgumentParser, UserError, log, run
@@ -27,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("models")
     group.add_argument("--output_dir", default="models", help="parent folder of the checkpoints")
@@ -174,7 +176,7 @@ def install(folder: Path, convert, attempt) -> None:
     log.info("%s: %.0f MB", folder, size)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch

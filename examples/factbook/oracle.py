@@ -11,7 +11,9 @@ Writes   --output_file    the same rows with --n_docs docs, in the original orde
         --output_file runs/demo_default/eval_data/test_oracle.jsonl
 """
 
+import argparse
 import random
+from collections.abc import Sequence
 
 from warm_up import read_questions, show
 
@@ -21,7 +23,7 @@ from dynamicrag.stage import ArgumentParser, derive_seed, log, run
 ORDERS = ("retrieval", "shuffled")
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="evaluation set after retrieval or reranking")
@@ -43,7 +45,7 @@ def documents_shown(rows: list[dict], passages: dict[str, dict], n_docs: int, or
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     shown = documents_shown(rows, passages, args.n_docs, args.order, args.seed)

@@ -10,9 +10,11 @@ written.
     python examples/factbook/questions.py --passages data/factbook/passages.jsonl --output_dir data/factbook
 """
 
+import argparse
 import random
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -143,7 +145,7 @@ PHRASINGS = {
 }
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--passages", default="data/factbook/passages.jsonl", help="passages written by corpus.py")
@@ -441,7 +443,7 @@ def find_paragraphs(passages: list[dict]) -> dict[str, dict[str, list[tuple[str,
     return usable
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     passages = [passage for _, passage in read_json(args.passages)]
     facts = read_facts(passages)

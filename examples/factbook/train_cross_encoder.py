@@ -10,12 +10,14 @@ checkpoint whose sigmoid is above 0.5 for needed passages.
         --encoder models/minilm --output_dir models/cross-encoder
 """
 
+import argparse
 import math
 import os
 import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamicrag.files.jsonio import read_json
@@ -28,7 +30,7 @@ HEAD_RATE = 5.0
 Pair = tuple[str, str, bool]
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="retrieval output for reranker.jsonl")
@@ -221,12 +223,13 @@ def save(model, tokenizer, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     folder = Path(args.output_dir)
     if (folder / "config.json").exists() and not args.overwrite:
         log.info("%s already exists; nothing to do (--overwrite trains it again)", folder)
         return
+    # Draw the pairs
     rows = read_rows(args.input_file)
     held_out = [row for row in rows if row["held_out"]][:args.eval_rows]
     rng = random.Random(derive_seed(args.seed, "pairs"))
@@ -239,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.input_file}: no gold document was retrieved; check that these passages were indexed")
     if not (Path(args.encoder) / "config.json").exists():
         raise UserError(f"{args.encoder}: contains no checkpoint; create it with python examples/factbook/models.py")
+    # Load the encoder
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
@@ -251,12 +255,14 @@ def main(argv: list[str] | None = None) -> None:
     # No dropout: no pair is seen twice, and dropout would make attention several times slower on a CPU.
     model = AutoModelForSequenceClassification.from_pretrained(
         args.encoder, num_labels=1, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(args.device)
+    # Train
     log.info("training on %d pairs (%d easy, %d needed); evaluating on %d held-out questions",
              len(pairs), easy, positives, len(held_out))
     started = time.monotonic()
     train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], easy, args, rng)
     seconds = time.monotonic() - started
     save(model, tokenizer, folder)
+    # Evaluate
     if held_out:
         ranked = rerank(model, tokenizer, held_out, args)
         before = ranking_quality(held_out, [row["docs"] for row in held_out])

@@ -16,21 +16,23 @@ Writes   --output_file    LLaMA-Factory rows with a history: instruction, input,
     python examples/factbook/warm_up.py --input_file output/factbook/reranker_retrieval.jsonl --max_rows 320
 """
 
+import argparse
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from facts import Fact, read_facts
 from questions import MAKERS, Pool, find_paragraphs, find_unique
 
 from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, as_text, training_row
-from dynamicrag.llm.recipe import add_length_flags, check_columns
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns
 from dynamicrag.llm.training_rows import load_window
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.tasks import target_answer
-from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, run
+from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, options_from, run
 
 # How often each kind is tried for a further question. Kinds with several documents rarely succeed with so few
 # documents; the kind without documents always does.
@@ -39,7 +41,18 @@ TRIES = 80
 FURTHER = "Which documents are needed to answer the question: {question}"
 
 
-def parse_args(argv: list[str] | None = None):
+@dataclass(frozen=True)
+class ConversationOptions:
+    """The conversations to create: flags of this script, which describe them."""
+
+    role: str
+    n_docs: int
+    questions: int
+    shuffled: float
+    seed: int
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("--input_file", required=True, help="retrieval output for questions of training countries")
@@ -141,16 +154,16 @@ def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role
     return {**last, "history": [[row["instruction"], row["output"]] for row in before]}
 
 
-def conversations(rows: list[dict], passages: dict[str, dict], args, prompts: Prompts) -> Iterator[dict]:
+def conversations(rows: list[dict], passages: dict[str, dict], options: ConversationOptions, prompts: Prompts) -> Iterator[dict]:
     facts = Facts(rows, passages)
     for row in rows:
-        rng = random.Random(derive_seed(args.seed, row["id"], "warm-up"))
-        docs = show(row, passages, args.n_docs, rng if rng.random() < args.shuffled else None)
+        rng = random.Random(derive_seed(options.seed, row["id"], "warm-up"))
+        docs = show(row, passages, options.n_docs, rng if rng.random() < options.shuffled else None)
         shown = {doc["id"] for doc in docs}
         pool = facts.pool(shown, rng)
         claims = copy.copy(pool)  # a false claim uses a value of any other country
         claims.facts, claims.holders = facts.all, facts.holders
-        yield conversation(docs, [row, *further_questions(row, pool, claims, shown, args.questions - 1)], prompts, args.role)
+        yield conversation(docs, [row, *further_questions(row, pool, claims, shown, options.questions - 1)], prompts, options.role)
 
 
 def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str, dict]]:
@@ -171,15 +184,15 @@ def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str,
     return rows, passages
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     rows, passages = read_questions(args.input_file, args.passages)
     rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
-    window = load_window(args)
-    whole = conversations(rows, passages, args, Prompts(args.prompts))
+    window = load_window(options_from(args, LengthOptions))
+    whole = conversations(rows, passages, options_from(args, ConversationOptions), Prompts(args.prompts))
     made = [fitted.row for fitted in window.kept(whole, lambda row: [window.conversation(row)], len(rows), "conversations", args.input_file)]
     write_json(args.output_file, made)
-    check_columns(args, args.output_file)
+    check_columns(args.train_recipe, args.output_file)
     window.counts("questions")
     turns = sum(len(row["history"]) + 1 for row in made)
     log.info("%s: %d conversations, %d questions", args.output_file, len(made), turns)

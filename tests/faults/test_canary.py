@@ -130,9 +130,10 @@ def test_every_flag_that_names_an_input_is_tried(stage):
     with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
         importlib.import_module(stage).parse_args(["--help"])
     flags = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)(?=[ ,\n])", said.getvalue().split("\noptions:\n")[1]))
-    inputs = {*STAGES[stage].inputs, *STAGES[stage].full_inputs}
-    assert flags - inputs - NO_INPUTS == set()
-    assert STAGES[stage].input in inputs and inputs <= flags
+    stated = ({*STAGES[stage].inputs, *STAGES[stage].full_inputs}, NO_INPUTS, {STAGES[stage].input})
+    inputs, others, first = ({flag.replace("_", "-") for flag in some} for some in stated)  # as the help shows them
+    assert flags - inputs - others == set()
+    assert first <= inputs <= flags
 
 
 # ---------------------------------------------------------------- files
