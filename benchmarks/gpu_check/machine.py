@@ -12,7 +12,7 @@ from gpu_check.part import ROOT, Run, Skipped, needs
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "datasets", "bert-score", "vllm", "faiss-gpu")
 OF_TRAINING = ("llamafactory", "transformers", "trl", "accelerate", "peft", "deepspeed")
-TESTS = ("tests/test_flat.py", "tests/test_reranker.py")
+TESTS = ("tests/unit/test_flat.py", "tests/stage_scripts/test_reranker.py")
 # Selection of tests for a dry run.
 FEW = "ties or labels or no_probability"
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from conftest import at, logged, make_tiny_llama, naming, read_jsonl, write_jsonl
 from machines import program, table
+from stages import REPO
 from stubs import StubEngine
 
 import inference
@@ -18,7 +19,6 @@ from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.stage import UserError, options_from
 
-REPO = Path(__file__).parents[1]
 NINE = "nq triviaqa popqa hotpotqa 2wikimqa fever eli5 asqa arc_challenge".split()
 
 

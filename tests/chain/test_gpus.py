@@ -14,7 +14,7 @@ import pytest
 from conftest import make_tiny_llama, names, read_jsonl, write_jsonl
 from machines import program, table
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models")
 
 

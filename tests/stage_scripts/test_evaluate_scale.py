@@ -8,8 +8,8 @@ from pathlib import Path
 
 import orjson
 import pytest
+from stages import REPO
 
-ROOT = Path(__file__).resolve().parents[1]
 # VmHWM is the peak of this program alone; ru_maxrss would include the process from which it was forked.
 PROGRAM = "import sys, evaluate; evaluate.main(sys.argv[1:]); print('peak', next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 
@@ -32,7 +32,7 @@ def write_results(path: Path, count: int) -> None:
 
 def peak_bytes(path: Path) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--metric", "match", "--results_file", str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", PROGRAM, "--metric", "match", "--results_file", str(path)], env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True, text=True, timeout=120, check=True,
     )
     return int(done.stdout.split("peak ")[1]) * 1024

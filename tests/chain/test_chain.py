@@ -10,7 +10,7 @@ import pytest
 from conftest import make_text, make_tiny_llama, read_jsonl, write_jsonl
 from stages import STAGES, page_commands
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 # What a machine with two cores and no hub adds to a command of the page.
 TRAIN_ON_CPU = (
     "deepspeed=null use_cpu=true flash_attn=sdpa disable_gradient_checkpointing=true preprocessing_num_workers=1 "

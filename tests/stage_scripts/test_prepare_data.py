@@ -20,6 +20,7 @@ import pytest
 from conftest import at, logged, names, naming, read_jsonl, write_jsonl
 from local_hub import LocalHub
 from pages import table
+from stages import REPO
 
 import prepare_data
 from dynamicrag.files import downloads, published
@@ -29,7 +30,6 @@ from dynamicrag.search.corpus import read_passages
 from dynamicrag.search.shards import find_shards, open_shards
 from dynamicrag.stage import UserError
 
-REPO = Path(__file__).parents[1]
 EVAL, TRAINING, FLASHRAG = "gasolsun/DynamicRAG-Eval-Data", "gasolsun/DynamicRAG_Training_Data_150k", "RUC-NLPIR/FlashRAG_datasets"
 CTXS = [{"title": f"River {n}", "text": f"The river {n} is {n}0 km long."} for n in range(1, 5)]
 SETS = published.published()

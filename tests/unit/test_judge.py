@@ -623,7 +623,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_an_interrupt_ends_it_at_once_and_keeps_what_was_graded(server, make, cache, number, status):
     server.scripts = {"d": [("slow", 30)]}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(cache)], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(cache)], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while "d" not in server.seen and time.monotonic() < deadline:
         time.sleep(0.05)

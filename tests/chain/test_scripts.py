@@ -15,7 +15,7 @@ from conftest import at, make_text, names, read_jsonl, write_jsonl
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 SCRIPTS = sorted(path for folder in ("scripts", "experiments") for path in (REPO / folder).glob("*.sh"))
 
 

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from chat_tokenizers import FAMILIES, OWN_TEMPLATES, TRAIN_PYTHON, facts_of, save_tokenizer
 from conftest import write_jsonl
+from stages import REPO
 
 import inference
 import sampling_dpo_trajectories
 from dynamicrag.llm import requests
 from dynamicrag.llm.prompts import Prompts, training_row
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("FULL"), reason="four families take minutes: FULL=1")]
 
 KINDS = {  # model type, and what sets its architecture apart
@@ -88,7 +88,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for name in ("recipes", "training_data"):
         (folder / name).mkdir()
-    (folder / "recipes/dataset_info.json").write_text((ROOT / "recipes/dataset_info.json").read_text())
+    (folder / "recipes/dataset_info.json").write_text((REPO / "recipes/dataset_info.json").read_text())
     write_sets(folder / "training_data")
     jobs = []
     for model in FAMILIES:
@@ -96,7 +96,7 @@ def trained(tmp_path_factory) -> Path:
         make_tiny(model, base)
 
         def train(recipe: str, start: Path, output: Path, model: str = model, **settings) -> None:
-            given = yaml.safe_load((ROOT / f"recipes/{model}/{recipe}.yaml").read_text())
+            given = yaml.safe_load((REPO / f"recipes/{model}/{recipe}.yaml").read_text())
             adapter = given["finetuning_type"] == "lora"
             words = {**ON_CPU, **settings, "model_name_or_path": str(start), "dataset_dir": str(folder / "recipes"), "output_dir": str(output / "adapter" if adapter else output)}
             jobs.append(["train", {key: value for key, value in {**given, **words}.items() if value is not None}])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import make_text, write_jsonl
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 
 def killed_in_the_middle(script, flags, partial, least):

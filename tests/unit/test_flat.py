@@ -162,5 +162,5 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 inner_products(vectors, row, queries, query)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
-    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert float(done.stdout) < 50

@@ -10,14 +10,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import at, names
+from stages import REPO
 from stubs import StubServer, chat_completion, make_tiny_llama
 
 from dynamicrag.llm.engine import ApiEngine, Request, VllmEngine, resolve_model, window_of
 from dynamicrag.llm.templates import PromptTokenizer, in_threads
 from dynamicrag.models.chat_templates import read_template
 from dynamicrag.stage import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def checkpoint(folder):
@@ -140,8 +139,8 @@ def start_engine(folder: Path, *words: str, **environment: str) -> subprocess.Co
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "PYTORCH_"))}
-    return subprocess.run([sys.executable, folder / "start.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          env={**clean, "PYTHONPATH": f"{folder}:{ROOT}", **environment})
+    return subprocess.run([sys.executable, folder / "start.py", *words], cwd=REPO, capture_output=True, text=True,
+                          env={**clean, "PYTHONPATH": f"{folder}:{REPO}", **environment})
 
 
 @pytest.mark.parametrize("words", [(), ("cuda",)])
@@ -318,7 +317,7 @@ def test_vllms_bar_is_off_if_bars_are(value, bar):
     """The test needs a new process, since tqdm reads the environment when it is imported."""
     script = f"from dynamicrag.llm.vllm_environment import bars_are_off\nassert bars_are_off() is {not bar}"
     environment = {key: text for key, text in os.environ.items() if key != "TQDM_DISABLE"} | ({"TQDM_DISABLE": value} if value else {})
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=REPO, env=environment, check=True)
 
 
 @pytest.mark.slow
@@ -338,7 +337,7 @@ def test_the_engine_continues_a_prefix_and_ends_at_a_stop_string(tmp_path):
 
     engine = object.__new__(VllmEngine)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    engine._prompts, engine._llm, engine.max_model_len = PromptTokenizer(tokenizer, read_template(str(ROOT / "template/llama3.jinja"))), Llm(), 500
+    engine._prompts, engine._llm, engine.max_model_len = PromptTokenizer(tokenizer, read_template(str(REPO / "template/llama3.jinja"))), Llm(), 500
     engine._special, engine._tags_are_special = [str(token) for token in tokenizer.added_tokens_decoder.values()], False
     asked = [{"role": "user", "content": "Which?"}]
     begun = [{"role": "assistant", "content": text} for text in ("It is", "<think>\n", "<think>\n")]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import at, logged
+from stages import REPO
 
 from dynamicrag.files.published import published
 from dynamicrag.stage import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = sorted(path.stem for path in (ROOT / "recipes/models").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (REPO / "recipes/models").glob("*.yaml"))
 TYPES = {"llama2_7b": "llama", "llama3_8b": "llama", "llama31_8b": "llama", "mistral_7b": "mistral", "qwen25_7b": "qwen2", "qwen3_8b": "qwen3"}
 KEPT = ("configs/llama3_8b.env", "configs/llama2_7b.env")  # settings files that were there before
 
@@ -22,7 +22,7 @@ KEPT = ("configs/llama3_8b.env", "configs/llama2_7b.env")  # settings files that
 @pytest.fixture
 def recipes(monkeypatch):
     """The script, as a module."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(REPO / "scripts")
     import recipes
 
     return recipes
@@ -42,7 +42,7 @@ def project(tmp_path) -> Path:
     (tmp_path / "recipes/models").mkdir(parents=True)
     (tmp_path / "recipes/dataset_info.json").write_text("{}")
     for model in MODELS:
-        (tmp_path / f"recipes/models/{model}.yaml").write_bytes((ROOT / f"recipes/models/{model}.yaml").read_bytes())
+        (tmp_path / f"recipes/models/{model}.yaml").write_bytes((REPO / f"recipes/models/{model}.yaml").read_bytes())
     return tmp_path
 
 
@@ -53,8 +53,8 @@ def test_the_recipes_and_settings_here_are_what_the_script_writes(recipes, proje
     assert len(written) == len(MODELS) * (len(recipes.KINDS) + 1)
     for name, text in written.items():
         if name not in KEPT:
-            assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name}: run python scripts/recipes.py"
-    ours = (ROOT / "recipes/dataset_info.json").read_text(encoding="utf-8")
+            assert (REPO / name).read_text(encoding="utf-8") == text, f"{name}: run python scripts/recipes.py"
+    ours = (REPO / "recipes/dataset_info.json").read_text(encoding="utf-8")
     assert info.items() <= json.loads(ours).items() and recipes.info_text(json.loads(ours)) == ours
 
 
@@ -73,7 +73,7 @@ def test_a_model_is_ten_lines_and_its_parameters_are_those_that_transformers_cou
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = ROOT / f"recipes/models/{model}.yaml"
+    path = REPO / f"recipes/models/{model}.yaml"
     shape, facts = recipes.read_model(path).shape, yaml.safe_load(path.read_text())
     assert len(path.read_text().splitlines()) <= 10
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def test_a_model_is_ten_lines_and_its_parameters_are_those_that_transformers_cou
 
 def test_memory_is_that_of_the_figures_in_the_recipes(recipes):
     """Worked out by hand for LLaMA3-8B, 8.03e9 parameters of which 1.05e9 are embeddings; DPO's logits as measured in docs/scale.md."""
-    shape = recipes.read_model(ROOT / "recipes/models/llama3_8b.yaml").shape
+    shape = recipes.read_model(REPO / "recipes/models/llama3_8b.yaml").shape
     sizes = [round(size, 1) for _, size in recipes.memory_of(shape, "dpo", 8192)]
     assert sizes == [15.0, 1.9, 2.0, 4.0, 39.1, 1.0]  # 16 and 2 bytes x 8.03e9 / 8, 2 x 1.05e9, 2 x 2 x 8192 x 32 x 4096, 20 x 2 x 8192 x 128,256
     sizes = [round(size, 1) for _, size in recipes.memory_of(shape, "sft_qlora", 4096)]
@@ -97,9 +97,9 @@ def test_memory_is_that_of_the_figures_in_the_recipes(recipes):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_recipe_fits_its_card_at_its_window_and_not_at_a_larger_one(recipes, most, model):
-    facts = recipes.read_model(ROOT / f"recipes/models/{model}.yaml")
+    facts = recipes.read_model(REPO / f"recipes/models/{model}.yaml")
     for recipe, kind in recipes.KINDS.items():
-        text = (ROOT / f"recipes/{model}/{recipe}.yaml").read_text()
+        text = (REPO / f"recipes/{model}/{recipe}.yaml").read_text()
         tokens = yaml.safe_load(text)["cutoff_len"]
         assert recipes.total_of(facts.shape, recipe, tokens) <= most[kind.card]
         assert tokens == facts.window or recipes.total_of(facts.shape, recipe, facts.window) > most[kind.card]
@@ -109,9 +109,9 @@ def test_every_recipe_fits_its_card_at_its_window_and_not_at_a_larger_one(recipe
 
 def test_the_page_says_what_the_recipes_say(recipes):
     """The table of models in docs/pipeline.md: GiB of each recipe, and its window if that is smaller than the model's."""
-    page = (ROOT / "docs/pipeline.md").read_text(encoding="utf-8")
+    page = (REPO / "docs/pipeline.md").read_text(encoding="utf-8")
     for model in MODELS:
-        facts = recipes.read_model(ROOT / f"recipes/models/{model}.yaml")
+        facts = recipes.read_model(REPO / f"recipes/models/{model}.yaml")
 
         def figure(recipe: str, facts=facts) -> str:
             tokens = recipes.window_of(facts.shape, recipe, facts.window)
@@ -148,23 +148,23 @@ def test_a_wrong_fact_is_named(recipes, project, old, new, key):
 
 def test_the_settings_of_a_model_name_its_facts_and_give_every_other_setting():
     """A settings file of a model takes all that it does not name from that of LLaMA3-8B."""
-    names = re.findall(r"^(\w+)=", (ROOT / "configs/llama3_8b.env").read_text(), re.MULTILINE)
+    names = re.findall(r"^(\w+)=", (REPO / "configs/llama3_8b.env").read_text(), re.MULTILINE)
     script = "set -eu; source configs/$1.env; for name in " + " ".join(names) + "; do echo \"$name=${!name-}\"; done"
     kept = {name: value for name, value in os.environ.items() if name not in names}
 
     def settings(model: str) -> dict[str, str]:
-        done = subprocess.run(["bash", "-c", script, "settings", model], cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
+        done = subprocess.run(["bash", "-c", script, "settings", model], cwd=REPO, env=kept, capture_output=True, text=True, check=True)
         return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
     published = settings("llama3_8b")
     for model in MODELS:
-        facts, given = yaml.safe_load((ROOT / f"recipes/models/{model}.yaml").read_text()), settings(model)
+        facts, given = yaml.safe_load((REPO / f"recipes/models/{model}.yaml").read_text()), settings(model)
         assert (given["MODEL"], given["BASE_MODEL"], given["TEMPLATE"]) == (model, facts["hub"], f"template/{facts['template']}.jinja")
-        assert (ROOT / given["TEMPLATE"]).is_file() and int(given["N_DOCS_SHOWN"]) * 8192 == 40 * facts["window"]
+        assert (REPO / given["TEMPLATE"]).is_file() and int(given["N_DOCS_SHOWN"]) * 8192 == 40 * facts["window"]
         of_the_model = ("MODEL", "BASE_MODEL", "TEMPLATE", "N_DOCS_SHOWN", "ENGINE_FLAGS")
         assert {name: value for name, value in given.items() if name not in of_the_model} == {name: value for name, value in published.items() if name not in of_the_model}
 
 
 def test_every_base_model_can_be_prepared_by_name():
-    hubs = {yaml.safe_load((ROOT / f"recipes/models/{model}.yaml").read_text())["hub"] for model in MODELS}
+    hubs = {yaml.safe_load((REPO / f"recipes/models/{model}.yaml").read_text())["hub"] for model in MODELS}
     assert hubs <= {entry.repo for entry in published().values()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import at, naming
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu_check import __main__ as runner  # noqa: E402

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import at, logged, names, naming, write_jsonl
 from local_hub import LocalHub
+from stages import REPO
 from stubs import StubEngine, make_tiny_llama, question
 
 import inference
@@ -27,7 +28,6 @@ from dynamicrag.models.chat_templates import SAMPLE
 from dynamicrag.rows.manifest import fingerprint
 from dynamicrag.stage import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 OTHER_PROMPTS = 'reranker: {system: "You choose with care."}\ngenerator: {separator: "\\n"}\ninstructions: {nq: "Answer {{briefly}}."}\n'
 NOT_PUBLISHED = ("training_args.bin", "trainer_state.json", "trainer_log.jsonl", "settings.txt", "trained_on.sha256", ".env", "training_loss.png", "checkpoint-9/optimizer.pt",
                  "checkpoint-9/model.safetensors", "adapter/adapter_model.safetensors", "notes.md", "token", "sft.0.lock")
@@ -47,7 +47,7 @@ def trained(tmp_path_factory) -> Path:
     (folder / "trained_on.sha256").write_text(f"{'a' * 64}  recipes/llama3_8b/sft.yaml\n{'b' * 64}  /home/someone/training_data/generator_sft_training.json\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "name_or_path": "/home/someone/models", "chat_template": "{{ messages }}"}))
-    (folder / TEMPLATE).write_text((ROOT / "template/llama3.jinja").read_text())
+    (folder / TEMPLATE).write_text((REPO / "template/llama3.jinja").read_text())
     return folder
 
 
@@ -126,7 +126,7 @@ def test_a_published_model_is_pulled_and_asked_in_the_same_words(model, hub, stu
     assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == hub.files("me/tiny")
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (folder / name).read_bytes() == Path(f"{model}/sft/{name}").read_bytes()
-    assert load_prompts(str(folder), "auto").ids(SAMPLE) == load_prompts(f"{model}/sft", str(ROOT / "template/llama3.jinja")).ids(SAMPLE)
+    assert load_prompts(str(folder), "auto").ids(SAMPLE) == load_prompts(f"{model}/sft", str(REPO / "template/llama3.jinja")).ids(SAMPLE)
     assert logged(caplog, folder / TEMPLATE, level="INFO") == 1
 
     inputs = json.loads(Path("pulled.json.manifest.json").read_text())["inputs"]
@@ -194,10 +194,10 @@ def test_the_engine_answers_with_a_pulled_model_as_with_the_one_that_was_publish
     flags = ["--input-json", "q.jsonl", "--answer-max-tokens", "8", "--max-model-len", "2048", "--selector", "dynamic", "all"]
     runs = [
         [*flags, "--llm-model", "me/tiny", "--output-json", "pulled_{selector}.json"],
-        [*flags, "--llm-model", f"{model}/sft", "--output-json", "here_{selector}.json", "--prompts", "p.yaml", "--template", str(ROOT / "template/llama3.jinja")],
+        [*flags, "--llm-model", f"{model}/sft", "--output-json", "here_{selector}.json", "--prompts", "p.yaml", "--template", str(REPO / "template/llama3.jinja")],
     ]
     program = f"import inference\nfor flags in {runs!r}: inference.main(flags)"  # vLLM is imported once
-    environment = {**hub.environment(tmp_path / "other", hub.token), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**hub.environment(tmp_path / "other", hub.token), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(REPO), "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for selector in ("dynamic", "all"):
@@ -250,8 +250,8 @@ def test_results_of_another_model_or_other_words_are_noticed(model, hub, caplog)
     Path("other").mkdir()
     Path("other/config.json").write_text("{}")
     answered_by("a", "other")
-    answered_by("b", f"{model}/sft", prompts="p.yaml", template=str(ROOT / "template/smollm2.jinja"))
-    answered_by("c", f"{model}/sft", template=str(ROOT / "template/llama3.jinja"))
+    answered_by("b", f"{model}/sft", prompts="p.yaml", template=str(REPO / "template/smollm2.jinja"))
+    answered_by("c", f"{model}/sft", template=str(REPO / "template/llama3.jinja"))
     publish.main([model, "--dry_run", "--results", metrics_file("m.json", {name: {"nq": ["oil"]} for name in "abcd"})])
     assert logged(caplog, "a", "other") == logged(caplog, "b", "--prompts", "p.yaml") == logged(caplog, "b", "smollm2.jinja") == logged(caplog, "d") == 1
     assert not logged(caplog, "c")
@@ -405,7 +405,7 @@ def test_a_flag_wins_over_the_model_and_differences_are_noticed(model, caplog):
     assert prompts_for(f"{model}/sft", None) is None and logged(caplog, "dynamicrag/llm/prompt_texts.py", level="INFO") == 1
 
     caplog.clear()
-    llama3 = str(ROOT / "template/llama3.jinja")
+    llama3 = str(REPO / "template/llama3.jinja")
     assert load_prompts(local, llama3).name == llama3 and not logged(caplog)
     Path("t.jinja").write_text(Path(llama3).read_text().replace("<|eot_id|>", "\n<|eot_id|>"))
     assert load_prompts(local, "t.jinja").name == "t.jinja" and logged(caplog, "--template", "t.jinja", f"{local}/{TEMPLATE}") == 1

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from chat_tokenizers import CASES, FAMILIES, TRAIN_PYTHON, facts_of, save_tokenizer
 from conftest import at, logged, naming, write_jsonl
+from stages import REPO
 from stubs import make_text
 
 import construct_dpo
@@ -27,9 +28,8 @@ from dynamicrag.rows.identifiers import parse_ids
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError, options_from
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/llama3_8b/sft.yaml"
-SFT, DPO = ROOT / RECIPE, ROOT / "recipes/llama3_8b/dpo.yaml"
+SFT, DPO = REPO / RECIPE, REPO / "recipes/llama3_8b/dpo.yaml"
 BC, GENERATOR = "training_data/reranker_bc_training.json", "training_data/generator_sft_training.json"
 PAIRS = [f"training_data/llama3_8b_{role}_dpo.json" for role in ("reranker", "generator")]
 DOCS = 40
@@ -101,7 +101,7 @@ def lengths(flags: list[str]) -> LengthOptions:
 
 
 def count_by(folder: Path) -> list[str]:
-    return ["--tokenizer", str(folder), "--template", str(ROOT / "template/llama3.jinja")]
+    return ["--tokenizer", str(folder), "--template", str(REPO / "template/llama3.jinja")]
 
 
 # ---------------------------------------------------------------- what fits
@@ -124,7 +124,7 @@ def test_a_row_loses_as_many_documents_as_it_must_and_no_more(llama3):
 
 def test_prompt_answer_and_end_token_count_to_the_last_token(llama3):
     """A window of exactly the row's length keeps all documents, and one token less loses a document. The longer of two answers counts."""
-    prompts = PromptTokenizer(training_rows.load_tokenizer(str(llama3))[0], read_template(str(ROOT / "template/llama3.jinja")))
+    prompts = PromptTokenizer(training_rows.load_tokenizer(str(llama3))[0], read_template(str(REPO / "template/llama3.jinja")))
     docs, answers = documents(1, 5, set())[:6], ("[1]", "[1], [2], [3]")
 
     def build(some: list[dict]) -> list[dict]:
@@ -231,7 +231,7 @@ def test_the_hub_is_asked_once_and_quickly(monkeypatch, caplog):
 
 def test_another_tokenizer_or_cutoff_len_is_another_set_and_another_learning_rate_is_not(llama3):
     args = reranker_sequence.parse_args([*count_by(llama3)])
-    assert {str(ROOT / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(resolve_length_flags(args))
+    assert {str(REPO / "template/llama3.jinja"), str(llama3 / "tokenizer.json")} <= set(resolve_length_flags(args))
     assert (args.cutoff_len, args.tokenizer) == (8192, str(llama3))
     write_jsonl(Path("rows.jsonl"), long_rows(4, 5))
     process_training_data.main(["--input_file", "rows.jsonl", "--max_rows", "4"])
@@ -291,11 +291,11 @@ def test_every_set_says_how_its_system_prompt_is_trained(caplog):
 
 def test_published_recipes_differ_from_ours_in_batch_and_names_alone():
     for ours, published, batch in ((SFT, "llama8b", (2, 2)), (DPO, "llama8b_dpo", (1, 4))):
-        recipe, theirs = yaml.safe_load(ours.read_text()), yaml.safe_load((ROOT / f"examples/train_full/{published}.yaml").read_text())
+        recipe, theirs = yaml.safe_load(ours.read_text()), yaml.safe_load((REPO / f"examples/train_full/{published}.yaml").read_text())
         assert (theirs.pop("per_device_train_batch_size"), theirs.pop("gradient_accumulation_steps")) == batch
         assert batch[0] * batch[1] * 8 == 32
         names = theirs.pop("dataset").split(",")
-        info = json.loads((ROOT / "recipes/dataset_info.json").read_text())
+        info = json.loads((REPO / "recipes/dataset_info.json").read_text())
         assert [info[name] for name in names] == [info[name] for name in recipe["dataset"].split(",")]
         assert theirs == {key: value for key, value in recipe.items() if key not in ("dataset", "per_device_train_batch_size", "gradient_accumulation_steps")}
     assert {"alpaca_data", "llama3_generator_dpo", "llama3_reranker_dpo"} <= info.keys() and info["alpaca_data"] == info["alpaca"]
@@ -341,7 +341,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     """LLaMA-Factory's own processors run with the recipe's cutoff_len, for every chat template, on published entries too."""
     if not TRAIN_PYTHON.is_file():
         pytest.skip("no .venv-train; scripts/setup.sh makes it")
-    info = json.loads((ROOT / "recipes/dataset_info.json").read_text())
+    info = json.loads((REPO / "recipes/dataset_info.json").read_text())
     published = {f"{name}_published": {**info[name], "columns": {key: column for key, column in info[name]["columns"].items() if key != "system"}} for name in SETS}
     cases, sets = {}, {}
     for name, template in CASES.items():
@@ -349,9 +349,9 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
             continue  # these are longest by no other tokens than the others
         save_tokenizer(name, tmp_path / name)
         cases[name] = [template, facts_of(name).get("settings", {}) if name in FAMILIES else {}, str(tmp_path / name), str(SFT)]
-        write_sets(long_rows(8), "--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja"))
+        write_sets(long_rows(8), "--tokenizer", str(tmp_path / name), "--template", str(REPO / f"template/{template}.jinja"))
         sets[name] = {f"{entry}{form}": read(path) for entry, path in SETS.items() for form in ("", "_published")}
-        flags = ["--tokenizer", str(tmp_path / name), "--template", str(ROOT / f"template/{template}.jinja")]
+        flags = ["--tokenizer", str(tmp_path / name), "--template", str(REPO / f"template/{template}.jinja")]
         sets[name]["factbook_warm_up"] = [load_window(lengths(flags)).conversation(conversation(80)).row]
     for path, content in (("cases.json", cases), ("sets.json", sets), ("info.json", {**info, **published})):
         Path(path).write_text(json.dumps(content))
@@ -362,7 +362,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     assert done.returncode == 0, done.stderr[-3000:]
     encoded = json.loads(Path("encoded.json").read_text())
     for name, (template, _, folder, _) in cases.items():
-        prompts = PromptTokenizer(training_rows.load_tokenizer(folder)[0], read_template(str(ROOT / f"template/{template}.jinja")))
+        prompts = PromptTokenizer(training_rows.load_tokenizer(folder)[0], read_template(str(REPO / f"template/{template}.jinja")))
         assert encoded[name]["factbook_warm_up"]["recipe"] == encoded[name]["factbook_warm_up"]["none"], name
         for entry in SETS:
             of_recipe, whole = encoded[name][entry]["recipe"], encoded[name][entry]["none"]

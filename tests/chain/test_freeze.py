@@ -8,9 +8,7 @@ from pathlib import Path
 
 import freeze
 import pytest
-from stages import STAGES
-
-REPO = Path(__file__).parents[1]
+from stages import REPO, STAGES
 
 
 @pytest.mark.slow

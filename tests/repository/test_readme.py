@@ -100,7 +100,7 @@ def test_every_script_and_recipe_that_is_started_exists(page, command):
 def test_every_file_named_exists(page):
     named = {REPO / path for path in FILE.findall(PAGES[page]) if "NAME" not in path}
     assert not [path for path in named if not path.exists()]
-    here = {path.name for folder in ("", *FOLDERS.split("|"), "examples/factbook", "dynamicrag/*") for path in REPO.glob(f"{folder}/*" if folder else "*")}
+    here = {path.name for folder in ("", *FOLDERS.split("|"), "examples/factbook", "dynamicrag/*", "tests/*") for path in REPO.glob(f"{folder}/*" if folder else "*")}
     assert not [span for span in spans(PAGES[page]) if re.fullmatch(r"\w+\.(?:py|sh)", span) and span not in here]
 
 

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from playwright.sync_api import expect
+from stages import REPO
 
 import evaluate
 from dynamicrag.rows.output import Output
 from dynamicrag.stage import UserError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import screenshots
 
 from dynamicrag.report import cases, reading
 from dynamicrag.report import page as report
 
-REPO = Path(__file__).parents[1]
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \u2028 & \"quoted\" $\\frac$"
 ANSWER = {"none": [], "top:1": [1], "top:2": [1, 2], "all": [1, 2, 3, 4], "monot5": [2], "dynamic": [2, 1]}
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import CASES, FAMILIES, OWN_TEMPLATES, SPECIAL, TRAIN_PYTHON, byte_level, facts_of, save_tokenizer
 from conftest import at, logged, names, naming
+from stages import REPO
 
 from dynamicrag.llm.prompts import Prompts, training_row
 from dynamicrag.llm.templates import PromptTokenizer, load_prompts
 from dynamicrag.models.chat_templates import read_template
 from dynamicrag.stage import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # In .venv-train. Arguments: cases.json (name -> [template, settings, tokenizer folder, trained folder]), rows.json, dataset_info
 # folder, output. A trained folder gets the tokenizer that LLaMA-Factory would save beside the weights.
@@ -83,7 +82,7 @@ def conversations() -> list[list[dict]]:
 def save_real_smollm2(folder: Path) -> None:
     """Save the tokenizer of the real SmolLM2, which the demo unpacks from its package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples/factbook")
+        patch.syspath_prepend(REPO / "examples/factbook")
         import models
     models.chat_tokenizer().save_pretrained(folder)
 
@@ -118,7 +117,7 @@ def parity(tmp_path_factory):
         rows["dpo"].append(training_row(messages, chosen=good, rejected=bad))
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "rows.json").write_text(json.dumps(rows))
-    files = [folder / "cases.json", folder / "rows.json", ROOT / "recipes", folder / "encoded.json"]
+    files = [folder / "cases.json", folder / "rows.json", REPO / "recipes", folder / "encoded.json"]
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -134,7 +133,7 @@ def case(request, parity):
     from transformers import AutoTokenizer
 
     encoded, trained = parity
-    template = read_template(str(ROOT / "template" / f"{CASES[request.param]}.jinja"))
+    template = read_template(str(REPO / "template" / f"{CASES[request.param]}.jinja"))
     return PromptTokenizer(AutoTokenizer.from_pretrained(trained[request.param]), template), encoded[request.param]
 
 
@@ -264,13 +263,13 @@ def test_a_template_writes_exactly_this(name):
     import jinja2
 
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        read_template(str(ROOT / "template" / f"{name}.jinja"))
+        read_template(str(REPO / "template" / f"{name}.jinja"))
     )
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     fields = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
     assert template.render(messages=messages, **fields) == FORMS[name]
     assert "S" not in template.render(messages=messages[1:], **fields).replace("INST", "")
-    assert {path.stem for path in (ROOT / "template").iterdir()} == set(FORMS)
+    assert {path.stem for path in (REPO / "template").iterdir()} == set(FORMS)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def end_of(prompts: PromptTokenizer) -> str:
 def test_auto_without_a_template_of_its_own_takes_the_one_that_fits(checkpoint, caplog, kind, name, taken):
     caplog.set_level("INFO")
     prompts = load_prompts(checkpoint(kind, name=name), "auto")
-    assert prompts.chat_template == read_template(str(ROOT / f"template/{taken}.jinja"))
+    assert prompts.chat_template == read_template(str(REPO / f"template/{taken}.jinja"))
     assert len(caplog.messages) == 1 and f"template/{taken}.jinja" in caplog.text
 
 
@@ -341,12 +340,12 @@ def test_auto_is_refused_if_nothing_fits(tmp_path):
 @pytest.mark.parametrize(("kind", "asked", "fits"), [("smollm2", "llama3", "smollm2"), ("llama3", "smollm2", "llama3"), ("llama2", "llama3", "llama2"), ("mistral", "smollm2", "mistral")])
 def test_a_template_whose_markers_are_no_tokens_is_refused_with_the_one_that_fits(checkpoint, kind, asked, fits):
     with pytest.raises(UserError, match=at(f"{asked}.jinja", f"--template template/{fits}.jinja")):
-        load_prompts(checkpoint(kind), str(ROOT / f"template/{asked}.jinja"))
+        load_prompts(checkpoint(kind), str(REPO / f"template/{asked}.jinja"))
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "mistral", "mistral_v1", "smollm2"])
 def test_a_template_that_fits_is_taken_as_it_is(checkpoint, kind):
-    path = str(ROOT / f"template/{CASES[kind]}.jinja")
+    path = str(REPO / f"template/{CASES[kind]}.jinja")
     assert load_prompts(checkpoint(kind, OWN if kind == "smollm2" else None), path).chat_template == read_template(path)
 
 
@@ -354,7 +353,7 @@ def test_a_recipe_that_trains_in_another_format_than_the_checkpoints_own_is_beli
     """LLaMA-Factory saves the base model's template beside the weights, but trains with the recipe's."""
     prompts = load_prompts(checkpoint("smollm2", OWN, "DynamicRAG_smollm2_135m/sft"), "auto")
     assert prompts.name == "template/smollm2.jinja" and logged(caplog, "template/smollm2.jinja", "DynamicRAG_smollm2_135m/sft") == 1
-    same = read_template(str(ROOT / "template/smollm2.jinja"))
+    same = read_template(str(REPO / "template/smollm2.jinja"))
     model = checkpoint("smollm2", same, "DynamicRAG_smollm2_135m/dpo")
     assert names(load_prompts(model, "auto").name, model)
 
@@ -373,7 +372,7 @@ def test_reasoning_is_off_unless_asked_for(checkpoint, thinking, end, opens):
 
 @pytest.mark.parametrize(("thinking", "end"), [(False, "assistant\n<think>\n\n</think>\n\n"), (True, "assistant\n")])
 def test_qwen3_reasons_only_if_asked_to(checkpoint, thinking, end):
-    for template in ("auto", str(ROOT / "template/qwen3.jinja")):
+    for template in ("auto", str(REPO / "template/qwen3.jinja")):
         prompts = load_prompts(checkpoint("qwen3_8b", OWN_TEMPLATES["qwen3_8b"]), template, thinking)
         assert end_of(prompts).endswith(end) and not prompts.opens_reasoning
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +10,7 @@ from chat_tokenizers import byte_level
 from conftest import at, naming
 from pages import code, page, table
 from prompt_rows import DOCS, ROW
+from stages import REPO
 from stubs import LLAMA3_TOKENS, StubEngine
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,6 @@ from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.llm.templates import PromptTokenizer
 from dynamicrag.stage import UserError, options_from
 
-REPO = Path(__file__).parents[1]
 SKELETON = REPO / "configs/released_8b_prompts.yaml"
 WORDS = {
     "system": "S", "user": "U {question}\n{documents}", "document": "{n}: {title} = {text}", "user_without_documents": "{instruction} {question} 0",
