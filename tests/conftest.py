@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -109,6 +110,13 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Processes that start with their heavy modules imported (tests/warm.py)."""
+    with Warm() as servers:
+        yield servers
 
 
 @pytest.fixture(autouse=True)

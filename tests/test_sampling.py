@@ -1,6 +1,7 @@
 """sampling_dpo_trajectories.py: trajectories, with a stub in place of the LLM, and with the real engine on a tiny one."""
 
 import json
+import os
 import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -224,12 +225,13 @@ def test_another_model_may_choose(here):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
+def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch, warm):
     """Two models in one process, constrained and not: chunks, order and company change no trajectory of a question.
 
     In float32 on one engine; benchmarks/sampling.py measures the share that survives bfloat16's batch-dependent rounding.
     The process is a new one, as the stage's is: vLLM goes through all modules that others have imported, and falls over one.
     """
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(warm.python))
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(compare_real_trajectories, tmp_path).result()
 
