@@ -26,10 +26,10 @@ def facts() -> dict:
     """What a program sees of the process that it runs in, and what a process sees that it spawns."""
     os.umask(umask := os.umask(0))
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        doubled = process.submit(double, 21).result()[0]
+        doubled, of_a_fork = process.submit(double, 21).result()
     return {
         "argv": sys.argv, "path": sys.path, "file": __file__, "main": sys.modules["__main__"].__dict__.get("facts") is facts, "folder": os.getcwd(),
-        "environment": {key: value for key, value in os.environ.items() if key not in ("_", "PWD")}, "umask": umask, "doubled": doubled, "executable": sys.executable,
+        "environment": {key: value for key, value in os.environ.items() if key not in ("_", "PWD")}, "umask": umask, "doubled": doubled, "spawned_as_this": of_a_fork == (sys.orig_argv[-1] == "serve"), "executable": sys.executable,
         "files": sorted(os.listdir("/proc/self/fd"))[:4], "ignores_hangup": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
         "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler, "read": sys.stdin.read(),
     }
@@ -57,7 +57,7 @@ def test_a_program_sees_what_it_would_see_in_a_new_interpreter(light, tmp_path):
     assert [one.returncode for one in seen] == [0, 0], seen[0].stderr
     forked, new = (json.loads(one.stdout) for one in seen)
     assert forked.pop("forked") and not new.pop("forked")
-    assert forked == new and new["doubled"] == 42 and new["umask"] == 0o27 and new["ignores_hangup"] and new["read"] == "text"
+    assert forked == new and new["doubled"] == 42 and new["spawned_as_this"] and new["umask"] == 0o27 and new["ignores_hangup"] and new["read"] == "text"
 
 
 @pytest.mark.parametrize("words", [

@@ -34,8 +34,8 @@ READ_AT_IMPORT = (
     "ACCELERATE_", "CUDA_", "HF_", "HOME", "KMP_", "LANG", "LC_", "LD_", "MKL_", "MPL", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_",
     "TOKENIZERS_", "TORCH", "TQDM_", "TRANSFORMERS_", "TZ", "USE_", "VLLM_", "XDG_",
 )
-# Except these: on a machine without a GPU none is hidden, vLLM reads the space when its engine starts, and a fork never buffers its output.
-READ_LATER = {"CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE", "PYTHONUNBUFFERED"}
+# Except these: a machine without a GPU hides and orders none, vLLM reads the space when its engine starts, and a fork never buffers its output.
+READ_LATER = {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE", "PYTHONUNBUFFERED"}
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 HIGH = 512  # the server's own files have numbers from here on, because a fork gets the numbers of its caller
 SPAWNED = "from multiprocessing.spawn import spawn_main"
@@ -60,14 +60,15 @@ def can_be_forked(argv: list[str]) -> bool:
 def call(address: str, real: str, argv: list[str]) -> None:
     """Be `python ARGV`, by a fork of the server at `address` if possible."""
     connection = socket.socket(socket.AF_UNIX)
+    words = argv[1:] if argv[:1] == ["-B"] else argv  # a spawned process gets this if PYTHONDONTWRITEBYTECODE is set, as it is for the server
     with contextlib.suppress(OSError):
-        if can_be_forked(argv):
+        if can_be_forked(words):
             files = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != connection.fileno()]
             files = [number for number in files if os.path.exists(f"/proc/self/fd/{number}") and number < HIGH]
             ignored = [int(number) for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
             umask = os.umask(0)
             os.umask(umask)
-            request = marshal.dumps((argv, os.getcwd(), dict(os.environ), files, ignored, umask))
+            request = marshal.dumps((words, os.getcwd(), dict(os.environ), files, ignored, umask))
             connection.connect(address)
             socket.send_fds(connection, [struct.pack("I", len(request))], files)
             connection.sendall(request)
@@ -140,8 +141,11 @@ def serve(listening: int, modules: str, launcher: str) -> None:
         if listener in ready:
             caller = listener.accept()[0]
             argv, folder, environment, numbers, ignored, umask, files = receive(caller)
-            if not argv or not (read_at_import(started_with) | read_at_import(changed)).items() >= read_at_import(environment).items() \
-                    or not read_at_import(environment).items() >= read_at_import(started_with).items():
+            # A process that a fork starts has the variables that the modules have set.
+            given, expected = read_at_import(environment), read_at_import(started_with)
+            differing = [name for name in given.keys() | expected.keys() if given.get(name) not in (expected.get(name), changed.get(name, expected.get(name)))]
+            if not argv or differing:
+                print("not forked:", argv, *differing, flush=True, file=sys.stderr)
                 for number in files:
                     os.close(number)
                 with caller, contextlib.suppress(OSError):
