@@ -25,6 +25,7 @@ from stubs import (  # noqa: F401  (other code imports some of these from here)
     make_tiny_monot5,
     question,
 )
+from warm import Warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,6 +86,13 @@ def one_thread():
 
     torch.set_num_threads(1)
     gc.freeze()  # what is imported by now stays: the garbage collector need not look at a million objects again and again
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Processes that start with their heavy modules imported (tests/warm.py)."""
+    with Warm() as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session", autouse=True)

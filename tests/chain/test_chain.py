@@ -24,7 +24,7 @@ ADDED = {
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
+def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv, warm) -> Path:
     """A folder in which every stage command of docs/pipeline.md has been run as printed, plus ADDED."""
     import random
 
@@ -47,7 +47,7 @@ def chain(tmp_path_factory, encoder_dir, monot5_dir, corpus_tsv) -> Path:
     (folder / "data/rag_training_data.json").write_text(json.dumps(questions), encoding="utf-8")
     train_bin = REPO / ".venv-train/bin"
     environment = {
-        **os.environ, "PATH": f"{REPO}/.venv/bin:{train_bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
+        **os.environ, "PATH": f"{warm.folder}:{REPO}/.venv/bin:{train_bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
         "DISABLE_VERSION_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     for command in page_commands():
@@ -126,12 +126,12 @@ def test_evaluation_scored_every_question(chain):
 
 
 @pytest.mark.slow
-def test_the_scripts_answer_every_set_with_one_model_and_compare_windows(chain):
+def test_the_scripts_answer_every_set_with_one_model_and_compare_windows(chain, warm):
     """Two evaluation sets, one of them with documents beyond the window."""
     rows = read_jsonl(chain / "eval_data/nq.jsonl")
     write_jsonl(chain / "eval_data/popqa.jsonl", [{**row, "id": f"popqa_{n}", "dataset": "popqa"} for n, row in enumerate(rows[:5])])
     environment = {
-        **os.environ, "WORK": str(chain), "EVAL_QUESTIONS": "nq.jsonl popqa.jsonl", "SELECTORS": "none dynamic", "N_DOCS_SHOWN": "5",
+        **os.environ, **warm.environment, "WORK": str(chain), "EVAL_QUESTIONS": "nq.jsonl popqa.jsonl", "SELECTORS": "none dynamic", "N_DOCS_SHOWN": "5",
         "TOP_N": "7 12", "ENGINE_FLAGS": "--max-model-len 4096 --answer-max-tokens 8", "VLLM_CPU_KVCACHE_SPACE": "1", "NUM_SHARDS": "1",
     }
     _run("bash scripts/infer_all.sh configs/llama3_8b.env && bash scripts/11_top_n.sh configs/llama3_8b.env", REPO, environment)
@@ -144,10 +144,11 @@ def test_the_scripts_answer_every_set_with_one_model_and_compare_windows(chain):
 
 
 @pytest.mark.slow
-def test_rounds_of_dpo_go_on_from_each_other_and_are_compared(chain):
+def test_rounds_of_dpo_go_on_from_each_other_and_are_compared(chain, warm):
     """Two rounds from the SFT model: an untrained model is right about nothing, so the SFT model stays the best."""
     environment = {
-        **os.environ, "WORK": str(chain), "DEV_QUESTIONS": str(chain / "eval_data/nq.jsonl"), "PATIENCE": "2", "BERT_MODEL": str(chain / "models/retriever"),
+        **os.environ, **warm.environment, "WORK": str(chain), "DEV_QUESTIONS": str(chain / "eval_data/nq.jsonl"),
+        "PATIENCE": "2", "BERT_MODEL": str(chain / "models/retriever"),
         "DPO_FLAGS": TRAIN_ON_CPU, "DPO_RECIPE": "simpo", "SAMPLE_FLAGS": "--num-samples 4 --answer-max-tokens 8 --include-expert",
         "ENGINE_FLAGS": "--max-model-len 4096", "PAIR_FLAGS": "--pairs top-bottom:2", "VLLM_CPU_KVCACHE_SPACE": "1", "NUM_SHARDS": "1",
     }
@@ -176,10 +177,10 @@ for recipe in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_every_recipe_is_one_the_trainer_reads():
+def test_every_recipe_is_one_the_trainer_reads(warm):
     recipes = sorted([*(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models"), *(REPO / "examples/train_full").glob("*.yaml")])
     assert len(recipes) == 5 + 6 * 8 + 2
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-    command = [REPO / ".venv-train/bin/python", "-c", READ_RECIPES, *recipes]
+    command = [warm.trainer_python, "-c", READ_RECIPES, *recipes]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -436,7 +436,7 @@ def test_a_recipe_accumulates_its_total_batch_on_the_gpus_it_is_written_for(reci
 
 
 @pytest.mark.slow
-def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_from_it(machine, tmp_path):
+def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_from_it(machine, tmp_path, warm):
     import torch
     from safetensors.torch import load_file
 
@@ -450,7 +450,7 @@ def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_fr
     words = "use_cpu=true preprocessing_num_workers=1 disable_gradient_checkpointing=true gradient_accumulation_steps=1 learning_rate=0.01 plot_loss=false max_steps=2"
     data, folders = run / "training_data/reranker_bc_training.json", {"base": base, "sft": run / "DynamicRAG_llama3_8b/sft", "dpo": run / "DynamicRAG_llama3_8b/dpo"}
     for stage, recipe, model in (("sft", "sft_lora", base), ("dpo", "dpo_lora", folders["sft"])):
-        done = bash(f"train {stage} {recipe} {data} -- model_name_or_path={model} {words}", machine())
+        done = bash(f"train {stage} {recipe} {data} -- model_name_or_path={model} {words}", machine(**warm.environment))
         assert done.returncode == 0, done.stderr[-3000:]
         assert {path.name for path in folders[stage].iterdir()} >= {"config.json", "trained_on.sha256", "trainer_state.json", "tokenizer_config.json", "adapter"}
         assert (folders[stage] / "adapter/adapter_config.json").exists() and not list(folders[stage].rglob("checkpoint-*"))

@@ -53,13 +53,13 @@ def run_to_reranking(settings: Path, **environment) -> None:
 
 
 @pytest.mark.slow
-def test_two_shards_give_what_one_run_gives(settings, tmp_path):
-    run_to_reranking(settings, NUM_SHARDS="1", RETRIEVER_FLAGS="--dtype float32")
+def test_two_shards_give_what_one_run_gives(settings, tmp_path, warm):
+    run_to_reranking(settings, **warm.environment, NUM_SHARDS="1", RETRIEVER_FLAGS="--dtype float32")
     whole = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
     assert (tmp_path / "run/eval_data/test.jsonl").exists()
     shutil.rmtree(tmp_path / "run")
     shutil.rmtree(tmp_path / "embeddings")
-    run_to_reranking(settings, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32", EVAL_QUESTIONS="")
+    run_to_reranking(settings, **warm.environment, NUM_SHARDS="2", RETRIEVER_FLAGS="--dtype float32", EVAL_QUESTIONS="")
     sharded = read_jsonl(tmp_path / "run/output/retrieval_data_rerank.jsonl")
     assert [row["id"] for row in sharded] == [row["id"] for row in whole]
     for one, other in zip(whole, sharded, strict=True):
@@ -68,21 +68,21 @@ def test_two_shards_give_what_one_run_gives(settings, tmp_path):
         assert list(again.values()) == pytest.approx(list(scores.values()), rel=1e-3)
         assert len(scores.keys() & again.keys()) >= len(scores) - 1
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/output").glob("*.jsonl")}
-    assert made and bash("03_rerank.sh", settings, NUM_SHARDS="2", EVAL_QUESTIONS="").returncode == 0
+    assert made and bash("03_rerank.sh", settings, **warm.environment, NUM_SHARDS="2", EVAL_QUESTIONS="").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert bash("04_training_data.sh", settings).returncode == 0
+    assert bash("04_training_data.sh", settings, **warm.environment).returncode == 0
     assert (tmp_path / "run/training_data/reranker_bc_training.json").exists()
 
 
 @pytest.mark.slow
-def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_path):
+def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_path, warm):
     docs = [{"id": f"d{n}", "title": "", "text": "x", "score": -n} for n in range(6)]
     (tmp_path / "run/output").mkdir(parents=True)
     for name in ("data", "test"):
         write_jsonl(tmp_path / f"run/output/retrieval_{name}.jsonl", [{"id": f"q{n}", "question": "what?", "answers": ["x"], "docs": docs} for n in range(4)])
     broken = settings.with_name("broken.env")
     broken.write_text(f"RERANKER={tmp_path}/no-such-model\n" + settings.read_text().replace("RERANKER=/", "UNUSED=/"))
-    done = bash("03_rerank.sh", broken, NUM_SHARDS="2")
+    done = bash("03_rerank.sh", broken, **warm.environment, NUM_SHARDS="2")
     assert done.returncode != 0
     logs = re.findall(r"[^\s*]+\.log\b", done.stderr)  # not the pattern of all logs
     assert len(logs) == 2 and "no-such-model" in Path(logs[0]).read_text()

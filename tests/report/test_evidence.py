@@ -211,13 +211,15 @@ def test_a_choice_is_exact_where_it_names_what_is_needed_in_either_order(folder,
 
 
 @pytest.mark.slow
-def test_directions_are_trained_measured_and_tabled_and_never_twice(folder, tmp_path, monkeypatch):
+def test_directions_are_trained_measured_and_tabled_and_never_twice(folder, tmp_path, monkeypatch, warm):
     monkeypatch.chdir(REPO)
+    monkeypatch.setattr("sys.executable", str(warm.python))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     make_tiny_llama(tmp_path / "model", CHATML_TOKENS)
     flags = ["--train", str(folder / "train.jsonl"), "--test", str(folder / "test.jsonl"), "--passages", str(folder / "passages.jsonl"),
              "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "curves"), "--table", str(tmp_path / "table.md"),
-             "--plot", str(tmp_path / "curves.png"), "--tokens", "15000", "--questions", "6", "--points", "2"]
+             "--plot", str(tmp_path / "curves.png"), "--tokens", "15000", "--questions", "6", "--points", "2",
+             "--trainer", str(warm.trainer_python)]
     names = ["curriculum", "loss on identifiers"]
     learning_curve.main([*flags, "--directions", *names])
     curves = learning_curve.finished(str(tmp_path / "curves"))

@@ -1,6 +1,7 @@
 """sampling_dpo_trajectories.py: trajectories with a stub in place of the LLM, and with the real engine and a tiny LLM."""
 
 import json
+import os
 import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -234,12 +235,13 @@ def test_another_model_may_choose(here):
 
 
 @pytest.mark.slow
-def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path):
+def test_real_trajectories_depend_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch, warm):
     """Two models in one process, constrained and not: chunks, order and other questions change no trajectory of a question.
 
     The engine computes in float32. benchmarks/sampling.py measures the share that stays the same in bfloat16, whose rounding depends on
     the batch. The test needs a new process, since vLLM inspects all imported modules and fails at one of them.
     """
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(warm.python))
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(compare_real_trajectories, tmp_path).result()
 

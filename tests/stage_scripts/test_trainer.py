@@ -337,7 +337,7 @@ json.dump(encoded, open(output, "w"))
 
 
 @pytest.mark.slow
-def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system_prompt(tmp_path):
+def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system_prompt(tmp_path, warm):
     """LLaMA-Factory's own processors run with the recipe's cutoff_len, for every chat template, on published entries too."""
     if not TRAIN_PYTHON.is_file():
         pytest.skip("no .venv-train; scripts/setup.sh makes it")
@@ -358,7 +358,7 @@ def test_the_trainer_cuts_no_row_at_the_recipes_cutoff_len_and_trains_the_system
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
     files = ["cases.json", "sets.json", "info.json", "encoded.json"]
-    done = subprocess.run([TRAIN_PYTHON, "-c", WITH_LLAMAFACTORY, *files], env=environment, capture_output=True, text=True)
+    done = subprocess.run([warm.trainer_python, "-c", WITH_LLAMAFACTORY, *files], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     encoded = json.loads(Path("encoded.json").read_text())
     for name, (template, _, folder, _) in cases.items():

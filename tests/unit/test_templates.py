@@ -95,7 +95,7 @@ TURNS = {  # several questions about the same documents
 
 
 @pytest.fixture(scope="module")
-def parity(tmp_path_factory):
+def parity(tmp_path_factory, warm):
     """LLaMA-Factory's tokens of the rows by case, and the folder of each case's trained tokenizer."""
     if not TRAIN_PYTHON.is_file():
         pytest.skip("no .venv-train; scripts/setup.sh makes it")
@@ -121,7 +121,7 @@ def parity(tmp_path_factory):
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [TRAIN_PYTHON, "-c", WITH_LLAMAFACTORY, *files], env=environment, cwd=folder, capture_output=True, text=True
+        [warm.trainer_python, "-c", WITH_LLAMAFACTORY, *files], env=environment, cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(files[-1].read_text()), {name: Path(trained) for name, (*_, trained) in cases.items()}
