@@ -11,9 +11,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from warm import Warm
 
 HERE = Path(__file__).resolve()
+sys.path.append(str(HERE.parents[1]))  # for the tests that run this file as a program
+
+from warm import Warm  # noqa: E402
+
 REPO = HERE.parents[2]
 FORKED = "sys.orig_argv[-1] == 'serve'"
 
