@@ -7,8 +7,8 @@
 # says; without it the newest model of the settings answers.
 set -euo pipefail
 NINE="nq triviaqa popqa hotpotqa 2wikimqa fever eli5 asqa arc_challenge"
-usage() {
-    echo "usage: bash scripts/reproduce.sh SET...|all|train [SETTINGS.env] [--dry_run]; the sets are $NINE" >&2
+usage() { # [WORD]: which is neither a set nor a flag
+    echo "error: ${1:+$1: is no set, settings file (*.env) or flag; }usage: bash scripts/reproduce.sh SET...|all|train [SETTINGS.env] [--dry_run]; the sets are $NINE" >&2
     exit 2
 }
 ASKED="" DRY_RUN="" SETTINGS=()
@@ -17,7 +17,7 @@ for word; do
         --dry_run | --dry-run) DRY_RUN=1 ;;
         *.env) SETTINGS+=("$word") ;;
         all) ASKED+=" $NINE" ;;
-        *) [[ $word == train || " $NINE " == *" $word "* ]] || usage; ASKED+=" $word" ;;
+        *) [[ $word == train || " $NINE " == *" $word "* ]] || usage "$word"; ASKED+=" $word" ;;
     esac
 done
 [[ -n $ASKED && (" $ASKED " != *" train "* || $ASKED == " train") && ${#SETTINGS[@]} -le 1 ]] || usage
@@ -46,7 +46,7 @@ forecast() { # EXPERIMENT FLAG... -- FLAG...
 }
 place() { # FILE NAME: the prepared FILE is read as NAME by the numbered scripts
     [[ ! -e $2 || $2 -ef $1 ]] || refuse "$2 is there, and is not $1; move it away, or set WORK to another folder"
-    mkdir -p "$(dirname "$2")"
+    mkdir -p "$(dirname "$2")" 2>/dev/null || refuse "$(dirname "$2"): the folder cannot be made; set WORK to a folder that you may write"
     ln -sfn "$(realpath "$1")" "$2"
 }
 
@@ -86,8 +86,8 @@ answer_prepared() {
     forecast answer "${rerank[@]}" -- "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --topn "$N_DOCS_SHOWN" \
         --selector $SELECTORS --input-json $FILES ${ENGINE_FLAGS:-}
     [[ -z $DRY_RUN ]] || return 0
-    [[ -f $model/config.json ]] || refuse "$model is missing; $([[ -n ${RELEASED:-} ]] && echo "make it with: python prepare_data.py --name $(basename "$model")" \
-        || echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
+    [[ -f $model/config.json ]] || refuse "$model is missing; $([[ -n ${RELEASED:-} ]] && \
+        echo "make it with: python prepare_data.py --name $(basename "$model"), and set RELEASED to its folder, models/$(basename "$model")" || echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
     for set in "${SETS[@]}"; do
         file=$WORK/eval_data/${set%%=*}.jsonl
         if ((${#rerank[@]})); then
