@@ -78,16 +78,18 @@ train_from_prepared() {
 }
 
 answer_prepared() {
-    local model=${RELEASED:-$(newest_model)} rerank=() set file
+    local model=${RELEASED:-$(newest_model)} rerank=() name set file
     [[ " $SELECTORS " != *" "@(monot5|adaptive)" "* ]] || rerank=(--rerank)
-    [[ -z ${RELEASED:-} || -n ${PROMPTS:-} ]] || \
+    [[ -z ${RELEASED:-} || -n ${PROMPTS:-} || -f $model/dynamicrag_prompts.yaml ]] || \
         echo "warning: RELEASED=$RELEASED is asked in this project's words; PROMPTS=FILE gives its own (docs/released_checkpoints.md)" >&2
     # shellcheck disable=SC2086  # SELECTORS, FILES and ENGINE_FLAGS are lists
     forecast answer "${rerank[@]}" -- "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --topn "$N_DOCS_SHOWN" \
         --selector $SELECTORS --input-json $FILES ${ENGINE_FLAGS:-}
     [[ -z $DRY_RUN ]] || return 0
+    name=$(basename "$model")
     [[ -f $model/config.json ]] || refuse "$model is missing; $([[ -n ${RELEASED:-} ]] && \
-        echo "make it with: python prepare_data.py --name $(basename "$model"), and set RELEASED to its folder, models/$(basename "$model")" || echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
+        echo "get it with: python prepare_data.py --name $name, or: hf download OWNER/$name --local-dir models/$name; then give RELEASED=models/$name" || \
+        echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
     for set in "${SETS[@]}"; do
         file=$WORK/eval_data/${set%%=*}.jsonl
         if ((${#rerank[@]})); then

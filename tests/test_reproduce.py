@@ -15,6 +15,7 @@ from machines import program, table
 from stubs import StubEngine
 
 import inference
+from dynamicrag.llm.model_files import PROMPTS
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.stage import UserError, options_from
@@ -288,6 +289,7 @@ def test_sets_are_answered_by_the_released_model_from_the_prepared_rows_and_put_
     (tmp_path / "file").touch()
     unwritable = reproduce("nq", **{**released, "WORK": str(tmp_path / "file/run")})
     assert unwritable.returncode == 2 and re.search(f"(?m)^error: {tmp_path}/file/run/eval_data: .*WORK", unwritable.stderr)
+    assert re.search(naming("PROMPTS"), done.stderr)
     asked, *evaluated, combined = log_of(tmp_path)
     assert asked.startswith("inference ") and f"--llm-model {model} " in asked and asked.endswith("--selector none top:5 dynamic")
     assert [line.split()[0] for line in evaluated] == ["evaluate_retrieval", "evaluate"] * 2 and "dynamicrag_popqa_Released_top5.json" in evaluated[3]
@@ -296,6 +298,8 @@ def test_sets_are_answered_by_the_released_model_from_the_prepared_rows_and_put_
         assert (tmp_path / f"run/eval_data/dynamicrag_{name}.jsonl").resolve() == folder / f"dynamicrag_{name}.jsonl"
     assert reproduce("nq", **released, SELECTORS="monot5 dynamic").returncode == 0
     reranked = log_of(tmp_path)[0]
+    (model / PROMPTS).touch()
+    assert not re.search(naming("PROMPTS"), reproduce("nq", "--dry_run", **released).stderr), "it brings its own"
     assert reranked.startswith("reranker ") and f"--input_file {folder}/dynamicrag_nq.jsonl" in reranked
     assert read_jsonl(folder / "dynamicrag_nq.jsonl") == [row(1)] and not (tmp_path / "run/eval_data/dynamicrag_nq.jsonl").is_symlink(), "never through the link"
     in_the_way = reproduce("nq", **released)
