@@ -111,11 +111,12 @@ def test_the_data_set_of_an_entry_is_one_that_has_a_metric(name):
 
 
 @pytest.mark.parametrize(("name", "meant"), [
-    ("nq", ["dynamicrag_nq", "flashrag_nq"]), ("dynamicrag_ng", ["dynamicrag_nq"]), ("dynamicrag-8b", ["DynamicRAG-8B"]), ("xyz", []),
+    ("nq", ["dynamicrag_nq", "flashrag_nq"]), ("dynamicrag_ng", ["dynamicrag_nq"]), ("DynamicRag_nq", ["dynamicrag_nq"]), ("dynamicrag-8b", ["DynamicRAG-8B"]), ("xyz", []),
 ])
 def test_a_name_that_is_not_in_the_table_is_refused_beside_those_that_may_be_meant(name, meant):
-    with pytest.raises(UserError, match=at(f"--name {name}", *meant)):
+    with pytest.raises(UserError, match=at(f"--name {name}", *meant)) as refused:
         prepare("dynamicrag_fever", name)
+    assert [other for other in SETS if names(str(refused.value), other)] == meant
     with pytest.raises(UserError, match=at("--name")):
         prepare_data.main([])
 

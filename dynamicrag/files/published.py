@@ -82,5 +82,5 @@ def chosen(names: Sequence[str]) -> list[Published]:
 def similar(name: str) -> list[str]:
     """Return the names of sets that somebody who writes `name` may mean: `nq` is dynamicrag_nq or flashrag_nq."""
     known = {other.lower(): other for other in published()}
-    ends = [other for other in known if other.endswith(f"_{name.lower()}")]
-    return [known[other] for other in ends or difflib.get_close_matches(name.lower(), known)]
+    ends = [other for other in known if f"_{other}".endswith(f"_{name.lower()}")]
+    return [known[other] for other in ends or difflib.get_close_matches(name.lower(), known, n=1)]
