@@ -34,10 +34,12 @@ source "$(dirname "$0")/common.sh"
 [[ "$EVAL_QUESTIONS|$EVAL_FILES" == "|$GIVEN" ]] || \
     refuse "$CONFIG sets EVAL_QUESTIONS or EVAL_FILES over the environment; write EVAL_QUESTIONS=\${EVAL_QUESTIONS-...} and EVAL_FILES=\${EVAL_FILES:-...}"
 
-prepared() { # end here if a file is missing, naming the command that makes all that are
-    local file missing=()
+prepared() { # end here if a file is missing, naming the command that makes all that are; warn of files with the first rows only
+    local file missing=() limited=()
     for file in $FILES; do [[ -f $file ]] || missing+=("$(stem "$file")"); done
     ((${#missing[@]} == 0)) || refuse "$PREPARED/${missing[0]}.jsonl is missing; make it with: python prepare_data.py --name ${missing[*]}"
+    for file in $FILES; do [[ -z $(made_with limit "$file.manifest.json") ]] || limited+=("$(stem "$file")"); done
+    ((${#limited[@]} == 0)) || echo "warning: ${limited[*]}: only the first rows were prepared (--limit); results are not those of whole sets" >&2
 }
 forecast() { # EXPERIMENT FLAG... -- FLAG...
     # shellcheck disable=SC2086  # FORECAST_FLAGS is a list of flags

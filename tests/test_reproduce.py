@@ -215,6 +215,7 @@ def test_the_files_of_the_hub_are_those_that_are_reproduced(hub, machine, tmp_pa
         assert done.returncode == 0, done.stderr
         lines = table(done.stdout)
         assert {stage: lines[stage][0] for stage in counted} == counted
+        assert re.search(naming("dynamicrag_asqa" if words == ["all"] else "dynamicrag_training", "--limit"), done.stderr)
     assert not (tmp_path / "run").exists()
 
 
