@@ -21,7 +21,7 @@ from dynamicrag import stage
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.downloads import free_space, size_of
 from dynamicrag.files.hub import no_network
-from dynamicrag.files.published import Published, chosen, published
+from dynamicrag.files.published import Published, chosen, published, similar
 from dynamicrag.rows.preparation import Cost, PrepareOptions, cost_of, is_there, prepare
 from dynamicrag.rows.shared_runs import export_run, import_run
 from dynamicrag.stage import UserError, log, options_from
@@ -65,15 +65,16 @@ def listing() -> str:
 
 
 def forecast(entries: list[Published], options: PrepareOptions) -> str:
-    """Return a table of what a download costs and what is there already. Without a network, sizes are those of the list."""
-    lines, total, reachable = [], 0, True
+    """Return a table of what a download costs and what is there already. Sizes of a server that cannot be reached are those of the list."""
+    lines, total, silent = [], 0, set()
     for entry in entries:
         cost = Cost(entry.bytes or entry.about_bytes, note="size as in --list")
         try:
-            if reachable or is_there(entry, entry.path(options.output_dir, options.models_dir)):
+            if entry.server not in silent or is_there(entry, entry.path(options.output_dir, options.models_dir)):
                 cost = cost_of(entry, options)
         except UserError as error:
-            cost, reachable = replace(cost, note=str(error)), not no_network(error)
+            cost = replace(cost, note=str(error))
+            silent |= {entry.server} if no_network(error) else set()
         total += cost.missing or 0
         lines.append([entry.name, str(entry.path(options.output_dir, options.models_dir)), size_of(cost.size), "a part" if cost.cut else size_of(cost.missing),
                       size_of(cost.there), entry.licence, cost.note])
@@ -84,18 +85,23 @@ def forecast(entries: list[Published], options: PrepareOptions) -> str:
 
 
 def prepare_all(entries: list[Published], options: PrepareOptions) -> None:
-    """Prepare every set. One that cannot be had does not keep the others from being prepared. Raises UserError at the end."""
-    failed = []
+    """Prepare every set. One that cannot be had does not keep the others from being prepared, and a server that cannot be reached is
+    not asked again. Raises UserError at the end, or at once if there is nothing else to prepare.
+    """
+    failed, silent = [], set()
     for entry in entries:
         try:
-            prepare(entry, options)
+            if entry.server not in silent or is_there(entry, entry.path(options.output_dir, options.models_dir)):
+                prepare(entry, options)
+                continue
         except UserError as error:
-            if len(entries) == 1 or no_network(error):
+            silent |= {entry.server} if no_network(error) else set()
+            if {other.server for other in entries} <= silent or len(entries) == 1:
                 raise
             log.error("%s", error)
-            failed.append(entry.name)
+        failed.append(entry.name)
     if failed:
-        raise UserError(f"--name: {len(failed)} of {len(entries)} sets are not there: {', '.join(failed)}; see the messages above, and run the "
+        raise UserError(f"--name: {len(failed)} of {len(entries)} sets were not prepared: {', '.join(failed)}; see the messages above, and run the "
                         "same command again")
 
 
@@ -115,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             entries = chosen(args.name)
         except KeyError as error:
-            raise UserError(f"--name {error.args[0]}: there is no such set; --list shows them") from error
+            meant = " or ".join(similar(error.args[0]))
+            raise UserError(f"--name {error.args[0]}: there is no such set; {f'is it {meant}? ' if meant else ''}--list shows them") from error
         if args.dry_run:
             print(forecast(entries, options))
         else:

@@ -7,8 +7,8 @@
 # says; without it the newest model of the settings answers.
 set -euo pipefail
 NINE="nq triviaqa popqa hotpotqa 2wikimqa fever eli5 asqa arc_challenge"
-usage() {
-    echo "usage: bash scripts/reproduce.sh SET...|all|train [SETTINGS.env] [--dry_run]; the sets are $NINE" >&2
+usage() { # [WORD]: which is neither a set nor a flag
+    echo "error: ${1:+$1: is no set, settings file (*.env) or flag; }usage: bash scripts/reproduce.sh SET...|all|train [SETTINGS.env] [--dry_run]; the sets are $NINE" >&2
     exit 2
 }
 ASKED="" DRY_RUN="" SETTINGS=()
@@ -17,7 +17,7 @@ for word; do
         --dry_run | --dry-run) DRY_RUN=1 ;;
         *.env) SETTINGS+=("$word") ;;
         all) ASKED+=" $NINE" ;;
-        *) [[ $word == train || " $NINE " == *" $word "* ]] || usage; ASKED+=" $word" ;;
+        *) [[ $word == train || " $NINE " == *" $word "* ]] || usage "$word"; ASKED+=" $word" ;;
     esac
 done
 [[ -n $ASKED && (" $ASKED " != *" train "* || $ASKED == " train") && ${#SETTINGS[@]} -le 1 ]] || usage
@@ -34,10 +34,12 @@ source "$(dirname "$0")/common.sh"
 [[ "$EVAL_QUESTIONS|$EVAL_FILES" == "|$GIVEN" ]] || \
     refuse "$CONFIG sets EVAL_QUESTIONS or EVAL_FILES over the environment; write EVAL_QUESTIONS=\${EVAL_QUESTIONS-...} and EVAL_FILES=\${EVAL_FILES:-...}"
 
-prepared() { # end here if a file is missing, naming the command that makes all that are
-    local file missing=()
+prepared() { # end here if a file is missing, naming the command that makes all that are; warn of files with the first rows only
+    local file missing=() limited=()
     for file in $FILES; do [[ -f $file ]] || missing+=("$(stem "$file")"); done
     ((${#missing[@]} == 0)) || refuse "$PREPARED/${missing[0]}.jsonl is missing; make it with: python prepare_data.py --name ${missing[*]}"
+    for file in $FILES; do [[ -z $(made_with limit "$file.manifest.json") ]] || limited+=("$(stem "$file")"); done
+    ((${#limited[@]} == 0)) || echo "warning: ${limited[*]}: only the first rows were prepared (--limit); results are not those of whole sets" >&2
 }
 forecast() { # EXPERIMENT FLAG... -- FLAG...
     # shellcheck disable=SC2086  # FORECAST_FLAGS is a list of flags
@@ -46,7 +48,7 @@ forecast() { # EXPERIMENT FLAG... -- FLAG...
 }
 place() { # FILE NAME: the prepared FILE is read as NAME by the numbered scripts
     [[ ! -e $2 || $2 -ef $1 ]] || refuse "$2 is there, and is not $1; move it away, or set WORK to another folder"
-    mkdir -p "$(dirname "$2")"
+    mkdir -p "$(dirname "$2")" 2>/dev/null || refuse "$(dirname "$2"): the folder cannot be made; set WORK to a folder that you may write"
     ln -sfn "$(realpath "$1")" "$2"
 }
 
@@ -78,16 +80,18 @@ train_from_prepared() {
 }
 
 answer_prepared() {
-    local model=${RELEASED:-$(newest_model)} rerank=() set file
+    local model=${RELEASED:-$(newest_model)} rerank=() name set file
     [[ " $SELECTORS " != *" "@(monot5|adaptive)" "* ]] || rerank=(--rerank)
-    [[ -z ${RELEASED:-} || -n ${PROMPTS:-} ]] || \
+    [[ -z ${RELEASED:-} || -n ${PROMPTS:-} || -f $model/dynamicrag_prompts.yaml ]] || \
         echo "warning: RELEASED=$RELEASED is asked in this project's words; PROMPTS=FILE gives its own (docs/released_checkpoints.md)" >&2
     # shellcheck disable=SC2086  # SELECTORS, FILES and ENGINE_FLAGS are lists
     forecast answer "${rerank[@]}" -- "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --topn "$N_DOCS_SHOWN" \
         --selector $SELECTORS --input-json $FILES ${ENGINE_FLAGS:-}
     [[ -z $DRY_RUN ]] || return 0
-    [[ -f $model/config.json ]] || refuse "$model is missing; $([[ -n ${RELEASED:-} ]] && echo "make it with: python prepare_data.py --name $(basename "$model")" \
-        || echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
+    name=$(basename "$model")
+    [[ -f $model/config.json ]] || refuse "$model is missing; $([[ -n ${RELEASED:-} ]] && \
+        echo "get it with: python prepare_data.py --name $name, or: hf download OWNER/$name --local-dir models/$name; then give RELEASED=models/$name" || \
+        echo "train it with: bash scripts/reproduce.sh train $CONFIG, or set RELEASED to the folder of another")"
     for set in "${SETS[@]}"; do
         file=$WORK/eval_data/${set%%=*}.jsonl
         if ((${#rerank[@]})); then

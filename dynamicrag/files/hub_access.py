@@ -53,13 +53,15 @@ def hub_errors(place: str) -> Iterator[None]:
 
 
 def check_account(repo: str) -> None:
-    """Raise UserError if `repo` is no name, or the hub does not know the user, before any work for an upload."""
+    """Raise UserError if `repo` is not OWNER/NAME, or the hub does not know the user, before any work for an upload."""
     from huggingface_hub import whoami
     from huggingface_hub.utils import validate_repo_id
 
     with hub_errors(repo):
         validate_repo_id(repo)
-        whoami()
+        user = whoami()["name"]
+    if "/" not in repo:  # the hub would make it, but not find it
+        raise UserError(f"{repo}: names no owner; give --repo OWNER/NAME, such as {user}/{repo}")
 
 
 def upload(repo: str, private: bool, files: Mapping[str, Path], ours: Iterable[str]) -> str:

@@ -1,9 +1,11 @@
 """The table of published data sets, corpora, embeddings and models, and where each goes. The entries are in published.yaml."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 TABLE = Path(__file__).with_suffix(".yaml")
 KINDS = ("questions", "corpus", "embeddings", "model")
@@ -36,6 +38,11 @@ class Published:
     def place(self) -> str:
         """The repository or the URL, for messages."""
         return self.repo or self.url or self.name
+
+    @property
+    def server(self) -> str:
+        """What must be reached for it: the host of its URL, or "" for the hub."""
+        return urlsplit(self.url).netloc if self.url else ""
 
     def path(self, output_dir: str | Path, models_dir: str | Path) -> Path:
         """Return the file or folder that it becomes."""
@@ -70,3 +77,10 @@ def chosen(names: Sequence[str]) -> list[Published]:
         if name != "all" and not any(name in (entry.name, entry.group) for entry in entries):
             raise KeyError(name)
     return [entry for entry in entries if {"all", entry.name, entry.group} & {*names}]
+
+
+def similar(name: str) -> list[str]:
+    """Return the names of sets that somebody who writes `name` may mean: `nq` is dynamicrag_nq or flashrag_nq."""
+    known = {other.lower(): other for other in published()}
+    ends = [other for other in known if f"_{other}".endswith(f"_{name.lower()}")]
+    return [known[other] for other in ends or difflib.get_close_matches(name.lower(), known, n=1)]

@@ -14,7 +14,7 @@ def _make_folder_of(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path.parent}: the output folder cannot be created: {error.strerror}") from error
+        raise UserError(f"{path.parent}: the output folder cannot be created: {error.strerror}; give a folder that you may write") from error
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the path of a file")
     if not os.access(path.parent, os.W_OK):

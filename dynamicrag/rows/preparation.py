@@ -18,9 +18,9 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.downloads import arrived, check_space, digest_of, first_lines, obtain, size_of
 from dynamicrag.files.hub import Remote, check_access, hub_files, url_file
 from dynamicrag.files.published import Published
-from dynamicrag.rows.manifest import identity, manifest_path, read_manifest, versions
+from dynamicrag.rows.manifest import differences, identity, manifest_path, read_manifest, versions
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.output_checks import refuse_other_run
+from dynamicrag.rows.output_checks import check_paths, refuse_other_run
 from dynamicrag.rows.published_rows import published_rows
 from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, log
@@ -81,14 +81,16 @@ class Cost:
 
 def cost_of(entry: Published, options: PrepareOptions) -> Cost:
     """Return what a set costs, by what its hub says now. Raises UserError if the hub refuses it or cannot be reached."""
-    if is_there(entry, entry.path(options.output_dir, options.models_dir)):
-        size = entry.bytes or entry.about_bytes or 0
-        return Cost(size, size, note="complete")
+    path = entry.path(options.output_dir, options.models_dir)
+    if is_there(entry, path) and not options.overwrite:
+        size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+        _, changed = differences(read_manifest(path) or {}, identity(arguments_of(entry, options), [str(path)], []))
+        return Cost(size, size, note=f"complete, but with another {' and '.join(changed)}: needs --overwrite" if changed else "complete")
     _, remotes = remote_files(entry, options.revision)
     check_access(remotes[0])
     cut = bool(options.limit) and entry.kind in LIMITED and not is_packed(entry, remotes[0])
     note = f"only the beginning, for {options.limit} rows" if cut else "whole, in spite of --limit" if options.limit else ""
-    there = sum((remote.size or 0) if remote.local else arrived(download_path(entry, remote, options)) for remote in remotes)
+    there = sum((remote.size or 0) if remote.local else 0 if options.overwrite else arrived(download_path(entry, remote, options)) for remote in remotes)
     return Cost(sum(remote.size or 0 for remote in remotes), there, cut, note or ("in the cache of the hub" if all(remote.local for remote in remotes) else ""))
 
 
@@ -177,6 +179,7 @@ def prepare_files(entry: Published, options: PrepareOptions) -> None:
         refuse_other_run(manifest, made, path)
         log.info("%s is already complete; nothing to do (--overwrite makes it again)", path)
         return
+    check_paths([manifest_path(path)], [])
     version, remotes = remote_files(entry, options.revision or entry.revision)
     first, packed = remotes[0], is_packed(entry, remotes[0])
     if path.exists() and not options.overwrite and (packed or limit):

@@ -10,11 +10,13 @@ from types import ModuleType
 
 import pytest
 from conftest import at, logged, make_tiny_llama, naming, read_jsonl, write_jsonl
+from local_hub import LocalHub
 from machines import program, table
 from stages import REPO
 from stubs import StubEngine
 
 import inference
+from dynamicrag.llm.model_files import PROMPTS
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.stage import UserError, options_from
@@ -186,10 +188,42 @@ def test_a_dry_run_prints_the_forecast_and_writes_nothing(machine, tmp_path):
     assert re.search(naming("PROMPTS", "/nowhere/DynamicRAG-8B"), done.stderr)
 
 
+@pytest.fixture
+def hub():
+    """A hub that has the nine evaluation files and the training file in their published forms, with five rows each."""
+    def published(name: str) -> list[dict]:
+        ctxs = [{"title": f"River {n}", "text": f"The river {n} is {n}0 km long."} for n in range(1, 5)]
+        return [{"id": f"{name}_{n}", "question": f"how long is river {n}?", "answers": ["A"], "ctxs": ctxs} for n in range(5)]
+
+    def lines(rows: list[dict]) -> bytes:
+        return b"".join(json.dumps(one).encode() + b"\n" for one in rows)
+
+    readings = {"qa_pairs": [{"question": "the upper?", "short_answers": ["30 km"]}], "answer": "30 km"}
+    asqa = [{**readings, "sample_id": one["id"], "question": one["question"], "docs": one["ctxs"]} for one in published("asqa")]
+    files = {f"{name}.jsonl": lines(published(name)) for name in NINE if name != "asqa"}
+    with LocalHub() as started:
+        started.add("gasolsun/DynamicRAG-Eval-Data", {**files, "asqa_eval_gtr_top100.json": json.dumps(asqa).encode()}, "dataset")
+        started.add("gasolsun/DynamicRAG_Training_Data_150k", {"train.jsonl": lines(published("nq"))}, "dataset")
+        yield started
+
+
+def test_the_files_of_the_hub_are_those_that_are_reproduced(hub, machine, tmp_path):
+    environment = machine(None, PREPARED=str(tmp_path / "prepared"), PREPARE_FLAGS="--limit 3", **hub.environment(tmp_path / "cache"))
+    subprocess.run(["bash", "scripts/00_prepare.sh"], cwd=REPO, env=environment, check=True, capture_output=True)
+    for words, counted in ((["all"], {f"answer dynamicrag_{name}": "3" for name in NINE}), (["train"], {"03_rerank": "3", "06_sample": "1"})):
+        done = reproduce(*words, "--dry_run", **environment, BASE_MODEL="/nowhere")
+        assert done.returncode == 0, done.stderr
+        lines = table(done.stdout)
+        assert {stage: lines[stage][0] for stage in counted} == counted
+        assert re.search(naming("dynamicrag_asqa" if words == ["all"] else "dynamicrag_training", "--limit"), done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("words", "named"), [
     (["all"], ("dynamicrag_triviaqa.jsonl", "python prepare_data.py --name dynamicrag_triviaqa dynamicrag_popqa")),
     (["train"], ("dynamicrag_training.jsonl", "python prepare_data.py --name dynamicrag_training")),
-    (["nq", "train"], ("arc_challenge",)), ([], ("arc_challenge",)), (["musique"], ("arc_challenge",)), (["nq", "a.env", "b.env"], ("arc_challenge",)),
+    (["nq", "train"], ("arc_challenge",)), ([], ("arc_challenge",)), (["musique"], ("musique", "arc_challenge")), (["nq", "a.env", "b.env"], ("arc_challenge",)),
+    (["nq", "--dryrun"], ("--dryrun", "--dry_run")),
     (["nq", "absent.env"], ("absent.env",)), (["nq", "configs/demo.env"], ("EVAL_QUESTIONS", "configs/demo.env")),
 ])
 def test_what_cannot_be_reproduced_is_said_in_one_line(machine, tmp_path, words, named):
@@ -248,11 +282,15 @@ def test_sets_are_answered_by_the_released_model_from_the_prepared_rows_and_put_
     model = tmp_path / "Released"
     released = {**stand_ins, "RELEASED": str(model)}
     missing = reproduce("nq", **released)
-    assert missing.returncode == 2 and re.search(naming(str(model), "Released"), missing.stderr) and not (tmp_path / "run").exists()
+    assert missing.returncode == 2 and re.search(naming(str(model), "Released", "models/Released"), missing.stderr) and not (tmp_path / "run").exists()
     model.mkdir()
     (model / "config.json").write_text("{}")
     done = reproduce("nq", "popqa", **released)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "file").touch()
+    unwritable = reproduce("nq", **{**released, "WORK": str(tmp_path / "file/run")})
+    assert unwritable.returncode == 2 and re.search(f"(?m)^error: {tmp_path}/file/run/eval_data: .*WORK", unwritable.stderr)
+    assert re.search(naming("PROMPTS"), done.stderr)
     asked, *evaluated, combined = log_of(tmp_path)
     assert asked.startswith("inference ") and f"--llm-model {model} " in asked and asked.endswith("--selector none top:5 dynamic")
     assert [line.split()[0] for line in evaluated] == ["evaluate_retrieval", "evaluate"] * 2 and "dynamicrag_popqa_Released_top5.json" in evaluated[3]
@@ -261,6 +299,8 @@ def test_sets_are_answered_by_the_released_model_from_the_prepared_rows_and_put_
         assert (tmp_path / f"run/eval_data/dynamicrag_{name}.jsonl").resolve() == folder / f"dynamicrag_{name}.jsonl"
     assert reproduce("nq", **released, SELECTORS="monot5 dynamic").returncode == 0
     reranked = log_of(tmp_path)[0]
+    (model / PROMPTS).touch()
+    assert not re.search(naming("PROMPTS"), reproduce("nq", "--dry_run", **released).stderr), "it brings its own"
     assert reranked.startswith("reranker ") and f"--input_file {folder}/dynamicrag_nq.jsonl" in reranked
     assert read_jsonl(folder / "dynamicrag_nq.jsonl") == [row(1)] and not (tmp_path / "run/eval_data/dynamicrag_nq.jsonl").is_symlink(), "never through the link"
     in_the_way = reproduce("nq", **released)

@@ -68,6 +68,13 @@ def change(monkeypatch, name: str, **changes: object) -> None:
     monkeypatch.setattr(prepare_data, "published", lambda: table)
 
 
+def forecast(capsys, *flags: str) -> dict[str, list[str]]:
+    """The cells of what --dry_run shows, by name: becomes, size, to download, there already, licence, note."""
+    prepare(*flags, "--dry_run")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:] if line.startswith("|")]
+    return {name: cells for name, *cells in lines}
+
+
 def written(folder: Path = Path("data")) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -103,10 +110,15 @@ def test_the_data_set_of_an_entry_is_one_that_has_a_metric(name):
     assert SETS[name].dataset in TASKS
 
 
-@pytest.mark.parametrize(("flags", "place"), [([], "--name"), (["--name", "nq"], "--name nq")])
-def test_a_name_that_is_not_in_the_table_is_refused(flags, place):
-    with pytest.raises(UserError, match=at(place)):
-        prepare_data.main(flags)
+@pytest.mark.parametrize(("name", "meant"), [
+    ("nq", ["dynamicrag_nq", "flashrag_nq"]), ("dynamicrag_ng", ["dynamicrag_nq"]), ("DynamicRag_nq", ["dynamicrag_nq"]), ("dynamicrag-8b", ["DynamicRAG-8B"]), ("xyz", []),
+])
+def test_a_name_that_is_not_in_the_table_is_refused_beside_those_that_may_be_meant(name, meant):
+    with pytest.raises(UserError, match=at(f"--name {name}", *meant)) as refused:
+        prepare("dynamicrag_fever", name)
+    assert [other for other in SETS if names(str(refused.value), other)] == meant
+    with pytest.raises(UserError, match=at("--name")):
+        prepare_data.main([])
 
 
 # ---------------------------------------------------------------- rows
@@ -294,6 +306,28 @@ def test_without_a_network_the_first_set_ends_the_run(hub):
     hub.stop()
     with pytest.raises(UserError, match=at(TRAINING, "HF_ENDPOINT")):
         prepare("dynamicrag")
+
+
+def test_a_server_that_cannot_be_reached_keeps_nothing_from_the_others(hub, monkeypatch, capsys, caplog):
+    hub.add(FLASHRAG, {"nq/test.jsonl": flashrag(3), "retrieval-corpus/wiki18_100w.zip": packed({"wiki18_100w.jsonl": WIKI18})}, "dataset")
+    hub.add("Qwen/Qwen3-8B", {"config.json": b"{}", "model.safetensors": b"w"})
+    for name in ("psgs_w100", "contriever_embeddings"):
+        change(monkeypatch, name, url="http://127.0.0.1:9/file")
+    asked = ["flashrag_nq", "corpora", "Qwen3-8B"]
+    shown = forecast(capsys, *asked)
+    assert shown["flashrag_nq"][1] == f"{len(flashrag(3))} bytes" and shown["Qwen3-8B"][1] == "3 bytes" and names(shown["psgs_w100"][5], "http://127.0.0.1:9/file")
+    with pytest.raises(UserError, match=at("--name", 2, 5, "psgs_w100", "contriever_embeddings")):
+        prepare(*asked)
+    assert Path("data/prepared/wiki18_100w.jsonl").exists() and Path("models/Qwen3-8B/config.json").exists()
+    assert logged(caplog, "http://127.0.0.1:9/file", level="ERROR") == 1, "asked once"
+
+
+@pytest.mark.parametrize("name", ["flashrag_nq", "wiki18_100w", "Qwen3-8B"])
+def test_a_folder_that_cannot_be_made_is_named_before_the_download(hub, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=at("file")):
+        prepare(name, "--output_dir", "file", "--models_dir", "file")
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("why", ["offline", "no network"])
@@ -497,6 +531,19 @@ def test_a_dry_run_says_what_a_download_costs_and_writes_nothing(full_hub, capsy
     assert names(shown["Llama-2-7b-hf"][5], "HF_TOKEN") and names(shown["Llama-2-7b-hf"][4], "Llama 2 Community Licence (gated)")
     free = out.splitlines()[-1]
     assert names(free, "data/prepared", "models")
+
+
+def test_a_dry_run_measures_what_is_there_and_says_what_a_run_would_refuse(full_hub, capsys):
+    def told(*flags: str) -> list[list[str]]:
+        return [cells[1:4] + cells[5:] for cells in forecast(capsys, "dynamicrag_nq", "Qwen3-8B", *flags).values()]
+
+    prepare("dynamicrag_nq", "Qwen3-8B", "--limit", "20")
+    rows = f"{Path('data/prepared/dynamicrag_nq.jsonl').stat().st_size:,} bytes"
+    complete = ["12 bytes", "0 bytes", "12 bytes", "complete"]
+    assert told("--limit", "20") == [[rows, "0 bytes", rows, "complete"], complete]
+    whole, unchanged = told()
+    assert whole[:3] == [rows, "0 bytes", rows] and names(whole[3], "limit", "--overwrite") and unchanged == complete
+    assert told("--overwrite")[1][:3] == ["12 bytes", "12 bytes", "0 bytes"]
 
 
 def test_a_dry_run_without_a_network_takes_the_sizes_of_the_table(hub, capsys):

@@ -316,7 +316,7 @@ def test_a_repository_and_a_folder_are_needed(model):
 
 @pytest.mark.parametrize(("problem", "place"), [
     ("no token", ("me/tiny", "HF_TOKEN")), ("a wrong token", ("me/tiny", "HF_TOKEN")), ("no network", ("me/tiny", "HF_ENDPOINT")),
-    ("offline", ("me/tiny", "HF_HUB_OFFLINE=0")), ("no name", ("me/a/b",)), ("a public repository", ("me/tiny", "--private")),
+    ("offline", ("me/tiny", "HF_HUB_OFFLINE=0")), ("no name", ("me/a/b",)), ("no owner", ("other", "OWNER/NAME", "me/other")), ("a public repository", ("me/tiny", "--private")),
 ])
 def test_what_the_hub_refuses_is_one_line(problem, place, model, hub, monkeypatch):
     from huggingface_hub import constants
@@ -333,7 +333,7 @@ def test_what_the_hub_refuses_is_one_line(problem, place, model, hub, monkeypatc
     with pytest.raises(UserError, match=at(*place)) as error:
         publish.main([model, "--repo", place[0], *(["--private"] if problem == "a public repository" else [])])
     assert "\n" not in str(error.value)
-    assert hub.files("me/tiny") == {"README.md": b""}
+    assert hub.files("me/tiny") == {"README.md": b""} and [*hub.repositories] == [("model", "me/tiny")]
 
 
 def test_a_token_that_may_not_write_is_one_line(model, hub, monkeypatch):
