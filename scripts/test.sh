@@ -13,7 +13,10 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && ((EUID == 
         echo "warning: Chromium: cannot be installed; the tests in a browser are skipped" >&2
 fi
 .venv/bin/ruff check .
-.venv/bin/pyright --project pyproject.toml
+types=$(mktemp)
+trap 'kill $checking 2>/dev/null || true; rm -f "$types"' EXIT
+.venv/bin/pyright --project pyproject.toml >"$types" 2>&1 &  # it uses one core only, so it runs beside the tests
+checking=$!
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One process per core. A process runs whole files, because the tests of a file share the models that they make.
 parallel=(--numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder)
@@ -21,4 +24,8 @@ case ${1:-} in
     "") set -- "${parallel[@]}" ;;
     --fast) set -- "${parallel[@]}" -m "not slow" "${@:2}" ;;
 esac
-.venv/bin/python -m pytest "$@"
+status=0
+.venv/bin/python -m pytest "$@" || status=$?
+wait "$checking" || status=1
+echo "types: $(cat "$types")"
+exit "$status"
