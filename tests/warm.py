@@ -295,7 +295,7 @@ class Warm:
         home = Path(REPO, environment, "bin")
         python, address = str(home / "python"), str(self.folder / f"{environment}.socket")
         plain = self.folder / f"{environment}.python"
-        real = os.path.exists("/dev/nvidiactl") or os.environ.get("WARM") == "0"
+        real = sys.platform != "linux" or os.path.exists("/dev/nvidiactl") or os.environ.get("WARM") == "0"
         command = [python] if real else [python, "-IS", __file__, address, python]
         for path, words in ((plain, command), (self.folder / name, [*command, *([str(home / script)] if script else [])])):
             path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
