@@ -32,10 +32,14 @@ MODULES = {
 # Modules read such variables when they are imported, so that they must be those of the server.
 READ_AT_IMPORT = (
     "ACCELERATE_", "CUDA_", "HF_", "HOME", "KMP_", "LANG", "LC_", "LD_", "MKL_", "MPL", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_",
-    "TOKENIZERS_", "TORCH", "TQDM_", "TRANSFORMERS_", "TZ", "USE_", "VLLM_", "XDG_",
+    "TOKENIZERS_", "TORCH_", "TQDM_", "TRANSFORMERS_", "TZ", "USE_", "VLLM_", "XDG_",
 )
-# Except these: a machine without a GPU hides and orders none, vLLM reads the space when its engine starts, and a fork never buffers its output.
-READ_LATER = {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE", "PYTHONUNBUFFERED"}
+# Except these: a machine without a GPU hides, orders and checks none, vLLM reads the space when its engine starts, a fork never buffers its
+# output, and scikit-learn sets the two of KMP when it is imported, which the tests may do before or after they start a server.
+READ_LATER = {
+    "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_CPU_KVCACHE_SPACE", "PYTHONUNBUFFERED", "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+}
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 HIGH = 512  # the server's own files have numbers from here on, because a fork gets the numbers of its caller
 SPAWNED = "from multiprocessing.spawn import spawn_main"
@@ -120,8 +124,8 @@ def serve(listening: int, modules: str, launcher: str) -> None:
     paths = sys.path[1:]
     select.select([listener], [], [])
     exec(MODULES[modules], {})
-    # The stages set vLLM's variables themselves.
-    changed = {name: value for name, value in os.environ.items() if started_with.get(name) != value and not name.startswith("VLLM_")}
+    changed = {name: value for name, value in os.environ.items() if started_with.get(name) != value}
+    inherited = {name: value for name, value in changed.items() if not name.startswith("VLLM_")}  # the stages set vLLM's themselves
     gc.collect()
     gc.freeze()  # a collection in a fork would copy the pages of all modules
     callers: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of a fork -> its process, its caller
@@ -141,9 +145,11 @@ def serve(listening: int, modules: str, launcher: str) -> None:
         if listener in ready:
             caller = listener.accept()[0]
             argv, folder, environment, numbers, ignored, umask, files = receive(caller)
-            # A process that a fork starts has the variables that the modules have set.
+            # A process that a fork starts, and one of the tests' own, may have the variables that the modules have set.
             given, expected = read_at_import(environment), read_at_import(started_with)
             differing = [name for name in given.keys() | expected.keys() if given.get(name) not in (expected.get(name), changed.get(name, expected.get(name)))]
+            if modules == "trainer":
+                differing = [name for name in differing if not name.startswith("VLLM_")]
             if not argv or differing:
                 print("not forked:", argv, *differing, flush=True, file=sys.stderr)
                 for number in files:
@@ -154,7 +160,7 @@ def serve(listening: int, modules: str, launcher: str) -> None:
             if (child := os.fork()) == 0:
                 for number in (listener.fileno(), caller.fileno(), *callers, *(one.fileno() for _, one in callers.values())):
                     os.close(number)
-                become(folder, {**changed, **environment}, numbers, files, ignored, umask)
+                become(folder, {**inherited, **environment}, numbers, files, ignored, umask)
                 sys.path[:] = paths
                 run(argv, launcher)
             for number in files:
@@ -262,7 +268,8 @@ def run(argv: list[str], launcher: str) -> None:
 
 
 class Warm:
-    """The servers of a process of tests, which end with it. WARM=0 in the environment runs the real interpreters.
+    """The servers of a process of tests, which end with it. WARM=0 in the environment runs the real interpreters; in the file
+    WARM_LOG the servers say which processes they did not fork, and the variables that differed.
 
     `folder`, for PATH, has `python` and `llamafactory-cli`, which ask the servers; `environment` is for scripts; `python` and
     `trainer_python` are the interpreters of the two environments.
@@ -288,19 +295,19 @@ class Warm:
         home = Path(REPO, environment, "bin")
         python, address = str(home / "python"), str(self.folder / f"{environment}.socket")
         plain = self.folder / f"{environment}.python"
-        real = os.path.exists("/dev/nvidiactl") or os.environ.get("WARM") == "0"
+        real = sys.platform != "linux" or os.path.exists("/dev/nvidiactl") or os.environ.get("WARM") == "0"
         command = [python] if real else [python, "-IS", __file__, address, python]
         for path, words in ((plain, command), (self.folder / name, [*command, *([str(home / script)] if script else [])])):
             path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
             path.chmod(0o755)
         if not real and home.exists():
-            with socket.socket(socket.AF_UNIX) as listener:
+            with socket.socket(socket.AF_UNIX) as listener, open(os.environ.get("WARM_LOG", os.devnull), "a") as log:
                 listener.bind(address)
                 listener.listen(64)
                 more = {"DISABLE_VERSION_CHECK": "1"} if script else {}
                 self._servers.append(subprocess.Popen(
                     [python, "-u", __file__, str(listener.fileno()), modules, str(plain), "serve"], env={**os.environ, **more}, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=(self.folder / f"{environment}.log").open("w"), pass_fds=[listener.fileno()],
+                    stdout=subprocess.DEVNULL, stderr=log, pass_fds=[listener.fileno()],
                 ))
         return plain
 

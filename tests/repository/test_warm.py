@@ -94,6 +94,16 @@ def test_what_a_fork_could_do_differently_is_run_by_the_real_interpreter(light, 
     assert run(light.python, *(word.format(folder=tmp_path) for word in words), env={**os.environ, **changed}).returncode == 0
 
 
+@pytest.mark.parametrize("changed", [
+    {"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},  # of every script
+    {"KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"},  # of every process that has imported scikit-learn
+    {"PYTHONUNBUFFERED": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "WORK": "run"},
+])
+def test_variables_that_are_read_later_are_those_of_the_fork(light, changed):
+    code = f"import os, sys; print({FORKED}, all(os.environ[name] == value for name, value in {changed}.items()))"
+    assert run(light.python, "-c", code, env={**os.environ, **changed}).stdout == "True True\n"
+
+
 SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
