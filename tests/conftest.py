@@ -35,8 +35,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
 
 
-def pytest_collection_modifyitems(items):
-    """Run the files with slow tests first, so that the processes of a parallel run end at about the same time."""
+def pytest_collection_modifyitems(config, items):
+    """Run the files with slow tests first, so that the processes of a parallel run end at about the same time. Tests of FULL=1 need it."""
+    if not os.environ.get("FULL"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

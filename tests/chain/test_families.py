@@ -22,7 +22,7 @@ import sampling_dpo_trajectories
 from dynamicrag.llm import requests
 from dynamicrag.llm.prompts import Prompts, training_row
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("FULL"), reason="four families take minutes: FULL=1")]
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 KINDS = {  # model type, and what sets its architecture apart
     "llama31_8b": ("llama", {"rope_parameters": {
