@@ -79,8 +79,11 @@ def forecast(entries: list[Published], options: PrepareOptions) -> str:
         lines.append([entry.name, str(entry.path(options.output_dir, options.models_dir)), size_of(cost.size), "a part" if cost.cut else size_of(cost.missing),
                       size_of(cost.there), entry.licence, cost.note])
     table = markdown_table(["name", "becomes", "size", "to download", "there already", "licence", "note"], lines)
-    free = {folder: size_of(free_space(Path(folder))) for folder in (options.output_dir, options.models_dir)}
-    return (f"{table}\n\nTo download: {size_of(total)}. Free: {', '.join(f'{space} for {folder}' for folder, space in free.items())}. "
+    free = {folder: free_space(Path(folder)) for folder in (options.output_dir, options.models_dir)}
+    if total > min(free.values()):
+        log.warning("--name: %s to download, and %s free; take fewer sets, free some space, or give another --output-dir or --models-dir",
+                    size_of(total), size_of(min(free.values())))
+    return (f"{table}\n\nTo download: {size_of(total)}. Free: {', '.join(f'{size_of(space)} for {folder}' for folder, space in free.items())}. "
             "Rows and unpacked archives need as much again while they are made.")
 
 

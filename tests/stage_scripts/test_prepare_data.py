@@ -546,6 +546,14 @@ def test_a_dry_run_measures_what_is_there_and_says_what_a_run_would_refuse(full_
     assert told("--overwrite")[1][:3] == ["12 bytes", "12 bytes", "0 bytes"]
 
 
+def test_a_dry_run_warns_of_a_disk_that_is_too_small(full_hub, monkeypatch, caplog):
+    prepare("Qwen3-8B", "--dry_run")
+    assert not caplog.records
+    monkeypatch.setattr(prepare_data, "free_space", lambda folder: 11 if folder == Path("models") else 1000)
+    prepare("Qwen3-8B", "--dry_run")
+    assert names(caplog.messages[-1], "12 bytes", "11 bytes")
+
+
 def test_a_dry_run_without_a_network_takes_the_sizes_of_the_table(hub, capsys):
     hub.stop()
     prepare("models", "--dry_run")
