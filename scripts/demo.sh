@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run every stage of DynamicRAG on the CIA World Factbook, on two CPU cores, with the numbered scripts that also run on a cluster. The
 # result is a table and a report.
-#     bash scripts/demo.sh                         a first look: about 25 minutes after installation
+#     bash scripts/demo.sh                         a first look: about 15 minutes after installation
 #     DEMO_SIZE=standard bash scripts/demo.sh      about an hour: enough training to learn the choice
 #     DEMO_SIZE=full bash scripts/demo.sh          more questions, longer training
 # If it is interrupted, the same command continues. Finished steps are not repeated.
