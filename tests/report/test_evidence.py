@@ -70,12 +70,19 @@ def turns(row: dict) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- the warm-up
 
 
-def test_every_selection_names_the_documents_that_hold_the_answer(folder, tmp_path, monkeypatch):
-    """The proof that every question came with, against the text that the conversation shows at the positions it names."""
+@pytest.fixture(scope="module")
+def warmed(folder) -> tuple[list[dict], list[list[dict]]]:
+    """The conversations of all questions, and the questions that each was made from."""
     made = []
     keep = warm_up.conversation
-    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest: made.append(rows) or keep(docs, rows, *rest))
-    conversations = make(folder, tmp_path / "warm_up.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_up, "conversation", lambda docs, rows, *rest: made.append(rows) or keep(docs, rows, *rest))
+        return make(folder, folder / "warm_up.json"), made
+
+
+def test_every_selection_names_the_documents_that_hold_the_answer(warmed):
+    """The proof that every question came with, against the text that the conversation shows at the positions it names."""
+    conversations, made = warmed
     assert len(conversations) == len(made) == 400
     kinds, lengths = set(), []
     for conversation, asked in zip(conversations, made, strict=True):
@@ -94,7 +101,7 @@ def test_every_selection_names_the_documents_that_hold_the_answer(folder, tmp_pa
 
 def test_the_first_turn_is_the_prompt_that_inference_asks(folder, tmp_path):
     rows, passages = warm_up.read_questions(str(folder / "train.jsonl"), str(folder / "passages.jsonl"))
-    for row, conversation in zip(rows[:20], make(folder, tmp_path / "warm_up.json", "--shuffled", "0"), strict=False):
+    for row, conversation in zip(rows[:20], make(folder, tmp_path / "warm_up.json", "--shuffled", "0", "--max_rows", "20"), strict=True):
         named = next(one for one in rows if one["question"] in turns(conversation)[0][0].partition("\n")[0])
         docs = warm_up.show(named, passages, 5)
         assert Prompts().reranker(named["question"], docs) == [
@@ -121,11 +128,8 @@ def test_answers_stand_in_the_documents_shown_once(folder, tmp_path, monkeypatch
             assert all(part in texts for evidence in row["evidence"] for part in evidence.split(" | "))
 
 
-def test_no_question_is_about_a_country_of_the_test(folder, tmp_path, monkeypatch):
-    asked = []
-    keep = warm_up.conversation
-    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest: asked.extend(rows) or keep(docs, rows, *rest))
-    make(folder, tmp_path / "warm_up.json")
+def test_no_question_is_about_a_country_of_the_test(folder, warmed):
+    asked = [row for rows in warmed[1] for row in rows]
     passages = {passage["id"]: passage for _, passage in read_json(folder / "passages.jsonl")}
     countries = [
         {passages[doc_id]["title"].rpartition(": ")[0] for row in rows for doc_id in row["gold_docs"]}
@@ -237,6 +241,7 @@ def test_directions_are_trained_measured_and_tabled_and_never_twice(folder, tmp_
     assert (tmp_path / "curves/curriculum/train.log").stat().st_mtime_ns == trained
 
 
+@pytest.mark.slow
 def test_only_identifiers_none_and_the_end_of_the_turn_are_learned_from():
     """The mask itself, in LLaMA-Factory's own environment and with its own encoding."""
     import subprocess

@@ -220,6 +220,7 @@ def test_training_ends_every_answer_with_the_token_at_which_generation_stops(cas
         assert tokenizer.decode(answer[answer.index(tokenizer.eos_token_id) + 1 :]).strip() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("llama31_8b", "<|eot_id|>"), ("mistral_7b", "</s>"), ("qwen25_7b", "<|im_end|>"), ("qwen3_8b", "<|im_end|>")])
 def test_the_end_of_a_turn_is_the_trained_tokenizers_end_token(parity, name, end):
     """vLLM ends a reply at the tokenizer's end token, besides those of generation_config.json."""
