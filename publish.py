@@ -33,7 +33,8 @@ from dynamicrag.files.hub_access import check_account, upload
 from dynamicrag.llm.engine import resolve_model
 from dynamicrag.llm.model_files import MANIFEST, MODEL_FILES, PROMPTS, PUBLISHED, TEMPLATE, prompts_for, prompts_yaml
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
-from dynamicrag.llm.templates import AUTO, load_prompts
+from dynamicrag.llm.templates import AUTO, PromptTokenizer, load_prompts
+from dynamicrag.models.chat_templates import SAMPLE, read_template
 from dynamicrag.models.checkpoints import read_json
 from dynamicrag.report import card
 from dynamicrag.rows.manifest import fingerprint, versions
@@ -117,22 +118,29 @@ def digests(files: Mapping[str, Path]) -> dict[str, dict]:
     return found
 
 
-def check_results(systems: list[card.System], model: Path, prompts: Prompts, template: str) -> None:
-    """Warn about results that were made with another model, other prompts or another template."""
+def check_results(systems: list[card.System], model: Path, prompts: Prompts, template: PromptTokenizer) -> list[card.System]:
+    """Warn about results that were made with another model, other prompts or another template. Returns the results of this model, and
+    those whose model is not known.
+    """
+    own = []
     for system in systems:
         if system.manifest is None:
             log.warning("%s: its results file is not here, so that the model of its answers is not known", system.name)
+            own.append(system)
             continue
         arguments = system.manifest["arguments"]
         if fingerprint(model) not in system.manifest["inputs"].values():
-            log.warning("%s: was answered by %s, not by the model that is published", system.name, arguments.get("llm_model"))
+            log.warning("%s: was answered by %s, not by the model that is published; it is in the card only", system.name, arguments.get("llm_model"))
+            continue
+        own.append(system)
         for flag, differs in (
             ("prompts", lambda path: Prompts(path).for_file() != prompts.for_file()),
-            ("template", lambda path: path != AUTO and Path(path).read_text(encoding="utf-8") != template),
+            ("template", lambda path: PromptTokenizer(template.tokenizer, read_template(path)).ids(SAMPLE) != template.ids(SAMPLE)),
         ):
             used = arguments.get(flag)
             if used and Path(used).is_file() and differs(used):
                 log.warning("%s: was answered with --%s %s, which is not what is published", system.name, flag, used)
+    return own
 
 
 def write_files(contents: Mapping[str, str | bytes], folder: Path) -> dict[str, Path]:
@@ -160,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What the card says
     prompts_file = prompts_for(str(model), args.prompts)
     prompts, template, systems = Prompts(prompts_file), load_prompts(str(model), args.template), card.read_results(args.results)
-    check_results(systems, model, prompts, template.chat_template)
+    own_systems = check_results(systems, model, prompts, template)
     training, known_base = card.training_of(model)
     base = args.base_model or known_base
     log.info("base model: %s", base or "not known; give --base_model")
@@ -171,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.output_dir or f"{model}.published")
     tasks = EVAL_TASKS if args.eval_dataset == EVAL_DATASET else {name: name for name in TASKS}
     cleaned = {name: content for name, path in files.items() if (content := without_private_keys(path)) is not None}
-    scores = card.evaluation_files(systems, args.eval_dataset, tasks)
+    scores = card.evaluation_files(own_systems, args.eval_dataset, tasks)
     log.info("%d files of results for %s (--eval_dataset)", len(scores), args.eval_dataset)
     own = "the model's own" if template.name.startswith("the chat template of") else Path(template.name).name
     version = f"dynamicrag {versions().get('dynamicrag', 'that is not installed')}"

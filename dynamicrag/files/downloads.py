@@ -73,11 +73,12 @@ def download(remote: Remote, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = Path(f"{path}.download"), Path(f"{path}.download.from")
     known = f"{remote.url}\n{remote.version}\n"
-    with explained(remote.place), full_disk(path), naming(part), part.open("a+b") as file:
+    with explained(remote.place), full_disk(path), naming(part), part.open("a+b") as file, contextlib.ExitStack() as afterwards:
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, part)
         except BlockingIOError as error:
             raise UserError(f"{part}: another run downloads it; wait for it or stop it") from error
+        afterwards.callback(_remove_empty, part, note)
         # Without a size and a version, nobody can tell whether the rest belongs to the beginning.
         if not (note.is_file() and note.read_text() == known and remote.version and file.seek(0, os.SEEK_END) <= (remote.size or -1)):
             file.truncate(0)
@@ -107,6 +108,15 @@ def download(remote: Remote, path: Path) -> str:
         part.replace(path)
         note.unlink()
     return digest
+
+
+def _remove_empty(part: Path, note: Path) -> None:
+    """Remove a download of which nothing arrived, as of a gated repository, and its folder if nothing else is there."""
+    if part.is_file() and not part.stat().st_size:
+        part.unlink()
+        note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -133,12 +133,9 @@ def prepare(entry: Published, options: PrepareOptions) -> None:
         shutil.rmtree(Path(options.output_dir) / "downloads" / entry.name, ignore_errors=True)
 
 
-def prepare_questions(entry: Published, options: PrepareOptions) -> None:
-    """Write the rows of a published file in the form of published_rows()."""
-    path, limit = entry.path(options.output_dir, options.models_dir), limit_of(entry, options)
-    output = Output(arguments_of(entry, options), [str(path)], [])
-    if output.finished:
-        return
+def raw_rows(entry: Published, options: PrepareOptions) -> tuple[Path, dict[str, str]]:
+    """Return the published file of a set of questions, or its first lines, and what it is. Raises UserError if it cannot be had."""
+    limit = limit_of(entry, options)
     version, [remote] = remote_files(entry, options.revision or entry.revision)
     whole = download_path(entry, remote, options)
     raw = whole.with_name(f"first_{limit}_{whole.name}")
@@ -149,7 +146,19 @@ def prepare_questions(entry: Published, options: PrepareOptions) -> None:
     else:
         check_space(whole.parent, 2 * (remote.size or 0) - arrived(whole), f"{entry.name}, downloaded and converted,")
         raw, digest = whole, obtain(remote, whole, options.overwrite)
-    output.record(version=version, file=remote.name, sha256=digest)
+    return raw, {"version": version, "file": remote.name, "sha256": digest}
+
+
+def prepare_questions(entry: Published, options: PrepareOptions) -> None:
+    """Write the rows of a published file in the form of published_rows()."""
+    path, limit = entry.path(options.output_dir, options.models_dir), limit_of(entry, options)
+    check_paths([path], [])
+    output = None if options.overwrite else Output(arguments_of(entry, options), [str(path)], [])
+    if output and output.finished:
+        return
+    raw, resolved = raw_rows(entry, options)
+    output = output or Output(arguments_of(entry, options), [str(path)], [])  # only now, because --overwrite removes what is there
+    output.record(**resolved)
     counts = dict.fromkeys(("rows", "with_documents", "without_answers", "without_dataset"), 0)
 
     def counted() -> Iterator[Row]:

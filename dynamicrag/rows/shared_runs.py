@@ -23,6 +23,7 @@ from dynamicrag.files.hub import hub_files
 from dynamicrag.files.jsonio import dump_line
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.output import Output
+from dynamicrag.rows.output_checks import check_paths
 from dynamicrag.rows.preparation import PrepareOptions
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS
@@ -75,8 +76,10 @@ def import_run(place: str, name: str, options: PrepareOptions) -> None:
     arguments = {
         "place": place, "name": name, "revision": options.revision, "seed": options.seed, "on_error": options.on_error, "overwrite": options.overwrite,
     }
-    output = Output(arguments, [str(path), str(path.with_suffix(".trec"))], [])
-    if output.finished:
+    outputs = [str(path), str(path.with_suffix(".trec"))]
+    check_paths([path], [])
+    output = None if options.overwrite else Output(arguments, outputs, [])
+    if output and output.finished:
         return
     folder, version = Path(place) / name, "a folder"
     if not Path(place).is_dir():
@@ -85,6 +88,7 @@ def import_run(place: str, name: str, options: PrepareOptions) -> None:
         for remote in remotes:
             obtain(remote, folder / Path(remote.name).name, overwrite=True)
     said = check_run(folder)
+    output = output or Output(arguments, outputs, [])  # only now, because --overwrite removes what is there
     output.record(version=version, **{key: str(said[key]) for key in ("corpus", "encoder", "k")})
     rows = output.publish(path, read_rows(folder / ROWS, NEEDS))
     with atomic_writer(path.with_suffix(".trec")) as file:

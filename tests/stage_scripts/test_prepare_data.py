@@ -270,6 +270,7 @@ def test_a_gated_repository_is_explained_and_opens_with_a_token(hub, monkeypatch
     place = ("meta-llama/Llama-2-7b-hf", "gated", "HF_TOKEN", f"{hub.url}/meta-llama/Llama-2-7b-hf")
     with pytest.raises(UserError, match=at(*place)):
         prepare("Llama-2-7b-hf")
+    assert not Path("models/Llama-2-7b-hf").exists(), "nothing arrived"
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     with pytest.raises(UserError, match=at(*place)):
         prepare("Llama-2-7b-hf")
@@ -345,6 +346,21 @@ def test_the_cache_of_the_hub_serves_without_a_network(hub, monkeypatch, tmp_pat
     assert Path("models/contriever-msmarco/pytorch_model.bin").read_bytes() == b"w" * 50
     with pytest.raises(UserError, match=at(TRAINING, "HF_HUB_OFFLINE=1" if why == "offline" else "HF_ENDPOINT")):
         prepare("dynamicrag_training")
+
+
+@pytest.mark.parametrize("fails", ["at once", "on the way"])
+def test_rows_that_are_to_be_made_again_stay_if_the_hub_does_not_deliver(hub, monkeypatch, fails):
+    hub.add(EVAL, {"nq.jsonl": evaluation(3)}, "dataset")
+    prepare("dynamicrag_nq")
+    before = {path: path.read_bytes() for path in Path("data/prepared").glob("dynamicrag_nq*")}
+    if fails == "at once":
+        hub.stop()
+    else:
+        monkeypatch.setattr(downloads, "ATTEMPTS", 1)
+        hub.interrupt("nq.jsonl", after=0)
+    with pytest.raises(UserError, match=at(EVAL)):
+        prepare("dynamicrag_nq", "--overwrite")
+    assert {path: path.read_bytes() for path in Path("data/prepared").glob("dynamicrag_nq*")} == before and len(before) == 2
 
 
 def test_a_file_in_the_cache_is_not_downloaded_again(hub):
@@ -620,6 +636,12 @@ def test_a_shared_run_with_another_file_is_refused(hub, retrieved, file):
     with pytest.raises(UserError, match=at(file)):
         prepare_data.main(["--shared_runs", "shared", "--name", "nq_top3"])
     assert not Path("data/prepared/nq_top3.jsonl").exists()
+    path.write_bytes(content)
+    prepare_data.main(["--shared_runs", "shared", "--name", "nq_top3"])
+    path.unlink()
+    with pytest.raises(UserError, match=at(file)):
+        prepare_data.main(["--shared_runs", "shared", "--name", "nq_top3", "--overwrite"])
+    assert [name for name in written() if "manifest" not in name] == ["nq_top3.jsonl", "nq_top3.trec"], "what is there stays"
 
 
 def test_a_run_whose_search_is_not_known_needs_corpus_and_encoder(hub, retrieved):

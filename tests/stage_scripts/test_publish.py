@@ -252,9 +252,24 @@ def test_results_of_another_model_or_other_words_are_noticed(model, hub, caplog)
     answered_by("a", "other")
     answered_by("b", f"{model}/sft", prompts="p.yaml", template=str(REPO / "template/smollm2.jinja"))
     answered_by("c", f"{model}/sft", template=str(REPO / "template/llama3.jinja"))
-    publish.main([model, "--dry_run", "--results", metrics_file("m.json", {name: {"nq": ["oil"]} for name in "abcd"})])
+    Path("same.jinja").write_text((REPO / "template/llama3.jinja").read_text() + "{#- the same prompts -#}")
+    answered_by("e", f"{model}/sft", template="same.jinja")
+    publish.main([model, "--dry_run", "--results", metrics_file("m.json", {name: {"nq": ["oil"]} for name in "abcde"})])
     assert logged(caplog, "a", "other") == logged(caplog, "b", "--prompts", "p.yaml") == logged(caplog, "b", "smollm2.jinja") == logged(caplog, "d") == 1
-    assert not logged(caplog, "c")
+    assert not logged(caplog, "c") and not logged(caplog, "e")
+
+
+def test_scores_of_another_model_are_in_the_card_only(model, hub):
+    """scripts/10_evaluate.sh writes one metrics file for all models that have answered a set."""
+    Path("other").mkdir()
+    Path("other/config.json").write_text("{}")
+    answered_by("theirs", "other")
+    answered_by("ours", f"{model}/sft")
+    publish.main([model, "--repo", "me/tiny", "--results", metrics_file("m.json", {"theirs": {"nq": ["oil"], "popqa": ["oil"]}, "ours": {"nq": ["gas"]}})])
+    files = hub.files("me/tiny")
+    assert [name for name in files if name.startswith(".eval_results/")] == [".eval_results/nq.yaml"]
+    assert [entry["value"] for entry in yaml.safe_load(files[".eval_results/nq.yaml"])] == [0.0]
+    assert all(re.search(rf"^\| {name} ", files["README.md"].decode(), re.MULTILINE) for name in ("theirs", "ours"))
 
 
 @pytest.mark.parametrize("content", ["[]", "{broken", '{"results": {}}', '{"results": {"a": {"n": 1}}, "arguments": {"results_file": ["a.json"]}}', None])
