@@ -129,10 +129,10 @@ class Candidates:
         return grouped.view(bits).amax(dim=0).view(grouped.dtype)
 
     def _between(self, rough: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bounds of the exact score. The rough score has the given error and was then rounded."""
+        """Return bounds of the exact score. The rough score has the given error and was then rounded to nearest."""
         import torch
 
-        error = error + torch.finfo(self._dtype).eps * rough.abs()
+        error = error + torch.finfo(self._dtype).eps / 2 * rough.abs()
         return rough - error, rough + error
 
     def _by_query(self, query: torch.Tensor, values: torch.Tensor, filler: float) -> torch.Tensor:

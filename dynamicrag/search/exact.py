@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Vectors that share one bound of the rounding error.
-UNIT_VECTORS = {"cpu": 512, "cuda": 8192}
-# Maximum number of vectors and of scores per matrix multiplication. The scores fit into a CPU's cache, and keep a GPU
-# busy.
-TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
-TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 29}
+# Vectors per matrix multiplication. They share one bound of the rounding error.
+UNIT_VECTORS = {"cpu": 1024, "cuda": 16384}
+# Maximum number of scores whose candidates are collected at a time. They fit into a CPU's cache, and keep a GPU busy.
+TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # All candidates of a block are settled at its end.
 BLOCK_VECTORS = 1 << 20
 # Bytes of GPU memory that are reserved for scores and for a block that is not kept on the GPU.
@@ -95,7 +93,7 @@ class _Part:
 
         self.device, self.blocks = device, []
         self.dtype = pick_dtype("auto", device)
-        self.unit, self.tile, self.scores = (sizes[device.split(":")[0]] for sizes in (UNIT_VECTORS, TILE_VECTORS, TILE_SCORES))
+        self.unit, self.tile_scores = (sizes[device.split(":")[0]] for sizes in (UNIT_VECTORS, TILE_SCORES))
         # The error bound assumes sums in float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
@@ -115,29 +113,27 @@ class _Part:
         n, width = queries.shape
         with torch.inference_mode():
             candidates = Candidates(torch.from_numpy(queries).to(self.device), self.dtype, k)
-            size = max(min(self.tile, self.scores // n) // self.unit, 1) * self.unit
-            rough = torch.empty(size, width, dtype=self.dtype, device=self.device)
-            scores = torch.empty(size * n, dtype=self.dtype, device=self.device)
+            rough = torch.empty(self.unit, width, dtype=self.dtype, device=self.device)
+            size = max(self.tile_scores // n // self.unit, 1) * self.unit
+            scores = torch.empty(min(size, BLOCK_VECTORS), n, dtype=self.dtype, device=self.device)
             for block in self.blocks:
                 vectors = block.vectors.to(self.device)
                 rough_queries = candidates.enter(vectors, block.offset, factor(vectors.dtype, self.dtype))
                 for start in range(0, len(vectors), size):
-                    tile, bounds = self._round(block, vectors, start, rough)
-                    into = scores[: len(tile) * n].view(len(tile), n)
-                    candidates.consider(torch.mm(tile, rough_queries, out=into), start, bounds)
+                    tile = vectors[start : start + size]
+                    of_tile = scores[: len(tile)]
+                    for number, unit in enumerate(tile.split(self.unit)):
+                        rounded = self._round(block, unit, start // self.unit + number, rough)
+                        torch.mm(rounded, rough_queries, out=of_tile[number * self.unit :][: len(unit)])
+                    bounds = block.bounds[start // self.unit : (start + size) // self.unit]
+                    candidates.consider(of_tile, start, torch.stack(bounds).amax(dim=0))
                 candidates.leave()
-                del vectors  # frees the memory for the next block if this one was sent to the GPU
+                del vectors, tile, unit  # frees the memory for the next block if this one was sent to the GPU
             return candidates.scores.cpu().numpy(), candidates.positions.cpu().numpy()
 
-    def _round(self, block: _Block, vectors: torch.Tensor, start: int, rough: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tile of the block in low precision, made in the buffer `rough`, and its bounds."""
-        import torch
-
-        tile = vectors[start : start + len(rough)]
-        first = start // self.unit
-        for number, unit in enumerate(tile.split(self.unit), start=first):
-            rounded = round_vectors(unit, rough[(number - first) * self.unit :][: len(unit)])
-            if number == len(block.bounds):
-                block.bounds.append(measure(unit, rounded, block.offset + number * self.unit))
-        bounds = block.bounds[first : number + 1]
-        return rough[: len(tile)], torch.stack(bounds).amax(dim=0)
+    def _round(self, block: _Block, vectors: torch.Tensor, number: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of a unit in low precision, made in the buffer."""
+        rounded = round_vectors(vectors, buffer[: len(vectors)])
+        if number == len(block.bounds):
+            block.bounds.append(measure(vectors, rounded, block.offset + number * self.unit))
+        return rounded

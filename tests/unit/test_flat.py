@@ -40,7 +40,7 @@ def rough(request, monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(exact, "UNIT_VECTORS", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(exact, "TILE_VECTORS", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(exact, "TILE_SCORES", {"cpu": 640, "cuda": 640})
     monkeypatch.setattr(exact, "BLOCK_VECTORS", 150)
     monkeypatch.setattr(candidates, "WAITING", 1)
     monkeypatch.setattr(inner_products, "RESCORED", {"cpu": 7, "cuda": 7})
@@ -147,7 +147,7 @@ def test_anything(data):
     cut = data.draw(st.integers(0, count))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "UNIT_VECTORS", {"cpu": data.draw(st.sampled_from([1, 13, 64]))})
-        patch.setattr(exact, "TILE_VECTORS", {"cpu": data.draw(st.sampled_from([1, 64, 128]))})
+        patch.setattr(exact, "TILE_SCORES", {"cpu": data.draw(st.sampled_from([1, 300, 2000]))})
         patch.setattr(exact, "BLOCK_VECTORS", data.draw(st.sampled_from([1, 50, 128, 1000])))
         assert_exact(values, rng.choice([0.0, 1.0, -0.5, 3.0], (questions, width)).astype(np.float32), k, cuts=(cut,))
 
