@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Rough scores are checked in groups of this size. Single scores are compared only if the group's maximum may be among
 # the best.
-GROUP = 16
+GROUP = 32
 # Maximum number of candidates waiting for exact comparison, per requested document.
 WAITING = 4
 # Error of a product that is too small for float32 and becomes zero, for all products of a score.
@@ -56,28 +56,34 @@ class Candidates:
         `bounds` are the largest norm of such a vector and the largest norm of its rounding error.
         """
 
-        size, n = rough.shape
         k = self.scores.shape[1]
         error = bounds[0] * self._errors[0] + bounds[1] * self._errors[1] + UNDERFLOW
-        # A group has rows at equal distances, because neighbours are often similar.
-        grouped = rough.view(GROUP if size % GROUP == 0 else 1, -1, n)
+        whole = len(rough) - len(rough) % GROUP
+        for rows, group in ((rough[:whole], GROUP), (rough[whole:], 1)):
+            if len(rows):
+                self._collect(rows.view(-1, group, len(error)), start, error)
+            start += len(rows)
+        if self._count > WAITING * k * len(error):
+            self._sift()
+            if self._count > WAITING * k * len(error) // 2:
+                self.settle()
+
+    def _collect(self, grouped: torch.Tensor, start: int, error: torch.Tensor) -> None:
+        """Collect candidates from rough scores [groups, size, n]."""
+        k = self.scores.shape[1]
         maxima = self._maxima(grouped)
-        if self._least[0].isinf() and k <= size:  # first tile: the k-th best of different vectors is a bound
-            different = maxima if k <= len(maxima) else rough
+        if self._least[0].isinf() and k <= len(maxima) * grouped.shape[1]:  # the k-th best of different vectors is a bound
+            different = maxima if k <= len(maxima) else grouped.view(-1, len(error))
             self._least = self._between(different.T.contiguous().topk(k).values[:, -1].float(), error)[0]
         # Rounded like the scores, which preserves their order, so that no candidate is lost.
-        least = (self._least - error).to(rough.dtype)
+        least = (self._least - error).to(grouped.dtype)
         group, query = (maxima >= least).nonzero(as_tuple=True)
-        members = grouped[:, group, query]
-        inside, hit = (members >= least[query]).nonzero(as_tuple=True)
+        members = grouped[group, :, query]
+        hit, inside = (members >= least[query][:, None]).nonzero(as_tuple=True)
         if len(hit):
-            query, row = query[hit], inside * len(maxima) + group[hit] + start
-            self._waiting.append((query, row, *self._between(members[inside, hit].float(), error[query])))
+            query, row = query[hit], group[hit] * grouped.shape[1] + inside + start
+            self._waiting.append((query, row, *self._between(members[hit, inside].float(), error[query])))
             self._count += len(hit)
-            if self._count > WAITING * k * n:
-                self._sift()
-                if self._count > WAITING * k * n // 2:
-                    self.settle()
 
     def leave(self) -> None:
         """End the block."""
@@ -122,11 +128,11 @@ class Candidates:
         import torch
 
         if self._least.min() <= 0:
-            return grouped.amax(dim=0)
+            return grouped.amax(dim=1)
         # The bits of numbers above zero are in the order of the numbers, and those of numbers below zero are less.
         # Comparing integers is four times as fast.
         bits = torch.int16 if grouped.dtype == torch.bfloat16 else torch.int32
-        return grouped.view(bits).amax(dim=0).view(grouped.dtype)
+        return grouped.view(bits).amax(dim=1).view(grouped.dtype)
 
     def _between(self, rough: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return bounds of the exact score. The rough score has the given error and was then rounded to nearest."""

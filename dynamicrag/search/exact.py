@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 # Vectors per matrix multiplication. They share one bound of the rounding error.
-UNIT_VECTORS = {"cpu": 1024, "cuda": 16384}
+UNIT_VECTORS = {"cpu": 2048, "cuda": 16384}
 # Maximum number of scores whose candidates are collected at a time. They fit into a CPU's cache, and keep a GPU busy.
 TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # All candidates of a block are settled at its end.
