@@ -1,6 +1,6 @@
 """Measure speed and memory of the retriever, as ratios within one run.
 
-    search       exact search in batches, compared with one question at a time, faiss, and a matrix product with top-k
+    search       exact search in batches of several sizes, compared with faiss and a matrix product with top-k
     compressed   recall@k compared with exact search, speed and size of compressed indexes
     workers      start-up time and memory of 1, 2 and 4 retrievers that share one index
     memory       the retriever with 1,000 and 100,000 questions, and the passage store with 10 times the passages
@@ -26,6 +26,8 @@ from dynamicrag.search.exact import ExactIndex
 from dynamicrag.search.inner_products import best_first
 from dynamicrag.stage import ArgumentParser
 
+# Scores of the products that are compared with, at a time (4 GB in bfloat16); questions per batch of the slow systems.
+MAX_SCORES, SLOW_BATCH = 1 << 31, 1024
 COMPRESSED = ("IVF1024,SQ8", "RR768,IVF1024,RaBitQ4", "RR768,IVF1024,RaBitQfs")
 
 
@@ -36,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--questions", type=int, default=1024)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256, 1024, 8192], help="questions per pass (part search)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compressed", nargs="+", default=COMPRESSED, help="faiss factory strings")
     parser.add_argument("--nprobes", nargs="+", type=int, default=[32, 64])
@@ -53,7 +56,7 @@ def load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Return vectors, float16 [n, width], and questions, float32 [m, width]."""
     if not args.passages_embeddings:
         vectors = measure.vectors_like_passages(args.vectors, args.width)
-        return vectors, measure.questions_about(vectors, args.questions)
+        return vectors, measure.questions_about(vectors, max(args.questions, *args.batches))
     from dynamicrag.models.encoder import Encoder
     from dynamicrag.models.encoder_settings import QUERY
     from dynamicrag.rows.records import read_rows
@@ -81,41 +84,46 @@ def search(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndarray)
     device, k = devices_of(args.device)[0], args.k
 
     # What is compared
-    def in_batches(find, size: int, count: int):
+    def torch_search(matrix: torch.Tensor, batch: np.ndarray) -> None:
+        asked = torch.from_numpy(batch).to(device, matrix.dtype)
+        for some in asked.split(MAX_SCORES // len(matrix)):
+            (some @ matrix.T).topk(k)[1].cpu()
+
+    full, narrow = (torch.from_numpy(wide).to(device, dtype) for dtype in (torch.float32, pick_dtype("auto", device)))
+    rough = f"matmul + topk {str(narrow.dtype)[6:]}"
+    find = {
+        "--index flat": lambda batch: ours.search(batch, k),
+        rough: lambda batch: torch_search(narrow, batch),
+        "matmul + topk float32": lambda batch: torch_search(full, batch),
+        "faiss IndexFlatIP": lambda batch: plain.search(batch, k),
+    }
+    slow = ("matmul + topk float32", "faiss IndexFlatIP")  # no faster with more questions
+
+    def in_one_batch(name: str, size: int):
+        batch = np.resize(questions, (min(size, SLOW_BATCH) if name in slow else size, questions.shape[1]))
+
         def work() -> int:
-            for start in range(0, count, size):
-                find(questions[start : start + size])
-            return count
+            find[name](batch)
+            return len(batch)
 
         return work
 
-    def torch_search(matrix: torch.Tensor):
-        def find(batch: np.ndarray) -> None:
-            scores = torch.from_numpy(batch).to(device, matrix.dtype) @ matrix.T
-            scores.topk(k)[1].cpu()
-
-        return find
-
-    full, narrow = (torch.from_numpy(wide).to(device, dtype) for dtype in (torch.float32, pick_dtype("auto", device)))
-    count, some = len(questions), min(len(questions), 256)
-    names = {
-        "faiss IndexFlatIP, one at a time": in_batches(lambda batch: plain.search(batch, k), 1, 8),
-        "faiss IndexFlatIP, batches of 256": in_batches(lambda batch: plain.search(batch, k), 256, some),
-        "torch matmul + topk float32, 256": in_batches(torch_search(full), 256, some),
-        f"torch matmul + topk {str(narrow.dtype)[6:]}, 256 (not exact)": in_batches(torch_search(narrow), 256, some),
-        "--index flat, one at a time": in_batches(lambda batch: ours.search(batch, k), 1, 8),
-        "--index flat, batches of 256": in_batches(lambda batch: ours.search(batch, k), 256, some),
-        f"--index flat, {count} per pass": in_batches(lambda batch: ours.search(batch, k), count, count),
-    }
     # Measure and report speed
-    seconds = measure.in_turns(names, args.rounds)
-    alone, batched = (seconds[f"faiss IndexFlatIP, {how}"] for how in ("one at a time", "batches of 256"))
-    rows = [[name, f"{1 / s:.1f}", f"{alone / s:.1f}", f"{batched / s:.2f}"] for name, s in seconds.items()]
+    first = time.perf_counter()
+    ours.search(questions[:1], k)
+    first = time.perf_counter() - first
+    seconds = {size: measure.in_turns({name: in_one_batch(name, size) for name in find}, args.rounds) for size in args.batches}
+    rows = [
+        [str(size), f"{1 / taken['--index flat']:.1f}", *(f"{taken[name] / taken['--index flat']:.2f}" for name in [*find][1:])]
+        for size, taken in seconds.items()
+    ]
     title = f"Exact search, {len(vectors):,} x {vectors.shape[1]}, k = {k}, {args.device}"
-    header = ["", "questions/s", "to one at a time", "to faiss in batches"]
-    measure.report(title, header, rows, {name: 1 / s for name, s in seconds.items()}, args.output_file)
+    header = ["questions per pass", "questions/s", *(f"speed relative to {name}" for name in [*find][1:])]
+    measure.report(title, header, rows, {str(size): {name: 1 / s for name, s in taken.items()} for size, taken in seconds.items()}, args.output_file)
+    print(f"\nThe vectors of the products are in memory in their type. The first search, which measures the bounds, took {first:.2f} s.")
 
     # Compare the results with brute force and with faiss
+    questions = questions[: args.questions]
     scores, positions = ours.search(questions, k)
     sample = questions[:64]
     expected = np.concatenate([
@@ -137,6 +145,7 @@ def compressed(args: argparse.Namespace, vectors: np.ndarray, questions: np.ndar
     from dynamicrag.search.index import open_index
     from dynamicrag.search.shards import find_shards, open_shards, save_array, save_ids
 
+    questions = questions[: args.questions]
     save_array(folder / "passages_00.npy", vectors)
     save_ids(folder / "passages_00.ids.npy", [str(number) for number in range(len(vectors))])
     shards = open_shards(find_shards(f"{folder}/*"))

@@ -13,30 +13,27 @@ result therefore does not depend on batches, blocks, shards or the device.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from dynamicrag.search.inner_products import NotFiniteError, as_tensor, best_first, inner_products
+from dynamicrag.search.candidates import Candidates
+from dynamicrag.search.inner_products import as_tensor, best_first
+from dynamicrag.search.rounding import factor, measure, round_vectors
 from dynamicrag.stage import log
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Vectors per matrix multiplication. The scores of a tile fit into a CPU's cache, and keep a GPU busy.
-TILE_VECTORS = {"cpu": 4096, "cuda": 65536}
-# Maximum number of scores in memory: a gigabyte.
-MAX_SCORES = 1 << 29
-# Scores are checked in groups of this size. Single scores are compared only if the group's maximum may be among the
-# best.
-GROUP = 64
-# Vectors that share one bound of the rounding error. All candidates of a block are settled at its end.
+# Vectors per matrix multiplication. They share one bound of the rounding error.
+UNIT_VECTORS = {"cpu": 2048, "cuda": 16384}
+# Maximum number of scores whose candidates are collected at a time. They fit into a CPU's cache, and keep a GPU busy.
+TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# All candidates of a block are settled at its end.
 BLOCK_VECTORS = 1 << 20
 # Bytes of GPU memory that are reserved for scores and for a block that is not kept on the GPU.
 GPU_RESERVE = 6 << 30
-# Maximum number of candidates waiting for exact comparison, per requested document.
-WAITING = 8
 
 
 class ExactIndex:
@@ -76,11 +73,14 @@ class ExactIndex:
 
 @dataclass
 class _Block:
-    """Up to BLOCK_VECTORS vectors; the first one has the number `offset`."""
+    """Up to BLOCK_VECTORS vectors; the first one has the number `offset`.
+
+    `bounds` are those of `measure` for each unit of vectors. The first search measures them.
+    """
 
     vectors: torch.Tensor
     offset: int
-    bounds: tuple[float, float] | None = None  # the largest norm of a vector, and of the rounding error of a vector
+    bounds: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Part:
@@ -93,7 +93,7 @@ class _Part:
 
         self.device, self.blocks = device, []
         self.dtype = pick_dtype("auto", device)
-        self.tile = TILE_VECTORS[device.split(":")[0]]
+        self.unit, self.tile_scores = (sizes[device.split(":")[0]] for sizes in (UNIT_VECTORS, TILE_SCORES))
         # The error bound assumes sums in float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
@@ -110,136 +110,30 @@ class _Part:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
+        n, width = queries.shape
         with torch.inference_mode():
-            best = _Best(torch.from_numpy(queries).to(self.device), self.dtype, k)
-            tile_size = min(self.tile, max(MAX_SCORES // len(queries) // GROUP, 1) * GROUP)
-            size = (tile_size, queries.shape[1])
-            exact, rough = (torch.empty(size, dtype=dtype, device=self.device) for dtype in (torch.float32, self.dtype))
-            scores = torch.empty(len(queries) * tile_size, dtype=self.dtype, device=self.device)
-            for stored in self.blocks:
-                block = _Block(stored.vectors.to(self.device), stored.offset)
-                if stored.bounds is None:
-                    stored.bounds = self._measure(block, exact, rough)
-                best.enter(block, stored.bounds)
-                for start in range(0, len(block.vectors), tile_size):
-                    tile = self._round(block, start, exact, rough)
-                    into = scores[: len(queries) * len(tile)].view(len(queries), len(tile))
-                    best.consider(torch.mm(best.rough, tile.T, out=into), start)
-                best.settle()
-                del block, best._block  # frees the memory for the next block if this one was sent to the GPU
-            return best.scores.cpu().numpy(), best.positions.cpu().numpy()
+            candidates = Candidates(torch.from_numpy(queries).to(self.device), self.dtype, k)
+            rough = torch.empty(self.unit, width, dtype=self.dtype, device=self.device)
+            size = max(self.tile_scores // n // self.unit, 1) * self.unit
+            scores = torch.empty(min(size, BLOCK_VECTORS), n, dtype=self.dtype, device=self.device)
+            for block in self.blocks:
+                vectors = block.vectors.to(self.device)
+                rough_queries = candidates.enter(vectors, block.offset, factor(vectors.dtype, self.dtype))
+                for start in range(0, len(vectors), size):
+                    tile = vectors[start : start + size]
+                    of_tile = scores[: len(tile)]
+                    for number, unit in enumerate(tile.split(self.unit)):
+                        rounded = self._round(block, unit, start // self.unit + number, rough)
+                        torch.mm(rounded, rough_queries, out=of_tile[number * self.unit :][: len(unit)])
+                    bounds = block.bounds[start // self.unit : (start + size) // self.unit]
+                    candidates.consider(of_tile, start, torch.stack(bounds).amax(dim=0))
+                candidates.leave()
+                del vectors, tile, unit  # frees the memory for the next block if this one was sent to the GPU
+            return candidates.scores.cpu().numpy(), candidates.positions.cpu().numpy()
 
-    def _round(self, block: _Block, start: int, exact: torch.Tensor, rough: torch.Tensor) -> torch.Tensor:
-        """Return a tile of the block in low precision, through two buffers.
-
-        Direct conversion of float16 to bfloat16 is slower.
-        """
-        tile = block.vectors[start : start + len(exact)]
-        return rough[: len(tile)].copy_(exact[: len(tile)].copy_(tile))
-
-    def _measure(self, block: _Block, exact: torch.Tensor, rough: torch.Tensor) -> tuple[float, float]:
-        length = lost = 0.0
-        for start in range(0, len(block.vectors), len(exact)):
-            rounded = self._round(block, start, exact, rough)
-            tile = exact[: len(rounded)]
-            lengths = tile.norm(dim=1)
-            if not lengths.isfinite().all():
-                raise NotFiniteError(block.offset + start + int(lengths.isfinite().logical_not().nonzero()[0]))
-            length = max(length, lengths.max().item())
-            lost = max(lost, tile.sub_(rounded).norm(dim=1).max().item())
-        return length, lost
-
-
-class _Best:
-    """The k best vectors so far for each query, and the candidates that were not yet compared exactly."""
-
-    def __init__(self, queries: torch.Tensor, dtype: torch.dtype, k: int):
-        import torch
-
-        self.exact, self.rough = queries.double(), queries.to(dtype)
-        self.scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
-        self.positions = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
-        self.least = self.scores[:, -1]  # lower bound: scores below it are not among the best
-        self._rough_length = self.rough.float().norm(dim=1)
-        self._lost_length = (queries - self.rough.float()).norm(dim=1)
-        self._waiting: list[tuple[torch.Tensor, ...]] = []  # query, row in the block, rough score
-        self._count = 0
-
-    def enter(self, block: _Block, bounds: tuple[float, float]) -> None:
-        """Start a block with these bounds: later candidates belong to it."""
-        longest, lost = bounds
-        summation = 2 * self.exact.shape[1] * 2.0**-24  # error of a sum in float32, in any order
-        self._error = self._lost_length * longest + self._rough_length * (lost + summation * longest)
-        self._block = block
-
-    def consider(self, rough: torch.Tensor, start: int) -> None:
-        """Collect candidates from the rough scores [n, tile] of the vectors that start at row `start`."""
-        n, size = rough.shape
-        k = self.scores.shape[1]
-        if self.least[0].isinf() and k <= size:  # first tile: its k-th best score is the bound
-            self.least = self._at_least(rough.topk(k).values[:, -1].float(), self._error)
-        # Rounded like the scores, which preserves their order, so that no candidate is lost.
-        least = (self.least - self._error).to(rough.dtype)[:, None]
-        if size % GROUP:
-            query, row = (rough >= least).nonzero(as_tuple=True)
-        else:
-            grouped = rough.view(n, GROUP, -1)
-            query, group = (grouped.amax(dim=1) >= least).nonzero(as_tuple=True)
-            hit, inside = (grouped[query, :, group] >= least[query]).nonzero(as_tuple=True)
-            query, row = query[hit], inside * (size // GROUP) + group[hit]
-        if len(query):
-            self._waiting.append((query, row + start, rough[query, row].float()))
-            self._count += len(query)
-            if self._count > WAITING * k * n:
-                self._sift()
-                if self._count > WAITING * k * n // 2:
-                    self.settle()
-
-    def _sift(self) -> tuple[torch.Tensor, ...]:
-        """Raise the lower bound by the guaranteed scores of the waiting candidates, and drop candidates below it."""
-        import torch
-
-        query, row, rough = map(torch.cat, zip(*self._waiting, strict=True))
-        order = (query * len(self._block.vectors) + row).argsort()
-        query, row, rough = query[order], row[order], rough[order]
-        error = self._error[query]
-        at_least = torch.cat([self.scores, self._by_query(query, self._at_least(rough, error), -torch.inf)], dim=1)
-        self.least = at_least.topk(self.scores.shape[1]).values[:, -1]
-        keep = -self._at_least(-rough, error) >= self.least[query]
-        self._waiting = [(query[keep], row[keep], rough[keep])]
-        self._count = len(self._waiting[0][0])
-        return self._waiting[0]
-
-    def _at_least(self, rough: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        """Return a lower bound of the exact score. The rough score has the given error and was then rounded."""
-        import torch
-
-        return rough - error - torch.finfo(self.rough.dtype).eps * rough.abs()
-
-    def _by_query(self, query: torch.Tensor, values: torch.Tensor, filler: float) -> torch.Tensor:
-        """Arrange values [m], sorted by query, as a table [n, maximum per query], filled with `filler`."""
-        import torch
-
-        counts = torch.bincount(query, minlength=len(self.scores))
-        column = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-        table = values.new_full((len(self.scores), int(counts.max())), filler)
-        table[query, column] = values
-        return table
-
-    def settle(self) -> None:
-        """Compare the waiting candidates exactly and keep the k best."""
-        import torch
-
-        if not self._waiting:
-            return
-        query, row, _ = self._sift()
-        exact = inner_products(self._block.vectors, row, self.exact, query)
-        # New candidates come after those already kept, so a stable sort leaves equal scores in the order of the
-        # vectors.
-        scores = torch.cat([self.scores, self._by_query(query, exact, -torch.inf)], dim=1)
-        positions = torch.cat([self.positions, self._by_query(query, row + self._block.offset, -1)], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        self.scores = scores[:, : self.scores.shape[1]].contiguous()
-        self.positions = positions.gather(1, order[:, : self.scores.shape[1]])
-        self.least = torch.maximum(self.least, self.scores[:, -1])
-        self._waiting, self._count = [], 0
+    def _round(self, block: _Block, vectors: torch.Tensor, number: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of a unit in low precision, made in the buffer."""
+        rounded = round_vectors(vectors, buffer[: len(vectors)])
+        if number == len(block.bounds):
+            block.bounds.append(measure(vectors, rounded, block.offset + number * self.unit))
+        return rounded

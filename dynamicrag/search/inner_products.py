@@ -61,11 +61,16 @@ def inner_products(vectors: torch.Tensor, row: torch.Tensor, exact: torch.Tensor
     """Return vectors[row] . exact[query], summed in float64, as float32; `row` and `query` have the same length."""
     import torch
 
-    # Allocated first: results between freed vectors would fragment the memory.
+    # Allocated once: results between freed vectors would fragment the memory.
     scores = torch.empty(len(row), device=vectors.device)
-    size = RESCORED[vectors.device.type]
+    size = min(RESCORED[vectors.device.type], len(row))
+    stored = torch.empty(size, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+    products, factors = torch.empty(2, size, vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for of_some, rows, queries in zip(scores.split(size), row.split(size), query.split(size), strict=True):
-        of_some.copy_((vectors[rows].double() * exact[queries]).sum(dim=1))
+        buffers = stored[: len(rows)], products[: len(rows)], factors[: len(rows)]
+        torch.index_select(vectors, 0, rows, out=buffers[0])  # copies rows; an index would copy single numbers
+        torch.index_select(exact, 0, queries, out=buffers[2])
+        of_some.copy_(buffers[1].copy_(buffers[0]).mul_(buffers[2]).sum(dim=1))
     return scores
 
 

@@ -68,16 +68,16 @@ def small_search():
 def test_brute_force_agrees_with_the_index_and_not_with_a_wrong_one(small_search, monkeypatch):
     from gpu_check.search import check_exact
 
-    from dynamicrag.search import exact
+    from dynamicrag.search import candidates
 
     vectors, questions = small_search
     assert check_exact(vectors, questions, "cpu", (1, 50), cuts=(70,))["compared"] == 8 * 51
-    right = exact.inner_products
+    right, consider = candidates.inner_products, candidates.Candidates.consider
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
-        patch.setattr(exact, "inner_products", lambda *given: right(*given) * (1 + 2.0**-22))
+        patch.setattr(candidates, "inner_products", lambda *given: right(*given) * (1 + 2.0**-22))
         check_exact(vectors, questions, "cpu", (50,))
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=at("k 50", 8 * 50)):
-        patch.setattr(exact._Best, "consider", lambda self, rough, start, consider=exact._Best.consider: consider(self, -rough, start))
+        patch.setattr(candidates.Candidates, "consider", lambda self, rough, *given: consider(self, -rough, *given))
         check_exact(vectors, questions, "cpu", (50,))
 
 

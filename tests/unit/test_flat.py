@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamicrag.models.device import pick_dtype
-from dynamicrag.search import exact, inner_products
+from dynamicrag.search import candidates, exact, inner_products
 from dynamicrag.search.exact import ExactIndex
 from dynamicrag.search.inner_products import best_first
 
@@ -39,9 +39,10 @@ def rough(request, monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(exact, "TILE_VECTORS", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(exact, "UNIT_VECTORS", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(exact, "TILE_SCORES", {"cpu": 640, "cuda": 640})
     monkeypatch.setattr(exact, "BLOCK_VECTORS", 150)
-    monkeypatch.setattr(exact, "WAITING", 1)
+    monkeypatch.setattr(candidates, "WAITING", 1)
     monkeypatch.setattr(inner_products, "RESCORED", {"cpu": 7, "cuda": 7})
 
 
@@ -75,7 +76,7 @@ def test_scores_beyond_half_precision(small_tiles):
 
 
 def test_many_questions_in_small_tiles(small_tiles, monkeypatch):
-    monkeypatch.setattr(exact, "MAX_SCORES", 100)
+    monkeypatch.setattr(exact, "TILE_SCORES", {"cpu": 100, "cuda": 100})
     rng = np.random.default_rng(8)
     assert_exact(normal(rng, 300, 8).astype(np.float16), normal(rng, 70, 8), 5)
 
@@ -145,7 +146,8 @@ def test_anything(data):
     values = rng.choice([0.0, 1.0, -1.0, 0.333, 2.0**-10, 65.0], (count, width)).astype(np.float16)
     cut = data.draw(st.integers(0, count))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "TILE_VECTORS", {"cpu": data.draw(st.sampled_from([1, 13, 64, 128]))})
+        patch.setattr(exact, "UNIT_VECTORS", {"cpu": data.draw(st.sampled_from([1, 13, 64]))})
+        patch.setattr(exact, "TILE_SCORES", {"cpu": data.draw(st.sampled_from([1, 300, 2000]))})
         patch.setattr(exact, "BLOCK_VECTORS", data.draw(st.sampled_from([1, 50, 128, 1000])))
         assert_exact(values, rng.choice([0.0, 1.0, -0.5, 3.0], (questions, width)).astype(np.float32), k, cuts=(cut,))
 
