@@ -90,13 +90,13 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
 def read_shards(paths: list[Path]) -> Iterator[Row]:
     """Yield the rows of all shards, one file after the other. Raises UserError for an id that occurs in two of them."""
     from dynamicrag.rows.records import read_rows
+    from dynamicrag.rows.seen import Seen
 
-    seen: dict[str, int] = {}
+    seen = Seen()
     for shard, path in enumerate(paths):
         for row in read_rows(path, needs=STAGE_KEYS["aggregate"].reads):
-            if row["id"] in seen:
-                raise UserError(f"{path}: id {row['id']!r} is also in {paths[seen[row['id']]]}; ids must be unique")
-            seen[row["id"]] = shard
+            if (other := seen.add(row["id"], shard)) is not None:
+                raise UserError(f"{path}: id {row['id']!r} is also in {paths[other]}; ids must be unique")
             yield row
 
 
