@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -192,18 +192,43 @@ def dump_line(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
+@contextlib.contextmanager
+def json_writer(path: str | Path) -> Iterator[Callable[[object], None]]:
+    """Yield a function that writes one value to `path`, in the format given by its suffix. The file is written atomically.
+
+    A value may be an orjson.Fragment, which is written as it is.
+    """
+    as_array, first = Path(path).suffix == ".json", True
+    with atomic_writer(path) as file:
+
+        def write(value: object) -> None:
+            nonlocal first
+            if as_array:
+                file.write(b"[\n" if first else b",\n")
+                file.write(orjson.dumps(value))
+                first = False
+            else:
+                file.write(dump_line(value))
+
+        yield write
+        if as_array:
+            file.write(b"[]\n" if first else b"\n]\n")
+
+
 def write_json(path: str | Path, values: Iterable[object]) -> int:
     """Write all values to `path` atomically, in the format given by its suffix. Returns the number of values."""
-    count = 0
-    with atomic_writer(path) as file:
-        if Path(path).suffix == ".json":
-            for value in values:
-                file.write(b"[\n" if count == 0 else b",\n")
-                file.write(orjson.dumps(value))
-                count += 1
-            file.write(b"\n]\n" if count else b"[]\n")
-        else:
-            for value in values:
-                file.write(dump_line(value))
-                count += 1
-    return count
+    return write_each([path], ((path, value) for value in values))[0]
+
+
+def write_each(paths: Sequence[str | Path], values: Iterable[tuple[str | Path, object]]) -> list[int]:
+    """Write each (path, value) to its own of `paths`, all in one reading of `values`. No file exists before all are written.
+
+    Returns the number of values per path.
+    """
+    counts = dict.fromkeys(paths, 0)
+    with contextlib.ExitStack() as files:
+        writers = {path: files.enter_context(json_writer(path)) for path in paths}
+        for path, value in values:
+            writers[path](value)
+            counts[path] += 1
+    return list(counts.values())
