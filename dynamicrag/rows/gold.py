@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
+from dynamicrag.rows.seen import Seen
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -118,8 +119,9 @@ def ranked_questions(
     `asked` holds the questions of the evaluation file `asked_in`; both are None if there is no evaluation file. Raises
     UserError for a TREC run without an evaluation file, and for a row that is not in `asked`.
     """
-    seen = set()
+    seen, listed = Seen(), 0  # the questions of the results, and how many of the expected ones
     matches = Matches()
+    expected = asked if asked is not None else qrels or {}
 
     # What each question adds
     def ranked(row_id: str, question: Question, docs: list[Doc]) -> Ranked:
@@ -130,7 +132,9 @@ def ranked_questions(
     def note(row_id: str) -> None:
         if asked is not None and row_id not in asked:
             raise UserError(f"{path}: row {row_id} is not in {asked_in}; give the results of the same questions")
-        seen.add(row_id)
+        nonlocal listed
+        if expected:
+            listed += seen.add(row_id) is None and row_id in expected
 
     # The results
     if is_run(path):
@@ -146,8 +150,7 @@ def ranked_questions(
             note(row["id"])
             yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])
     # Questions that the results lack
-    expected = asked if asked is not None else qrels or {}
-    if missing := sum(row_id not in seen for row_id in expected):
+    if missing := len(expected) - listed:
         means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
         log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
     for row_id, question in (asked or {}).items():
@@ -157,6 +160,6 @@ def ranked_questions(
             # Their texts are not known, and no answer is searched for in them.
             docs: list[Doc] = [{"id": doc_id, "title": "", "text": "", "score": score} for doc_id, score in run.ranking(row_id)]
             yield ranked(row_id, question._replace(answers=[], gold=as_documents(question.gold, {doc["id"] for doc in docs})), docs)
-        elif row_id not in seen:
+        elif seen.add(row_id) is None:
             yield row_id, question, []
     matches.warn(path)
