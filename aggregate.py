@@ -27,7 +27,7 @@ from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
-ROWS_PER_CHUNK = 1000
+ROWS_PER_CHUNK = 250
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -161,14 +161,14 @@ class Output:
 
     def write(self, rows: list[Row]) -> None:
         """Append one finished chunk."""
-        self.append(b"".join(map(dump_line, rows)))
+        self.append(map(dump_line, rows))
         self.rows += len(rows)
 
-    def append(self, content: bytes) -> None:
+    def append(self, parts: Iterable[bytes]) -> None:
         """Append to the partial file and flush it to disk. Raises OSError, naming the file."""
         assert self._file, "begin() opens it"
         with naming(self.partial):
-            self._file.write(content)
+            self._file.writelines(parts)
             self._file.flush()
             os.fsync(self._file.fileno())
 
