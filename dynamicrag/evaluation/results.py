@@ -12,20 +12,21 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row, fail_unanswered
 from dynamicrag.rows.seen import Seen
+from dynamicrag.rows.stored import Stored
 from dynamicrag.stage import UserError, log
 
 
-def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[str, Any]]:
+def read_asked(path: str, group_by: str, dataset: str | None) -> Stored[dict[str, Any]]:
     """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the documents).
 
     Raises UserError as read_rows does, including for a repeated id.
     """
-    asked = {}
+    asked: Stored[dict[str, Any]] = Stored(dict)
     for row in read_rows(path, dataset=dataset):
         needed = needed_documents(row, path)
         keys = ("question", "retrieved_question", "dataset", "answers", "qa_pairs", "choices", group_by)
         fields = {key: row[key] for key in keys if key in row}
-        asked[row["id"]] = fields if needed is None else {**fields, "gold_docs": sorted(needed)}
+        asked.add(row["id"], fields if needed is None else {**fields, "gold_docs": sorted(needed)})
     return asked
 
 

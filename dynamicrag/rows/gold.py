@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
 from dynamicrag.rows.seen import Seen
+from dynamicrag.rows.stored import Stored
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -103,16 +104,19 @@ def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: 
     )
 
 
-def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> dict[str, Question]:
+def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> Stored[Question]:
     """Return the questions of an evaluation file by id, in file order.
 
     Raises UserError as read_rows and gold_documents do.
     """
-    return {row["id"]: question_of(row, path, group_by, qrels) for row in read_rows(path, dataset=dataset)}
+    asked: Stored[Question] = Stored(lambda question: Question(*question))
+    for row in read_rows(path, dataset=dataset):
+        asked.add(row["id"], list(question_of(row, path, group_by, qrels)))
+    return asked
 
 
 def ranked_questions(
-    path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: dict[str, Question] | None, asked_in: str | None
+    path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: Stored[Question] | None, asked_in: str | None
 ) -> Iterator[Ranked]:
     """Yield every question of a results file with its documents, then the remaining questions of `asked` without documents.
 
@@ -145,7 +149,7 @@ def ranked_questions(
             note(row_id)
     else:
         run = None
-        said = {row_id: {"question": question.text} for row_id, question in (asked or {}).items()}
+        said = asked.view(lambda question: {"question": Question(*question).text}) if asked else None
         for row in read_rows(path, STAGE_KEYS["evaluate_retrieval"].reads, dataset, asked=said):
             note(row["id"])
             yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])

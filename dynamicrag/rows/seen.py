@@ -22,8 +22,7 @@ class Seen:
 
     def add(self, text: str, number: int = 0) -> int | None:
         """Add a text with a number below 2**32 and return None; if it was added before, return its number."""
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        key = int.from_bytes(digest, "big") or 1  # 0 is an empty slot
+        key = _key(text)
         place = self._place(key)
         if self._digests[place]:
             return self._numbers[place]
@@ -32,6 +31,11 @@ class Seen:
         if 3 * self._count > 2 * len(self._digests):
             self._grow()
         return None
+
+    def find(self, text: str) -> int | None:
+        """Return the number of a text; None if it was not added."""
+        place = self._place(_key(text))
+        return self._numbers[place] if self._digests[place] else None
 
     def _place(self, digest: int) -> int:
         """Return the slot of a digest: its own, or the empty one where it belongs."""
@@ -48,3 +52,8 @@ class Seen:
             if digest:
                 place = self._place(digest)
                 self._digests[place], self._numbers[place] = digest, number
+
+
+def _key(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") or 1  # 0 is an empty slot
