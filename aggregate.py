@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for chunk in output.chunks(rows, ROWS_PER_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
+            del chunk
     if not output.rows:
         raise UserError(f"{args.input_files}: contains no row; check the shards")
     output.finish(shards=len(shards))

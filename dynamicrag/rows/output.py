@@ -50,7 +50,7 @@ class Output:
         self.partial = Path(f"{self.path}.partial")
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
         self.rows = self.rejected = 0
-        # Handlers of malformed rows for read_rows: for the first pass over a file, and for later passes.
+        # Handlers of malformed rows, for the first reading of a file and for later ones.
         self.reject = self._set_aside if arguments["on_error"] == "skip" else None
         self.ignore = (lambda _: None) if arguments["on_error"] == "skip" else None
         self.started = time.monotonic()
@@ -104,11 +104,11 @@ class Output:
             raise UserError(f"{self.path}: --chunk-size must be at least 1, found {size}")
         self._keep_whole_chunks(self.begin(), size)
         rows = iter(rows)
-        skipped = sum(1 for _ in itertools.islice(rows, self.rows))
-        if skipped < self.rows:
+        if sum(1 for _ in itertools.islice(rows, self.rows)) < self.rows:
             raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite to start again")
         while chunk := list(itertools.islice(rows, size)):
             yield chunk
+            del chunk  # only one is in memory
 
     def begin(self) -> BinaryIO:
         """Open the partial file. It is empty, or holds what an interrupted run with the same arguments wrote."""
@@ -178,7 +178,7 @@ class Output:
     ) -> None:
         """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
-        With `prepare`, write work(prepare(chunk)); a thread prepares the next chunk while `work` handles this one.
+        With `prepare`, write work(prepare(chunk)); a thread prepares the next chunk meanwhile.
         """
         from tqdm import tqdm
 
@@ -187,6 +187,7 @@ class Output:
             for chunk in prepared_ahead(prepare, chunks) if prepare else chunks:
                 progress.update(self.rows - progress.n)
                 self.write(work(chunk))
+                del chunk
             progress.update(self.rows - progress.n)
 
     def written(self) -> Iterator[Row]:
@@ -219,11 +220,10 @@ class Output:
         `counts` are logged and stored in the manifest. `summary` holds numbers for other programs and is stored only.
         """
         if self._by_rows:
-            if not self.path.exists():
-                if self.path.suffix == ".json":
-                    write_json(self.path, map(orjson.Fragment, self._lines()))
-                else:
-                    self.partial.replace(self.path)
+            if not self.path.exists() and self.path.suffix == ".json":
+                write_json(self.path, map(orjson.Fragment, self._lines()))
+            elif not self.path.exists():
+                self.partial.replace(self.path)
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected

@@ -11,7 +11,8 @@ import orjson
 
 from dynamicrag.rows.seen import Seen
 
-Value, Other = TypeVar("Value"), TypeVar("Other")
+Value = TypeVar("Value")
+Other = TypeVar("Other")
 
 
 class Stored(Mapping[str, Value], Generic[Value]):
@@ -22,7 +23,7 @@ class Stored(Mapping[str, Value], Generic[Value]):
 
     def __init__(self, make: Callable[[Any], Value]):
         self._make, self._numbers, self._ends = make, Seen(), array("Q", [0])
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - open as long as the mapping
 
     def add(self, key: str, content: object) -> None:
         """Add an id that is not in the mapping yet."""
