@@ -136,7 +136,7 @@ def measure_size(args: argparse.Namespace, folder: Path, count: int) -> dict[str
     for name, command in commands.items():
         out.mkdir(exist_ok=True)
         figures[name] = {"rows": count, "input": size / 1e6, **measured(command, folder, size)}
-        print(f"{count:,} rows, {name}: {figures[name]['seconds']:.0f} s, {figures[name]['anonymous']:.0f} MB", file=sys.stderr, flush=True)
+        print(f"{count:,} rows, {name}:", orjson.dumps(figures[name]).decode(), file=sys.stderr, flush=True)
         if kept is None and name.removesuffix(".py") in KEPT:
             kept = out / KEPT[name.removesuffix(".py")]
         else:
