@@ -7,9 +7,10 @@ recipe and without a model: rewards are exact match, ROUGE-L and brevity. aggreg
 wrote. Token limits are estimated, or counted with --tokenizer, which takes longer.
 
 "MB read" and "written" are what the process asked of the system, so that a file that is read twice counts twice. "MB/s"
-is the size of the input per second. "peak" is the largest resident memory, and "anonymous" its part without a file. The
-last column is the growth of anonymous memory per additional row. Each output is removed once it is measured: at most
-three times the size of the input is on disk, 16.5 GB for 150,000 rows of 50 documents.
+is the size of the input per second of the processor, which depends less on other programs. "peak" is the largest
+resident memory, and "anonymous" its part without a file. The last column is the growth of anonymous memory per
+additional row. Each output is removed once it is measured: at most three times the size of both inputs is on disk, 20
+GB for 15,000 and 150,000 rows of 50 documents.
 
     python benchmarks/middle_stages.py --rows 15000 150000 --docs 50
 """
@@ -17,6 +18,7 @@ three times the size of the input is on disk, 16.5 GB for 150,000 rows of 50 doc
 import argparse
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ import orjson
 from dynamicrag.stage import ArgumentParser
 
 SHOWN, TRAJECTORIES = 40, 8
+DIFFERENT, NUMBER = 2000, "@@@@@@@"  # rows that are made, and the place of a row's number in them
 LOOP = """
 import {module}, sys
 with open(sys.argv[1], "rb") as read, open(sys.argv[2], "wb") as write:
@@ -53,7 +56,7 @@ STAGES = {  # the flags of each stage; {rows} is the artificial file
     "construct_dpo": "--input_file {rows} --reranker_file {out}/llama3_8b_reranker_dpo.json --generator_file {out}/llama3_8b_generator_dpo.json {length}",
     "evaluate": "--results_file {rows} --metric match --output_file {out}/metrics.json",
 }
-KEPT = {"split_data": "splits"}  # the output that the next stage reads
+FIRST = "split_data.py"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,77 +76,88 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def made_rows(count: int, docs: int) -> Iterator[bytes]:
-    """Yield rows with the keys of every stage, as lines. The documents of a row are 50 of 2,000 passages with 100 words each."""
+    """Yield rows with the keys of every stage, as lines: DIFFERENT ones in turn, each time with other ids and another question."""
     rng = random.Random(0)
     words = ["".join(rng.choices("bcdfglmnprst", k=1) + rng.choices("aeiou", k=1)) * rng.randint(1, 4) for _ in range(5000)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     texts = [orjson.Fragment(orjson.dumps(" ".join(rng.choices(words, weights, k=100)))) for _ in range(2000)]
+    made = []
     for number in range(count):
-        scores = sorted((rng.random() for _ in range(docs)), reverse=True)
-        labels = [rng.random() < 0.1 for _ in scores]
-        true_id = [position for position in range(1, SHOWN + 1) if labels[position - 1]]
-        chosen = [rng.sample(range(1, SHOWN + 1), rng.randint(1, 6)) for _ in range(TRAJECTORIES)]
-        answers = [" ".join(rng.choices(words, k=3)) for _ in range(2)]
-        terms = [{"em": float(rng.random() < 0.5), "rouge": rng.random(), "length": 1 / (1 + len(ids))} for ids in chosen]
-        gold = rng.randrange(docs)
-        yield orjson.dumps({
-            "id": f"nq_{number}", "question": " ".join(rng.choices(words, k=9)), "dataset": "nq", "answers": answers,
-            "gold_docs": [f"{number}-{gold}"],
-            "docs": [
-                {"id": f"{number}-{place}", "title": words[rng.randrange(5000)], "text": texts[rng.randrange(2000)], "score": 2 - place / docs,
-                 "rerank_score": score, "rerank_label": str(label).lower()}
-                for place, (score, label) in enumerate(zip(scores, labels, strict=True))
-            ],
-            "true_id": true_id, "false_id": [position for position in range(1, SHOWN + 1) if not labels[position - 1]],
-            "true_count": len(true_id), "sequence": true_id[:14], "sequence_length": len(true_id[:14]), "docs_shown": SHOWN,
-            "id_lists": chosen, "responses": [answers[0] if term["em"] else " ".join(rng.choices(words, k=3)) for term in terms],
-            "response_tokens": [3] * TRAJECTORIES, "response_scores": [sum(term.values()) / 3 for term in terms], "score_terms": terms,
-            "id_list": chosen[0], "final_docs": [f"{number}-{place - 1}" for place in chosen[0]], "response": answers[rng.randrange(2)],
-            "usage": {"calls": 2, "prompt_tokens": 6000, "generated_tokens": 30},
-        }, option=orjson.OPT_APPEND_NEWLINE)
+        if len(made) < DIFFERENT:
+            made.append(orjson.dumps(_row(rng, words, texts, docs), option=orjson.OPT_APPEND_NEWLINE))
+        yield made[number % DIFFERENT].replace(NUMBER.encode(), b"%07d" % number)
+
+
+def _row(rng: random.Random, words: list[str], texts: list[orjson.Fragment], docs: int) -> dict:
+    scores = sorted((rng.random() for _ in range(docs)), reverse=True)
+    labels = [rng.random() < 0.1 for _ in scores]
+    true_id = [position for position in range(1, SHOWN + 1) if labels[position - 1]]
+    chosen = [rng.sample(range(1, SHOWN + 1), rng.randint(1, 6)) for _ in range(TRAJECTORIES)]
+    answers = [" ".join(rng.choices(words, k=3)) for _ in range(2)]
+    terms = [{"em": float(rng.random() < 0.5), "rouge": rng.random(), "length": 1 / (1 + len(ids))} for ids in chosen]
+    return {
+        "id": f"nq_{NUMBER}", "question": f"{' '.join(rng.choices(words, k=9))} {NUMBER}", "dataset": "nq", "answers": answers,
+        "gold_docs": [f"{NUMBER}-{rng.randrange(docs)}"],
+        "docs": [
+            {"id": f"{NUMBER}-{place}", "title": words[rng.randrange(5000)], "text": texts[rng.randrange(2000)], "score": 2 - place / docs,
+             "rerank_score": score, "rerank_label": str(label).lower()}
+            for place, (score, label) in enumerate(zip(scores, labels, strict=True))
+        ],
+        "true_id": true_id, "false_id": [position for position in range(1, SHOWN + 1) if not labels[position - 1]],
+        "true_count": len(true_id), "sequence": true_id[:14], "sequence_length": len(true_id[:14]), "docs_shown": SHOWN,
+        "id_lists": chosen, "responses": [answers[0] if term["em"] else " ".join(rng.choices(words, k=3)) for term in terms],
+        "response_tokens": [3] * TRAJECTORIES, "response_scores": [sum(term.values()) / 3 for term in terms], "score_terms": terms,
+        "id_list": chosen[0], "final_docs": [f"{NUMBER}-{place - 1}" for place in chosen[0]], "response": answers[rng.randrange(2)],
+        "usage": {"calls": 2, "prompt_tokens": 6000, "generated_tokens": 30},
+    }
 
 
 def measured(command: list[str], folder: Path, size: int) -> dict[str, float]:
-    """Run a command; return seconds, MB of input per second, MB read and written, and the peaks of memory in MB.
+    """Run a command; return its figures: seconds, those of the processor, MB read and written, and the peaks of memory in MB.
 
     Fingerprints of earlier stages are not used, because each file of a real run is new to its stage.
     """
     environment = {**os.environ, "PYTHONPATH": str(measure.REPOSITORY), "XDG_CACHE_HOME": str(folder / "cache")}
-    began = time.perf_counter()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(command, cwd=measure.REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = measure.watch_peak(process)
     seconds = time.perf_counter() - began
     if process.returncode:
         sys.exit(process.stderr.read().decode()[-2000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    return {"seconds": seconds, "MB/s": size / 1e6 / seconds, **peak}
+    return {"seconds": seconds, "busy": busy, "MB/s": size / 1e6 / busy, **peak}
 
 
-def measure_size(args: argparse.Namespace, folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Return the figures of every stage, and of the loops, for `count` rows."""
-    rows, out = folder / "rows.jsonl", folder / "out"
-    with rows.open("wb") as file:
-        file.writelines(made_rows(count, args.docs))
-    size, figures = rows.stat().st_size, {}
+def commands(args: argparse.Namespace, folder: Path, rows: Path, out: Path) -> dict[str, list[str]]:
+    """Return the command of every loop and stage, by name."""
     loops = {} if args.no_loops else LOOPS
-    commands = {name: [sys.executable, "-c", code, str(rows), str(out / "loop.jsonl")] for name, code in loops.items()}
     length = f"--tokenizer {args.tokenizer} --template {args.template}" if args.tokenizer else f"--tokenizer {folder}/none"
-    (folder / "none").mkdir(exist_ok=True)
-    for name in args.stages:
-        flags = STAGES[name].format(rows=rows, out=out, length=length)
-        commands[f"{name}.py"] = [sys.executable, f"{name}.py", *flags.split()]
-    kept: Path | None = None
-    for name, command in commands.items():
-        out.mkdir(exist_ok=True)
-        figures[name] = {"rows": count, "input": size / 1e6, **measured(command, folder, size)}
-        print(f"{count:,} rows, {name}:", orjson.dumps(figures[name]).decode(), file=sys.stderr, flush=True)
-        if kept is None and name.removesuffix(".py") in KEPT:
-            kept = out / KEPT[name.removesuffix(".py")]
-        else:
-            shutil.rmtree(out)
-            kept = None
-    shutil.rmtree(out, ignore_errors=True)
-    rows.unlink()
+    return {
+        **{name: [sys.executable, "-c", code, str(rows), str(out / "loop.jsonl")] for name, code in loops.items()},
+        **{f"{name}.py": [sys.executable, f"{name}.py", *STAGES[name].format(rows=rows, out=out, length=length).split()] for name in args.stages},
+    }
+
+
+def measure_sizes(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Return the figures of every loop and stage for both numbers of rows."""
+    (folder / "none").mkdir()
+    files, sizes = [folder / f"rows_{count}.jsonl" for count in args.rows], []
+    for rows, count in zip(files, args.rows, strict=True):
+        with rows.open("wb") as file:
+            file.writelines(made_rows(count, args.docs))
+        sizes.append(rows.stat().st_size)
+    outs = [folder / f"out_{count}" for count in args.rows]
+    by_size = [commands(args, folder, rows, out) for rows, out in zip(files, outs, strict=True)]
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in by_size[0]}
+    for name in figures:
+        for out, size, count, command in zip(outs, sizes, args.rows, by_size, strict=True):
+            out.mkdir(exist_ok=True)
+            figures[name].append({"rows": count, "input": size / 1e6, **measured(command[name], folder, size)})
+            print(name, orjson.dumps(figures[name][-1]).decode(), file=sys.stderr, flush=True)
+            if name != FIRST:  # the next stage reads its output
+                shutil.rmtree(out)
     return figures
 
 
@@ -152,22 +166,21 @@ def main() -> None:
     if "aggregate" in args.stages and args.stages[args.stages.index("aggregate") - 1] != "split_data":
         sys.exit("error: --stages: aggregate reads the parts of split_data; give split_data before it")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        few, many = (measure_size(args, Path(folder), count) for count in args.rows)
+        figures = measure_sizes(args, Path(folder))
     # Report
-    added = args.rows[1] - args.rows[0]
     lines = []
-    for name, now in many.items():
-        grown = now["anonymous"] - few[name]["anonymous"]
+    for name, (few, many) in figures.items():
+        grown = (many["anonymous"] - few["anonymous"]) / (many["rows"] - few["rows"])
         lines.append([
-            name, *(f"{now[what]:,.0f}" for what in ("read", "written", "seconds", "MB/s")),
-            *(f"{one[what]:.0f}" for what in ("peak", "anonymous") for one in (few[name], now)), f"{1e6 * grown / added:.0f}",
+            name, *(f"{many[what]:,.0f}" for what in ("read", "written", "seconds", "busy", "MB/s")),
+            *(f"{one[what]:.0f}" for what in ("peak", "anonymous") for one in (few, many)), f"{1e6 * grown:.0f}",
         ])
     few_rows, many_rows = (f"{count:,}" for count in args.rows)
-    header = ["", "MB read", "MB written", "seconds", "MB/s", f"peak MB, {few_rows} rows", many_rows, f"anonymous MB, {few_rows}", many_rows, "bytes per row"]
-    size = next(iter(many.values()))["input"] / 1e3
-    cores = len(os.sched_getaffinity(0))
+    header = ["", "MB read", "MB written", "seconds", "of the processor", "MB/s", f"peak MB, {few_rows} rows", many_rows,
+              f"anonymous MB, {few_rows}", many_rows, "bytes per row"]
+    size, cores = next(iter(figures.values()))[1]["input"] / 1e3, len(os.sched_getaffinity(0))
     title = f"Stages between the models, {many_rows} rows of {args.docs} documents, {size:.2f} GB, {cores} core{'s' * (cores > 1)}"
-    measure.report(title, header, lines, {"few": few, "many": many}, args.output_file)
+    measure.report(title, header, lines, figures, args.output_file)
 
 
 if __name__ == "__main__":
