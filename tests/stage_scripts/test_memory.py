@@ -6,6 +6,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stages import REPO
 
 from dynamicrag.evaluation.means import Mean
 from dynamicrag.reward.moments import Moments
+from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.seen import Seen
 from dynamicrag.rows.stored import Stored
 from dynamicrag.stage import shuffled
@@ -100,6 +102,22 @@ def test_ids_take_few_bytes_however_long_they_are():
     assert len(seen) == 20_000
     assert [seen.add(f"{number:0200d}") for number in range(20_000)] == [*range(20_000)]
     assert (seen.find(f"{7:0200d}"), seen.find("7"), len(seen)) == (7, None, 20_000)
+
+
+def test_a_reader_keeps_only_some_bytes_of_an_id():
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        file.writelines(b'{"id": "%0200d", "question": "which?"}\n' % number for number in range(5000))
+        file.flush()
+        rows = read_rows(file.name)
+        tracemalloc.start()
+        for count, _ in enumerate(rows, start=1):
+            if count == 1000:
+                before = tracemalloc.get_traced_memory()[0]
+            if count == 5000:
+                break
+        kept = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert kept < 40 * 4000
 
 
 def test_values_on_disk_are_those_that_were_added():
