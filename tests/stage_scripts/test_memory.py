@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stages import REPO
 
@@ -129,6 +129,7 @@ def test_values_on_disk_are_those_that_were_added():
     assert stored.get("q50") is None and stored.view(lambda value: value["gold_docs"])["q49"] == [49]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 1) | st.integers(0, 9) | st.floats(-1e9, 1e9), min_size=1))
 def test_a_mean_is_rounded_once(values):
     mean = Mean()
@@ -138,6 +139,7 @@ def test_a_mean_is_rounded_once(values):
     assert Mean().value() is None
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=2), st.integers(1, 5))
 def test_moments_do_not_depend_on_the_blocks(rows, size):
     table, moments = np.array(rows), Moments(3)
@@ -148,6 +150,7 @@ def test_moments_do_not_depend_on_the_blocks(rows, size):
     np.testing.assert_allclose(moments.products / len(rows), np.cov(table.T, bias=True), atol=1e-12)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 300), st.integers())
 def test_a_random_order_is_that_of_a_sample(count, seed):
     assert list(shuffled(count, random.Random(seed))) == random.Random(seed).sample(range(count), count)
