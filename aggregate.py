@@ -27,7 +27,7 @@ from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.search.corpus_parts import corpus_shard, in_corpus_order, merge_by_score
 from dynamicrag.stage import UserError
 
-ROWS_PER_CHUNK = 1000
+ROWS_PER_CHUNK = 250
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,13 +90,13 @@ def find_shards(pattern: str, splits_dir: str) -> list[Path]:
 def read_shards(paths: list[Path]) -> Iterator[Row]:
     """Yield the rows of all shards, one file after the other. Raises UserError for an id that occurs in two of them."""
     from dynamicrag.rows.records import read_rows
+    from dynamicrag.rows.seen import Seen
 
-    seen: dict[str, int] = {}
+    seen = Seen()
     for shard, path in enumerate(paths):
         for row in read_rows(path, needs=STAGE_KEYS["aggregate"].reads):
-            if row["id"] in seen:
-                raise UserError(f"{path}: id {row['id']!r} is also in {paths[seen[row['id']]]}; ids must be unique")
-            seen[row["id"]] = shard
+            if (other := seen.add(row["id"], shard)) is not None:
+                raise UserError(f"{path}: id {row['id']!r} is also in {paths[other]}; ids must be unique")
             yield row
 
 
@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for chunk in output.chunks(rows, ROWS_PER_CHUNK):
             output.write(chunk)
             progress.update(len(chunk))
+            del chunk
     if not output.rows:
         raise UserError(f"{args.input_files}: contains no row; check the shards")
     output.finish(shards=len(shards))

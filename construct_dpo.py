@@ -17,7 +17,6 @@ Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: ins
 import argparse
 import itertools
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.reward.pair_figures import FIGURES, figures, say_what_they_teach, summarise
+from dynamicrag.reward.pair_figures import Taught, figures, say_what_they_teach
 from dynamicrag.reward.preferences import PAIRS, capped, distinct, generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.identifiers import format_ids
@@ -199,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     prompts, window = Prompts(args.prompts), load_window(options_from(args, LengthOptions))
     defaults: Counter[str] = Counter()
-    count, differing = 0, []  # for each question used, whether its rewards differ
+    count, differing = 0, bytearray()  # for each question used, whether its rewards differ
 
     # Read once: which questions are used, and which set each belongs to
     def read(reject, defaults: Counter) -> Iterator[Row]:
@@ -234,19 +233,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "kinds; sample at a higher --temperature or from more questions, or relax --min-margin and --keep-mean"
             )
     # Write both sets
-    taught, sizes = array("f"), Counter()
+    taught, sizes = Taught(), Counter()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
         for row, about in pairs:
             sizes[role] += about["target size"]
             if role == "reranker":
-                taught.extend(about[figure] for figure in FIGURES)
+                taught.add(about)
             yield row
 
     of_reranker = output.publish(args.reranker_file, noted(capped(reranker(window), args.max_reranker_pairs, args.seed), "reranker"))
     of_generator = output.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
     # Say what they teach
-    summary = summarise(taught)
+    summary = taught.summary()
     say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
     for path in (args.reranker_file, args.generator_file):
         check_columns(args.train_recipe, path)

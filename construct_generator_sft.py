@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.finished:
         return
     prompts = Prompts(args.prompts)
-    unanswered: list[str] = []
-    unscored = 0
+    unanswered, first_unanswered, unscored = 0, "", 0
 
     def answered() -> Iterator[Row]:
-        nonlocal unscored
+        nonlocal unanswered, first_unanswered, unscored
         for row in read_rows(args.input_file, NEEDS, reject=output.reject):
             if not any(answer.strip() for answer in row.get("answers") or ()):
-                unanswered.append(row["id"])
+                unanswered += 1
+                first_unanswered = first_unanswered or row["id"]
                 continue
             if (unjudged := unjudged_position(row["docs"], row["true_id"])) is not None:
                 raise UserError(f"{args.input_file}: row {row['id']}: docs[{unjudged - 1}] has no rerank_score; run "
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
     count = output.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
-        log.warning("%s: %d rows have no gold answer and are not used; the first is %s", args.input_file, len(unanswered), unanswered[0])
+        log.warning("%s: %d rows have no gold answer and are not used; the first is %s", args.input_file, unanswered, first_unanswered)
     if unscored:
         log.warning("%s: %d rows have relevant documents without rerank_score; the order of the documents is used instead",
                     args.input_file, unscored)

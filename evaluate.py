@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.entity_support:
             rows = with_entity_support(rows, results_file)
         rows = with_progress(rows, results_file, asked, name)
-        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file, repeated)
+        summaries[name], scores[name] = summarise(rows, args.metric, args.group_by, args.seed, results_file, repeated, keep_scores=args.compare)
     compared = compare(scores, args.seed) if args.compare else {}
     for name, row in compared.items():
         row["metric"] = "+".join(sorted({summaries[system]["metric"] for system in (next(iter(summaries)), name)}))

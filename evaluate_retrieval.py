@@ -15,15 +15,16 @@ Writes   output/retrieval_data_rerank.jsonl.retrieval.json   per file and order:
 
 import argparse
 import itertools
-import statistics
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 
 from dynamicrag import stage
+from dynamicrag.evaluation.means import Mean
 from dynamicrag.evaluation.metrics import bootstrap_interval
 from dynamicrag.evaluation.retrieval import SCORES, answer_rank, gold_measures, in_order
 from dynamicrag.evaluation.tables import markdown_table, system_names
@@ -36,7 +37,9 @@ from dynamicrag.rows.tracking import track
 from dynamicrag.rows.trec import is_run, read_qrels, write_run
 from dynamicrag.stage import UserError, log
 
-ANSWER_CUTOFF = 20  # cutoff of the measure with the interval if no gold document is known
+ANSWER_CUTOFF = 20
+# The first that is known is the main measure, which has an interval.
+MAIN_MEASURES = {"nDCG@10": "d", f"answer@{ANSWER_CUTOFF}": "b"}  # with the type of its values
 QUESTIONS_PER_CHUNK = 256  # number of questions whose documents are in memory
 
 
@@ -46,6 +49,56 @@ class Scored(NamedTuple):
     group: str
     measures: dict[str, float]
     documents: int
+
+
+class Tally:
+    """The measures of any number of questions, as means; of each question, only MAIN_MEASURES are kept (9 bytes)."""
+
+    def __init__(self):
+        self.count = self.documents = self.without_documents = 0
+        self.means: dict[str, Mean] = {}
+        self.main = {name: array(kind) for name, kind in MAIN_MEASURES.items()}
+
+    def add(self, one: Scored) -> None:
+        """Add one question."""
+        self.count += 1
+        self.documents += one.documents
+        self.without_documents += not one.documents
+        for name, value in one.measures.items():
+            self.means.setdefault(name, Mean()).add(value)
+            if (values := self.main.get(name)) is not None:
+                values.append(value if values.typecode == "d" else int(value))
+
+    def summary(self, seed: int) -> dict:
+        """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main measure."""
+        gold, answers = map(len, self.main.values())
+        name, values = next(named for named in self.main.items() if named[1])
+        low, high = bootstrap_interval(values, seed)
+        return {
+            "n": self.count,
+            "gold": gold,  # number of questions with gold documents, and with gold answers
+            "answers": answers,
+            "measures": {measure: 100 * (mean.value() or 0.0) for measure, mean in self.means.items()},
+            "main": name, "low": 100 * low, "high": 100 * high,
+            "documents": self.documents / self.count,
+            "without_documents": self.without_documents,
+        }
+
+
+class Order:
+    """The tallies of the questions by one order of their documents: of all with gold data, and by group."""
+
+    def __init__(self):
+        self.every, self.groups = Tally(), defaultdict(Tally)
+        self.left_out = 0  # questions without gold data
+        self.has_documents = False
+
+    def add(self, scored: Iterable[Scored]) -> None:
+        for one in scored:
+            self.has_documents |= one.documents > 0
+            self.left_out += not one.measures
+            for tally in (self.every, self.groups[one.group]) if one.measures else ():
+                tally.add(one)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,9 +144,9 @@ def score_questions(ranked: list[tuple[Question, list[Doc]]], cutoffs: list[int]
     return scored
 
 
-def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, list[Scored]]:
+def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: list[int]) -> dict[str, Order]:
     """Score every question by the `wanted` order of its documents. "auto" gives both orders, or one if a rerank_score is missing."""
-    scored: dict[str, list[Scored]] = {order: [] for order in (SCORES if wanted == "auto" else [wanted])}
+    scored = {order: Order() for order in (SCORES if wanted == "auto" else [wanted])}
     while chunk := list(itertools.islice(questions, QUESTIONS_PER_CHUNK)):
         for order in list(scored):
             ranked: list[tuple[Question, list[Doc]]] = []
@@ -104,54 +157,30 @@ def score_orders(path: str, questions: Iterator[Ranked], wanted: str, cutoffs: l
                 else:
                     ranked.append((question, ordered))
             if not unjudged:
-                scored[order] += score_questions(ranked, cutoffs)
+                scored[order].add(score_questions(ranked, cutoffs))
             elif wanted == "auto":
                 del scored[order]
             else:
                 raise UserError(f"{path}: row {unjudged[0]}: a document has no rerank_score; run reranker.py first, or "
                                 "give --stage retrieval")
-    if len(scored) > 1 and not any(one.documents for one in scored["reranking"]):
+    if len(scored) > 1 and not scored["reranking"].has_documents:
         del scored["reranking"]  # there is no document at all
     return scored
 
 
-def summarise(scored: list[Scored], seed: int) -> dict:
-    """Return means from 0 to 100, each over the questions for which the measure is known, and the interval of the main measure."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for one in scored:
-        for name, value in one.measures.items():
-            values[name].append(value)
-    gold, answer = "nDCG@10", f"answer@{ANSWER_CUTOFF}"
-    main = gold if gold in values else answer
-    low, high = bootstrap_interval(values[main], seed)
-    return {
-        "n": len(scored),
-        "gold": len(values.get(gold, ())),  # number of questions with gold documents, and with gold answers
-        "answers": len(values.get(answer, ())),
-        "measures": {name: 100 * statistics.fmean(measured) for name, measured in values.items()},
-        "main": main, "low": 100 * low, "high": 100 * high,
-        "documents": statistics.fmean(one.documents for one in scored),
-        "without_documents": sum(not one.documents for one in scored),
-    }
-
-
-def summarise_file(path: str, scored: list[Scored], qrels_file: str | None, seed: int) -> dict:
-    """Return summarise() of all questions and by group. Questions without gold data are left out and counted."""
-    with_gold_data = [one for one in scored if one.measures]
-    if not with_gold_data:
+def summarise_file(path: str, scored: Order, qrels_file: str | None, seed: int) -> dict:
+    """Return the summary of all questions and by group. Questions without gold data are left out and counted."""
+    if not scored.every.count:
         raise UserError(f"{path}: no question has gold documents, or gold answers to search for in texts; give --qrels "
                         "or --eval_file")
-    summary = summarise(with_gold_data, seed)
+    summary = scored.every.summary(seed)
     if qrels_file and not summary["gold"]:
         raise UserError(f"{path}: no question has a relevant document in {qrels_file}; give the qrels of these "
                         "questions")
-    by_group: dict[str, list[Scored]] = defaultdict(list)
-    for one in with_gold_data:
-        by_group[one.group].append(one)
-    groups = {group: summarise(members, seed) for group, members in sorted(by_group.items())}
-    if left_out := len(scored) - len(with_gold_data):
-        log.warning("%s: %d rows have neither gold documents nor gold answers and are not counted", path, left_out)
-    return {**summary, "left_out": left_out, "groups": groups}
+    if scored.left_out:
+        log.warning("%s: %d rows have neither gold documents nor gold answers and are not counted", path, scored.left_out)
+    groups = {group: tally.summary(seed) for group, tally in sorted(scored.groups.items())}
+    return {**summary, "left_out": scored.left_out, "groups": groups}
 
 
 def summary_tables(results: dict[str, dict[str, dict]], group_by: str) -> str:

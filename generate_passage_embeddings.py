@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
                 raise stage.UserError(f"{args.model_name_or_path}: the float16 vector of passage {ids[row]!r} is not "
                                       "finite; try --normalize or --dtype float32")
-            output.append(vectors.tobytes())
+            output.append([vectors.tobytes()])
     # Ids, and the settings that a search must share
     save_ids(ids_path(shard), store.ids(start, stop))
     output.rows = stop - start

@@ -15,9 +15,11 @@ Writes   training_data/retrieval_data_rerank_sequence.jsonl       + true_id, fal
 """
 
 import argparse
+import itertools
 import random
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dynamicrag import stage
 from dynamicrag.rows.expert import EXPERT_LENGTH, expert_sequence, unjudged_position
@@ -79,16 +81,17 @@ def lengths_of(row: Row, targets: str, max_length: int) -> list[int]:
     return list(range(row["true_count"], min(max_length, len(row["true_id"]) + len(row["false_id"])) + 1))
 
 
-def choose_expert(candidates: list[tuple[str, int]], max_rows: int, max_per_length: int, rng: random.Random) -> set:
-    """Return a random subset of (row id, length) pairs within both limits."""
+def choose_expert(lengths: Sequence[int], max_rows: int, max_per_length: int, rng: random.Random) -> bytearray:
+    """Return 1 for each member of a random subset of the candidates within both limits, and 0 for all others."""
     per_length: Counter[int] = Counter()
-    chosen = set()
-    for row_id, length in rng.sample(candidates, len(candidates)):
-        if len(chosen) == max_rows:
+    chosen, count = bytearray(len(lengths)), 0
+    for candidate in stage.shuffled(len(lengths), rng):
+        if count == max_rows:
             break
-        if per_length[length] < max_per_length:
-            per_length[length] += 1
-            chosen.add((row_id, length))
+        if per_length[lengths[candidate]] < max_per_length:
+            per_length[lengths[candidate]] += 1
+            chosen[candidate] = 1
+            count += 1
     return chosen
 
 
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.finished:
         return
 
-    # Label every row. The file is read three times.
+    # Label every row. The file is read twice, because only numbers of candidates are in memory.
     def labelled(reject=None):
         for row in read_rows(args.input_file, STAGE_KEYS["process_training_data"].reads, reject=reject):
             shown = row["docs"][: args.n_docs]
@@ -113,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                                 "one, or give --labels reranker")
             yield label(row, args.n_docs, gold)
 
-    # Count, and collect the candidates. Only this first reading records malformed rows.
-    candidates, rows, unscored = [], 0, 0
+    # Count, and collect the lengths of the candidates. Only this first reading records malformed rows.
+    candidates, rows, unscored = array("I"), 0, 0
     for row in labelled(output.reject):
         rows += 1
         unscored += bool(row["docs"]) and row["docs"][0].get("rerank_score") is None
-        candidates += [(row["id"], length) for length in lengths_of(row, args.targets, args.max_length)]
+        candidates.extend(lengths_of(row, args.targets, args.max_length))
     if not rows:
         raise UserError(f"{args.input_file}: contains no usable row; give a file with at least one valid row")
     if unscored:
@@ -132,26 +135,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.warning("%s: %d rows are fewer than the published 150,000; one fifth of them, %d, become expert rows",
                         args.input_file, rows, max_rows)
     chosen = choose_expert(candidates, max_rows, args.max_per_length, random.Random(args.seed))
-    expert_ids = {row_id for row_id, _ in chosen}
 
     # Write expert rows and others
-    def sequences():
+    def divided() -> Iterator[tuple[str, Row]]:
+        choices = iter(chosen)
         for row in labelled(output.ignore):
-            for length in lengths_of(row, args.targets, args.max_length):
-                if (row["id"], length) not in chosen:
-                    continue
+            lengths = [length for length in lengths_of(row, args.targets, args.max_length) if next(choices)]
+            for length in lengths:
                 if args.targets == "expert":
                     sequence = expert_sequence(row["docs"], row["true_id"], args.max_length)
-                    yield {**row, "sequence": sequence, "sequence_length": length}
+                    yield args.sequence_file, {**row, "sequence": sequence, "sequence_length": length}
                 else:
                     rng = random.Random(stage.derive_seed(args.seed, row["id"], length))
                     sequence = padded_sequence(row["true_id"], row["false_id"], length, rng)
-                    yield {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
+                    yield args.sequence_file, {**row, "id": f"{row['id']}/{length}", "sequence": sequence, "sequence_length": length}
+            if not lengths:
+                yield args.normal_file, row
 
-    expert = output.publish(args.sequence_file, sequences())
-    others = (row for row in labelled(output.ignore) if row["id"] not in expert_ids)
-    normal = output.publish(args.normal_file, others)
-    lengths = Counter(length for _, length in chosen)
+    expert, normal = output.publish_each([args.sequence_file, args.normal_file], divided())
+    lengths = Counter(itertools.compress(candidates, chosen))
     log.info("expert rows by length: %s", ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)))
     output.finish(expert=expert, others=normal)
 

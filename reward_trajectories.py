@@ -12,7 +12,7 @@ Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, scor
 """
 
 import argparse
-from array import array
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dynamicrag.llm.prompts import Prompts, add_prompts_flag
 from dynamicrag.models.device import DEVICES, device_flag, place
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.reward.judge import MAX_REPLIES, REPLY_FORMATS, Judge
+from dynamicrag.reward.moments import Moments
 from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
@@ -30,6 +31,7 @@ from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.stage import UserError, log
 
 KEYS = STAGE_KEYS["reward_trajectories"]
+ROWS_PER_BLOCK = 256  # rows of the output in memory while they are summarised
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -145,21 +147,26 @@ def summarise(rows: Iterable[Row]) -> tuple[int, dict[str, dict[str, float | Non
     import numpy as np
 
     columns: list[str] = []
-    values = array("f")  # 34 MB at the published 1.2 million trajectories
-    for row in rows:
-        for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True):
-            columns = columns or [*terms, "reward", "k"]
-            values.extend([*(terms[term] for term in columns[:-2]), reward, len(ids)])
-    if not columns:
+    moments: Moments | None = None
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
+        values = [
+            (terms, reward, len(ids)) for row in block
+            for ids, reward, terms in zip(row["id_lists"], row["response_scores"], row["score_terms"], strict=True)
+        ]
+        if values:
+            columns = columns or [*values[0][0], "reward", "k"]
+            moments = moments or Moments(len(columns))
+            moments.add(np.array([[*(terms[term] for term in columns[:-2]), reward, k] for terms, reward, k in values], dtype=np.float64))
+    if moments is None:
         return 0, {}
-    table = np.frombuffer(values, dtype=np.float32).reshape(-1, len(columns)).T
-    mean, spread = table.mean(axis=1, dtype=np.float64), table.std(axis=1, dtype=np.float64)
-    centred = table - mean[:, None]
+    mean, covariance = moments.mean, moments.products / moments.count
+    spread = np.sqrt(covariance.diagonal())
 
     def correlation(a: int, b: int) -> float | None:
-        return float(centred[a] @ centred[b] / table.shape[1] / spread[a] / spread[b]) if min(spread[a], spread[b]) > 1e-9 else None
+        return float(covariance[a, b] / spread[a] / spread[b]) if min(spread[a], spread[b]) > 1e-9 else None
 
-    return table.shape[1], {
+    return moments.count, {
         name: {
             "mean": float(mean[number]), "spread": float(spread[number]),
             **{f"correlation_with_{other}": correlation(number, columns.index(other)) for other in ("em", "k")},

@@ -44,14 +44,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int, seed: int) -> tuple[set[int], set[int], set[int]]:
-    """Return the row numbers of the SFT, DPO and held-out parts.
+def places(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int) -> tuple[range, range, range]:
+    """Return the places of the SFT, DPO and held-out parts in the random order of the rows.
 
     Raises UserError if the SFT or DPO part would be empty.
     """
-    order = random.Random(seed).sample(range(rows), rows)
     left = max(rows - dev_size, 0)
-    rest, dev = order[:left], order[left:]
+    rest, dev = range(rows)[:left], range(rows)[left:]
     if sft_size is None:
         sft_size = PUBLISHED_SFT_ROWS
         if rows < PUBLISHED_ROWS:
@@ -63,7 +62,15 @@ def divide(rows: int, sft_size: int | None, dpo_size: int | None, dev_size: int,
         raise UserError(
             f"--sft_size: of {rows} rows, {len(sft)} would be for SFT, {len(dpo)} for DPO and {len(dev)} held out; lower --sft_size or --dev_size"
         )
-    return set(sft), set(dpo), set(dev)
+    return sft, dpo, dev
+
+
+def divide(rows: int, parts: Sequence[range], seed: int) -> bytearray:
+    """Return for each row the number of its part, from 1; 0 for a row of no part. `parts` are places in a random order."""
+    part_of = bytearray(rows)
+    for place, row in enumerate(stage.shuffled(rows, random.Random(seed))):
+        part_of[row] = next((number for number, part in enumerate(parts, start=1) if place in part), 0)
+    return part_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,16 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.finished:
         return
     rows = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
-    sft, dpo, dev = divide(rows, args.sft_size, args.dpo_size, args.dev_size, args.seed)
-
-    def part(numbers, reject):
-        return (row for number, row in enumerate(read_rows(args.input_file, NEEDS, reject=reject)) if number in numbers)
-
-    output.publish(args.sft_file, part(sft, output.reject))
-    output.publish(args.dpo_file, part(dpo, output.ignore))
-    for path in dev_file:
-        output.publish(path, part(dev, output.ignore))
-    output.finish(sft=len(sft), dpo=len(dpo), dev=len(dev))
+    parts = places(rows, args.sft_size, args.dpo_size, args.dev_size)
+    part_of = divide(rows, parts, args.seed)
+    files = [args.sft_file, args.dpo_file, *dev_file]
+    numbered = zip(part_of, read_rows(args.input_file, NEEDS, reject=output.reject), strict=True)
+    output.publish_each(files, ((files[number - 1], row) for number, row in numbered if number))
+    sft, dpo, dev = map(len, parts)
+    output.finish(sft=sft, dpo=dpo, dev=dev)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,29 @@ def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
     return peak, time.perf_counter() - began
 
 
+def watch_peak(process: subprocess.Popen) -> dict[str, float]:
+    """Wait for a process; return the peaks of its memory, and what it and its children read and wrote, in MB.
+
+    `peak` is the largest resident memory (VmHWM), `anonymous` the largest part of it without a file (RssAnon), each summed
+    over the process and its children.
+    """
+    peak = {"peak": 0.0, "anonymous": 0.0, "read": 0.0, "written": 0.0}
+    while process.poll() is None:
+        now = dict.fromkeys(peak, 0.0)
+        for pid in _tree(process.pid):
+            try:
+                status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                asked = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+                kilobytes = [int(status[field].split()[0]) for field in ("VmHWM", "RssAnon")]
+            except (OSError, KeyError):  # the process has just ended
+                continue
+            for name, value in zip(peak, (*(1024 * size for size in kilobytes), int(asked["rchar"]), int(asked["wchar"])), strict=True):
+                now[name] += value / 1e6
+        peak = {name: max(peak[name], now[name]) for name in peak}
+        time.sleep(0.02)
+    return peak
+
+
 def report(title: str, header: list[str], rows: list[list[str]], figures: dict, output: str | None) -> None:
     """Print a table to standard output and add its figures to a JSON file."""
     print(f"\n{title} ({os.cpu_count()} cores, {platform.machine()})\n\n{markdown_table(header, rows)}", flush=True)

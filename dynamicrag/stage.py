@@ -4,10 +4,12 @@ import argparse
 import errno
 import hashlib
 import logging
+import random
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -157,3 +159,12 @@ def derive_seed(seed: int, *parts: object) -> int:
     """
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1
+
+
+def shuffled(count: int, rng: random.Random) -> Iterator[int]:
+    """Yield the numbers below `count` in random order: that of rng.sample(range(count), count), in 4 bytes per number."""
+    numbers = array("I", range(count))
+    for left in range(count, 0, -1):
+        place = rng.randrange(left)
+        yield numbers[place]
+        numbers[place] = numbers[left - 1]

@@ -96,7 +96,7 @@ def plan_of(args: Namespace, file: Counted) -> Plan:
         ((process_training_data, args.expert_flags), (split_for_sft_dpo, args.split_flags), (construct_dpo, args.pair_flags))
     )
     expert = expert_flags.max_rows or min(process_training_data.PUBLISHED_EXPERT_ROWS, max(1, file.rows // process_training_data.EXPERT_SHARE))
-    sft, dpo, _ = map(len, split_for_sft_dpo.divide(file.rows - expert, split.sft_size, split.dpo_size, split.dev_size, args.seed))
+    sft, dpo, _ = map(len, split_for_sft_dpo.places(file.rows - expert, split.sft_size, split.dpo_size, split.dev_size))
     samples = args.asked.num_samples + args.asked.include_expert
     pairs = pair_limits(pair.pairs, samples, dpo, pair.max_pairs_per_question, pair.max_reranker_pairs, pair.max_generator_pairs)
     return Plan(file.rows, file.labelled, expert, sft, dpo, samples, args.asked.num_samples if args.asked.permute else 1, *pairs, args.parts,

@@ -11,20 +11,22 @@ from dynamicrag.rows.gold import needed_documents
 from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import Row, fail_unanswered
+from dynamicrag.rows.seen import Seen
+from dynamicrag.rows.stored import Stored
 from dynamicrag.stage import UserError, log
 
 
-def read_asked(path: str, group_by: str, dataset: str | None) -> dict[str, dict[str, Any]]:
+def read_asked(path: str, group_by: str, dataset: str | None) -> Stored[dict[str, Any]]:
     """Return the questions of an evaluation file by id, in file order, with the keys needed for scoring (not the documents).
 
     Raises UserError as read_rows does, including for a repeated id.
     """
-    asked = {}
+    asked: Stored[dict[str, Any]] = Stored(dict)
     for row in read_rows(path, dataset=dataset):
         needed = needed_documents(row, path)
         keys = ("question", "retrieved_question", "dataset", "answers", "qa_pairs", "choices", group_by)
         fields = {key: row[key] for key in keys if key in row}
-        asked[row["id"]] = fields if needed is None else {**fields, "gold_docs": sorted(needed)}
+        asked.add(row["id"], fields if needed is None else {**fields, "gold_docs": sorted(needed)})
     return asked
 
 
@@ -51,7 +53,7 @@ def result_rows(
                     "not counted", results_file)
     # Answered rows and rows of the remain file
     repeated = Counter() if repeated is None else repeated
-    seen, first_repeat = set(), None
+    seen, first_repeat = Seen(), None
     reasoned, responded, without_response = 0, False, None
     for path in filter(None, [results_file, remain_file]):
         # An output file is empty if all or none of the questions failed.
@@ -70,12 +72,11 @@ def result_rows(
             elif isinstance(response := row.get("response"), str) and (OPENS.search(response) or CLOSES.search(response)):
                 reasoned += 1
                 row = _without_reasoning(row, response)
-            if row["id"] in seen:
+            if seen.add(row["id"]) is None:
+                yield row
+            else:
                 repeated[results_file] += 1
                 first_repeat = first_repeat or f"{row['id']} in {path}"
-            else:
-                seen.add(row["id"])
-                yield row
     # Say what was found
     if without_response:
         told = f"keys of row {without_response['id']}: {', '.join(sorted(without_response))}"
@@ -92,7 +93,7 @@ def result_rows(
     if asked is not None and len(seen) < len(asked):
         log.warning("%s: %d of %d questions are missing; they count as wrong", results_file, len(asked) - len(seen), len(asked))
         for row in read_rows(eval_file, dataset=dataset) if eval_file else ():
-            if row["id"] not in seen:
+            if seen.add(row["id"]) is None:
                 yield fail_unanswered(row, MISSING)
 
 

@@ -4,6 +4,7 @@
 import math
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 from dynamicrag.rows.row import Doc
 
@@ -52,10 +53,15 @@ def searched_form(text: str) -> str:
     spaces and control characters. Tokens are lower-cased (Karpukhin et al. 2020, arXiv 2004.04906: has_answer,
     SimpleTokenizer).
     """
+    tokens = _token().findall(unicodedata.normalize("NFD", text))
+    return f" {' '.join(tokens).lower()} " if tokens else ""
+
+
+@cache
+def _token():
     import regex
 
-    tokens = regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", unicodedata.normalize("NFD", text))
-    return f" {' '.join(tokens).lower()} " if tokens else ""
+    return regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
 def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
@@ -63,6 +69,13 @@ def answer_rank(docs: Sequence[Doc], answers: Sequence[str]) -> float:
 
     By DPR's rule, titles are ignored. An answer without tokens occurs in no document.
     """
-    wanted = list(filter(None, map(searched_form, answers)))
-    texts = (searched_form(doc["text"]) for doc in docs)
-    return next((rank for rank, text in enumerate(texts, start=1) if any(answer in text for answer in wanted)), math.inf)
+    wanted = [(answer, answer.split()) for answer in filter(None, map(searched_form, answers))]
+
+    def has_answer(text: str) -> bool:
+        possible = [answer for answer, _ in wanted]
+        if text.isascii():  # its tokens are substrings, which are found much faster
+            lowered = text.lower()
+            possible = [answer for answer, tokens in wanted if all(token in lowered for token in tokens)]
+        return bool(possible) and any(map(searched_form(text).__contains__, possible))
+
+    return next((rank for rank, doc in enumerate(docs, start=1) if has_answer(doc["text"])), math.inf)

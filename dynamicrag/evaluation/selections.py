@@ -7,7 +7,7 @@ Other documents may contain the answer as well, so that precision is a lower bou
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dynamicrag.rows.gold import needed_documents
@@ -51,35 +51,41 @@ def final_ids(row: Row, path: str) -> set[str]:
     return set(map(str, ids))
 
 
-def summarise_chosen(questions: list[Chosen]) -> dict:
-    """Return means over `questions` [n], and the distribution of the chosen k by needed k.
+def summarise_chosen(questions: Iterable[Chosen] | Counter[Chosen]) -> dict:
+    """Return means over `questions`, all or the number of each, and the distribution of the chosen k by needed k.
 
     precision, recall and f1 (0 to 100) are over the questions that need a document; an empty selection gives 0 for
     each. exact is the share of all questions whose selection is exactly the needed documents. recall_ceiling is the
     recall of all retrieved documents. An unanswered question counts as wrong in all of them and has no k.
     """
-    needing = [one for one in questions if one.needed]
-    ceiling = [one.retrieved / one.needed for one in needing if one.retrieved is not None]
-    answered = [(one.chosen, one.needed) for one in questions if one.chosen is not None]
-    counts: dict[int, Counter[str]] = {needed: Counter() for needed in sorted({one.needed for one in questions})}
-    for one in sorted(questions, key=lambda one: (one.chosen is None, one.chosen or 0)):
-        counts[one.needed][UNANSWERED if one.chosen is None else str(one.chosen)] += 1
+    times = Counter(questions)  # few are different
+
+    def mean(value: Callable[[Chosen], float], included: Callable[[Chosen], object], scale: float = 1) -> float | None:
+        known = Counter({one: count for one, count in times.items() if included(one)})
+        return scale * statistics.fmean(map(value, known.elements())) if known else None
+
+    def total(value: Callable[[Chosen], int]) -> int:
+        return sum(value(one) * count for one, count in times.items())
+
+    counts: dict[int, Counter[str]] = {needed: Counter() for needed in sorted({one.needed for one in times})}
+    for one in sorted(times, key=lambda one: (one.chosen is None, one.chosen or 0)):
+        counts[one.needed][UNANSWERED if one.chosen is None else str(one.chosen)] += times[one]
     return {
-        "n": len(questions),
-        "needing_documents": len(needing),
-        "precision": _mean([one.right / one.chosen if one.chosen else 0.0 for one in needing], 100),
-        "recall": _mean([one.right / one.needed for one in needing], 100),
-        "f1": _mean([2 * one.right / (one.needed + (one.chosen or 0)) for one in needing], 100),
-        "exact": _mean([float(one.right == one.needed == one.chosen) for one in questions], 100),
-        "recall_ceiling": _mean(ceiling, 100),
-        "gold_documents": sum(one.needed for one in questions),
-        "gold_retrieved": sum(one.retrieved or 0 for one in questions),
-        "gold_chosen": sum(one.right for one in questions),
-        "needed_k": _mean([one.needed for one in questions]),
-        "chosen_k": _mean([k for k, _ in answered]),
+        "n": times.total(),
+        "needing_documents": sum(count for one, count in times.items() if one.needed),
+        "precision": mean(lambda one: one.right / one.chosen if one.chosen else 0.0, _needing, 100),
+        "recall": mean(lambda one: one.right / one.needed, _needing, 100),
+        "f1": mean(lambda one: 2 * one.right / (one.needed + (one.chosen or 0)), _needing, 100),
+        "exact": mean(lambda one: float(one.right == one.needed == one.chosen), lambda _: True, 100),
+        "recall_ceiling": mean(lambda one: (one.retrieved or 0) / one.needed, lambda one: one.needed and one.retrieved is not None, 100),
+        "gold_documents": total(lambda one: one.needed),
+        "gold_retrieved": total(lambda one: one.retrieved or 0),
+        "gold_chosen": total(lambda one: one.right),
+        "needed_k": mean(lambda one: one.needed, lambda _: True),
+        "chosen_k": mean(_chosen_k, _answered),
         "by_needed_k": {
             str(needed): {
-                "chosen_k": _mean([k for k, of in answered if of == needed]),
+                "chosen_k": mean(_chosen_k, lambda one, needed=needed: _answered(one) and one.needed == needed),
                 "counts": dict(by_chosen),
             }
             for needed, by_chosen in counts.items()
@@ -87,5 +93,13 @@ def summarise_chosen(questions: list[Chosen]) -> dict:
     }
 
 
-def _mean(values: Sequence[float], scale: float = 1) -> float | None:
-    return scale * statistics.fmean(values) if values else None
+def _needing(one: Chosen) -> bool:
+    return one.needed > 0
+
+
+def _answered(one: Chosen) -> bool:
+    return one.chosen is not None
+
+
+def _chosen_k(one: Chosen) -> int:
+    return one.chosen or 0

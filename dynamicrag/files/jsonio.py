@@ -8,11 +8,10 @@ other suffix JSONL. Memory use does not depend on the size of the file.
 import codecs
 import contextlib
 import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -22,6 +21,7 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.stage import UserError
 
 READ_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20  # a row of 50 documents has 40 KB
 # If the decoder fails within this many characters of the end of its buffer, more data may fix it. Any other failure is
 # broken JSON.
 CUT_MARGIN = 32
@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open an input for reading bytes; a `.gz` file is decompressed. Raises OSError, and UserError for broken gzip."""
     try:
-        with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        with (gzip.open(path) if path.suffix == ".gz" else path.open("rb", BUFFER_BYTES)) as file:
             yield cast(BinaryIO, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from error
@@ -69,8 +69,7 @@ def refuse_pipe(path: Path) -> None:
 def _value(text: bytes | str) -> object:
     """Parse one JSON text. Raises ValueError for invalid JSON and for a value that could not be written as JSON again."""
     value = orjson.loads(text)
-    brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
-    if brackets > MAX_LEVELS:
+    if len(text) > 2 * MAX_LEVELS:  # a shorter text has fewer pairs of brackets; writing is faster than counting them
         try:
             orjson.dumps([value])  # one level deeper, as in the file of rejected rows
         except orjson.JSONEncodeError as error:
@@ -94,19 +93,27 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Decode one element at a time. Memory holds one element and one block of the file."""
+    """Decode one element at a time. Memory holds one element and one block of the file.
+
+    An element that fills its line, as write_json and most programs write it, is decoded several times as fast.
+    """
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     buffer, position, line = "", 0, 1
-    with opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+    by_line = whole_line = True  # whether elements fill their lines, and whether the buffer may hold the next one
+    with opened(path) as file:
+        utf8 = codecs.getincrementaldecoder("utf-8-sig")()
 
         # The buffer and the position in it
         def broken(reason: str) -> UserError:
             return UserError(f"{path}:{line}: not a valid JSON array ({reason}); correct the file")
 
         def read(size: int) -> bool:
-            nonlocal buffer, position
+            nonlocal buffer, position, whole_line
+            more, block, whole_line = "", b".", True
             try:
-                more = file.read(size)
+                while block and not more:  # a block may end within its first character
+                    block = file.read(size)
+                    more = utf8.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise broken(f"invalid UTF-8 after this line ({error.reason})") from error
             if more:
@@ -129,8 +136,20 @@ def _read_array(path: Path) -> Iterator[tuple[int, object]]:
                     return ""
 
         def element() -> object:
+            nonlocal position, by_line, whole_line
             size = READ_BYTES
             while True:
+                end = buffer.find("\n", position) if by_line and whole_line else -1
+                whole_line = end >= 0
+                if whole_line:
+                    text = buffer[position:end].rstrip(" \t\r").removesuffix(",")
+                    try:
+                        value = _value(text)
+                    except ValueError:  # another form, or an error that the decoder names
+                        by_line = False
+                    else:
+                        position += len(text)
+                        return value
                 try:
                     _, end = decoder.raw_decode(buffer, position)
                     # A number at the end of the buffer may continue in the next block: 1, then .5 or e+5.
@@ -173,18 +192,43 @@ def dump_line(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
+@contextlib.contextmanager
+def json_writer(path: str | Path) -> Iterator[Callable[[object], None]]:
+    """Yield a function that writes one value to `path`, in the format given by its suffix. The file is written atomically.
+
+    A value may be an orjson.Fragment, which is written as it is.
+    """
+    as_array, first = Path(path).suffix == ".json", True
+    with atomic_writer(path) as file:
+
+        def write(value: object) -> None:
+            nonlocal first
+            if as_array:
+                file.write(b"[\n" if first else b",\n")
+                file.write(orjson.dumps(value))
+                first = False
+            else:
+                file.write(dump_line(value))
+
+        yield write
+        if as_array:
+            file.write(b"[]\n" if first else b"\n]\n")
+
+
 def write_json(path: str | Path, values: Iterable[object]) -> int:
     """Write all values to `path` atomically, in the format given by its suffix. Returns the number of values."""
-    count = 0
-    with atomic_writer(path) as file:
-        if Path(path).suffix == ".json":
-            for value in values:
-                file.write(b"[\n" if count == 0 else b",\n")
-                file.write(orjson.dumps(value))
-                count += 1
-            file.write(b"\n]\n" if count else b"[]\n")
-        else:
-            for value in values:
-                file.write(dump_line(value))
-                count += 1
-    return count
+    return write_each([path], ((path, value) for value in values))[0]
+
+
+def write_each(paths: Sequence[str | Path], values: Iterable[tuple[str | Path, object]]) -> list[int]:
+    """Write each (path, value) to its own of `paths`, all in one reading of `values`. No file exists before all are written.
+
+    Returns the number of values per path.
+    """
+    counts = dict.fromkeys(paths, 0)
+    with contextlib.ExitStack() as files:
+        writers = {path: files.enter_context(json_writer(path)) for path in paths}
+        for path, value in values:
+            writers[path](value)
+            counts[path] += 1
+    return list(counts.values())

@@ -111,7 +111,7 @@ class TrainingWindow:
         return window
 
     def kept(self, rows: Iterable[Item], fit: Callable[[Item], list[Fitted]], total: int | None, desc: str, path: str) -> Iterator[Fitted]:
-        """Yield the training rows that fit, in order, and count them. `fit` runs on all cores.
+        """Yield the training rows that fit, in order, and count them. With a tokenizer, `fit` runs on all cores.
 
         Raises UserError at the end if no row of `path` fits.
         """
@@ -138,7 +138,7 @@ class TrainingWindow:
         options: dict[str, Any] = {"disable": True} if self._quiet else {}  # the default is an environment variable's
         with tqdm(total=total, unit="row", desc=desc, **options) as progress:
             while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
-                yield from itertools.chain.from_iterable(in_threads(fit, batch))
+                yield from itertools.chain.from_iterable(in_threads(fit, batch) if self._prompts else map(fit, batch))
                 progress.update(len(batch))
 
     def counts(self, what: str = "documents") -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 import itertools
 import math
-from array import array
+import struct
 from collections import Counter
+from collections.abc import Mapping
 
+from dynamicrag.evaluation.means import Mean
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.reward.preferences import Pair
 from dynamicrag.rows.gold import gold_documents
@@ -37,21 +39,36 @@ def figures(row: Row, pair: Pair, path: str) -> dict[str, float]:
     }
 
 
-def summarise(pairs: array) -> dict[str, dict[str, float | None]]:
-    """Return the number of pairs and the mean of each of FIGURES, over all pairs and by margin; None if not known."""
-    import numpy as np
+class Taught:
+    """The figures of any number of pairs, as their number and sums over all pairs and by margin."""
 
-    table = np.frombuffer(pairs, dtype=np.float32).reshape(-1, len(FIGURES))
-    lines = {"all": table}
-    for low, high in itertools.pairwise((0.0, *MARGINS, 1.0)):
-        lines[f"{low:.2f} to {high:.2f}"] = table[(low < table[:, 0]) & (table[:, 0] <= high)]
-    return {
-        name: {"pairs": len(line)} | {
-            figure: float(known.mean(dtype=np.float64)) if len(known := column[~np.isnan(column)]) else None
-            for figure, column in zip(FIGURES, line.T, strict=True)
+    def __init__(self):
+        bounds = itertools.pairwise((0.0, *MARGINS, 1.0))
+        self._lines = {"all": (-math.inf, math.inf)} | {f"{low:.2f} to {high:.2f}": (low, high) for low, high in bounds}
+        self._pairs: Counter[str] = Counter()
+        self._means = {(line, figure): Mean() for line in self._lines for figure in FIGURES}
+
+    def add(self, about: Mapping[str, float]) -> None:
+        """Add the figures of one pair."""
+        margin = _single(about["margin"])
+        for line, (low, high) in self._lines.items():
+            if _single(low) < margin <= _single(high):
+                self._pairs[line] += 1
+                for figure in FIGURES:
+                    if not math.isnan(value := about[figure]):
+                        self._means[line, figure].add(value)
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Return the number of pairs and the mean of each of FIGURES, over all pairs and by margin; None if not known."""
+        return {
+            line: {"pairs": pairs} | {figure: self._means[line, figure].value() for figure in FIGURES}
+            for line in self._lines if (pairs := self._pairs[line])
         }
-        for name, line in lines.items() if len(line)
-    }
+
+
+def _single(number: float) -> float:
+    """Return the number in single precision, in which a difference of rewards such as 0.3 - 0.25 is 0.05."""
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def summary_table(summary: dict[str, dict[str, float | None]]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from dynamicrag.rows.row import Row
+from dynamicrag.rows.seen import Seen
 from dynamicrag.rows.tasks import target_answer, task_of_row
 
 PAIRS = re.compile(r"best-worst|all|top-bottom:([1-9]\d*)")
@@ -90,9 +91,7 @@ def capped(items: Iterable, most: int | None, seed: int) -> Iterator:
 
 def distinct(pairs: Iterable[tuple[dict[str, str], Mapping]]) -> Iterator[tuple[dict[str, str], Mapping]]:
     """Yield the first of equal or contradictory pairs, because a data set may contain a question twice."""
-    seen = set()
+    seen = Seen()
     for row, about in pairs:
-        key = hash((row["instruction"], frozenset((row["chosen"], row["rejected"]))))
-        if key not in seen:
-            seen.add(key)
+        if seen.add("\x1f".join([row["instruction"], *sorted([row["chosen"], row["rejected"]])])) is None:
             yield row, about

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
+from dynamicrag.rows.seen import Seen
+from dynamicrag.rows.stored import Stored
 from dynamicrag.rows.trec import Run, is_run
 from dynamicrag.stage import UserError, log
 
@@ -102,24 +104,28 @@ def question_of(row: Row, path: str, group_by: str, qrels: Qrels | None, asked: 
     )
 
 
-def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> dict[str, Question]:
+def read_questions(path: str, group_by: str, qrels: Qrels | None, dataset: str | None) -> Stored[Question]:
     """Return the questions of an evaluation file by id, in file order.
 
     Raises UserError as read_rows and gold_documents do.
     """
-    return {row["id"]: question_of(row, path, group_by, qrels) for row in read_rows(path, dataset=dataset)}
+    asked: Stored[Question] = Stored(lambda question: Question(*question))
+    for row in read_rows(path, dataset=dataset):
+        asked.add(row["id"], list(question_of(row, path, group_by, qrels)))
+    return asked
 
 
 def ranked_questions(
-    path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: dict[str, Question] | None, asked_in: str | None
+    path: str, group_by: str, qrels: Qrels | None, dataset: str | None, asked: Stored[Question] | None, asked_in: str | None
 ) -> Iterator[Ranked]:
     """Yield every question of a results file with its documents, then the remaining questions of `asked` without documents.
 
     `asked` holds the questions of the evaluation file `asked_in`; both are None if there is no evaluation file. Raises
     UserError for a TREC run without an evaluation file, and for a row that is not in `asked`.
     """
-    seen = set()
+    seen, listed = Seen(), 0  # the questions of the results, and how many of the expected ones
     matches = Matches()
+    expected = asked if asked is not None else qrels or {}
 
     # What each question adds
     def ranked(row_id: str, question: Question, docs: list[Doc]) -> Ranked:
@@ -130,7 +136,9 @@ def ranked_questions(
     def note(row_id: str) -> None:
         if asked is not None and row_id not in asked:
             raise UserError(f"{path}: row {row_id} is not in {asked_in}; give the results of the same questions")
-        seen.add(row_id)
+        nonlocal listed
+        if expected:
+            listed += seen.add(row_id) is None and row_id in expected
 
     # The results
     if is_run(path):
@@ -141,13 +149,12 @@ def ranked_questions(
             note(row_id)
     else:
         run = None
-        said = {row_id: {"question": question.text} for row_id, question in (asked or {}).items()}
+        said = asked.view(lambda question: {"question": Question(*question).text}) if asked else None
         for row in read_rows(path, STAGE_KEYS["evaluate_retrieval"].reads, dataset, asked=said):
             note(row["id"])
             yield ranked(row["id"], question_of(row, path, group_by, qrels, (asked or {}).get(row["id"])), row["docs"])
     # Questions that the results lack
-    expected = asked if asked is not None else qrels or {}
-    if missing := sum(row_id not in seen for row_id in expected):
+    if missing := len(expected) - listed:
         means = "they count as zero" if asked is not None else "they are not counted without --eval_file"
         log.warning("%s: %d of %d questions are missing; %s", path, missing, len(expected), means)
     for row_id, question in (asked or {}).items():
@@ -157,6 +164,6 @@ def ranked_questions(
             # Their texts are not known, and no answer is searched for in them.
             docs: list[Doc] = [{"id": doc_id, "title": "", "text": "", "score": score} for doc_id, score in run.ranking(row_id)]
             yield ranked(row_id, question._replace(answers=[], gold=as_documents(question.gold, {doc["id"] for doc in docs})), docs)
-        elif row_id not in seen:
+        elif seen.add(row_id) is None:
             yield row_id, question, []
     matches.warn(path)

@@ -14,14 +14,14 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
 from dynamicrag.files.atomic import atomic_writer, naming
-from dynamicrag.files.jsonio import dump_line, write_json
+from dynamicrag.files.jsonio import dump_line, write_each, write_json
 from dynamicrag.files.locks import lock
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.ahead import prepared_ahead
@@ -39,9 +39,8 @@ class Output:
 
     `arguments` holds every flag of the stage by name, --overwrite and --on_error among them; the manifest records them.
     `finished` is True if an earlier run with the same arguments and inputs is complete, so that nothing remains to be
-    done. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another
-    run is writing the same output, or an existing output was made from other arguments or inputs (--overwrite discards
-    it).
+    done. Raises UserError if the folder cannot be written, its file system has no locks, an input is missing, another run
+    is writing the same output, or an existing output was made from other arguments or inputs (--overwrite discards it).
     """
 
     def __init__(self, arguments: Mapping[str, Any], outputs: list[str], inputs: list[str]):
@@ -50,11 +49,10 @@ class Output:
         self.path = self.paths[0]
         self.partial = Path(f"{self.path}.partial")
         self.rejected_path = Path(f"{self.path}.rejected.jsonl")
-        self.rejected = 0
-        # Handlers of malformed rows for read_rows: for the first pass over a file, and for later passes.
+        self.rows = self.rejected = 0
+        # Handlers of malformed rows, for the first reading of a file and for later ones.
         self.reject = self._set_aside if arguments["on_error"] == "skip" else None
         self.ignore = (lambda _: None) if arguments["on_error"] == "skip" else None
-        self.rows = 0
         self.started = time.monotonic()
         self._file: BinaryIO | None = None
         self._by_rows = False
@@ -79,23 +77,19 @@ class Output:
         if manifest is not None:
             refuse_other_run(manifest, self.identity, self.path)
             if absent:
-                raise UserError(f"{absent[0]}: was removed after the run finished; give --overwrite to make all "
-                                "outputs again")
+                raise UserError(f"{absent[0]}: was removed after the run finished; give --overwrite to make all outputs again")
             self.partial.unlink(missing_ok=True)  # left by an interruption just after the manifest was written
             self._begun.unlink(missing_ok=True)
             return True
-        present = [path for path in self.paths if path.exists()]
-        if present and not self._begun.exists():
-            raise UserError(f"{present[0]}: exists, but is not the finished output of a stage; move it away or give "
-                            "--overwrite")
+        if (present := [path for path in self.paths if path.exists()]) and not self._begun.exists():
+            raise UserError(f"{present[0]}: exists, but is not the finished output of a stage; move it away or give --overwrite")
         return False
 
     def record(self, device: str | None = None, **resolved: str) -> None:
         """Record the device name and the values that `auto` was resolved to in flags that affect the output, such as dtype.
 
-        Call it before the first row is written. A run that was started with other resolved values is then refused; one
-        that was started on another device is continued, with a warning. A finished output is recognised without this
-        call.
+        Call it before the first row is written. A run that was started with other resolved values is then refused; one that
+        was started on another device is continued, with a warning. A finished output is recognised without this call.
         """
         self.identity |= {"resolved": resolved, **({"device": device} if device else {})}
 
@@ -110,11 +104,11 @@ class Output:
             raise UserError(f"{self.path}: --chunk-size must be at least 1, found {size}")
         self._keep_whole_chunks(self.begin(), size)
         rows = iter(rows)
-        skipped = sum(1 for _ in itertools.islice(rows, self.rows))
-        if skipped < self.rows:
+        if sum(1 for _ in itertools.islice(rows, self.rows)) < self.rows:
             raise UserError(f"{self.partial}: holds more rows than the input; give --overwrite to start again")
         while chunk := list(itertools.islice(rows, size)):
             yield chunk
+            del chunk  # only one is in memory
 
     def begin(self) -> BinaryIO:
         """Open the partial file. It is empty, or holds what an interrupted run with the same arguments wrote."""
@@ -145,8 +139,8 @@ class Output:
             refuse_other_run(begun, self.identity, self.partial)
             before, now = begun.get("device"), self.identity.get("device")
             if before and now and before != now:
-                log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few "
-                            "answers, may differ from a run on one device", self.partial, before, now)
+                log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few answers, may differ from a "
+                            "run on one device", self.partial, before, now)
             return True
         with atomic_writer(self._begun) as file:
             file.write(orjson.dumps(self.identity))
@@ -167,14 +161,14 @@ class Output:
 
     def write(self, rows: list[Row]) -> None:
         """Append one finished chunk."""
-        self.append(b"".join(map(dump_line, rows)))
+        self.append(map(dump_line, rows))
         self.rows += len(rows)
 
-    def append(self, content: bytes) -> None:
+    def append(self, parts: Iterable[bytes]) -> None:
         """Append to the partial file and flush it to disk. Raises OSError, naming the file."""
-        assert self._file is not None, "begin() opens it"
+        assert self._file, "begin() opens it"
         with naming(self.partial):
-            self._file.write(content)
+            self._file.writelines(parts)
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -184,8 +178,7 @@ class Output:
     ) -> None:
         """Write work(chunk) for every chunk not yet written, with a progress bar over `total` questions.
 
-        With `prepare`, write work(prepare(chunk)); a thread prepares the next chunk while `work` handles the current
-        one.
+        With `prepare`, write work(prepare(chunk)); a thread prepares the next chunk meanwhile.
         """
         from tqdm import tqdm
 
@@ -194,19 +187,27 @@ class Output:
             for chunk in prepared_ahead(prepare, chunks) if prepare else chunks:
                 progress.update(self.rows - progress.n)
                 self.write(work(chunk))
+                del chunk
             progress.update(self.rows - progress.n)
 
     def written(self) -> Iterator[Row]:
         """Yield the rows written so far."""
+        return map(orjson.loads, self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
         with self.partial.open("rb") as file:
-            yield from map(orjson.loads, file)
+            yield from (line.rstrip(b"\n") for line in file)
 
     # -- whole files
 
     def publish(self, path: str | Path, rows: Iterable[object]) -> int:
         """Write one whole output file atomically; returns its number of rows."""
+        return self.publish_each([path], ((path, row) for row in rows))[0]
+
+    def publish_each(self, paths: Sequence[str | Path], rows: Iterable[tuple[str | Path, object]]) -> list[int]:
+        """Write several whole output files in one reading of (path, row); returns their numbers of rows."""
         self._lock()
-        return write_json(path, rows)
+        return write_each(paths, rows)
 
     def _set_aside(self, record: dict) -> None:
         with self.rejected_path.open("wb" if self.rejected == 0 else "ab") as file:
@@ -219,11 +220,10 @@ class Output:
         `counts` are logged and stored in the manifest. `summary` holds numbers for other programs and is stored only.
         """
         if self._by_rows:
-            if not self.path.exists():
-                if self.path.suffix == ".json":
-                    write_json(self.path, self.written())
-                else:
-                    self.partial.replace(self.path)
+            if not self.path.exists() and self.path.suffix == ".json":
+                write_json(self.path, map(orjson.Fragment, self._lines()))
+            elif not self.path.exists():
+                self.partial.replace(self.path)
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected
@@ -250,10 +250,11 @@ class Output:
 
     def finish_answers(self) -> None:
         """Call finish(), with the rows that carry `error` in the second output and all others in the first."""
-        answered = self.publish(self.paths[0], (row for row in self.written() if "error" not in row))
-        unanswered = self.publish(self.paths[1], (row for row in self.written() if "error" in row))
+        def part(failed: bool) -> Iterator[bytes]:
+            return (line for line in self._lines() if failed == (b'"error":' in line and "error" in orjson.loads(line)))
+
+        answered, unanswered = (self.publish(path, map(orjson.Fragment, part(failed))) for path, failed in zip(self.paths, (False, True), strict=True))
         if unanswered:
-            first = next(row for row in self.written() if "error" in row)
-            log.warning("%s: %d questions have no answer; the first is %s: %s",
-                        self.paths[1], unanswered, first["id"], first.get("error"))
+            first = orjson.loads(next(part(True)))
+            log.warning("%s: %d questions have no answer; the first is %s: %s", self.paths[1], unanswered, first["id"], first.get("error"))
         self.finish(answered=answered, unanswered=unanswered)

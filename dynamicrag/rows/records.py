@@ -7,6 +7,7 @@ which the LLM and the judge read. Retrieval uses the question without them (`ret
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from dynamicrag.rows.answer_forms import ANSWER_KEYS, any_text, gold_answers, ow
 from dynamicrag.rows.checks import check_result, check_written
 from dynamicrag.rows.choices import choices_of, with_choices
 from dynamicrag.rows.row import Doc, Row, RowError, finite, kind_of
+from dynamicrag.rows.seen import Seen
 from dynamicrag.rows.tasks import (
     CHOICE,
     READINGS_TASK,
@@ -48,19 +50,18 @@ def read_rows(
     key. With `reject`, a malformed row is passed to it and skipped instead. A line that is not JSON always raises
     UserError, because nothing after it can be trusted. A repeated id is an error unless `unique` is False.
     """
-    seen: dict[str, int] = {}
+    seen = Seen()
     file_name = name_of_file(path)
     for line, value in read_json(path):
         try:
             row = normalise_row(_completed(value, asked or {}), needs, dataset, file_name, complete)
-            if unique and row["id"] in seen:
-                raise RowError("id", f"{row['id']!r} is already used on line {seen[row['id']]}; ids must be unique")
+            if unique and (used := seen.add(row["id"], line)) is not None:
+                raise RowError("id", f"{row['id']!r} is already used on line {used}; ids must be unique")
         except RowError as error:
             if reject is None:
                 raise UserError(f"{path}:{line}: {error}") from error
             reject({"file": str(path), "line": line, "error": str(error), "row": value})
             continue
-        seen[row["id"]] = line
         yield row
 
 
@@ -129,6 +130,8 @@ def normalise_row(
 
 def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
     """Return one document of a row with string ids and texts and finite scores. Raises RowError."""
+    if isinstance(value, dict) and _is_normal(value):
+        return cast(Doc, value)
     where = f"{key}[{position - 1}]"
     if not isinstance(value, dict):
         raise RowError(where, f"expected an object with id, title and text, found {kind_of(value)}")
@@ -158,6 +161,17 @@ def normalise_doc(value: object, position: int, key: str = "docs") -> Doc:
             raise RowError(f"{where}.rerank_label", f'expected "true" or "false", found {kind_of(doc["rerank_label"])}')
         doc["rerank_label"] = label
     return cast(Doc, doc)
+
+
+def _is_normal(doc: dict) -> bool:
+    """Return whether a document already has the form that normalise_doc gives it, as in every file of the stages."""
+    get = doc.get
+    score, rerank_score = get("score", 0.0), get("rerank_score", 0.0)
+    return (
+        type(get("text")) is str and type(get("title")) is str and type(get("id")) is str and get("id") != ""
+        and (type(score) is float and isfinite(score)) and (type(rerank_score) is float and isfinite(rerank_score))
+        and get("rerank_label", "true") in ("true", "false")
+    )
 
 
 def _identifier(row: dict) -> str:

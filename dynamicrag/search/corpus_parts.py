@@ -51,7 +51,9 @@ def in_corpus_order(paths: list[Path]) -> list[Path]:
 
 def merge_by_score(paths: list[Path], n_docs: int) -> Iterator[Row]:
     """Merge files with the same questions: each row gets its n_docs best documents; equal scores keep the corpus order."""
-    for rows in zip_longest(*(read_rows(path, needs=STAGE_KEYS["aggregate"].reads) for path in paths)):
+    # All files have the ids of the first one.
+    files = (read_rows(path, needs=STAGE_KEYS["aggregate"].reads, unique=path == paths[0]) for path in paths)
+    for rows in zip_longest(*files):
         first: Row | None = rows[0]
         scored: list[tuple[float, Doc]] = []
         for path, row in zip(paths, rows, strict=True):

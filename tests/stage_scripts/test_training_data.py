@@ -313,15 +313,16 @@ def test_an_empty_part_is_an_error(rows, flags):
 
 
 def test_published_sizes_are_published_numbers(caplog):
-    sft, dpo, dev = split_for_sft_dpo.divide(120_000, None, None, 0, 1)
-    assert (len(sft), len(dpo), len(sft & dpo), len(dev)) == (70_000, 50_000, 0, 0)
+    parts = split_for_sft_dpo.places(120_000, None, None, 0)
+    assert [split_for_sft_dpo.divide(120_000, parts, 1).count(number) for number in range(4)] == [0, 70_000, 50_000, 0]
     assert not caplog.text
 
 
 def test_the_division_is_random_and_seeded():
-    divisions = [split_for_sft_dpo.divide(100, None, None, 0, seed) for seed in (1, 1, 2)]
+    parts = split_for_sft_dpo.places(100, None, None, 0)
+    divisions = [split_for_sft_dpo.divide(100, parts, seed) for seed in (1, 1, 2)]
     assert divisions[0] == divisions[1] != divisions[2]
-    assert divisions[0][0] != set(range(60))
+    assert divisions[0] != bytearray(60 * b"\x01" + 40 * b"\x02")
 
 
 # ---------------------------------------------------------------- the generator's SFT set
