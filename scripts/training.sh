@@ -224,16 +224,16 @@ same_as_recorded() {
 
 # train_until_done KEY=VALUE...: run the training, and start it again MAX_RESTARTS times if it fails, from its last checkpoint.
 train_until_done() {
-    local attempt status checkpoint where="" everywhere=""
+    local restarts=0 status checkpoint where="" everywhere=""
     ((${NNODES:-1} == 1)) || where=" on $HOSTNAME, machine $rank of $NNODES" everywhere=" on every machine"
-    for ((attempt = 0; ; attempt++)); do
+    while true; do
         status=0
         ((rank > 0)) || drop_torn_checkpoints
         start_training "$@" || status=$?
         ((status)) || return 0
         checkpoint=$(find "$output" -maxdepth 1 -name "checkpoint-*" | sort -V | tail -n 1)
-        ((attempt < ${MAX_RESTARTS:-0})) || break
-        echo "$folder: the training ended with status $status; restart $((attempt + 1)) of $MAX_RESTARTS, from ${checkpoint:-the beginning}" >&2
+        ((restarts++ < ${MAX_RESTARTS:-0})) || break
+        echo "$folder: the training ended with status $status; restart $restarts of $MAX_RESTARTS, from ${checkpoint:-the beginning}" >&2
     done
     echo "error: $folder: the training ended with status $status$where; see the messages above, then run the same command again$everywhere," \
         "to continue from ${checkpoint:-the beginning}" >&2
@@ -250,7 +250,7 @@ drop_torn_checkpoints() {
 
 # start_training KEY=VALUE...: run the training of train() with the variables that layout() has set.
 start_training() {
-    local words=() command=("$LLAMAFACTORY" train) nodes=${NNODES:-1}
+    local words=() command=("$LLAMAFACTORY" train) nodes=${NNODES:-1} python
     if ((${#GPUS[@]})); then
         local -x CUDA_VISIBLE_DEVICES
         CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${TRAIN_ON[*]}")
@@ -269,12 +269,22 @@ start_training() {
         else
             command+=(--standalone --local-addr 127.0.0.1)
         fi
-        command+=(scripts/train_process.py --processes "$PROCESSES" --seconds "$NODE_SECONDS")
+        command+=(scripts/train_process.py --seconds "$NODE_SECONDS")
     fi
-    words+=(gradient_accumulation_steps="$ACCUMULATION" "${TRACKING[@]}")
+    words=("$recipe" dataset_dir="$WORK/recipes" output_dir="$output" "${words[@]}" gradient_accumulation_steps="$ACCUMULATION" "${TRACKING[@]}" "$@")
     echo "training $folder: $PER_DEVICE per device x $ACCUMULATION accumulated x $PROCESSES processes = $TOTAL_BATCH per step," \
-        "on ${TRAIN_ON[*]:-the CPU}$( ((nodes == 1)) || echo " of machine $rank of $nodes, which meet at $MASTER_ADDR:$MASTER_PORT within $NODE_SECONDS seconds")" >&2
-    trainer "${command[@]}" "$recipe" dataset_dir="$WORK/recipes" output_dir="$output" "${words[@]}" "$@"
+        "on ${TRAIN_ON[*]:-the CPU}" >&2
+    if ((nodes > 1)); then
+        echo "machine $rank of $nodes waits for the others at $MASTER_ADDR:$MASTER_PORT, at most NODE_SECONDS=$NODE_SECONDS" >&2
+        python=$(dirname "$LLAMAFACTORY")/python
+        [[ -x $python ]] || python=python
+        trainer "$python" scripts/meet.py --node "$rank" --nodes "$nodes" --address "$MASTER_ADDR" --port "$MASTER_PORT" --seconds "$NODE_SECONDS" \
+            --folder "$output" "${words[@]}" processes="$PROCESSES" >"$folder.$rank.checkpoint" || exit
+        words+=(resume_from_checkpoint="$(cat "$folder.$rank.checkpoint")")
+        rm "$folder.$rank.checkpoint"
+        [[ ${words[-1]} != *= ]] || unset "words[-1]"
+    fi
+    trainer "${command[@]}" "${words[@]}"
 }
 
 # merge KEY=VALUE...: merge the adapters of $output into the model that they adapt, and write it to $folder. It runs on the CPU.

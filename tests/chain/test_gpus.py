@@ -1,6 +1,7 @@
 """The scripts on machines with no GPU, one, four and eight: who works on what, and how training starts. Stand-ins for every program."""
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -338,7 +339,7 @@ def training(machine, tmp_path):
             assert not (tmp_path / "started").exists()
             return done.stderr
         started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
-        flags = {name: value for name, value in zip(started, started[1:], strict=False) if name.startswith("--")}
+        flags = {name: value for name, value in itertools.pairwise(started) if name.startswith("--")}
         return dict(line.partition("=")[::2] for line in started) | flags  # the last of a key wins, as with LLaMA-Factory
 
     return run
