@@ -4,7 +4,12 @@ NFS emulates flock with byte-range locks. On NFS, a shared lock requires a file 
 lock requires a file that is open for writing, and an upgrade from shared to exclusive may block forever. Every lock
 file is therefore opened for reading and writing, and no lock is upgraded. Some file systems have no flock at all
 (Lustre mounted without `-o flock`, NFS without its lock daemon). Code that needs a lock for correctness stops there
-with a UserError.
+with a UserError. The locks of a machine that is lost are released by the file server, when the lease of that machine
+has ended (NFSv4: 90 seconds by default). Until then they look like those of a process that works, so every lock has a
+holder, by host and process, and messages name it.
+
+A lock belongs to a file, not to its name. Another process may rename or remove a file after it was opened here and
+before it was locked, and whoever writes to it then writes to a finished output. `locked` checks the name again.
 """
 
 import contextlib
@@ -12,7 +17,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +47,30 @@ def lock(file: BinaryIO, operation: int, name: str | Path) -> None:
         raise UserError(f"{name}: {reason}, and two runs could write the same file without a lock; {advice}") from error
 
 
+def holder() -> str:
+    """Return how this process is named to a process that needs a lock that this one holds."""
+    return f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%F %T')}"
+
+
+def locked(path: Path, create: bool = True) -> BinaryIO:
+    """Open a file for appending, and lock it without waiting. The file has this name when it is returned.
+
+    Raises BlockingIOError if another process holds its lock, UserError if it cannot be locked, FileNotFoundError if it
+    does not exist and is not to be created, and OSError.
+    """
+    while True:
+        file = path.open("a+b") if create else os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC), "a+b")
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # another process has renamed or removed the file since it was opened
+
+
 @contextlib.contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
     """Hold `<path>.lock`. Of several workers that need the same cached file, one creates it and the others wait.
@@ -47,7 +78,15 @@ def exclusive(path: str | Path) -> Iterator[None]:
     Raises OSError if the lock file cannot be written, and UserError if it cannot be locked.
     """
     with open(f"{path}.lock", "a+b") as file:
-        lock(file, fcntl.LOCK_EX, file.name)
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, file.name)
+        except BlockingIOError:
+            file.seek(0)
+            log.info("%s: waiting for %s, which makes it", path, file.read(200).decode(errors="replace") or "another process")
+            lock(file, fcntl.LOCK_EX, file.name)
+        file.truncate(0)
+        file.write(holder().encode())
+        file.flush()
         yield
 
 

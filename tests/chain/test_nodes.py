@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import make_text, make_tiny_llama, names
 from stages import REPO
-from test_processes import SETTINGS, largest_difference, losses_of, weights_of
+from training import SETTINGS, largest_difference, losses_of, weights_of
 
 STEPS = 12
 RECORDS = {"trained_on.sha256", "settings.txt", "processes.txt"}
