@@ -31,7 +31,7 @@ from copying_stage import (
 from tqdm import tqdm
 
 from dynamicrag.files.atomic import atomic_writer
-from dynamicrag.files.locks import exclusive, in_turn
+from dynamicrag.files.locks import exclusive, in_turn, locked
 from dynamicrag.llm.answering import place_of
 from dynamicrag.rows import manifest
 from dynamicrag.rows.manifest import read_manifest
@@ -341,6 +341,15 @@ def on_lock(monkeypatch, act, number: int = 1) -> None:
         real(*given)
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.rename(f"{path}.old"), lambda path: (path.unlink(), path.write_text("new"))])
+def test_a_lock_is_of_the_file_that_has_the_name(tmp_path, monkeypatch, change):
+    path = put(tmp_path / "file", "old")
+    on_lock(monkeypatch, lambda: change(path))
+    with locked(path) as file:
+        file.write(b"!")
+    assert path.read_text() in ("!", "new!") and all(other.read_text() == "old" for other in tmp_path.glob("*.old"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
