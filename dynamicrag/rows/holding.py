@@ -2,11 +2,13 @@
 
 A run holds the lock of `<output>.partial` from its first row until its manifest is written. `<output>.partial.manifest.json`
 names its holder. On NFS, a client may believe for up to one minute that a file exists that another machine has removed,
-or that it does not exist. A client asks again when it has changed the folder itself. Therefore a run first takes the
-lock, then writes the manifest of the started run, and only then looks whether another run has finished.
+or that it does not exist. A client asks again when it has changed the folder itself. Therefore a run changes the folder
+before it looks for finished files; and it first takes the lock, then writes the manifest of the started run, and only
+then looks whether another run has finished in the meantime.
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,12 @@ from dynamicrag.files.atomic import atomic_writer
 from dynamicrag.files.locks import locked
 from dynamicrag.rows.manifest import manifest_path, parse_manifest
 from dynamicrag.stage import UserError
+
+
+def look_again(folder: Path) -> None:
+    """Change a folder on NFS, so that the client asks the server for its files. A local folder is not changed."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def hold(partial: Path, begun: Path, create: bool = True) -> BinaryIO:

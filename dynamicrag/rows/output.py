@@ -25,7 +25,7 @@ from dynamicrag.files.jsonio import dump_line, write_json
 from dynamicrag.files.locks import holder
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.ahead import prepared_ahead
-from dynamicrag.rows.holding import begin, discard, hold
+from dynamicrag.rows.holding import begin, discard, hold, look_again
 from dynamicrag.rows.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refuse_other_run
 from dynamicrag.rows.row import Row
@@ -75,6 +75,9 @@ class Output:
 
     def _is_finished(self) -> bool:
         manifest = read_manifest(self.path)
+        if manifest is None:
+            look_again(self.path.parent)
+            manifest = read_manifest(self.path)
         absent = [path for path in self.paths if not path.exists()]
         if manifest is not None:
             refuse_other_run(manifest, self.identity, self.path)

@@ -404,6 +404,15 @@ def test_overwrite_does_not_remove_the_files_of_a_run_that_writes_them(tmp_path)
     assert run_stage(tmp_path, overwrite=True) == 10
 
 
+def test_a_finished_output_that_another_machine_wrote_a_moment_ago_is_seen(tmp_path, monkeypatch):
+    """An NFS client remembers that a file did not exist, until its own process changes the folder."""
+    assert run_stage(tmp_path) == 10
+    news, is_file, temporary = [], Path.is_file, tempfile.TemporaryFile
+    monkeypatch.setattr(Path, "is_file", lambda path: is_file(path) and (bool(news) or not path.name.endswith(".manifest.json")))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: news.append(dir) or temporary(dir=dir))
+    assert run_stage(tmp_path) == 0 and news == [tmp_path]
+
+
 def test_a_worker_that_waits_says_for_whom(tmp_path, caplog):
     caplog.set_level("INFO")
     waiting = threading.Thread(target=lambda: exclusive(tmp_path / "store").__enter__())
