@@ -26,20 +26,23 @@ from typing import BinaryIO
 
 from dynamicrag.stage import UserError, log
 
+TRIES = 100  # to open and lock a file that other processes rename or remove
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def lock(file: BinaryIO, operation: int, name: str | Path) -> None:
     """Call flock() on an open file; wait for the lock unless `operation` contains LOCK_NB.
 
-    Raises BlockingIOError if another process holds the lock and LOCK_NB is set, and UserError, naming the file, if the
-    file system cannot lock it.
+    Raises BlockingIOError if another process holds the lock and LOCK_NB is set, FileNotFoundError if another machine has
+    removed the file (ESTALE on NFS), and UserError, naming the file, if the file system cannot lock it.
     """
     try:
         fcntl.flock(file.fileno(), operation)
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         raise
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name)) from error
         if error.errno in NO_LOCKS:
             reason, advice = "its file system has no locks (flock)", "use one that has, or mount it with them (Lustre: -o flock)"
         else:
@@ -58,17 +61,18 @@ def locked(path: Path, create: bool = True) -> BinaryIO:
     Raises BlockingIOError if another process holds its lock, UserError if it cannot be locked, FileNotFoundError if it
     does not exist and is not to be created, and OSError.
     """
-    while True:
+    for _ in range(TRIES):
         file = path.open("a+b") if create else os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC), "a+b")
         try:
-            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
             with contextlib.suppress(FileNotFoundError):
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
         except BaseException:
             file.close()
             raise
         file.close()  # another process has renamed or removed the file since it was opened
+    raise UserError(f"{path}: is renamed or removed by other processes each time it is opened; see which runs write it")
 
 
 @contextlib.contextmanager

@@ -42,10 +42,11 @@ def hold(partial: Path, begun: Path, create: bool = True) -> BinaryIO:
                         "lost machine end when its file server notices that)") from error
 
 
-def begin(begun: Path, manifest: dict, output: Path, partial: Path | None) -> None:
-    """Write the manifest of a started run, whose lock is held.
+def begin(begun: Path, manifest: dict, output: Path, partial: Path | None, held: BinaryIO) -> None:
+    """Write the manifest of a started run, which holds the lock of the file `held`.
 
-    Raises UserError if another run has finished the output since this one looked, and removes `begun` and `partial`.
+    Raises UserError if another run has finished the output since this one looked. It then removes `begun` and `partial`,
+    and gives up the lock.
     """
     with atomic_writer(begun) as file:
         file.write(orjson.dumps(manifest))
@@ -53,6 +54,7 @@ def begin(begun: Path, manifest: dict, output: Path, partial: Path | None) -> No
         for path in (begun, partial):
             if path:
                 path.unlink(missing_ok=True)
+        held.close()
         raise UserError(f"{output}: another run has finished it in the meantime; run the same command again to use it")
 
 

@@ -141,7 +141,7 @@ class Output:
             if before and now and before != now:
                 log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few "
                             "answers, may differ from a run on one device", self.partial, before, now)
-        begin(self._begun, {**(begun or self.identity), "held_by": holder()}, self.path, None if renamed else self.partial)
+        begin(self._begun, {**(begun or self.identity), "held_by": holder()}, self.path, None if renamed else self.partial, self._file)
         if renamed:
             rename(self.path, self.partial)
         if begun is None:

@@ -352,6 +352,17 @@ def test_a_lock_is_of_the_file_that_has_the_name(tmp_path, monkeypatch, change):
     assert path.read_text() in ("!", "new!") and all(other.read_text() == "old" for other in tmp_path.glob("*.old"))
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+def test_a_file_that_another_machine_has_removed_is_opened_again(tmp_path, monkeypatch, number):
+    def gone():
+        (tmp_path / "file").unlink()
+        raise OSError(number, os.strerror(number))
+
+    on_lock(monkeypatch, gone)
+    with locked(tmp_path / "file") as file:
+        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "file").stat())
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("when", ["before its file is opened", "before it has the lock"])
 def test_a_run_that_finishes_while_another_one_starts_keeps_its_output(tmp_path, monkeypatch, suffix, when):
