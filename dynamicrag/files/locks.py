@@ -62,7 +62,12 @@ def locked(path: Path, create: bool = True) -> BinaryIO:
     does not exist and is not to be created, and OSError.
     """
     for _ in range(TRIES):
-        file = path.open("a+b") if create else os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC), "a+b")
+        try:
+            file = path.open("a+b") if create else os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC), "a+b")
+        except FileNotFoundError as error:
+            if not (create and path.parent.is_dir()):
+                raise
+            raise UserError(f"{path}: another machine has removed it, which is not yet known here; run the same command again in a minute") from error
         try:
             with contextlib.suppress(FileNotFoundError):
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
