@@ -92,7 +92,7 @@ tracking() {
 hold() {
     local status=0 holder=""
     exec 9>>"$1"
-    flock --nonblock --conflict-exit-code 75 9 || status=$?
+    flock --nonblock --conflict-exit-code 75 9 2>/dev/null || status=$?
     case $status in
         0) echo "process $$ of $HOSTNAME, since $(date "+%F %T")," >"$1" ;;
         75)

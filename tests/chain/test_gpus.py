@@ -329,6 +329,9 @@ def training(machine, tmp_path):
         [[ ! -f {tmp_path}/fails ]]"""
     trainer = program(tmp_path / "trainer/bin/llamafactory-cli", stand_in)
     program(tmp_path / "trainer/bin/torchrun", stand_in)
+    program(tmp_path / "trainer/bin/python", f"""
+        echo "$*" >>{tmp_path}/meetings  # of scripts/meet.py, which names the checkpoint
+        [[ ! -f {tmp_path}/checkpoint ]] || cat {tmp_path}/checkpoint""")
 
     def run(gpus: int | None, asked: str, **environment) -> dict[str, str] | str:
         recipe, _, words = asked.partition(" ")
@@ -392,10 +395,17 @@ def test_machines_train_together_and_the_first_keeps_the_books(training, tmp_pat
     (tmp_path / "fails").unlink()
     kept = {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.iterdir()}
     started = training(8, "sft", **MACHINES, NODE_RANK="1")
-    flags = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first", "--master-port": "29500", "--processes": "16"}
-    assert flags.items() <= started.items() and started["gradient_accumulation_steps"] == "2"
+    flags = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first", "--master-port": "29500"}
+    assert flags.items() <= started.items() and started["gradient_accumulation_steps"] == "2" and "resume_from_checkpoint" not in started
+    meetings = (tmp_path / "meetings").read_text().splitlines()
+    assert [re.findall(r"--(node|nodes|address|port) (\S+)", line) for line in meetings] == [
+        [("node", node), ("nodes", "2"), ("address", "first"), ("port", "29500")] for node in "01"
+    ]
+    assert all(f"--folder {folder} " in line and line.endswith(" processes=16") for line in meetings)
     assert {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.iterdir()} == kept
-    assert training(8, "sft", **MACHINES, NODE_RANK="0")["--node-rank"] == "0" and (folder / "trained_on.sha256").exists()
+    (tmp_path / "checkpoint").write_text("its/checkpoint-3\n")
+    started = training(8, "sft", **MACHINES, NODE_RANK="0")
+    assert (started["--node-rank"], started["resume_from_checkpoint"]) == ("0", "its/checkpoint-3") and (folder / "trained_on.sha256").exists()
     assert training(8, "sft", **MACHINES, NODE_RANK="1") == {}
 
 
