@@ -6,8 +6,9 @@ needs "$WORK/training_data/${MODEL}_output_dpo.jsonl" scripts/07_reward.sh
 
 # shellcheck disable=SC2086  # the *_FLAGS are lists of flags
 fit_to "$DPO_RECIPE" "$POLICY" ${DPO_FLAGS:-}
+# On several machines, the first one makes the pairs; the others wait for it when they train.
 # shellcheck disable=SC2086
-python construct_dpo.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
+((${NODE_RANK:-0} > 0)) || python construct_dpo.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
     --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" ${PAIR_FLAGS:-}
 # shellcheck disable=SC2046,SC2086

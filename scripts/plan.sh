@@ -34,7 +34,7 @@ row 10_evaluate.sh 1 CPU 1 -
 answers 11_top_n.sh
 echo
 
-row script recipe GPUs processes "per device" accumulation "total batch" DeepSpeed FORCE_TORCHRUN
+row script recipe GPUs processes "per device" accumulation "total batch" DeepSpeed torchrun
 row --- --- --- --- --- --- --- --- ---
 training() { # SCRIPT RECIPE KEY=VALUE...
     local recipe=recipes/$MODEL/$2.yaml said

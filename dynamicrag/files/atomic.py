@@ -19,6 +19,20 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, over another one if there is one. Raises OSError.
+
+    If the answer of an NFS server is lost, the client asks again, and the server no longer finds the file that it has
+    renamed. This is no error if the target is that file.
+    """
+    before = source.stat()
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if not (target.exists() and os.path.samestat(before, target.stat())):
+            raise
+
+
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """Yield `<path>.writing`, open for writing.
@@ -36,7 +50,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        rename(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -6,7 +6,6 @@ ended, and one of another version begins again.
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import os
@@ -16,9 +15,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dynamicrag.files.atomic import atomic_writer, naming
+from dynamicrag.files.atomic import atomic_writer, naming, rename
 from dynamicrag.files.hub import SECONDS, TRY_AGAIN, Remote, explained
-from dynamicrag.files.locks import lock
+from dynamicrag.files.locks import holder, locked
 from dynamicrag.stage import UserError, log
 
 ATTEMPTS = 8  # in a row without a new byte
@@ -73,16 +72,13 @@ def download(remote: Remote, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = Path(f"{path}.download"), Path(f"{path}.download.from")
     known = f"{remote.url}\n{remote.version}\n"
-    with explained(remote.place), full_disk(path), naming(part), part.open("a+b") as file, contextlib.ExitStack() as afterwards:
-        try:
-            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, part)
-        except BlockingIOError as error:
-            raise UserError(f"{part}: another run downloads it; wait for it or stop it") from error
+    with explained(remote.place), full_disk(path), naming(part), _held(part, note) as file, contextlib.ExitStack() as afterwards:
         afterwards.callback(_remove_empty, part, note)
+        before = note.read_text() if note.is_file() else ""
         # Without a size and a version, nobody can tell whether the rest belongs to the beginning.
-        if not (note.is_file() and note.read_text() == known and remote.version and file.seek(0, os.SEEK_END) <= (remote.size or -1)):
+        if not (before.startswith(known) and remote.version and file.seek(0, os.SEEK_END) <= (remote.size or -1)):
             file.truncate(0)
-            note.write_text(known)
+        note.write_text(f"{known}{holder()}\n")
         start = file.seek(0, os.SEEK_END)
         check_space(path.parent, (remote.size or 0) - start, str(path))
         if start:
@@ -105,7 +101,7 @@ def download(remote: Remote, path: Path) -> str:
             note.unlink()
             raise UserError(f"{remote.place}: {remote.name} has {wrong}; it was removed: run the same command again, and if "
                             "that does not help, ask its publisher")
-        part.replace(path)
+        rename(part, path)
         note.unlink()
     return digest
 
@@ -117,6 +113,15 @@ def _remove_empty(part: Path, note: Path) -> None:
         note.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             part.parent.rmdir()
+
+
+def _held(part: Path, note: Path) -> BinaryIO:
+    """Open and lock an unfinished download. Raises UserError, naming the run that holds it."""
+    try:
+        return locked(part)
+    except BlockingIOError as error:
+        lines = note.read_text().splitlines() if note.is_file() else []
+        raise UserError(f"{part}: another run downloads it ({lines[-1] if len(lines) > 2 else 'not known'}); wait for it or stop it") from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,12 @@ NFS emulates flock with byte-range locks. On NFS, a shared lock requires a file 
 lock requires a file that is open for writing, and an upgrade from shared to exclusive may block forever. Every lock
 file is therefore opened for reading and writing, and no lock is upgraded. Some file systems have no flock at all
 (Lustre mounted without `-o flock`, NFS without its lock daemon). Code that needs a lock for correctness stops there
-with a UserError.
+with a UserError. The locks of a machine that is lost are released by the file server, when the lease of that machine
+has ended (NFSv4: 90 seconds by default). Until then they look like those of a process that works, so every lock has a
+holder, by host and process, and messages name it.
+
+A lock belongs to a file, not to its name. Another process may rename or remove a file after it was opened here and
+before it was locked, and whoever writes to it then writes to a finished output. `locked` checks the name again.
 """
 
 import contextlib
@@ -12,32 +17,67 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from dynamicrag.stage import UserError, log
 
+TRIES = 100  # to open and lock a file that other processes rename or remove
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def lock(file: BinaryIO, operation: int, name: str | Path) -> None:
     """Call flock() on an open file; wait for the lock unless `operation` contains LOCK_NB.
 
-    Raises BlockingIOError if another process holds the lock and LOCK_NB is set, and UserError, naming the file, if the
-    file system cannot lock it.
+    Raises BlockingIOError if another process holds the lock and LOCK_NB is set, FileNotFoundError if another machine has
+    removed the file (ESTALE on NFS), and UserError, naming the file, if the file system cannot lock it.
     """
     try:
         fcntl.flock(file.fileno(), operation)
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         raise
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name)) from error
         if error.errno in NO_LOCKS:
             reason, advice = "its file system has no locks (flock)", "use one that has, or mount it with them (Lustre: -o flock)"
         else:
             reason, advice = f"it cannot be locked (flock: {error.strerror})", "use another file system"
         raise UserError(f"{name}: {reason}, and two runs could write the same file without a lock; {advice}") from error
+
+
+def holder() -> str:
+    """Return how this process is named to a process that needs a lock that this one holds."""
+    return f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%F %T')}"
+
+
+def locked(path: Path, create: bool = True) -> BinaryIO:
+    """Open a file for appending, and lock it without waiting. The file has this name when it is returned.
+
+    Raises BlockingIOError if another process holds its lock, UserError if it cannot be locked, FileNotFoundError if it
+    does not exist and is not to be created, and OSError.
+    """
+    for _ in range(TRIES):
+        try:
+            file = path.open("a+b") if create else os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC), "a+b")
+        except FileNotFoundError as error:
+            if not (create and path.parent.is_dir()):
+                raise
+            raise UserError(f"{path}: another machine has removed it, which is not yet known here; run the same command again in a minute") from error
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # another process has renamed or removed the file since it was opened
+    raise UserError(f"{path}: is renamed or removed by other processes each time it is opened; see which runs write it")
 
 
 @contextlib.contextmanager
@@ -47,7 +87,15 @@ def exclusive(path: str | Path) -> Iterator[None]:
     Raises OSError if the lock file cannot be written, and UserError if it cannot be locked.
     """
     with open(f"{path}.lock", "a+b") as file:
-        lock(file, fcntl.LOCK_EX, file.name)
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, file.name)
+        except BlockingIOError:
+            file.seek(0)
+            log.info("%s: waiting for %s, which makes it", path, file.read(200).decode(errors="replace") or "another process")
+            lock(file, fcntl.LOCK_EX, file.name)
+        file.truncate(0)
+        file.write(holder().encode())
+        file.flush()
         yield
 
 

@@ -10,7 +10,7 @@ If the output is a link, the link stays; its target is written, with the partial
 target.
 """
 
-import fcntl
+import contextlib
 import itertools
 import os
 import time
@@ -20,11 +20,12 @@ from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
-from dynamicrag.files.atomic import atomic_writer, naming
+from dynamicrag.files.atomic import atomic_writer, naming, rename
 from dynamicrag.files.jsonio import dump_line, write_each, write_json
-from dynamicrag.files.locks import lock
+from dynamicrag.files.locks import holder
 from dynamicrag.files.paths import written_at
 from dynamicrag.rows.ahead import prepared_ahead
+from dynamicrag.rows.holding import begin, discard, hold, look_again
 from dynamicrag.rows.manifest import identity, manifest_path, parse_manifest, read_manifest, versions
 from dynamicrag.rows.output_checks import check_paths, refuse_other_owner, refuse_other_run
 from dynamicrag.rows.row import Row
@@ -60,9 +61,8 @@ class Output:
         refuse_other_owner(self.paths, self._given[0])
         self.identity = identity(arguments, outputs, inputs)
         if arguments["overwrite"]:
-            for path in self.paths:
-                for stale in (path, manifest_path(path), self.partial, self._begun, self.rejected_path):
-                    stale.unlink(missing_ok=True)
+            stale = [file for path in self.paths for file in (path, manifest_path(path))]
+            discard([*stale, self.partial, self._begun, self.rejected_path], self.partial, self._begun)
         self.finished = self._is_finished()
         if self.finished:
             log.info("%s: already complete; give --overwrite to make it again", self.path)
@@ -73,6 +73,9 @@ class Output:
 
     def _is_finished(self) -> bool:
         manifest = read_manifest(self.path)
+        if manifest is None:
+            look_again(self.path.parent)
+            manifest = read_manifest(self.path)
         absent = [path for path in self.paths if not path.exists()]
         if manifest is not None:
             refuse_other_run(manifest, self.identity, self.path)
@@ -121,30 +124,24 @@ class Output:
             self._file.seek(0)
             return self._file
         if self.path.suffix != ".json" and self._begun.exists() and self.path.exists() and not self.partial.exists():
-            self.path.replace(self.partial)  # interrupted between the rename and the manifest
-        self._file = self.partial.open("a+b")
-        try:
-            lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.partial)
-        except BlockingIOError as error:
-            raise UserError(f"{self.partial}: another run writes this output; wait for it or stop it") from error
-        if not self._mark_begun():
-            self._file.truncate(0)
-        self._file.seek(0)
-        return self._file
-
-    def _mark_begun(self) -> bool:
-        """Record the identity of this run before its first byte. Return True if an earlier run with it was started."""
-        if self._begun.exists():
-            begun = parse_manifest(self._begun)
+            with contextlib.suppress(FileNotFoundError):  # interrupted between the rename and the manifest
+                self._file = hold(self.path, self._begun, create=False)
+        renamed = self._file is not None
+        self._file = self._file or hold(self.partial, self._begun)
+        begun = parse_manifest(self._begun) if self._begun.exists() else None
+        if begun is not None:
             refuse_other_run(begun, self.identity, self.partial)
             before, now = begun.get("device"), self.identity.get("device")
             if before and now and before != now:
-                log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few answers, may differ from a "
-                            "run on one device", self.partial, before, now)
-            return True
-        with atomic_writer(self._begun) as file:
-            file.write(orjson.dumps(self.identity))
-        return False
+                log.warning("%s: was started on %s and is continued on %s; the last digits of numbers, and a few "
+                            "answers, may differ from a run on one device", self.partial, before, now)
+        begin(self._begun, {**(begun or self.identity), "held_by": holder()}, self.path, None if renamed else self.partial, self._file)
+        if renamed:
+            rename(self.path, self.partial)
+        if begun is None:
+            self._file.truncate(0)
+        self._file.seek(0)
+        return self._file
 
     def _keep_whole_chunks(self, file: BinaryIO, size: int) -> None:
         """Truncate the file after its last whole chunk."""
@@ -223,7 +220,7 @@ class Output:
             if not self.path.exists() and self.path.suffix == ".json":
                 write_json(self.path, map(orjson.Fragment, self._lines()))
             elif not self.path.exists():
-                self.partial.replace(self.path)
+                rename(self.partial, self.path)
             counts = {"rows": self.rows, **counts}
         if self.rejected:
             counts["rejected"] = self.rejected

@@ -1,6 +1,7 @@
 """The scripts on machines with no GPU, one, four and eight: who works on what, and how training starts. Stand-ins for every program."""
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -317,14 +318,20 @@ def test_answers_of_parts_that_do_not_belong_together_are_refused(results, tmp_p
 def training(machine, tmp_path):
     """training(GPUS, "RECIPE KEY=VALUE...") trains with a stand-in for LLaMA-Factory; what it was started with, or the refusal."""
     (tmp_path / "rows.json").write_text("[]")
-    trainer = program(tmp_path / "trainer/bin/llamafactory-cli", f"""
+    stand_in = f"""
         echo "$*" >>{tmp_path}/calls
-        [[ $1 == train ]] || exit 0
-        for name in FORCE_TORCHRUN CUDA_VISIBLE_DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE; do echo "$name=${{!name-unset}}"; done >{tmp_path}/started
-        echo "torchrun=$(command -v torchrun)" >>{tmp_path}/started
-        for word; do echo "$word"; done >>{tmp_path}/started
-        [[ ! -f {tmp_path}/fails ]]""")
-    program(tmp_path / "trainer/bin/torchrun", "")
+        [[ $1 != export ]] || exit 0
+        {{
+            echo "by=$0"
+            echo "CUDA_VISIBLE_DEVICES=${{CUDA_VISIBLE_DEVICES-unset}}"
+            printf '%s\\n' "$@"
+        }} >{tmp_path}/started
+        [[ ! -f {tmp_path}/fails ]]"""
+    trainer = program(tmp_path / "trainer/bin/llamafactory-cli", stand_in)
+    program(tmp_path / "trainer/bin/torchrun", stand_in)
+    program(tmp_path / "trainer/bin/python", f"""
+        echo "$*" >>{tmp_path}/meetings  # of scripts/meet.py, which names the checkpoint
+        [[ ! -f {tmp_path}/checkpoint ]] || cat {tmp_path}/checkpoint""")
 
     def run(gpus: int | None, asked: str, **environment) -> dict[str, str] | str:
         recipe, _, words = asked.partition(" ")
@@ -335,26 +342,28 @@ def training(machine, tmp_path):
             assert not (tmp_path / "started").exists()
             return done.stderr
         started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
-        return dict(line.partition("=")[::2] for line in started)  # the last of a key wins, as with LLaMA-Factory
+        flags = {name: value for name, value in itertools.pairwise(started) if name.startswith("--")}
+        return dict(line.partition("=")[::2] for line in started) | flags  # the last of a key wins, as with LLaMA-Factory
 
     return run
 
 
 @pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
 def test_training_finds_the_torchrun_of_its_own_environment(training, tmp_path, recipe):
-    assert training(8, recipe, TRAIN_GPUS="8")["torchrun"] == f"{tmp_path}/trainer/bin/torchrun"
+    assert training(8, recipe, TRAIN_GPUS="8")["by"] == f"{tmp_path}/trainer/bin/torchrun"
 
 
 @pytest.mark.parametrize(("gpus", "asked", "environment", "devices", "accumulation", "torchrun"), [
-    (8, "sft", {}, "0,1,2,3,4,5,6,7", "4", "1"), (4, "sft", {}, "0,1,2,3", "8", "1"), (1, "sft", {}, "0", "32", "1"),
-    (8, "sft", {"TRAIN_GPUS": "2"}, "0,1", "16", "1"), (8, "sft", {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-a,GPU-b", "16", "1"),
-    (8, "sft per_device_train_batch_size=2", {}, "0,1,2,3,4,5,6,7", "2", "1"), (3, "sft gradient_accumulation_steps=5", {}, "0,1,2", "5", "1"),
-    (8, "sft deepspeed=null", {}, "0", "32", "unset"), (8, "sft_lora", {}, "0", "32", "unset"), (8, "sft_lora", {"TRAIN_GPUS": "all"}, "0,1,2,3,4,5,6,7", "4", "1"),
-    (None, "sft deepspeed=null", {}, "unset", "32", "unset"), (8, "sft", {"NPROC_PER_NODE": "4"}, "0,1,2,3,4,5,6,7", "8", "1"),
+    (8, "sft", {}, "0,1,2,3,4,5,6,7", "4", "8"), (4, "sft", {}, "0,1,2,3", "8", "4"), (1, "sft", {}, "0", "32", "1"),
+    (8, "sft", {"TRAIN_GPUS": "2"}, "0,1", "16", "2"), (8, "sft", {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-a,GPU-b", "16", "2"),
+    (8, "sft per_device_train_batch_size=2", {}, "0,1,2,3,4,5,6,7", "2", "8"), (3, "sft gradient_accumulation_steps=5", {}, "0,1,2", "5", "3"),
+    (8, "sft deepspeed=null", {}, "0", "32", None), (8, "sft_lora", {}, "0", "32", None), (8, "sft_lora", {"TRAIN_GPUS": "all"}, "0,1,2,3,4,5,6,7", "4", "8"),
+    (None, "sft deepspeed=null", {}, "unset", "32", None), (8, "sft", {"NPROC_PER_NODE": "4"}, "0,1,2,3,4,5,6,7", "8", "4"),
 ])
 def test_the_total_batch_is_that_of_the_recipe_on_any_number_of_gpus(training, gpus, asked, environment, devices, accumulation, torchrun):
     started = training(gpus, asked, **environment)
-    assert (started["CUDA_VISIBLE_DEVICES"], started["gradient_accumulation_steps"], started["FORCE_TORCHRUN"]) == (devices, accumulation, torchrun)
+    assert (started["CUDA_VISIBLE_DEVICES"], started["gradient_accumulation_steps"], started.get("--nproc-per-node")) == (devices, accumulation, torchrun)
+    assert Path(started["by"]).name == ("torchrun" if torchrun else "llamafactory-cli")
 
 
 def test_a_recipe_without_deepspeed_takes_one_gpu_and_its_own_batch(training):
@@ -366,21 +375,81 @@ def test_a_recipe_without_deepspeed_takes_one_gpu_and_its_own_batch(training):
     (3, "sft", {}, (32, 3, "TRAIN_GPUS")), (8, "sft per_device_train_batch_size=3", {}, (32, 8, 3)),
     (8, "sft", {"TRAIN_GPUS": "16"}, ("TRAIN_GPUS", 8)), (8, "sft", {"TRAIN_GPUS": "some"}, ("TRAIN_GPUS",)), (8, "sfx", {}, ("sfx.yaml",)), (None, "sft", {}, ("DeepSpeed", "GPU")),
     (8, "sft", {"NNODES": "2"}, ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")), (8, "sft", {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0"}, ("MASTER_PORT",)),
+    (8, "sft", {"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "2"}, ("NODE_RANK", 2)), (8, "sft", {"NODE_RANK": "1"}, ("NODE_RANK", "NNODES")),
+    (8, "sft", {"NNODES": "two"}, ("NNODES", "two")), (8, "sft", {"NODE_SECONDS": "0"}, ("NODE_SECONDS", 0)), (8, "sft", {"MIN_NNODES": "1"}, ("MIN_NNODES", "MAX_RESTARTS")),
 ])
 def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(training, gpus, asked, environment, named):
     refused = training(gpus, asked, **environment)
     assert isinstance(refused, str) and len(refused.splitlines()) == 1 and names(refused, *named)
 
 
+MACHINES = {"NNODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+
+
 def test_machines_train_together_and_the_first_keeps_the_books(training, tmp_path):
-    torchrun = {"NNODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    started = training(8, "sft", **torchrun, NODE_RANK="1")
     folder = tmp_path / "run/DynamicRAG_llama3_8b/sft"
-    assert not [path for path in folder.iterdir() if path.is_file()]
-    assert (started["gradient_accumulation_steps"], started["FORCE_TORCHRUN"]) == ("2", "1")
-    assert {**torchrun, "NODE_RANK": "1"}.items() <= started.items()
-    assert training(8, "sft", **torchrun, NODE_RANK="0")["NODE_RANK"] == "0" and (folder / "trained_on.sha256").exists()
-    assert training(8, "sft", **torchrun, NODE_RANK="1") == {}
+    alone = training(8, "sft", **MACHINES, NODE_RANK="1", NODE_SECONDS="1")
+    assert isinstance(alone, str) and names(alone.splitlines()[-1], folder, "NODE_SECONDS") and not folder.exists()
+    (tmp_path / "fails").touch()
+    training(8, "sft", **MACHINES, NODE_RANK="0")  # it leaves its records, as while it trains
+    (tmp_path / "fails").unlink()
+    kept = {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.iterdir()}
+    started = training(8, "sft", **MACHINES, NODE_RANK="1")
+    flags = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first", "--master-port": "29500"}
+    assert flags.items() <= started.items() and started["gradient_accumulation_steps"] == "2" and "resume_from_checkpoint" not in started
+    meetings = (tmp_path / "meetings").read_text().splitlines()
+    assert [re.findall(r"--(node|nodes|address|port) (\S+)", line) for line in meetings] == [
+        [("node", node), ("nodes", "2"), ("address", "first"), ("port", "29500")] for node in "01"
+    ]
+    assert all(f"--folder {folder} " in line and line.endswith(" processes=16") for line in meetings)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.iterdir()} == kept
+    (tmp_path / "checkpoint").write_text("its/checkpoint-3\n")
+    started = training(8, "sft", **MACHINES, NODE_RANK="0")
+    assert (started["--node-rank"], started["resume_from_checkpoint"]) == ("0", "its/checkpoint-3") and (folder / "trained_on.sha256").exists()
+    assert training(8, "sft", **MACHINES, NODE_RANK="1") == {}
+
+
+def test_a_machine_with_other_data_or_settings_than_the_first_is_refused(training, tmp_path):
+    (tmp_path / "fails").touch()
+    training(8, "sft", **MACHINES, NODE_RANK="0")
+    for change in ("sft learning_rate=1", "rows"):
+        if change == "rows":
+            (tmp_path / "rows.json").write_text("[1]")
+        refused = training(8, "sft" if change == "rows" else change, **MACHINES, NODE_RANK="1")
+        assert isinstance(refused, str) and len(refused.splitlines()) == 1 and names(refused, "sft", 0, 1)
+
+
+def test_a_failed_training_is_started_again_as_often_as_asked_from_the_last_whole_checkpoint(training, tmp_path):
+    output = tmp_path / "run/DynamicRAG_llama3_8b/sft"
+    (tmp_path / "fails").touch()
+    for number, state in ((9, "{}\n"), (10, '{\n  "glo'), (11, None)):  # the trainer writes the state last
+        (output / f"checkpoint-{number}").mkdir(parents=True)
+        if state:
+            (output / f"checkpoint-{number}/trainer_state.json").write_text(state)
+    training(8, "sft", MAX_RESTARTS="2")
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_the_trainer_ends_with_its_script_and_so_does_the_lock(training, machine, tmp_path, gpus, number, status):
+    recipe = "sft" if gpus > 1 else "sft_lora"
+    for name in ("llamafactory-cli", "torchrun"):
+        program(tmp_path / "trainer/bin" / name, f"echo $$ >{tmp_path}/pid; exec sleep 60")
+    environment = machine(gpus, LLAMAFACTORY=f"{tmp_path}/trainer/bin/llamafactory-cli")
+    script = subprocess.Popen(["bash", "-c", f"source scripts/common.sh; train sft {recipe} {tmp_path}/rows.json --"], cwd=REPO, env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 20
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    script.send_signal(number)
+    assert script.wait(timeout=20) == status
+    trainer = Path("/proc", (tmp_path / "pid").read_text().strip())
+    while trainer.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not trainer.exists()
+    held = subprocess.run(["flock", "--nonblock", tmp_path / "run/DynamicRAG_llama3_8b/sft.0.lock", "true"])
+    assert held.returncode == 0
 
 
 def test_a_second_start_of_a_training_is_told_who_is_at_it(training, machine, tmp_path):
@@ -392,7 +461,13 @@ def test_a_second_start_of_a_training_is_told_who_is_at_it(training, machine, tm
     refused = training(8, "sft")
     assert isinstance(refused, str) and names(refused, holder.pid) and len(refused.splitlines()) == 1
     holder.communicate("\n", timeout=10)
-    assert training(8, "sft")["FORCE_TORCHRUN"] == "1" and (folder / "sft/trained_on.sha256").exists()
+    assert training(8, "sft")["--nproc-per-node"] == "8" and (folder / "sft/trained_on.sha256").exists()
+
+
+def test_training_without_locks_is_refused(training, tmp_path):
+    program(tmp_path / "bin/flock", "exit 71")  # as for ENOSYS, of Lustre without -o flock
+    refused = training(8, "sft")
+    assert isinstance(refused, str) and names(refused, "sft.0.lock", "flock") and len(refused.splitlines()) == 1
 
 
 def test_a_zero_checkpoint_is_continued_by_as_many_processes_alone(training, tmp_path):
@@ -405,7 +480,7 @@ def test_a_zero_checkpoint_is_continued_by_as_many_processes_alone(training, tmp
     refused = training(4, "sft")
     assert isinstance(refused, str) and names(refused, 8, "checkpoint-*")
     (tmp_path / "fails").unlink()
-    assert training(8, "sft")["FORCE_TORCHRUN"] == "1" and not list(output.glob("checkpoint-*"))
+    assert training(8, "sft")["--nproc-per-node"] == "8" and not list(output.glob("checkpoint-*"))
     assert training(3, "sft") == training(None, "sft") == {}, "a finished model asks nothing of the machine"
 
 
@@ -465,7 +540,7 @@ def test_an_adapter_is_trained_and_merged_by_the_real_trainer_and_dpo_goes_on_fr
 
 
 @pytest.mark.parametrize(("gpus", "environment", "worker", "sft"), [
-    # workers, GPUs of the first, parts, tensor parallel size; GPUs, processes, per device, accumulation, total, DeepSpeed, FORCE_TORCHRUN
+    # workers, GPUs of the first, parts, tensor parallel size; GPUs, processes, per device, accumulation, total, DeepSpeed, torchrun
     (1, {}, ["1", "0", "1", "1"], ["0", "1", "1", "32", "32", "yes", "1"]),
     (4, {}, ["4", "0", "4", "1"], ["0,1,2,3", "4", "1", "8", "32", "yes", "1"]),
     (8, {}, ["8", "0", "8", "1"], ["0,1,2,3,4,5,6,7", "8", "1", "4", "32", "yes", "1"]),

@@ -5,10 +5,15 @@ import errno
 import fcntl
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
+import socket
 import tempfile
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +31,7 @@ from copying_stage import (
 from tqdm import tqdm
 
 from dynamicrag.files.atomic import atomic_writer
-from dynamicrag.files.locks import exclusive, in_turn
+from dynamicrag.files.locks import exclusive, in_turn, locked
 from dynamicrag.llm.answering import place_of
 from dynamicrag.rows import manifest
 from dynamicrag.rows.manifest import read_manifest
@@ -324,6 +329,130 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, num
     with in_turn(tmp_path / "corpus"):  # this lock only saves memory
         went_on = True
     assert went_on and logged(caplog, "flock") == 1
+
+
+def on_lock(monkeypatch, act, number: int = 1) -> None:
+    """Call `act` when a file is open and about to be locked for the `number`-th time."""
+    real, left = fcntl.flock, itertools.count(number - 1, -1)
+
+    def flock(*given) -> None:
+        if next(left) == 0:
+            act()
+        real(*given)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.rename(f"{path}.old"), lambda path: (path.unlink(), path.write_text("new"))])
+def test_a_lock_is_of_the_file_that_has_the_name(tmp_path, monkeypatch, change):
+    path = put(tmp_path / "file", "old")
+    on_lock(monkeypatch, lambda: change(path))
+    with locked(path) as file:
+        file.write(b"!")
+    assert path.read_text() in ("!", "new!") and all(other.read_text() == "old" for other in tmp_path.glob("*.old"))
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+def test_a_file_that_another_machine_has_removed_is_opened_again(tmp_path, monkeypatch, number):
+    def gone():
+        (tmp_path / "file").unlink()
+        raise OSError(number, os.strerror(number))
+
+    on_lock(monkeypatch, gone)
+    with locked(tmp_path / "file") as file:
+        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "file").stat())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("when", ["before its file is opened", "before it has the lock"])
+def test_a_run_that_finishes_while_another_one_starts_keeps_its_output(tmp_path, monkeypatch, suffix, when):
+    """The second run has seen no finished output. On another machine this takes as long as a model takes to load."""
+    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    second = Output(arguments(), [str(tmp_path / f"out{suffix}")], [str(source)])
+    with pytest.raises(Killed):  # its partial file is there, for the second run to open
+        run_stage(tmp_path, suffix, stop_after=1)
+    if when == "before its file is opened":
+        run_stage(tmp_path, suffix)
+    else:
+        on_lock(monkeypatch, lambda: run_stage(tmp_path, suffix))
+    with pytest.raises(UserError, match=at(f"out{suffix}")):
+        next(second.chunks(iter(ROWS), 3))
+    assert len(values(tmp_path / f"out{suffix}")) == 10 and read_manifest(tmp_path / f"out{suffix}")["counts"]["rows"] == 10
+    assert sorted(os.listdir(tmp_path)) == sorted(["in.jsonl", f"out{suffix}", f"out{suffix}.manifest.json"])
+
+
+def test_a_run_between_its_rename_and_its_manifest_keeps_its_output(tmp_path, monkeypatch):
+    refused = []
+
+    def interrupted(*given):
+        if not refused:
+            refused.append(None)
+            with pytest.raises(UserError, match=at("out.jsonl", os.getpid())):
+                run_stage(tmp_path)
+        return atomic_writer(*given)
+
+    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
+    for chunk in first.chunks(read_rows(source), 3):
+        first.write(chunk)
+    monkeypatch.setattr("dynamicrag.rows.output.atomic_writer", interrupted)
+    first.finish()
+    assert refused and len(values(tmp_path / "out.jsonl")) == 10
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.jsonl.manifest.json"]
+
+
+def test_overwrite_does_not_remove_the_files_of_a_run_that_writes_them(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    first = Output(arguments(), [str(tmp_path / "out.jsonl")], [str(source)])
+    chunks = first.chunks(read_rows(source), 3)
+    first.write(next(chunks))
+    with pytest.raises(UserError, match=at("out.jsonl.partial", os.getpid(), socket.gethostname())):
+        run_stage(tmp_path, overwrite=True)
+    for chunk in chunks:
+        first.write(chunk)
+    first.finish()
+    assert len(values(tmp_path / "out.jsonl")) == 10
+    assert run_stage(tmp_path, overwrite=True) == 10
+
+
+def test_a_finished_output_that_another_machine_wrote_a_moment_ago_is_seen(tmp_path, monkeypatch):
+    """An NFS client remembers that a file did not exist, until its own process changes the folder."""
+    assert run_stage(tmp_path) == 10
+    news, is_file, temporary = [], Path.is_file, tempfile.TemporaryFile
+    monkeypatch.setattr(Path, "is_file", lambda path: is_file(path) and (bool(news) or not path.name.endswith(".manifest.json")))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: news.append(dir) or temporary(dir=dir))
+    assert run_stage(tmp_path) == 0 and news == [tmp_path]
+
+
+def test_a_worker_that_waits_says_for_whom(tmp_path, caplog):
+    caplog.set_level("INFO")
+    waiting = threading.Thread(target=lambda: exclusive(tmp_path / "store").__enter__())
+    with exclusive(tmp_path / "store"):
+        assert not logged(caplog, level="INFO")
+        waiting.start()
+        until = time.monotonic() + 10
+        while not logged(caplog, level="INFO") and time.monotonic() < until:
+            time.sleep(0.01)
+    waiting.join(timeout=10)
+    assert logged(caplog, "store", os.getpid(), socket.gethostname(), level="INFO") == 1 and not waiting.is_alive()
+
+
+def test_a_rename_whose_answer_was_lost_has_worked(tmp_path, monkeypatch):
+    """An NFS client that gets no answer asks again, and the server finds the file no more."""
+    real = os.rename
+
+    def twice(path, target):
+        real(path, target)
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", twice)
+    with atomic_writer(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole" and os.listdir(tmp_path) == ["file"]
+    monkeypatch.setattr(Path, "replace", lambda path, target: real(tmp_path / "nothing", target))
+    with pytest.raises(FileNotFoundError), atomic_writer(tmp_path / "file") as file:
+        file.write(b"other")
+    assert (tmp_path / "file").read_bytes() == b"whole" and os.listdir(tmp_path) == ["file"]
 
 
 def test_turns_are_of_one_machine_and_leave_nothing_beside_the_corpus(tmp_path, monkeypatch):
