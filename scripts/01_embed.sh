@@ -10,7 +10,7 @@ embed() { # SHARD
         --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$1" --num_shards "$total"
 }
 if ((total == 1)); then
-    embed 0
+    undivided embed "$WORK/logs/embed_"
 else
     # shellcheck disable=SC2046,SC2086  # lists of numbers
     in_pool embed "$WORK/logs/embed_" ${SHARDS:-$(seq 0 $((total - 1)))}

@@ -132,11 +132,11 @@ answer() {
             numbers+=("$part")
         done
     done
-    [[ ${#whole[@]} == 0 || -n $SHARDS ]] || ask "$output" "${output%.json}_remain.json" "${whole[@]}"
-    ((${#divided[@]})) || return 0
-    mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
     # One log per part covers all files and values. Its name is OUTPUT's without the placeholders.
     logs=$(basename "$output" .json | sed -E 's/\{[a-z]+\}//g; s/_+/_/g; s/^_|_$//g')
+    [[ ${#whole[@]} == 0 || -n $SHARDS ]] || undivided ask_whole "$parts/${logs:-answers}.whole."
+    ((${#divided[@]})) || return 0
+    mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
     in_pool ask_part "$parts/${logs:-answers}." "${numbers[@]}"
     later "$output" || join_answers
 }
@@ -145,6 +145,7 @@ ask() { # OUTPUT REMAIN FILE...
     python "$script" "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --input-json "${@:3}" --output-json "$1" \
         --remain-output-json "$2" "${flags[@]}" ${ENGINE_FLAGS:-} "--$choice" $values
 }
+ask_whole() { ask "$output" "${output%.json}_remain.json" "${whole[@]}"; }
 ask_part() { # PART: of every file that has this part
     local file files=()
     for file in "${divided[@]}"; do

@@ -1,0 +1,221 @@
+"""Run the parts of a file on the nodes of a Ray cluster (scripts/workers.sh calls this for LAUNCHER=ray).
+
+A part is a command line of this project. It runs with GPUs of its own on any node, and writes the log LOGSPART.log. If its node or
+its process dies, it runs again, on another node if there is one; a stage continues with its finished rows. If a part fails, the
+others still finish. RAY_ADDRESS is a cluster to which this machine belongs; without it, a Ray of this machine is started.
+
+    python scripts/launch.py --logs runs/out.jsonl.parts/ --gpus 1 <parts      on each line of stdin: PART, a tab, its command line
+    python scripts/launch.py --workers --gpus 1                                print how many parts the cluster runs at a time
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from part import GRACE, PR_SET_PDEATHSIG, facts, prctl
+
+from dynamicrag import stage
+from dynamicrag.stage import UserError
+
+TRIES = 4  # of a part whose node, process or engine dies
+USER_ERROR = 2  # the exit status of a stage that would fail again
+CHECK_SECONDS = 120
+OF_NODE = ("CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR")  # variables that a node does not take from the driver
+
+
+def run_here(python: str, folder: str, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
+    """Run scripts/part.py in `folder` of a node, with the environment of the driver. Returns exit status and stdout. Ray calls this."""
+    kept = {name: os.environ[name] for name in OF_NODE if name in os.environ}
+    process = subprocess.Popen([python, "scripts/part.py", *arguments], cwd=folder, env={**environment, **kept}, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        while process.poll() is None:  # a cancelled task gets a KeyboardInterrupt between two looks
+            time.sleep(0.1)
+    finally:
+        process.stdin.close()
+        process.wait()
+    return process.returncode, process.stdout.read()
+
+
+def connect(local_gpus: int):
+    """Return the module ray, connected to RAY_ADDRESS or to a Ray that is started here. Raises UserError if it cannot be reached."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"LAUNCHER=ray: the package ray is not installed; install it with: {sys.executable} -m pip install 'ray>=2.60'") from None
+    address = os.environ.get("RAY_ADDRESS")
+    here = "give HOST:PORT of the head of a running cluster, to which this machine belongs (ray start --address=HOST:PORT)"
+    if address and address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"RAY_ADDRESS={address}: cannot be reached ({error}); {here}") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handler = signal.getsignal(signal.SIGTERM)
+    more = {} if address else {"num_gpus": local_gpus, "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **more)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: {error}; {here}") from None
+    signal.signal(signal.SIGTERM, handler)
+    return ray
+
+
+def usable_nodes(ray, gpus: int) -> dict[str, tuple[str, int, float]]:
+    """The nodes that can run a part: id -> name, parts at a time, CPUs. If the cluster has no GPU, a part takes all CPUs of a node."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    no_gpu = gpus == 1 and not any(node["Resources"].get("GPU") for node in alive)
+    usable = {}
+    for node in alive:
+        resources = node["Resources"]
+        at_a_time = int(resources.get("CPU", 0) >= 1) if no_gpu else int(resources.get("GPU", 0) // gpus)
+        if at_a_time:
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            usable[node["NodeID"]] = name, at_a_time, resources.get("CPU", 0) if no_gpu else 0
+    if not usable:
+        most = max((int(node["Resources"].get("GPU", 0)) for node in alive), default=0)
+        raise UserError(f"GPUS_PER_SHARD={gpus}: no node of the cluster has as many GPUs, the largest has {most}; give at most {most}, or add nodes")
+    return usable
+
+
+def check_nodes(run, nodes: dict[str, tuple[str, int, float]], logs: str) -> None:
+    """Compare the shared folder, the project and the packages of every node with those of this machine. Ends with status 2 if one differs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    marker = Path(f"{logs}shared_{socket.gethostname()}_{os.getpid()}")
+    marker.write_text(secrets.token_hex(8))
+    try:
+        here = facts(str(marker))
+        asked = {run(["facts", str(marker)], num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)): name
+                 for node, (name, *_) in nodes.items()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_SECONDS)
+        wrong = []
+        for ref, name in asked.items():
+            try:
+                there = json.loads(ray.get(ref)[1]) if ref in answered else {"answer": f"none in {CHECK_SECONDS} s"}
+            except (ray.exceptions.RayError, ValueError) as error:
+                there = {"answer": str(getattr(error, "cause", error)).strip().splitlines()[-1]}
+            differing = [f"{what} is {there.get(what, 'missing')}, here {value}" for what, value in here.items() if there.get(what) != value]
+            if "answer" in there:
+                differing = [f"this program does not run ({there['answer']})"]
+            if differing:
+                wrong.append(f"error: {name}: {'; '.join(differing)}; every node needs the same project, packages and shared folder at the same paths")
+    finally:
+        marker.unlink()
+    if wrong:
+        print(*wrong, sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
+class Progress:
+    """A line per running part, which shows the end of its log, and a line for all parts. There are none if stderr is no terminal."""
+
+    def __init__(self, logs: str, parts: list[str]):
+        from tqdm import tqdm
+
+        self.bar = lambda **options: tqdm(file=sys.stderr, disable=None, **options)
+        self.all = self.bar(total=len(parts), desc="parts", unit="part")
+        self.logs, self.lines = logs, {}
+        self.before = {part: self.written(part) for part in parts}
+
+    def written(self, part: str) -> tuple[int, int]:
+        try:
+            found = os.stat(f"{self.logs}{part}.log")
+        except OSError:
+            return 0, 0
+        return found.st_mtime_ns, found.st_size
+
+    def show(self, parts: list[str]) -> None:
+        for part in parts:
+            if self.all.disable or self.written(part) == self.before[part]:
+                continue
+            line = self.lines.get(part) or self.lines.setdefault(part, self.bar(bar_format="{desc}", leave=False))
+            with open(f"{self.logs}{part}.log", "rb") as file:
+                file.seek(max(0, self.written(part)[1] - 2000))
+                text = file.read().decode(errors="replace")
+            said = [piece.strip() for piece in text.replace("\r", "\n").splitlines() if piece.strip()]
+            line.set_description_str(f"part {part}: {said[-1] if said else ''}"[: shutil.get_terminal_size().columns - 1])
+
+    def end(self, part: str, finished: bool) -> None:
+        self.all.update(finished)
+        if part in self.lines:
+            self.lines.pop(part).close()
+
+
+def run_parts(ray, commands: dict[str, str], logs: str, gpus: int) -> list[str]:
+    """Run all parts. Returns the parts that failed."""
+    nodes = usable_nodes(ray, gpus)
+    environment = {name: value for name, value in os.environ.items() if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))}
+    needs = {"num_cpus": min(cpus for *_, cpus in nodes.values())} | ({} if any(cpus for *_, cpus in nodes.values()) else {"num_gpus": gpus})
+    remote = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **needs)(run_here)
+
+    def run(arguments: list[str], **options):
+        return remote.options(**options).remote(sys.executable, os.getcwd(), environment, arguments)
+
+    check_nodes(run, nodes, logs)
+    places = sum(at_a_time for _, at_a_time, _ in nodes.values())
+    stage.log.info("%d parts, %d at a time on %d nodes; their logs are %s*.log", len(commands), min(places, len(commands)), len(nodes), logs)
+    progress, tries, failed = Progress(logs, list(commands)), dict.fromkeys(commands, 0), []
+
+    def start(part: str):
+        tries[part] += 1
+        return run(["run", f"{logs}{part}.log", commands[part], *(["--first"] if tries[part] == 1 else [])])
+
+    running = {start(part): part for part in commands}
+    try:
+        while running:
+            ended, _ = ray.wait(list(running), num_returns=len(running), timeout=1)
+            progress.show(list(running.values()))
+            for ref in ended:
+                part = running.pop(ref)
+                try:
+                    status, _ = ray.get(ref)
+                    reason = f"exit status {status}"
+                except ray.exceptions.RayError as error:
+                    status, reason = 1, type(error).__name__
+                progress.end(part, status == 0)
+                if status not in (0, USER_ERROR) and tries[part] < TRIES:
+                    usable_nodes(ray, gpus)
+                    stage.log.warning("part %s ended early (%s); it runs again, try %d of %d", part, reason, tries[part] + 1, TRIES)
+                    running[start(part)] = part
+                elif status:
+                    stage.log.error("error: part %s failed (%s); see its log, %s%s.log", part, reason, logs, part)
+                    failed.append(part)
+    except BaseException:
+        for ref in running:
+            ray.cancel(ref)
+        ray.wait(list(running), num_returns=len(running), timeout=2 * GRACE + 5)
+        raise
+    progress.all.close()
+    return failed
+
+
+def main() -> None:
+    parser = stage.ArgumentParser(__doc__)
+    parser.add_argument("--logs", help="beginning of the names of the logs")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of a part")
+    parser.add_argument("--local_gpus", type=int, default=0, help="GPUs of this machine, if RAY_ADDRESS is not set")
+    parser.add_argument("--workers", action="store_true", help="print how many parts the cluster runs at a time")
+    args = parser.parse_args()
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this has ended
+    ray = connect(args.local_gpus)
+    if args.workers:
+        print(sum(at_a_time for _, at_a_time, _ in usable_nodes(ray, args.gpus).values()))
+        return
+    commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
+    if run_parts(ray, commands, args.logs, args.gpus):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    stage.run(main)
