@@ -8,6 +8,7 @@ others still finish. RAY_ADDRESS is a cluster to which this machine belongs; wit
     python scripts/launch.py --workers --gpus 1                                print how many parts the cluster runs at a time
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -27,12 +28,13 @@ from dynamicrag.stage import UserError
 
 TRIES = 4  # of a part whose node, process or engine dies
 USER_ERROR = 2  # the exit status of a stage that would fail again
-CHECK_SECONDS = 120
+CHECK_SECONDS, HEAD_SECONDS = 120, 30  # in which a node answers, and in which a head starts again; Ray itself waits for 60 s
 OF_NODE = ("CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR")  # variables that a node does not take from the driver
 
 
 def run_here(python: str, folder: str, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
     """Run scripts/part.py in `folder` of a node, with the environment of the driver. Returns exit status and stdout. Ray calls this."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ray.cancel raises it; a cluster started in the background ignores it
     kept = {name: os.environ[name] for name in OF_NODE if name in os.environ}
     process = subprocess.Popen([python, "scripts/part.py", *arguments], cwd=folder, env={**environment, **kept}, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -54,9 +56,8 @@ def connect(local_gpus: int):
     address = os.environ.get("RAY_ADDRESS")
     here = "give HOST:PORT of the head of a running cluster, to which this machine belongs (ray start --address=HOST:PORT)"
     if address and address != "auto":
-        host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            reach(address)
         except (OSError, ValueError) as error:
             raise UserError(f"RAY_ADDRESS={address}: cannot be reached ({error}); {here}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -68,6 +69,12 @@ def connect(local_gpus: int):
         raise UserError(f"RAY_ADDRESS={address}: {error}; {here}") from None
     signal.signal(signal.SIGTERM, handler)
     return ray
+
+
+def reach(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT, and ValueError if the address has another form."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def usable_nodes(ray, gpus: int) -> dict[str, tuple[str, int, float]]:
@@ -172,10 +179,18 @@ def run_parts(ray, commands: dict[str, str], logs: str, gpus: int) -> list[str]:
         return run(["run", f"{logs}{part}.log", commands[part], *(["--first"] if tries[part] == 1 else [])])
 
     running = {start(part): part for part in commands}
+    head, answered = ray.get_runtime_context().gcs_address, time.monotonic()
     try:
         while running:
             ended, _ = ray.wait(list(running), num_returns=len(running), timeout=1)
             progress.show(list(running.values()))
+            try:
+                reach(head)
+                answered = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - answered > HEAD_SECONDS:
+                    raise UserError(f"{head}: the head of the cluster has not answered for {HEAD_SECONDS} s ({error}); start it, and run "
+                                    "the same command again to continue") from None
             for ref in ended:
                 part = running.pop(ref)
                 try:
@@ -213,8 +228,9 @@ def main() -> None:
         print(sum(at_a_time for _, at_a_time, _ in usable_nodes(ray, args.gpus).values()))
         return
     commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
-    if run_parts(ray, commands, args.logs, args.gpus):
-        sys.exit(1)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where Ray prints twenty lines of log if a node dies
+        failed = run_parts(ray, commands, args.logs, args.gpus)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
