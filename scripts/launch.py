@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +20,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster import Node, connect, reach, usable_nodes
 from part import GRACE, PR_SET_PDEATHSIG, facts, prctl
+from progress import Progress
 
 from dynamicrag import stage
 from dynamicrag.stage import UserError
@@ -47,54 +48,7 @@ def run_here(python: str, folder: str, environment: dict[str, str], arguments: l
     return process.returncode, process.stdout.read()
 
 
-def connect(local_gpus: int):
-    """Return the module ray, connected to RAY_ADDRESS or to a Ray that is started here. Raises UserError if it cannot be reached."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError(f"LAUNCHER=ray: the package ray is not installed; install it with: {sys.executable} -m pip install 'ray>=2.60'") from None
-    address = os.environ.get("RAY_ADDRESS")
-    here = "give HOST:PORT of the head of a running cluster, to which this machine belongs (ray start --address=HOST:PORT)"
-    if address and address != "auto":
-        try:
-            reach(address)
-        except (OSError, ValueError) as error:
-            raise UserError(f"RAY_ADDRESS={address}: cannot be reached ({error}); {here}") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    handler = signal.getsignal(signal.SIGTERM)
-    more = {} if address else {"num_gpus": local_gpus, "include_dashboard": False}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **more)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: {error}; {here}") from None
-    signal.signal(signal.SIGTERM, handler)
-    return ray
-
-
-def reach(address: str) -> None:
-    """Raise OSError if nothing listens at HOST:PORT, and ValueError if the address has another form."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=5).close()
-
-
-def usable_nodes(ray, gpus: int) -> dict[str, tuple[str, int, float]]:
-    """The nodes that can run a part: id -> name, parts at a time, CPUs. If the cluster has no GPU, a part takes all CPUs of a node."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    no_gpu = gpus == 1 and not any(node["Resources"].get("GPU") for node in alive)
-    usable = {}
-    for node in alive:
-        resources = node["Resources"]
-        at_a_time = int(resources.get("CPU", 0) >= 1) if no_gpu else int(resources.get("GPU", 0) // gpus)
-        if at_a_time:
-            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            usable[node["NodeID"]] = name, at_a_time, resources.get("CPU", 0) if no_gpu else 0
-    if not usable:
-        most = max((int(node["Resources"].get("GPU", 0)) for node in alive), default=0)
-        raise UserError(f"GPUS_PER_SHARD={gpus}: no node of the cluster has as many GPUs, the largest has {most}; give at most {most}, or add nodes")
-    return usable
-
-
-def check_nodes(run, nodes: dict[str, tuple[str, int, float]], logs: str) -> None:
+def check_nodes(run, nodes: list[Node], logs: str) -> None:
     """Compare the shared folder, the project and the packages of every node with those of this machine. Ends with status 2 if one differs."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -103,8 +57,8 @@ def check_nodes(run, nodes: dict[str, tuple[str, int, float]], logs: str) -> Non
     marker.write_text(secrets.token_hex(8))
     try:
         here = facts(str(marker))
-        asked = {run(["facts", str(marker)], num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)): name
-                 for node, (name, *_) in nodes.items()}
+        asked = {run(["facts", str(marker)], num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)): node.name
+                 for node in nodes}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_SECONDS)
         wrong = []
         for ref, name in asked.items():
@@ -124,53 +78,26 @@ def check_nodes(run, nodes: dict[str, tuple[str, int, float]], logs: str) -> Non
         sys.exit(2)
 
 
-class Progress:
-    """A line per running part, which shows the end of its log, and a line for all parts. There are none if stderr is no terminal."""
-
-    def __init__(self, logs: str, parts: list[str]):
-        from tqdm import tqdm
-
-        self.bar = lambda **options: tqdm(file=sys.stderr, disable=None, **options)
-        self.all = self.bar(total=len(parts), desc="parts", unit="part")
-        self.logs, self.lines = logs, {}
-        self.before = {part: self.written(part) for part in parts}
-
-    def written(self, part: str) -> tuple[int, int]:
-        try:
-            found = os.stat(f"{self.logs}{part}.log")
-        except OSError:
-            return 0, 0
-        return found.st_mtime_ns, found.st_size
-
-    def show(self, parts: list[str]) -> None:
-        for part in parts:
-            if self.all.disable or self.written(part) == self.before[part]:
-                continue
-            line = self.lines.get(part) or self.lines.setdefault(part, self.bar(bar_format="{desc}", leave=False))
-            with open(f"{self.logs}{part}.log", "rb") as file:
-                file.seek(max(0, self.written(part)[1] - 2000))
-                text = file.read().decode(errors="replace")
-            said = [piece.strip() for piece in text.replace("\r", "\n").splitlines() if piece.strip()]
-            line.set_description_str(f"part {part}: {said[-1] if said else ''}"[: shutil.get_terminal_size().columns - 1])
-
-    def end(self, part: str, finished: bool) -> None:
-        self.all.update(finished)
-        if part in self.lines:
-            self.lines.pop(part).close()
+def outcome(ray, ref) -> tuple[int, str]:
+    """Return the exit status of a part that has ended, and why it ended."""
+    try:
+        status = ray.get(ref)[0]
+    except ray.exceptions.RayError as error:  # its node or its worker has died
+        return 1, type(error).__name__
+    return status, f"exit status {status}"
 
 
 def run_parts(ray, commands: dict[str, str], logs: str, gpus: int) -> list[str]:
     """Run all parts. Returns the parts that failed."""
     nodes = usable_nodes(ray, gpus)
     environment = {name: value for name, value in os.environ.items() if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))}
-    needs = {"num_cpus": min(cpus for *_, cpus in nodes.values())} | ({} if any(cpus for *_, cpus in nodes.values()) else {"num_gpus": gpus})
-    remote = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **needs)(run_here)
+    remote = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **nodes[0].needs)(run_here)
 
     def run(arguments: list[str], **options):
         return remote.options(**options).remote(sys.executable, os.getcwd(), environment, arguments)
 
     check_nodes(run, nodes, logs)
-    places = sum(at_a_time for _, at_a_time, _ in nodes.values())
+    places = sum(node.places for node in nodes)
     stage.log.info("%d parts, %d at a time on %d nodes; their logs are %s*.log", len(commands), min(places, len(commands)), len(nodes), logs)
     progress, tries, failed = Progress(logs, list(commands)), dict.fromkeys(commands, 0), []
 
@@ -192,24 +119,21 @@ def run_parts(ray, commands: dict[str, str], logs: str, gpus: int) -> list[str]:
                     raise UserError(f"{head}: the head of the cluster has not answered for {HEAD_SECONDS} s ({error}); start it, and run "
                                     "the same command again to continue") from None
             for ref in ended:
+                status, reason = outcome(ray, ref)
                 part = running.pop(ref)
-                try:
-                    status, _ = ray.get(ref)
-                    reason = f"exit status {status}"
-                except ray.exceptions.RayError as error:
-                    status, reason = 1, type(error).__name__
                 progress.end(part, status == 0)
                 if status not in (0, USER_ERROR) and tries[part] < TRIES:
-                    usable_nodes(ray, gpus)
+                    usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
                     stage.log.warning("part %s ended early (%s); it runs again, try %d of %d", part, reason, tries[part] + 1, TRIES)
                     running[start(part)] = part
                 elif status:
-                    stage.log.error("error: part %s failed (%s); see its log, %s%s.log", part, reason, logs, part)
+                    progress.all.write(f"error: part {part} failed ({reason}); see its log, {logs}{part}.log", file=sys.stderr)
                     failed.append(part)
     except BaseException:
         for ref in running:
             ray.cancel(ref)
-        ray.wait(list(running), num_returns=len(running), timeout=2 * GRACE + 5)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=2 * GRACE + 5)
         raise
     progress.all.close()
     return failed
@@ -225,7 +149,7 @@ def main() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this has ended
     ray = connect(args.local_gpus)
     if args.workers:
-        print(sum(at_a_time for _, at_a_time, _ in usable_nodes(ray, args.gpus).values()))
+        print(sum(node.places for node in usable_nodes(ray, args.gpus)))
         return
     commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where Ray prints twenty lines of log if a node dies

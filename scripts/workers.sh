@@ -47,6 +47,10 @@ for number in $SHARDS; do
     [[ $number =~ ^(0|[1-9][0-9]*)$ && $number -lt $NUM_SHARDS ]] || refuse "SHARDS=\"$SHARDS\": part $number does not exist; with NUM_SHARDS=$NUM_SHARDS the parts are 0 to $((NUM_SHARDS - 1))"
 done
 
+# JOIN_ONLY=1: a script only joins the parts that have been made, and exits with an error if one is missing.
+JOIN_ONLY=${JOIN_ONLY:-}
+[[ -z $JOIN_ONLY || -z $SHARDS ]] || refuse "JOIN_ONLY=$JOIN_ONLY and SHARDS=\"$SHARDS\": parts are joined without SHARDS; set only one of them"
+
 gpus_of() { # WORKER: print its GPUs, separated by commas
     ((${#GPUS[@]})) || return 0
     local IFS=, first=$(($1 * GPUS_PER_SHARD % ${#GPUS[@]}))
@@ -97,6 +101,15 @@ embedding_shards() {
     [[ -z $SHARDS || ${made:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
         refuse "$EMBEDDINGS: an earlier run made $made shards; give NUM_SHARDS=$made, and SHARDS from 0 to $((made - 1))"
     if [[ -n $made ]]; then echo "$made"; else new_parts; fi
+}
+
+# only_join FILE...: return whether JOIN_ONLY is set. If it is, exits with an error that names those of the files that are not finished.
+only_join() {
+    local file missing=()
+    [[ -n $JOIN_ONLY ]] || return 1
+    for file; do [[ -f $file.manifest.json ]] || missing+=("$file"); done
+    ((${#missing[@]} == 0)) || refuse "${missing[*]}: not finished, and with JOIN_ONLY=$JOIN_ONLY no part is made;" \
+        "make them with the same script without JOIN_ONLY, or with SHARDS on another machine"
 }
 
 # split INPUT FOLDER PARTS: divide the rows of INPUT into PARTS files of FOLDER, once. A lock keeps machines from doing it at the same time.
@@ -214,21 +227,22 @@ next_ended() {
 # replaced by the files of the part. A second run processes only missing parts. With SHARDS the parts are not joined; a run without
 # SHARDS does that.
 sharded() {
-    local input=$1 output=$2 parts=$2.parts total worked numbers
+    local input=$1 output=$2 parts=$2.parts total worked numbers made
     shift 2
     worked=("$@")
     total=$(parts_of "$output" "$parts/in")
     if ((total == 1)); then
         # shellcheck disable=SC2329  # undivided calls it
         whole() { run_part "$input" "$output" "${worked[@]}"; }
-        undivided whole "$output."
+        only_join "$output" || undivided whole "$output."
         return
     fi
     split "$input" "$parts/in" "$total"
     # shellcheck disable=SC2329  # in_pool calls it
     shard() { run_part "$parts/in/split_$1.json" "$parts/out_$1.jsonl" "${worked[@]}"; }
     mapfile -t numbers < <(parts_here "$parts/in")
-    in_pool shard "$parts/" "${numbers[@]}"
+    made=("${numbers[@]/#/$parts/out_}")
+    only_join "${made[@]/%/.jsonl}" || in_pool shard "$parts/" "${numbers[@]}"
     later "$output" || python aggregate.py --input_files "$parts/out_*.jsonl" --splits_dir "$parts/in" --output_file "$output"
 }
 
