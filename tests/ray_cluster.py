@@ -41,13 +41,13 @@ class RayCluster:
         self.close()
 
 
-def tagged(tag: str) -> list[str]:
-    """The command lines of all processes whose environment has the tag."""
-    found = []
+def tagged(tag: str) -> dict[int, str]:
+    """The command lines of all processes whose environment has the tag, by process."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{TAG}={tag}\0".encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
 

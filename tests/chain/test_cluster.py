@@ -4,13 +4,17 @@
 """
 
 import os
+import random
+import shutil
 import signal
 import subprocess
+import time
 import uuid
 from pathlib import Path
 
 import pytest
-from conftest import names, read_jsonl, write_jsonl
+from conftest import make_text, names, read_jsonl, write_jsonl
+from freeze_server import Server
 from machines import table
 from ray_cluster import TAG, RayCluster, locked_files, tagged, wait_for
 
@@ -115,3 +119,161 @@ def test_parts_survive_the_death_of_a_node_and_only_what_is_missing_is_done_agai
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert {gpus for _, gpus in copying.tries()} == {"0"} and len(copying.tries()) == 6
     assert [row["id"] for row in read_jsonl(copying.output)] == [f"q{n}" for n in range(16)]
+
+
+@pytest.mark.slow
+def test_a_part_that_no_node_can_take_is_refused_and_the_plan_asks_the_cluster(machine, cluster):
+    plan = {per_part: subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, capture_output=True, text=True, timeout=60,
+                                     env=machine(**cluster.environment, GPUS_PER_SHARD=per_part, PARTS_PER_GPU="2")) for per_part in "12"}
+    assert plan["1"].returncode == 0 and table(plan["1"].stdout)["02_retrieve.sh"][:3:2] == ["2", "4"], plan["1"].stderr
+    assert plan["2"].returncode == 2 and names(plan["2"].stderr, "GPUS_PER_SHARD", 1) and len(plan["2"].stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("environment", "named"), [
+    ({"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS"), ({"RAY_ADDRESS": "head"}, "RAY_ADDRESS"), ({"RAY_ADDRESS": "127.0.0.1:9", "PYTHONPATH": "{no_ray}"}, "pip"),
+])
+def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(machine, tmp_path, environment, named):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/__init__.py").write_text("raise ImportError")
+    environment = {name: value.format(no_ray=tmp_path) for name, value in environment.items()}
+    began = time.monotonic()
+    done = subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, env=machine(LAUNCHER="ray", **environment), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and names(done.stderr, named), done.stderr
+    assert time.monotonic() - began < 30
+
+
+# ---------------------------------------------------------------- the kills of FULL=1
+
+SCRIPTS = {"embedding": "01_embed", "retrieval": "02_retrieve", "reranking": "03_rerank", "sampling": "06_sample", "inference": "infer_all"}
+STAGES = {"embedding": "generate_passage_embeddings.py", "retrieval": "retriever.py", "reranking": "reranker.py", "sampling": "sampling_dpo_trajectories.py",
+          "inference": "inference.py"}
+KINDS = ("stage", "driver", "node", "head")
+
+
+class SlowServer(Server):
+    def reply(self, body: dict) -> tuple[int, dict]:
+        time.sleep(0.1)
+        return super().reply(body)
+
+
+class Run:
+    """A run of one script in a folder that has what the script reads."""
+
+    def __init__(self, name: str, work: Path, machine, settings: dict[str, str]):
+        self.name, self.work, self.tag = name, work, uuid.uuid4().hex
+        self.environment = machine(**{**settings, "WORK": str(work), "EMBEDDINGS": str(work / "embeddings"), "TRAIN_QUESTIONS": str(work / "questions.jsonl"),
+                                      "EVAL_QUESTIONS": str(work / "test.jsonl"), TAG: self.tag})
+
+    def start(self, **launcher: str) -> subprocess.Popen:
+        script = [f"scripts/{SCRIPTS[self.name]}.sh", "configs/llama3_8b.env", *([str(self.work.parent / "model")] if self.name == "inference" else [])]
+        return subprocess.Popen(["bash", *script], cwd=REPO, env={**self.environment, **launcher}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True)
+
+    def finish(self, process: subprocess.Popen) -> None:
+        said = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, said[-3000:]
+
+    def begun(self) -> list[Path]:
+        return [path for path in self.work.rglob("*.partial") if path.stat().st_size]
+
+    def outputs(self) -> dict[str, bytes]:
+        """All files but manifests and logs."""
+        return {str(path.relative_to(self.work)): path.read_bytes() for path in sorted(self.work.rglob("*"))
+                if path.is_file() and not path.name.endswith((".manifest.json", ".log", ".lock")) and ".store" not in str(path)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, encoder_dir, monot5_dir):
+    """Inputs of the first stage, settings, and a folder in which the parts have been made by LAUNCHER=local."""
+    folder = tmp_path_factory.mktemp("kills")
+    write_jsonl(folder / "passages.jsonl", [{"id": f"p{n}", "title": f"T{n % 9}", "text": make_text(random.Random(n))} for n in range(20_000)])
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text("{}")
+    server = SlowServer()
+    settings = {
+        "PASSAGES": str(folder / "passages.jsonl"), "RETRIEVER": str(encoder_dir), "RERANKER": str(monot5_dir), "NUM_SHARDS": "4", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPO), "SEARCH_FLAGS": "--questions_per_pass 50", "N_DOCS_RETRIEVED": "8", "N_DOCS_SHOWN": "5", "POLICY": str(folder / "model"),
+        "ENGINE_FLAGS": f"--api-base {server.url} --chunk-size 4", "SAMPLE_FLAGS": "--num-samples 2", "SELECTORS": "none dynamic", "HF_HUB_OFFLINE": "1",
+    }
+    yield folder, settings
+    server.shutdown()
+
+
+def copied(reference: Path, work: Path, name: str) -> None:
+    """Give `work` what the stage `name` reads."""
+    reads = {"embedding": (), "retrieval": ("embeddings",), "reranking": ("output",), "sampling": ("training_data",), "inference": ("eval_data",)}
+    work.mkdir()
+    for what in (*reads[name], "questions.jsonl", "test.jsonl"):
+        (shutil.copytree if (reference / what).is_dir() else shutil.copy)(reference / what, work / what)
+    if name == "reranking":
+        for path in work.glob("output/*_rerank.jsonl*"):
+            (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_whatever_is_killed_in_whatever_stage_the_bytes_are_those_of_one_machine(prepared, machine):
+    """Prints a line per kill."""
+    folder, settings = prepared
+    reference, kills = folder / "reference", []
+    reference.mkdir()
+    for name, count in (("questions", 600), ("test", 120)):
+        write_jsonl(reference / f"{name}.jsonl", [{"id": f"{name}_{n}", "dataset": "nq", "question": make_text(random.Random(n), 3, 9), "answers": ["x"]} for n in range(count)])
+    cluster = RayCluster(4)
+    try:
+        for name in SCRIPTS:
+            before = {path: None for path in reference.rglob("*")}
+            local = Run(name, reference, machine, settings)
+            local.finish(local.start())
+            if name == "reranking":
+                label = ["process_training_data.py", "--n_docs", "5", "--max_rows", "60", "--input_file", reference / "output/retrieval_data_rerank.jsonl",
+                         "--sequence_file", reference / "training_data/sequence.jsonl", "--normal_file", reference / "training_data/all.jsonl"]
+                subprocess.run([REPO / ".venv/bin/python", *label], cwd=REPO, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+                write_jsonl(reference / "training_data/training_data_dpo.jsonl", read_jsonl(reference / "training_data/all.jsonl")[:160])
+            wanted = {path: content for path, content in local.outputs().items() if reference / path not in before and not path.startswith("training_data")}
+            for kind in KINDS:
+                run = Run(name, folder / f"{name}_{kind}", machine, settings)
+                copied(reference, run.work, name)
+                cluster = kill(run, kind, cluster)
+                made = run.outputs()
+                assert wanted and {path: made.get(path) for path in wanted} == wanted, f"{name}, {kind}"
+                assert not tagged(run.tag) and not locked_files(run.work)
+                kills.append((name, kind))
+                shutil.rmtree(run.work)
+    finally:
+        cluster.close()
+    assert len(kills) == 20
+
+
+def kill(run: Run, kind: str, cluster: RayCluster) -> RayCluster:
+    """Kill something in the middle of a run, and finish it. Returns the cluster, or a new one after the death of the head."""
+    rng = random.Random(f"{run.name} {kind}")
+    process = run.start(**cluster.environment)
+    wait_for(lambda: run.begun() or process.poll() is not None, 120)
+    time.sleep(rng.random())
+    assert process.poll() is None, process.communicate()[0][-3000:]
+    sizes = {path.name: path.stat().st_size for path in run.begun()}
+    finished = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.manifest.json") if ".partial." not in path.name}
+    began = time.monotonic()
+    if kind in ("stage", "driver"):
+        program = STAGES[run.name] if kind == "stage" else "scripts/launch.py"
+        victims = [number for number, command in tagged(run.tag).items() if program in command and "part.py" not in command and not command.startswith("bash")]
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    else:
+        cluster.do(f"kill {rng.randrange(4)}" if kind == "node" else "head")
+    if kind in ("stage", "node"):
+        run.finish(process)
+        outcome = "it ran again; same command"
+    else:
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode not in (0, None), said[-3000:]
+        wait_for(lambda: not tagged(run.tag), 60)
+        assert not locked_files(run.work)
+        outcome = f"status {process.returncode}, all ended after {time.monotonic() - began:.1f} s; continued"
+        if kind == "head":
+            cluster.close()
+            cluster = RayCluster(4)
+        run.finish(run.start(**cluster.environment))
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "what was finished was made again"
+    print(f"| {run.name} | {kind} | {len(sizes)} parts begun, {sum(sizes.values())} bytes | {outcome} ({time.monotonic() - began:.0f} s) |", flush=True)
+    return cluster
