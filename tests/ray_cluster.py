@@ -16,10 +16,10 @@ TAG = "DYNAMICRAG_TEST"  # a variable of all processes of a run: the environment
 
 
 class RayCluster:
-    """A cluster in a process of its own. `environment` is for scripts that use it."""
+    """A cluster in a process of its own. `environment` is for scripts that use it. `within` is a command that runs the cluster."""
 
-    def __init__(self, nodes: int, gpus: int = 1):
-        self.process = subprocess.Popen([sys.executable, __file__, str(nodes), str(gpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    def __init__(self, nodes: int, gpus: int = 1, within: tuple[str, ...] = ()):
+        self.process = subprocess.Popen([*within, sys.executable, __file__, str(nodes), str(gpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True, start_new_session=True)
         self.address = self.process.stdout.readline().strip()
         assert self.address, "the cluster has not started"

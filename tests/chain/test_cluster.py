@@ -110,7 +110,8 @@ def test_parts_survive_the_death_of_a_node_and_only_what_is_missing_is_done_agai
     assert said.count("error:") == said.count("error: part 2 ") == 1 and names(said, f"{copying.output}.parts/2.log"), said
     tries = [part for part, _ in copying.tries()]
     assert tries.count("2") == 1 and tries.count("1") >= 2 and set(tries) == {*"012345"} and len(tries) >= 8
-    assert len(copying.finished()) == 5 and not tagged(copying.tag) and not locked_files(copying.folder)
+    assert len(copying.finished()) == 5
+    wait_for(lambda: not tagged(copying.tag) and not locked_files(copying.folder), 10)
     (copying.orders / "wrong_2").unlink()
     (copying.orders / "tries").unlink()
     made = {path: path.stat().st_mtime_ns for path in copying.finished()}
@@ -140,6 +141,25 @@ def test_a_cluster_that_cannot_be_used_is_refused_in_one_line(machine, tmp_path,
     done = subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, env=machine(LAUNCHER="ray", **environment), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and names(done.stderr, named), done.stderr
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", ["the shared folder", "the project"])
+def test_a_node_that_differs_is_named_before_any_work(machine, tmp_path, hidden):
+    """On the nodes another folder is mounted over the shared one, or over a folder of the project."""
+    copying = Copying(tmp_path, machine(NUM_SHARDS="2"))
+    parts, others = Path(f"{copying.output}.parts"), tmp_path / "others"
+    for folder in (parts, others):
+        folder.mkdir()
+    mount = f'mount --bind {others} {parts if hidden == "the shared folder" else REPO / "template"} && exec "$@"'
+    within = ("unshare", "--mount", "bash", "-c", mount, "bash")
+    if subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    with RayCluster(2, within=within) as others:
+        status, said = copying.run(**others.environment)
+    assert status == 2 and names(said, hidden), said
+    assert said.count("error:") == 2 and not (copying.orders / "tries").exists()
 
 
 # ---------------------------------------------------------------- the kills of FULL=1
@@ -237,7 +257,7 @@ def test_whatever_is_killed_in_whatever_stage_the_bytes_are_those_of_one_machine
                 cluster = kill(run, kind, cluster)
                 made = run.outputs()
                 assert wanted and {path: made.get(path) for path in wanted} == wanted, f"{name}, {kind}"
-                assert not tagged(run.tag) and not locked_files(run.work)
+                wait_for(lambda run=run: not tagged(run.tag) and not locked_files(run.work), 10)
                 kills.append((name, kind))
                 shutil.rmtree(run.work)
     finally:
@@ -249,8 +269,8 @@ def kill(run: Run, kind: str, cluster: RayCluster) -> RayCluster:
     """Kill something in the middle of a run, and finish it. Returns the cluster, or a new one after the death of the head."""
     rng = random.Random(f"{run.name} {kind}")
     process = run.start(**cluster.environment)
-    wait_for(lambda: run.begun() or process.poll() is not None, 120)
-    time.sleep(rng.random())
+    wait_for(lambda: len(run.begun()) > 1 or process.poll() is not None, 120)
+    time.sleep(2 * rng.random())
     assert process.poll() is None, process.communicate()[0][-3000:]
     sizes = {path.name: path.stat().st_size for path in run.begun()}
     finished = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.manifest.json") if ".partial." not in path.name}
@@ -267,8 +287,7 @@ def kill(run: Run, kind: str, cluster: RayCluster) -> RayCluster:
     else:
         said = process.communicate(timeout=120)[0]
         assert process.returncode not in (0, None), said[-3000:]
-        wait_for(lambda: not tagged(run.tag), 60)
-        assert not locked_files(run.work)
+        wait_for(lambda: not tagged(run.tag) and not locked_files(run.work), 60)
         outcome = f"status {process.returncode}, all ended after {time.monotonic() - began:.1f} s; continued"
         if kind == "head":
             cluster.close()
