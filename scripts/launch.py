@@ -63,12 +63,13 @@ def check_nodes(run, nodes: list[Node], logs: str) -> None:
         wrong = []
         for ref, name in asked.items():
             try:
-                there = json.loads(ray.get(ref)[1]) if ref in answered else {"answer": f"none in {CHECK_SECONDS} s"}
-            except (ray.exceptions.RayError, ValueError) as error:
-                there = {"answer": str(getattr(error, "cause", error)).strip().splitlines()[-1]}
+                status, said = ray.get(ref) if ref in answered else (f"none in {CHECK_SECONDS} s", "")
+            except ray.exceptions.RayError as error:
+                status, said = str(getattr(error, "cause", error)).strip().splitlines()[-1], ""
+            there = json.loads(said) if status == 0 else {}
             differing = [f"{what} is {there.get(what, 'missing')}, here {value}" for what, value in here.items() if there.get(what) != value]
-            if "answer" in there:
-                differing = [f"this program does not run ({there['answer']})"]
+            if status:
+                differing = [f"scripts/part.py does not run (exit status: {status})"]
             if differing:
                 wrong.append(f"error: {name}: {'; '.join(differing)}; every node needs the same project, packages and shared folder at the same paths")
     finally:
@@ -87,10 +88,9 @@ def outcome(ray, ref) -> tuple[int, str]:
     return status, f"exit status {status}"
 
 
-def run_parts(ray, commands: dict[str, str], logs: str, gpus: int) -> list[str]:
+def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: str, gpus: int) -> list[str]:
     """Run all parts. Returns the parts that failed."""
     nodes = usable_nodes(ray, gpus)
-    environment = {name: value for name, value in os.environ.items() if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))}
     remote = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **nodes[0].needs)(run_here)
 
     def run(arguments: list[str], **options):
@@ -147,13 +147,14 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true", help="print how many parts the cluster runs at a time")
     args = parser.parse_args()
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this has ended
-    ray = connect(args.local_gpus)
+    environment = {name: value for name, value in os.environ.items() if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))}
+    ray = connect(args.local_gpus)  # which changes the environment
     if args.workers:
         print(sum(node.places for node in usable_nodes(ray, args.gpus)))
         return
     commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where Ray prints twenty lines of log if a node dies
-        failed = run_parts(ray, commands, args.logs, args.gpus)
+        failed = run_parts(ray, commands, environment, args.logs, args.gpus)
     sys.exit(1 if failed else 0)
 
 

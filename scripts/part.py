@@ -61,6 +61,7 @@ def run(log: str, command: str, first: bool) -> int:
     ended = os.pidfd_open(leader.pid)
     interrupted = ended not in select.select([sys.stdin, ended], [], [])[0]
     end_group(leader)
+    end_strays()
     return INTERRUPTED if interrupted else leader.returncode
 
 
@@ -88,6 +89,17 @@ def end_group(leader: subprocess.Popen) -> None:
                 return
             number = 0  # only asks whether the group exists
             time.sleep(0.05)
+
+
+def end_strays() -> None:
+    """Kill the descendants that had left the group. They are children of this process now."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    while strays := children.read_text().split():
+        for stray in strays:
+            os.kill(int(stray), signal.SIGKILL)
+        while reap():
+            pass
+        time.sleep(0.05)
 
 
 def reap() -> bool:

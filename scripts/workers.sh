@@ -224,8 +224,8 @@ next_ended() {
 }
 
 # sharded INPUT OUTPUT COMMAND...: run COMMAND on every part of INPUT, and join the results to OUTPUT. {in} and {out} in COMMAND are
-# replaced by the files of the part. A second run processes only missing parts. With SHARDS the parts are not joined; a run without
-# SHARDS does that.
+# replaced by the files of the part. A second run processes only missing parts. With SHARDS the parts are not joined; a run with JOIN_ONLY=1
+# does that.
 sharded() {
     local input=$1 output=$2 parts=$2.parts total worked numbers made
     shift 2
@@ -249,7 +249,7 @@ sharded() {
 # later OUTPUT: return whether OUTPUT needs parts of other machines, and print a message if it does.
 later() {
     [[ -n $SHARDS ]] || return 1
-    echo "$1: parts $SHARDS are finished; when all parts are, run the same script without SHARDS on one machine" >&2
+    echo "$1: parts $SHARDS are finished; when all parts are, run the same script with JOIN_ONLY=1 and without SHARDS on one machine" >&2
 }
 
 run_part() {

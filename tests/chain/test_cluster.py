@@ -123,6 +123,18 @@ def test_parts_survive_the_death_of_a_node_and_only_what_is_missing_is_done_agai
 
 
 @pytest.mark.slow
+def test_an_interrupted_script_leaves_nothing_on_the_nodes(copying):
+    """Ctrl-C in a terminal goes to the script and to the program that has the nodes."""
+    (copying.orders / "hold").touch()
+    process = copying.start()
+    wait_for(copying.partial)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and not tagged(copying.tag) and not locked_files(copying.folder)
+    assert len([line for line in said.splitlines() if line.strip()]) == 3, f"the parts of the file, how many there are, and that it was interrupted: {said}"
+
+
+@pytest.mark.slow
 def test_a_part_that_no_node_can_take_is_refused_and_the_plan_asks_the_cluster(machine, cluster):
     plan = {per_part: subprocess.run(["bash", "scripts/plan.sh"], cwd=REPO, capture_output=True, text=True, timeout=60,
                                      env=machine(**cluster.environment, GPUS_PER_SHARD=per_part, PARTS_PER_GPU="2")) for per_part in "12"}
@@ -203,10 +215,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, encoder_dir, monot5_dir):
+def prepared(tmp_path_factory, encoder_dir, monot5_dir, warm):
     """Inputs of the first stage, settings, and a folder in which the parts have been made by LAUNCHER=local."""
     folder = tmp_path_factory.mktemp("kills")
-    write_jsonl(folder / "passages.jsonl", [{"id": f"p{n}", "title": f"T{n % 9}", "text": make_text(random.Random(n))} for n in range(20_000)])
+    write_jsonl(folder / "passages.jsonl", [{"id": f"p{n}", "title": f"T{n % 9}", "text": make_text(random.Random(n))} for n in range(9_000)])
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text("{}")
     server = SlowServer()
@@ -214,6 +226,8 @@ def prepared(tmp_path_factory, encoder_dir, monot5_dir):
         "PASSAGES": str(folder / "passages.jsonl"), "RETRIEVER": str(encoder_dir), "RERANKER": str(monot5_dir), "NUM_SHARDS": "4", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPO), "SEARCH_FLAGS": "--questions_per_pass 50", "N_DOCS_RETRIEVED": "8", "N_DOCS_SHOWN": "5", "POLICY": str(folder / "model"),
         "ENGINE_FLAGS": f"--api-base {server.url} --chunk-size 4", "SAMPLE_FLAGS": "--num-samples 2", "SELECTORS": "none dynamic", "HF_HUB_OFFLINE": "1",
+        # A stage is forked; its caller, which is killed in its place, has its command line. The programs of the cluster are started as they are.
+        "BASH_FUNC_python%%": f'() {{ if [[ $1 == scripts/* ]]; then command python "$@"; else {warm.python} "$@"; fi\n}}',
     }
     yield folder, settings
     server.shutdown()
@@ -237,7 +251,7 @@ def test_whatever_is_killed_in_whatever_stage_the_bytes_are_those_of_one_machine
     folder, settings = prepared
     reference, kills = folder / "reference", []
     reference.mkdir()
-    for name, count in (("questions", 600), ("test", 120)):
+    for name, count in (("questions", 240), ("test", 60)):
         write_jsonl(reference / f"{name}.jsonl", [{"id": f"{name}_{n}", "dataset": "nq", "question": make_text(random.Random(n), 3, 9), "answers": ["x"]} for n in range(count)])
     cluster = RayCluster(4)
     try:
@@ -246,10 +260,10 @@ def test_whatever_is_killed_in_whatever_stage_the_bytes_are_those_of_one_machine
             local = Run(name, reference, machine, settings)
             local.finish(local.start())
             if name == "reranking":
-                label = ["process_training_data.py", "--n_docs", "5", "--max_rows", "60", "--input_file", reference / "output/retrieval_data_rerank.jsonl",
+                label = ["process_training_data.py", "--n_docs", "5", "--max_rows", "40", "--input_file", reference / "output/retrieval_data_rerank.jsonl",
                          "--sequence_file", reference / "training_data/sequence.jsonl", "--normal_file", reference / "training_data/all.jsonl"]
                 subprocess.run([REPO / ".venv/bin/python", *label], cwd=REPO, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(REPO)})
-                write_jsonl(reference / "training_data/training_data_dpo.jsonl", read_jsonl(reference / "training_data/all.jsonl")[:160])
+                write_jsonl(reference / "training_data/training_data_dpo.jsonl", read_jsonl(reference / "training_data/all.jsonl")[:100])
             wanted = {path: content for path, content in local.outputs().items() if reference / path not in before and not path.startswith("training_data")}
             for kind in KINDS:
                 run = Run(name, folder / f"{name}_{kind}", machine, settings)
@@ -277,7 +291,7 @@ def kill(run: Run, kind: str, cluster: RayCluster) -> RayCluster:
     began = time.monotonic()
     if kind in ("stage", "driver"):
         program = STAGES[run.name] if kind == "stage" else "scripts/launch.py"
-        victims = [number for number, command in tagged(run.tag).items() if program in command and "part.py" not in command and not command.startswith("bash")]
+        victims = [number for number, command in tagged(run.tag).items() if program in command and "part.py" not in command and not command.startswith("bash ")]
         os.kill(rng.choice(victims), signal.SIGKILL)
     else:
         cluster.do(f"kill {rng.randrange(4)}" if kind == "node" else "head")
