@@ -9,9 +9,11 @@ embed() { # SHARD
     python generate_passage_embeddings.py --model_name_or_path "$RETRIEVER" ${RETRIEVER_FLAGS:-} \
         --passages "$PASSAGES" --output_dir "$EMBEDDINGS" --shard_id "$1" --num_shards "$total"
 }
+mapfile -t numbers < <(tr ' ' '\n' <<<"${SHARDS:-$(seq 0 $((total - 1)))}")
+for number in "${numbers[@]}"; do made+=("$EMBEDDINGS/passages_$(printf %02d "$number").npy"); done
+only_join "${made[@]}" && exit  # shards of embeddings are not joined
 if ((total == 1)); then
-    embed 0
+    undivided embed "$WORK/logs/embed_"
 else
-    # shellcheck disable=SC2046,SC2086  # lists of numbers
-    in_pool embed "$WORK/logs/embed_" ${SHARDS:-$(seq 0 $((total - 1)))}
+    in_pool embed "$WORK/logs/embed_" "${numbers[@]}"
 fi

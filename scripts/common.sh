@@ -113,7 +113,7 @@ infer() { answer inference.py "$1" "$2" selector "$3" --topn "$4" -- "${@:5}"; }
 # it. Every file is divided into parts. A worker gets one part of all files, so that it loads the model once. At the end the answers
 # of the parts are joined.
 answer() {
-    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts logs flags=() whole=() divided=() numbers=() file part total
+    local script=$1 model=$2 output=$3 choice=$4 values=$5 parts logs flags=() whole=() divided=() numbers=() made file part total
     shift 5
     while [[ $1 != -- ]]; do flags+=("$1"); shift; done
     shift
@@ -132,11 +132,16 @@ answer() {
             numbers+=("$part")
         done
     done
-    [[ ${#whole[@]} == 0 || -n $SHARDS ]] || ask "$output" "${output%.json}_remain.json" "${whole[@]}"
-    ((${#divided[@]})) || return 0
-    mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
     # One log per part covers all files and values. Its name is OUTPUT's without the placeholders.
     logs=$(basename "$output" .json | sed -E 's/\{[a-z]+\}//g; s/_+/_/g; s/^_|_$//g')
+    mapfile -t made < <(made_by_parts)
+    if only_join "${made[@]}"; then
+        join_answers
+        return
+    fi
+    [[ ${#whole[@]} == 0 || -n $SHARDS ]] || undivided ask_whole "$parts/${logs:-answers}.whole."
+    ((${#divided[@]})) || return 0
+    mapfile -t numbers < <(printf '%s\n' "${numbers[@]}" | sort -nu)
     in_pool ask_part "$parts/${logs:-answers}." "${numbers[@]}"
     later "$output" || join_answers
 }
@@ -145,6 +150,7 @@ ask() { # OUTPUT REMAIN FILE...
     python "$script" "${PROMPT_FLAGS[@]}" --template "$TEMPLATE" --llm-model "$model" --input-json "${@:3}" --output-json "$1" \
         --remain-output-json "$2" "${flags[@]}" ${ENGINE_FLAGS:-} "--$choice" $values
 }
+ask_whole() { ask "$output" "${output%.json}_remain.json" "${whole[@]}"; }
 ask_part() { # PART: of every file that has this part
     local file files=()
     for file in "${divided[@]}"; do
@@ -152,6 +158,16 @@ ask_part() { # PART: of every file that has this part
         [[ ! -e $file ]] || files+=("$file")
     done
     ask "$parts/$(basename "$output" .json).$1.json" "$parts/$(basename "$output" .json)_remain.$1.json" "${files[@]}"
+}
+made_by_parts() { # print the files that join_answers joins, and the results of undivided files
+    local file value result part
+    for value in $values; do
+        for file in "${whole[@]}"; do result_of "$file" "$value"; done
+        for file in "${divided[@]}"; do
+            result=$(result_of "$file" "$value")
+            for part in $(parts_here "$parts/split/$(stem "$file")"); do echo "$parts/$(basename "$result" .json).$part.json"; done
+        done
+    done
 }
 join_answers() {
     local file value result

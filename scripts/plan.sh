@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Print what every numbered script would start on this machine, computed with the functions of these scripts. It starts nothing.
+# Print what every numbered script would start on this machine, or with LAUNCHER=ray on the cluster of RAY_ADDRESS, computed with the
+# functions of these scripts. It starts nothing.
 #     bash scripts/plan.sh [configs/llama3_8b.env]
 source "$(dirname "$0")/common.sh"
 
@@ -8,7 +9,7 @@ on() { if (($#)); then (IFS=,; echo "$*"); else echo CPU; fi; }
 
 work() { # SCRIPT PARTS SIZE: a worker of an undivided file sees all GPUs
     local gpus
-    gpus=$(if (($2 == 1)); then on "${GPUS[@]}"; else gpus_of 0; fi)
+    gpus=$(if [[ $LAUNCHER == ray ]]; then echo "of any node"; elif (($2 == 1)); then on "${GPUS[@]}"; else gpus_of 0; fi)
     row "$1" $(($2 < WORKERS ? $2 : WORKERS)) "${gpus:-CPU}" "$2" "$3"
 }
 answers() { # SCRIPT: a row for the first evaluation set
@@ -16,6 +17,11 @@ answers() { # SCRIPT: a row for the first evaluation set
 }
 size=$(engine_size)
 size=${size:-1}
+if [[ -z $WORKERS ]]; then
+    WORKERS=$(launch --workers)
+    NUM_SHARDS=${NUM_SHARDS:-$((WORKERS * ${PARTS_PER_GPU:-1}))}
+    echo "Ray cluster $RAY_ADDRESS: $WORKERS workers with $GPUS_PER_SHARD GPUs each"
+fi
 echo "GPUs: $(on "${GPUS[@]}"); NUM_SHARDS=$NUM_SHARDS, GPUS_PER_SHARD=$GPUS_PER_SHARD${SHARDS:+, SHARDS=\"$SHARDS\"}"
 echo
 row script workers "GPUs of the first" parts "tensor parallel size"

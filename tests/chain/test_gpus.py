@@ -154,6 +154,8 @@ def test_a_file_begun_as_a_whole_is_finished_as_a_whole(sharded, tmp_path):
 
 def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
     for shards, here in {"0 1 2 3": 4, "4 5 6 7": 8}.items():
+        missing = sharded(4, NUM_SHARDS="8", JOIN_ONLY="1")
+        assert missing.returncode == 2 and {int(n) for n in re.findall(r"out_(\d)\.jsonl", missing.stderr)} == {*range(here - 4, 8)}
         done = sharded(4, NUM_SHARDS="8", SHARDS=shards)
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / "out.jsonl.parts").glob("out_?.jsonl"))) == here and not (tmp_path / "out.jsonl").exists()
@@ -161,8 +163,11 @@ def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
     assert refused.returncode == 2 and "NUM_SHARDS=8" in refused.stderr
     for log in (tmp_path / "logs").glob("*"):
         log.unlink()
-    done = sharded(4)
+    assert sharded(4, NUM_SHARDS="8", JOIN_ONLY="1", SHARDS="1").returncode == 2
+    done = sharded(4, JOIN_ONLY="1")
     assert done.returncode == 0 and [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
+    assert not list((tmp_path / "logs").iterdir()), "a part was made again"
+    assert sharded(4).returncode == 0
 
 
 def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(machine, tmp_path):
@@ -186,6 +191,10 @@ def test_embedding_shards_are_finished_in_their_number_on_the_workers_there_are(
     assert [call[1:] for call in calls] == [(str(n), "8") for n in range(8)] and {call[0] for call in calls} == {"0", "1"}
     assert done.returncode == 1 and done.stderr.count("error: part 3 ") == 1 and "run/logs/embed_3.log" in done.stderr
     assert [call[1] for call in embed(2, NUM_SHARDS="8", SHARDS="6 7")[1]] == ["6", "7"]
+    (embeddings / "passages_07.npy.manifest.json").write_text("{}")
+    (tmp_path / "calls").touch()
+    refused = subprocess.run(["bash", "scripts/01_embed.sh"], cwd=REPO, env=machine(2, **python, JOIN_ONLY="1"), capture_output=True, text=True)
+    assert refused.returncode == 2 and names(refused.stderr, "passages_03.npy") and "passages_07" not in refused.stderr
 
 
 # Answers of a model that names the first document for most questions, and writes no selection for some.
@@ -256,6 +265,18 @@ def test_questions_are_divided_among_workers_that_load_the_model_once_and_result
         one, other = json.loads(whole[name]), json.loads(divided[name])
         assert other["counts"].pop("shards") == 2 and one.pop("seconds") is not None and other.pop("seconds") is not None
         assert other == one, "the report, and a later run of one worker, tell results by their manifests"
+
+
+def test_answers_of_all_parts_are_joined_without_asking_and_missing_ones_are_named(results, machine, tmp_path):
+    whole = results(2, f"NUM_SHARDS=2; {WINDOWS}")
+    for path in (tmp_path / "run/results").glob("few_*.json*"):
+        path.unlink()
+    (tmp_path / "loads").unlink()
+    joined = results(1, f"JOIN_ONLY=1; {WINDOWS}")
+    assert joined["few_sft_windows3.json"] == whole["few_sft_windows3.json"] and not (tmp_path / "loads").exists()
+    (tmp_path / "run/results/parts/few_sft_windows3.1.json.manifest.json").unlink()
+    refused = bash(f'run=$WORK/results model={tmp_path}/model; JOIN_ONLY=1; set -- x "$WORK/eval_data/few.jsonl"; {WINDOWS}', machine(1))
+    assert refused.returncode == 2 and names(refused.stderr, "few_sft_windows3.1.json") and "windows3.0" not in refused.stderr
 
 
 def test_the_logs_that_are_named_are_there_under_names_without_placeholders(results, tmp_path):

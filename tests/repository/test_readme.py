@@ -20,7 +20,7 @@ FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 FOLDERS = "scripts|recipes|configs|template|docs|dynamicrag|examples|tests|benchmarks|experiments"
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|png|py|md|json)\b")
 # Flags that no file here has: argparse's --help, vLLM's, and one that docs/security.md says does not exist.
-FOREIGN_FLAGS = {"--help", "--structured-outputs-config", "--untrusted"}
+FOREIGN_FLAGS = {"--nodes", "--gpus-per-node", "--head", "--port", "--num-gpus", "--help", "--structured-outputs-config", "--untrusted"}
 SHELL = {"bash", "llamafactory-cli", "source", "for", "done", "cp", "pip", "pre-commit"}  # a line may begin with python or with one of these words
 
 
