@@ -12,6 +12,7 @@ of them go away before their reply. Memory is that of the server and its childre
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -142,6 +143,7 @@ async def ask_all(address: str, rows: list[dict], clients: int, halfway, stop=la
 
 def main() -> None:
     args = parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # a bar of vLLM's would be timed too
     rows = questions(args)
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
         answered, batch_seconds = alone.submit(one_batch, args, rows).result()
