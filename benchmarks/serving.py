@@ -1,9 +1,10 @@
 """Measure the server (serve.py) with many clients at once, against inference.py on the same questions in one batch.
 
-One process answers all questions in one batch, and is timed without loading the model. Then the server is started, and
---clients clients send the same questions with their documents. Every reply must be there and equal to the batch's: the
-same documents in the same order, the same answer. With --minutes, the clients repeat the questions for that time; some
-of them go away before their reply. Memory is that of the server and its children, after the first tenth and at the end.
+A process with inference.py's functions and the server take turns. In each round, the process answers a part of the
+questions in one batch, and then --clients clients send the same questions to the server, with their documents. Every
+reply must be there and equal to the batch's: the same documents in the same order, the same answer. With --minutes, the
+clients then repeat the questions for that time; some of them go away before their reply. Memory is that of the server and its
+children, after each round. The ratio is the median of the rounds.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --llm_model models/smollm2_135m --input_file runs/demo_default/eval_data/factbook_test.jsonl --minutes 30
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000, help="number of requests; a shorter file is repeated with other words")
     parser.add_argument("--topn", type=int, default=5, help="documents per question")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=4, help="parts of the questions")
     parser.add_argument("--max_model_len", type=int, default=2048)
     parser.add_argument("--answer_max_tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
@@ -74,18 +77,21 @@ def flags_of(args: argparse.Namespace) -> list[str]:
             "--answer-max-tokens", str(args.answer_max_tokens)]
 
 
+_LOADED = []  # the models of the process of inference.py
+
+
 def one_batch(args: argparse.Namespace, rows: list[dict]) -> tuple[list[dict], float]:
-    """Return the rows that inference.py answers in one batch, and the seconds."""
+    """Return the rows that inference.py answers in one batch, and the seconds. The model is loaded before the first batch."""
     import inference
     from dynamicrag.llm.options import CallOptions, EngineOptions
     from dynamicrag.llm.requests import load_builders, work_on_fitting
     from dynamicrag.rows.row import fail_unanswered
     from dynamicrag.stage import options_from
 
-    settings = inference.parse_args(flags_of(args))
-    builders = load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions))
-    inference.answer_rows(rows[:2], builders, "dynamic", args.topn, "")  # the first batch compiles the constraint
-    builders[0].engine._llm.reset_prefix_cache()
+    if not _LOADED:
+        settings = inference.parse_args(flags_of(args))
+        _LOADED.append(load_builders(options_from(settings, EngineOptions), options_from(settings, CallOptions)))
+    [builders] = _LOADED
     began = time.perf_counter()
     answered = work_on_fitting(rows, builders, lambda fitting: inference.answer_rows(fitting, builders, "dynamic", args.topn, ""), fail_unanswered)
     return answered, time.perf_counter() - began
@@ -110,8 +116,11 @@ def as_reply(row: dict) -> dict:
     return {"chosen": row["final_docs"], "answer": row["response"]}
 
 
-async def ask_all(address: str, rows: list[dict], clients: int, halfway, stop=lambda: False, gone: float = 0.0) -> tuple[dict[str, dict], Counter]:
-    """Return the replies by id of the question, and how often each status came. `halfway` is called after a tenth."""
+async def ask_all(address: str, rows: list[dict], clients: int, gone: float = 0.0) -> tuple[dict[str, dict], Counter]:
+    """Return the replies by id of the question, and how often each status came. A client that gets 429 waits and asks again.
+
+    The share `gone` of the requests is given up within half a second.
+    """
     import aiohttp
 
     replies: dict[str, dict] = {}
@@ -119,22 +128,22 @@ async def ask_all(address: str, rows: list[dict], clients: int, halfway, stop=la
 
     async def client(session: aiohttp.ClientSession) -> None:
         for row in waiting:
-            if stop():
-                return
             body = {key: row[key] for key in ("id", "question", "dataset") if key in row} | {"documents": row["docs"]}
             patience = aiohttp.ClientTimeout(total=rng.random() * 0.5 if rng.random() < gone else None)
             try:
-                async with session.post(f"{address}/v1/answer", json=body, timeout=patience) as reply:
-                    content = await reply.json()
+                while True:
+                    async with session.post(f"{address}/v1/answer", json=body, timeout=patience) as reply:
+                        content = await reply.json()
+                    statuses[str(reply.status)] += 1
+                    if reply.status != 429:
+                        break
+                    await asyncio.sleep(float(reply.headers["Retry-After"]))
             except TimeoutError:
                 statuses["gone"] += 1
                 continue
-            statuses[str(reply.status)] += 1
             replies[row["id"]] = (
                 {"chosen": [doc["id"] for doc in content["chosen"]], "answer": content["answer"]} if reply.status == 200 else {"error": reply.status == 502}
             )
-            if sum(statuses.values()) == len(rows) // 10:
-                halfway()
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=clients)) as session:
         await asyncio.gather(*(client(session) for _ in range(clients)))
@@ -145,36 +154,41 @@ def main() -> None:
     args = parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # a bar of vLLM's would be timed too
     rows = questions(args)
-    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        answered, batch_seconds = alone.submit(one_batch, args, rows).result()
-    expected = {row["id"]: as_reply(row) for row in answered}
-    with tempfile.TemporaryDirectory() as folder:
+    rounds = [rows[start :: args.rounds] for start in range(args.rounds)]
+    warm_up = [{**row, "question": f"warm {row['question']}"} for row in rows[:8]]
+    expected, replies, statuses, memory = {}, {}, Counter(), []
+    batch, served = [], []
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        alone.submit(one_batch, args, warm_up).result()  # loads the model, and compiles the constraints
         server, address = start_server(args, Path(folder) / "log")
         try:
-            figures, memory = {}, []
-            asyncio.run(ask_all(address, [{**row, "question": f"warm {row['question']}"} for row in rows[:8]], 4, lambda: None))
-
-            def now() -> None:
+            asyncio.run(ask_all(address, warm_up, 4))
+            for some in rounds:
+                answered, seconds = alone.submit(one_batch, args, some).result()
+                expected |= {row["id"]: as_reply(row) for row in answered}
+                batch.append(seconds)
+                began = time.perf_counter()
+                some_replies, some_statuses = asyncio.run(ask_all(address, some, args.clients))
+                served.append(time.perf_counter() - began)
+                replies, statuses = replies | some_replies, statuses + some_statuses
                 memory.append(measure.memory_of([server.pid])["anonymous"])
-
-            began = time.perf_counter()
-            replies, statuses = asyncio.run(ask_all(address, rows, args.clients, now))
-            seconds = time.perf_counter() - began
-            now()
-            end = time.monotonic() + 60 * args.minutes
+            alone.shutdown()
             other = [row_id for row_id, reply in replies.items() if reply != expected[row_id]]
+            lost, end = len(rows) - len(replies), time.monotonic() + 60 * args.minutes
             while time.monotonic() < end:
-                again, more = asyncio.run(ask_all(address, rows, args.clients, lambda: None, lambda: time.monotonic() > end, SHARE_GONE))
+                again, more = asyncio.run(ask_all(address, rows, args.clients, SHARE_GONE))
+                lost += len(rows) - more["gone"] - len(again)
                 statuses += more
                 other += [row_id for row_id, reply in again.items() if reply != expected[row_id]]
-                now()
+                memory.append(measure.memory_of([server.pid])["anonymous"])
         finally:
             server.terminate()
             ended = server.wait(90)
     figures = {
-        "requests": sum(statuses.values()), "statuses": dict(statuses), "lost": len(rows) - len(replies), "not equal": len(other),
-        "seconds": seconds, "per second": len(rows) / seconds, "batch per second": len(rows) / batch_seconds,
-        "ratio": batch_seconds / seconds, "memory in GB": memory, "exit status": ended,
+        "requests": sum(statuses.values()), "statuses": dict(statuses), "lost": lost, "not equal": len(other),
+        "per second": len(rows) / sum(served), "batch per second": len(rows) / sum(batch),
+        "ratio": statistics.median(one / many for one, many in zip(batch, served, strict=True)),
+        "memory in GB": [round(value, 3) for value in memory], "exit status": ended,
     }
     lines = [[name, json.dumps(value) if isinstance(value, dict | list) else f"{value:,.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()]
     measure.report(f"{args.clients} clients, {len(rows)} questions of {args.topn} documents, {Path(args.llm_model).name}", ["figure", "value"], lines, figures, args.output_file)
