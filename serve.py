@@ -37,6 +37,8 @@ from dynamicrag.stage import UserError, log, options_from
 if TYPE_CHECKING:
     import uvicorn
 
+    from dynamicrag.serving.app import Server
+
 KEEP_ALIVE_SECONDS = 30
 CONNECTIONS_PER_SLOT, MORE_CONNECTIONS = 4, 64
 
@@ -93,8 +95,8 @@ def name_of(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def configure(args: argparse.Namespace, keys: list[bytes]) -> "uvicorn.Server":
-    """Load the models and open the corpus. Return the server, which does not listen yet. Raises UserError."""
+def configure(args: argparse.Namespace, keys: list[bytes]) -> tuple["Server", "uvicorn.Server"]:
+    """Load the models and open the corpus. Return the server and its HTTP server, which does not listen yet. Raises UserError."""
     import uvicorn
 
     from dynamicrag.serving.app import ServeOptions, Server, make_app
@@ -102,11 +104,13 @@ def configure(args: argparse.Namespace, keys: list[bytes]) -> "uvicorn.Server":
 
     corpus = Corpus(options_from(args, CorpusOptions)) if args.passages else None
     builders = load_served(options_from(args, EngineOptions), options_from(args, CallOptions))
-    app = make_app(Server(builders, name_of(args.llm_model), options_from(args, ServeOptions), keys, corpus))
-    return uvicorn.Server(uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    server = Server(builders, name_of(args.llm_model), options_from(args, ServeOptions), keys, corpus)
+    http = uvicorn.Server(uvicorn.Config(
+        make_app(server), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         limit_concurrency=CONNECTIONS_PER_SLOT * args.concurrency + MORE_CONNECTIONS, timeout_graceful_shutdown=60,
     ))
+    server.when_failed = lambda: setattr(http, "should_exit", True)
+    return server, http
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,13 +119,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with bind(args.host, args.port) as bound:
         if not keys and not is_local(args.host):
             log.warning("--host %s: every client that reaches this address can use the model; give --api-key-file", args.host)
-        server = configure(args, keys)
+        server, http = configure(args, keys)
         host, port, *_ = bound.getsockname()
         log.info("serving %s at http://%s:%d", name_of(args.llm_model), f"[{host}]" if ":" in host else host, port)
         try:
-            server.run([bound])
+            http.run([bound])
         except KeyboardInterrupt:  # uvicorn raises the signal again after the last reply
             log.info("ended")
+        if server.failed:
+            raise UserError("vLLM: its process has ended; see the log above, and start the server again")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dynamicrag.serving.refusals import Body, Refusal, check_key, read_body
 from dynamicrag.serving.work import Slots, Work
 
 PAGE = Path(__file__).with_name("page.html")
+WATCH_SECONDS = 1.0
 UPLOADS_PER_SLOT = 2  # bodies that are read while all slots are taken
 
 
@@ -42,6 +43,7 @@ class Server:
     def __init__(self, builders: Builders, name: str, options: ServeOptions, keys: Sequence[bytes] = (), corpus: Corpus | None = None):
         self.builders, self.name, self.options, self.corpus = builders, name, options, corpus
         self.metrics, self.slots = Metrics(), Slots(options.concurrency)
+        self.failed, self.when_failed = False, lambda: None  # called when the models have ended by themselves
         self.dataset = builders[0].dataset  # of a question that names none
         self._keys, self._reading = keys, 0
         self._watching: set[asyncio.Task] = set()
@@ -94,6 +96,13 @@ class Server:
             if kind == "failed":
                 raise refusal_of(value)
 
+    async def watch(self) -> None:
+        """Wait until the models end by themselves, and say so."""
+        while self.alive:
+            await asyncio.sleep(WATCH_SECONDS)
+        self.failed = True
+        self.when_failed()
+
     def close(self) -> None:
         """End the threads and the models."""
         self.slots.close()
@@ -108,7 +117,9 @@ def make_app(server: Server) -> Any:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(server.watch())
         yield
+        watch.cancel()
         server.close()
 
     app = FastAPI(title="DynamicRAG", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)

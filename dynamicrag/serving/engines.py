@@ -7,6 +7,7 @@ the requests that run (continuous batching). A request ends when its work is end
 import asyncio
 import itertools
 import re
+import signal
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from dynamicrag.llm.requests import Builders, load_builders
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.server_calls import CALL_SECONDS
 from dynamicrag.serving.work import Work, current_work
+from dynamicrag.stage import UserError
 
 DRAIN_SECONDS = 60  # for requests that run when the server is told to end
 Result = TypeVar("Result")
@@ -33,7 +35,12 @@ class ServedVllm(VllmEngine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._numbers = itertools.count()
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True, shutdown_timeout=DRAIN_SECONDS))
+        # Ctrl-C reaches the child process too, which would refuse the answer of a question that is being chosen for.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True, shutdown_timeout=DRAIN_SECONDS))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def alive(self) -> bool:
@@ -52,14 +59,18 @@ class ServedVllm(VllmEngine):
 
     async def _complete_one(self, work: Work, request: Request, ids: list[int]) -> Completion:
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         if refusal := self._too_long(request, ids):
             return refusal
         kind = RequestOutputKind.CUMULATIVE if work.streams else RequestOutputKind.FINAL_ONLY
         opened, output = self._opened(request), None
-        async for output in self._llm.generate({"prompt_token_ids": ids}, self._sampling(request, output_kind=kind), str(next(self._numbers))):
-            if work.streams and not output.finished:
-                work.text(stable_text(self._readable(output.outputs[0].text), opened))
+        try:
+            async for output in self._llm.generate({"prompt_token_ids": ids}, self._sampling(request, output_kind=kind), str(next(self._numbers))):
+                if work.streams and not output.finished:
+                    work.text(stable_text(self._readable(output.outputs[0].text), opened))
+        except EngineDeadError as error:
+            raise UserError("vLLM: its process has ended; start the server again") from error
         return self._completion(request, output)
 
 

@@ -90,7 +90,7 @@ class Slots:
             error = CancelledError() if future.cancelled() else future.exception()
             work.events.put_nowait(("failed", error) if error else ("done", future.result()))
 
-        loop.run_in_executor(self._pool, context.run, task, work).add_done_callback(finished)
+        loop.run_in_executor(self._pool, lambda: context.run(task, work)).add_done_callback(finished)
         return work
 
     def close(self) -> None:

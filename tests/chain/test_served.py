@@ -4,6 +4,7 @@ FULL=1, because the engine starts twice, and the clients are installed in an env
 environment, if there is one already.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def test_the_engine_replies_as_inference_to_many_clients_and_ends_after_its_work
         subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True)
     made = {script: {row["id"]: row for path in tmp_path.glob(f"{script}*.jsonl") for row in read_jsonl(path)} for script in ("inference", "top_inference")}
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "serve.py", *flags, "--port", "0", "--window", "3"], cwd=REPO, env=environment, stderr=log)
+        server = subprocess.Popen([sys.executable, "serve.py", *flags, "--port", "0", "--window", "3"], cwd=REPO, env=environment, stderr=log, start_new_session=True)
     try:
         until(lambda: re.search(r" at http://\S+", (tmp_path / "log").read_text()) or server.poll() is not None, 300)
         client = Client(re.search(r" at (http://\S+)", (tmp_path / "log").read_text())[1], None, None)
@@ -76,11 +77,12 @@ def test_the_engine_replies_as_inference_to_many_clients_and_ends_after_its_work
         with ThreadPoolExecutor(4) as pool:
             last = [pool.submit(ask, row) for row in asked[:4]]
             until(lambda: "at_work 0.0" not in client.send("/metrics", Authorization="Bearer sk-canary-1")[1] or all(one.done() for one in last))
-            server.send_signal(signal.SIGTERM)
+            os.killpg(server.pid, signal.SIGINT)  # Ctrl-C, which reaches the engine's process too
             assert [one.result() for one in last] == [replies[row["id"]] for row in asked[:4]]
         assert server.wait(60) == 0
     finally:
-        server.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
     log = (tmp_path / "log").read_text()
     assert "sk-canary-1" not in log and "Traceback" not in log
 

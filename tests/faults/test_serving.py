@@ -129,6 +129,13 @@ def test_a_client_that_is_killed_while_it_sends_costs_nothing(client):
     assert good(client)
 
 
+def test_paths_that_clients_invent_are_one_line_of_the_metrics(client):
+    for number in range(3):
+        assert client.send(f"/invented/{number}", {})[0] == 404
+    text = client.send("/metrics", Authorization=f"Bearer {SECRET.decode()}")[1]
+    assert "invented" not in text and 'dynamicrag_requests_total{path="other",status="404"}' in text
+
+
 @pytest.mark.parametrize("raw", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"POST /v1/rerank HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"A" * 100_000])
 def test_what_is_no_http_costs_nothing(client, raw):
     sent_raw(client, raw)
@@ -237,10 +244,13 @@ def test_an_error_of_the_model_is_told_without_its_details(error, status, code):
 def test_a_model_that_has_ended_is_told_to_the_balancer():
     engine = StubEngine(select_and_answer)
     with served(engine) as client:
+        ended = []
+        client.server.when_failed = lambda: ended.append(True)
         engine.alive = False
         assert client.send("/health")[0] == 503
         status, reply, headers = client.send("/v1/rerank", GOOD)
         assert (status, reply["error"]["code"]) == (503, "model_unavailable") and headers["retry-after"]
+        until(lambda: ended == [client.server.failed])
 
 
 def test_ended_work_waits_for_nothing_more():

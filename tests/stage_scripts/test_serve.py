@@ -259,6 +259,11 @@ def served_vllm(outputs: list[str], kinds: list) -> ServedVllm:
     return engine
 
 
+async def aiter_failing():
+    raise ZeroDivisionError
+    yield
+
+
 def in_a_slot(task, streams: bool = False) -> list[tuple[str, object]]:
     """The events of a task in a slot."""
 
@@ -282,7 +287,11 @@ def test_vllm_runs_the_requests_of_a_work_together_and_says_its_text(monkeypatch
     monkeypatch.setattr(ServedVllm, "_sampling", lambda self, request, **more: more)
     sampling_params = ModuleType("vllm.sampling_params")
     sampling_params.RequestOutputKind = SimpleNamespace(CUMULATIVE="cumulative", FINAL_ONLY="final")
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    exceptions = ModuleType("vllm.v1.engine.exceptions")
+    exceptions.EngineDeadError = ZeroDivisionError
+    for name in ("vllm", "vllm.v1", "vllm.v1.engine"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, exceptions.__name__, exceptions)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
     kinds = []
     engine = served_vllm(["The", "The Nile", "The Nile. "], kinds)
@@ -293,6 +302,9 @@ def test_vllm_runs_the_requests_of_a_work_together_and_says_its_text(monkeypatch
     assert kinds == [("final", "0"), ("final", "1")]
     *said, (kind, _) = in_a_slot(lambda: engine.complete(requests[:1]), streams=True)
     assert said == [("text", "The"), ("text", " Nile")] and kind == "done"
+    engine._llm.generate = lambda *of: aiter_failing()
+    [(kind, error)] = in_a_slot(lambda: engine.complete(requests[:1]))
+    assert kind == "failed" and isinstance(error, UserError)
 
 
 def test_a_servers_replies_are_read_as_in_inference(monkeypatch):
