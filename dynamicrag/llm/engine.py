@@ -178,8 +178,9 @@ class VllmEngine:
         return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """Return whether the prompt leaves room for max_tokens in the window."""
-        return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
+        """Return whether the prompt leaves room for max_tokens in the window. A text of megabytes is not tokenised to find out."""
+        characters = sum(len(message["content"]) for message in messages)
+        return characters <= self.max_model_len * self._prompts.longest_token and len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
 
     def complete(self, requests: list[Request]) -> list[Completion]:
         """Run all requests as one batch.

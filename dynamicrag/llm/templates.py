@@ -63,6 +63,11 @@ class PromptTokenizer:
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
 
     @functools.cached_property
+    def longest_token(self) -> int:
+        """The number of characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @functools.cached_property
     def opens_with_space(self) -> bool:
         """Whether a model of this template and tokenizer begins its answers with a space, as Mistral and LLaMA2 are trained.
 
