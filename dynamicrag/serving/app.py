@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from dynamicrag.llm.requests import Builders
 from dynamicrag.serving.corpus import Corpus
-from dynamicrag.serving.metrics import Metrics
+from dynamicrag.serving.metrics import Measured, Metrics
 from dynamicrag.serving.questions import refusal_of
 from dynamicrag.serving.refusals import Body, Refusal, check_key, read_body
 from dynamicrag.serving.work import Slots, Work
@@ -112,7 +112,6 @@ class Server:
 
 def make_app(server: Server) -> Any:
     """Return the ASGI application of a server."""
-    from dynamicrag.serving.metrics import Measured
     from dynamicrag.serving.routes import make_router
 
     @asynccontextmanager

@@ -16,9 +16,11 @@ from dynamicrag.llm.completion_cache import Reply
 from dynamicrag.llm.endpoint import open_client
 from dynamicrag.llm.engine import VllmEngine
 from dynamicrag.llm.options import CallOptions, EngineOptions
+from dynamicrag.llm.prompts import prefix_of
 from dynamicrag.llm.requests import Builders, load_builders
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.server_calls import CALL_SECONDS
+from dynamicrag.serving.streams import StreamedClient
 from dynamicrag.serving.work import Work, current_work
 from dynamicrag.stage import UserError
 
@@ -75,24 +77,27 @@ class ServedVllm(VllmEngine):
 
 
 class ServedApi(ApiEngine):
-    """An OpenAI-compatible server. The text of an answer arrives as a whole."""
+    """An OpenAI-compatible server. The text of an answer is streamed if the server can."""
 
     alive = True
-    _client = None
+    _client = _streamed = None
 
     def close(self) -> None:
         pass  # the connections end with the process
 
     def complete(self, requests: list[Request]) -> list[Completion]:
         """Run the requests of one work, in order. Raises UserError if the server cannot be used."""
-        replies = current_work().run(gather(self._ask(request) for request in requests)) if requests else []
-        return self._completions(requests, replies)
+        work = current_work()
+        return self._completions(requests, work.run(gather(self._ask(work, request) for request in requests)) if requests else [])
 
-    async def _ask(self, request: Request) -> Reply | str:
-        if self._client is None:
+    async def _ask(self, work: Work, request: Request) -> Reply | str:
+        if self._client is None or self._streamed is None:
             self._calls.begin()
             self._client = open_client(self._url, self._key, CALL_SECONDS)
-        return await self._reply(self._client, request)
+            self._streamed = StreamedClient(self._client)
+        opened = leaves_open(prefix_of(request.messages), self._opens_reasoning)
+        client = self._streamed.saying(lambda text: work.text(stable_text(text, opened))) if work.streams else self._client
+        return await self._reply(client, request)
 
 
 def stable_text(text: str, opened: bool) -> str:

@@ -325,6 +325,36 @@ def test_a_servers_replies_are_read_as_in_inference(monkeypatch):
     assert kind == "done" and [completion.texts[0] for completion in completions] == ["1", "2"] and completions[0].prompt_tokens == 3
 
 
+@pytest.mark.parametrize("can_stream", [True, False, None])
+def test_a_servers_answer_is_streamed_if_it_can(can_stream):
+    """One server streams, one refuses, and one ignores the option. The completion is the same."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    asked = []
+
+    def answer(_, body):
+        asked.append(body.get("stream", False))
+        if body.get("stream") and can_stream:
+            deltas = [{"content": text} for text in (" The", " Nile", ". ")]
+            parts = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+            parts += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+            frames = [json.dumps({"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", **part}) for part in parts]
+            return 200, "".join(f"data: {frame}\n\n" for frame in [*frames, "[DONE]"]).encode(), {"Content-Type": "text/event-stream"}
+        if body.get("stream") and can_stream is False:
+            return 400, {"error": {"message": "stream is not supported", "param": "stream", "type": "invalid_request_error", "code": None}}
+        return 200, chat_completion(" The Nile. ", usage=usage)
+
+    server = StubServer(answer)
+    try:
+        engine = ServedApi(server.url, "m")
+        request = Request([{"role": "user", "content": "a"}], seed=1, max_tokens=5)
+        *said, (kind, [completion]) = in_a_slot(lambda: engine.complete([request]), streams=True)
+    finally:
+        server.close()
+    assert kind == "done" and completion.texts == ["The Nile."] and (completion.prompt_tokens, completion.generated_tokens) == (3, 1)
+    assert "".join(text for _, text in said) == ("The Nile." if can_stream else "") and len(said) == (3 if can_stream else 0)
+    assert asked == ([True] if can_stream else [True, False])
+
+
 # ---------------------------------------------------------------- flags
 
 
