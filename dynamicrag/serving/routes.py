@@ -82,9 +82,8 @@ def make_router(server: Server) -> APIRouter:
     """Return the routes of a server."""
     router, options = APIRouter(), server.options
 
-    def counted(answered: Answered) -> Answered:
-        server.metrics.count(answered.choice.usage, len(answered.row["docs"]), len(answered.choice.docs))
-        return answered
+    def count(row: Row, choice: Choice) -> None:
+        server.metrics.count(choice.usage, len(row["docs"]), len(choice.docs))
 
     def asking(question: str, given: list[bodies.Given] | None, streams: bool, dataset: str | None = None, row_id: str | None = None) -> Callable[[Work], Answered]:
         """Return the task that retrieves documents if none are given, chooses and answers. Raises Refusal."""
@@ -101,7 +100,10 @@ def make_router(server: Server) -> APIRouter:
             chosen = time.monotonic()
             answered.seconds |= {"retrieval": retrieved - began, "choice": chosen - retrieved}
             work.say("choice", answered)
-            answered.text = answer(row, answered.choice, server.builders, streams)
+            try:
+                answered.text = answer(row, answered.choice, server.builders, streams)
+            finally:  # the choice has its cost, even if there is no answer
+                count(row, answered.choice)
             answered.seconds["answer"] = time.monotonic() - chosen
             return answered
 
@@ -114,7 +116,7 @@ def make_router(server: Server) -> APIRouter:
         body = await server.body(request, bodies.Rerank)
         row = row_of(body.query, bodies.docs_of(body.documents, options.max_documents, body.rank_fields))
         choice: Choice = await server.result(request, lambda _: choose(row, server.builders, options.window))
-        counted(Answered(row, choice))
+        count(row, choice)
         results = []
         for position, score in list(zip(choice.positions, scores(len(choice.docs)), strict=True))[: body.top_n]:
             document = body.documents[position - 1]
@@ -136,7 +138,7 @@ def make_router(server: Server) -> APIRouter:
             return {"id": reply_id, "model": server.name, **retrieved, "documents_shown": answered.choice.shown, "chosen": documents_of(answered)}
 
         def done(answered: Answered) -> dict[str, Any]:
-            return {"answer": answered.text, "usage": usage_of(counted(answered).choice.usage), "seconds": answered.seconds}
+            return {"answer": answered.text, "usage": usage_of(answered.choice.usage), "seconds": answered.seconds}
 
         def form(kind: str, value: Any) -> Iterable[bytes]:
             if kind == "choice":
@@ -165,7 +167,7 @@ def make_router(server: Server) -> APIRouter:
             answered: Answered = await server.result(request, task)
             message = {"role": "assistant", "content": answered.text, "refusal": None}
             choices = [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}]
-            usage = usage_of(counted(answered).choice.usage)
+            usage = usage_of(answered.choice.usage)
             return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage, "citations": documents_of(answered)})
 
         def chunk(delta: dict[str, str] | None, finish: str | None = None, **more: object) -> bytes:
@@ -181,7 +183,7 @@ def make_router(server: Server) -> APIRouter:
                 yield event("", value.content())
             else:
                 yield chunk({}, "stop")
-                usage = usage_of(counted(value).choice.usage)
+                usage = usage_of(value.choice.usage)
                 if body.stream_options and body.stream_options.include_usage:
                     yield chunk(None, usage=usage)
                 yield b"data: [DONE]\n\n"

@@ -165,6 +165,7 @@ def test_an_error_after_the_choice_is_an_event():
         assert [kind for kind, _ in events] == ["choice", "error"] and events[1][1]["error"]["code"] == "internal_error"
         chat = client.events("/v1/chat/completions", {"messages": [{"role": "user", "content": "q"}], "documents": ["d"], "stream": True})
         assert chat[-1][1]["error"]["code"] == "internal_error"
+        assert 'dynamicrag_tokens_total{kind="prompt"} 202.0' in client.send("/metrics")[1], "two choices have their cost"
 
 
 def test_chat_answers_the_last_user_message_with_citations(client):
