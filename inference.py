@@ -28,11 +28,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_from, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.choosing import Choice, choose_among
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Builders, RequestBuilder, add_call_flags, load_builders, read_selection
+from dynamicrag.llm.requests import Builders, RequestBuilder, add_call_flags, load_builders
 from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.expert import expert_sequence
 from dynamicrag.rows.gold import needed_documents
@@ -94,18 +95,12 @@ def select_by_rule(selector: str, docs: list[Doc]) -> list[int]:
     return best_first[: gaps.index(max(gaps)) + 1] if gaps else best_first
 
 
-def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], builder: RequestBuilder) -> tuple[list[list[int] | str], list[Usage]]:
+def select_by_llm(selector: str, rows: list[Row], shown: list[list[Doc]], builder: RequestBuilder) -> tuple[list[Choice], list[Usage]]:
     """Return, for each question, the positions the LLM chose (or the reason why its output cannot be read), and the cost."""
-    usages = [Usage() for _ in rows]
-    choices: list[list[int] | str] = [[] for _ in rows]
     if selector == "dynamic":
-        numbers = [number for number, docs in enumerate(shown) if docs]  # without documents there is nothing to select
-        completions = builder.ask([builder.select(rows[number], shown[number]) for number in numbers])
-        for number, completion in zip(numbers, completions, strict=True):
-            usages[number].add(completion)
-            selection = read_selection(completion, 0, len(shown[number]), builder.prompts.notation)
-            choices[number] = selection.ids if selection.valid else selection.reason
-        return choices, usages
+        return choose_among(rows, shown, builder)
+    usages = [Usage() for _ in rows]
+    choices: list[Choice] = [[] for _ in rows]
     pairs = [(number, position) for number, docs in enumerate(shown) for position in range(1, len(docs) + 1)]
     verdicts = builder.ask([builder.judge_document(rows[number], shown[number][position - 1]) for number, position in pairs])
     for (number, position), completion in zip(pairs, verdicts, strict=True):
@@ -160,15 +155,14 @@ def answer_rows(rows: list[Row], builders: Builders, selector: str, topn: int, p
             choices = [select_gold(row, docs, path) for row, docs in zip(rows, shown, strict=True)]
         else:
             choices = [select_by_rule(selector, docs) for docs in shown]
-    selected = {number: choice for number, choice in enumerate(choices) if isinstance(choice, list)}
-    completions = generator.ask(in_threads(
-        lambda number: generator.answer(rows[number], [shown[number][position - 1] for position in selected[number]]), selected
-    ))
-    answers = dict(zip(selected, completions, strict=True))
+    chosen = {
+        number: [docs[position - 1] for position in choice] for number, (docs, choice) in enumerate(zip(shown, choices, strict=True)) if isinstance(choice, list)
+    }
+    answers = answer_from(rows, chosen, generator)
     results = []
     for number, (row, docs, choice, usage) in enumerate(zip(rows, shown, choices, usages, strict=True)):
-        chosen = choice if isinstance(choice, str) else (choice, [docs[position - 1] for position in choice])
-        results.append(assemble_result(row, {"docs_shown": len(docs)}, chosen, answers.get(number), usage))
+        selection = choice if isinstance(choice, str) else (choice, chosen[number])
+        results.append(assemble_result(row, {"docs_shown": len(docs)}, selection, answers.get(number), usage))
     return results
 
 

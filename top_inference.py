@@ -15,20 +15,16 @@ Writes   results/llama3_8b_top_500_nq.json               + candidates, id_list, 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dynamicrag import stage
-from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_runs, assemble_result, runs_of
-from dynamicrag.llm.completion import Usage
+from dynamicrag.llm.answering import AnswerRun, add_files_flags, answer_from, answer_runs, assemble_result, runs_of
+from dynamicrag.llm.choosing import choose_by_windows
 from dynamicrag.llm.engine import add_engine_flags, engine_inputs
 from dynamicrag.llm.options import CallOptions, EngineOptions
-from dynamicrag.llm.requests import Builders, add_call_flags, load_builders, positions_of, read_selection
-from dynamicrag.llm.templates import in_threads
-from dynamicrag.rows.identifiers import Selection
-from dynamicrag.rows.row import Doc, Row
+from dynamicrag.llm.requests import Builders, add_call_flags, load_builders, positions_of
+from dynamicrag.rows.row import Row
 from dynamicrag.stage import UserError, options_from
-
-Window = tuple[int, list[Doc]]  # number of the question, documents in the window
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,74 +44,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def reduce_to_window(
-    questions: Sequence[Sequence[Doc]], window: int, choose: Callable[[list[Window]], list[Selection]]
-) -> list[list[Doc]]:
-    """Reduce every question's documents to at most `window`, in their own order.
-
-    `choose` gets the windows of one round of all questions and returns the selections, as positions within each window.
-    If a selection cannot be read, all documents of its window are kept.
-    """
-    current = [unique_documents(docs) for docs in questions]
-    while any(len(docs) > window for docs in current):
-        windows = [
-            (number, docs[start : start + window])
-            for number, docs in enumerate(current) if len(docs) > window
-            for start in range(0, len(docs), window)
-        ]
-        kept: dict[int, list[Doc]] = {number: [] for number, _ in windows}
-        for (number, docs), selection in zip(windows, choose(windows), strict=True):
-            ids = selection.ids if selection.valid else range(1, len(docs) + 1)
-            kept[number] += [docs[position - 1] for position in sorted(ids)]
-        for number, docs in kept.items():
-            current[number] = docs if len(docs) < len(current[number]) else current[number][:window]
-    return current
-
-
-def unique_documents(docs: Sequence[Doc]) -> list[Doc]:
-    """Return the documents with distinct ids; the first of each id is kept."""
-    first: dict[str, Doc] = {}
-    for doc in docs:
-        first.setdefault(doc["id"], doc)
-    return list(first.values())
-
-
 def answer_rows(rows: list[Row], builders: Builders, topn: int, window_size: int, order: str) -> list[Row]:
     """Return the answered rows, from their first `topn` documents in windows of `window_size`. `order` is a value of --order.
 
     A row whose last selection or answer cannot be read has `error` instead of `response`.
     """
     chooser, generator = builders
-    usages = [Usage() for _ in rows]
-
-    def choose(windows: list[Window]) -> list[Selection]:
-        shown = in_threads(lambda window: (window[0], chooser.shown(rows[window[0]]["question"], window[1])), windows)
-        completions = chooser.ask([
-            chooser.select(rows[number], docs, ("window", docs[0]["id"] if docs else "")) for number, docs in shown
-        ])
-        for (number, _), completion in zip(shown, completions, strict=True):
-            usages[number].add(completion)
-        notation = chooser.prompts.notation
-        return [read_selection(completion, 0, len(docs), notation) for (_, docs), completion in zip(shown, completions, strict=True)]
-
-    candidates = reduce_to_window([row["docs"][:topn] for row in rows], window_size, choose)
-    open_questions = [number for number, docs in enumerate(candidates) if docs]
-    final = dict(zip(open_questions, choose([(number, candidates[number]) for number in open_questions]), strict=True))
+    candidates, choices, usages = choose_by_windows(rows, topn, window_size, chooser)
     in_order = sorted if order == "retrieval" else list  # candidates are in the order of retrieval
-    readable = [number for number in range(len(rows)) if number not in final or final[number].valid]
     chosen = {
-        number: [candidates[number][position - 1] for position in in_order(final[number].ids)] if number in final else []
-        for number in readable
+        number: [docs[position - 1] for position in in_order(choice)]
+        for number, (docs, choice) in enumerate(zip(candidates, choices, strict=True)) if isinstance(choice, list)
     }
-    completions = generator.ask(in_threads(lambda number: generator.answer(rows[number], chosen[number]), readable))
-    answers = dict(zip(readable, completions, strict=True))
+    answers = answer_from(rows, chosen, generator)
     results = []
-    for number, (row, usage) in enumerate(zip(rows, usages, strict=True)):
-        about = {"candidates": [doc["id"] for doc in candidates[number]]}
-        if number in chosen:
-            selection = positions_of(row["docs"], chosen[number]), chosen[number]
-        else:
-            selection = f"{final[number].reason} (last window)"
+    for number, (row, docs, choice, usage) in enumerate(zip(rows, candidates, choices, usages, strict=True)):
+        about = {"candidates": [doc["id"] for doc in docs]}
+        selection = f"{choice} (last window)" if isinstance(choice, str) else (positions_of(row["docs"], chosen[number]), chosen[number])
         results.append(assemble_result(row, about, selection, answers.get(number), usage))
     return results
 

@@ -109,7 +109,7 @@ def of_kind(*kinds: str) -> tuple[str, ...]:
 ROW_STAGES = tuple(name for name, stage in STAGES.items() if stage.kind != HUB and stage.input != "--passages")
 LLM_STAGES = of_kind(ENGINE)
 SCORERS = of_kind(SCORES)  # they always rewrite their output and use every row, so they have neither --on_error nor --overwrite
-TOOLS = ("publish",)  # scripts at the root that are no stages: they write no rows, and the chain does not run them
+TOOLS = ("publish", "serve")  # scripts at the root that are no stages: they write no rows, and the chain does not run them
 CONTINUING = of_kind(ROWS, MODEL, ENGINE)  # a second start of them goes on from what the first one left
 
 

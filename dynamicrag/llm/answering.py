@@ -15,7 +15,8 @@ from typing import Any, cast
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.completion_cache import CompletionCache
 from dynamicrag.llm.options import CallOptions
-from dynamicrag.llm.requests import Builders, asking, work_on_fitting
+from dynamicrag.llm.requests import Builders, RequestBuilder, asking, work_on_fitting
+from dynamicrag.llm.templates import in_threads
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row, fail_unanswered, unanswered
@@ -90,6 +91,12 @@ def place_of(builders: Builders) -> dict[str, str]:
     """Return device and dtype of the models for Output.record(); an empty dictionary for a server, where they are not known."""
     places = [place_of_engine() for builder in builders if (place_of_engine := getattr(builder.engine, "place", None))]
     return {key: ", ".join(dict.fromkeys(place[key] for place in places)) for key in ("device", "dtype")} if places else {}
+
+
+def answer_from(rows: list[Row], chosen: Mapping[int, Sequence[Doc]], generator: RequestBuilder) -> dict[int, Completion]:
+    """Return the answers by number of the question, each from its `chosen` documents, with the same numbers."""
+    completions = generator.ask(in_threads(lambda number: generator.answer(rows[number], chosen[number]), chosen))
+    return dict(zip(chosen, completions, strict=True))
 
 
 def assemble_result(

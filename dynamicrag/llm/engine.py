@@ -8,6 +8,7 @@ them, unless VLLM_BATCH_INVARIANT=1.
 import os
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -33,6 +34,7 @@ from dynamicrag.llm.templates import (
 )
 from dynamicrag.llm.vllm_environment import bars_are_off, prepare_vllm
 from dynamicrag.models.chat_templates import Messages
+from dynamicrag.models.checkpoints import model_window
 from dynamicrag.stage import UserError, log
 
 DEFAULT_WINDOW = 8192  # tokens; a larger window uses memory that no prompt here needs
@@ -106,23 +108,6 @@ def load_engine(options: EngineOptions) -> "VllmEngine | ApiEngine":
     return VllmEngine(options)
 
 
-def model_window(model: str) -> int | None:
-    """Return the window of a model in tokens according to its config.json; None if it gives none."""
-    from transformers import PretrainedConfig
-
-    from dynamicrag.models.checkpoints import loading
-
-    with loading(model, "a language model"):
-        config, _ = PretrainedConfig.get_config_dict(model)
-        config = {**config, **(config.get("text_config") or {})}
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
-        windows = [config[name] for name in names if type(config.get(name)) is int and config[name] > 0]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if windows and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
-            windows = [int((rope.get("original_max_position_embeddings") or min(windows)) * rope.get("factor", 1))]
-    return min(windows, default=None)
-
-
 def window_of(model: str, asked: int | None) -> int:
     """Return --max-model-len, by default the smaller of DEFAULT_WINDOW and the model's window.
 
@@ -147,15 +132,13 @@ class VllmEngine:
         self._prompts: PromptTokenizer = load_prompts(model, options.template, options.enable_thinking == "on")
         self.max_model_len = window_of(model, options.max_model_len)
         on_cpu = prepare_vllm(options.tensor_parallel_size)
-        from vllm import LLM
-
         # On a CPU, vLLM cannot prefill a seeded request in pieces ("CPU Generator does not use offset"). By default it
         # shares prompts in blocks of 128 tokens, and each of several samples would compute the rest of the prompt
         # again.
         on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": self.max_model_len, "block_size": 32} if on_cpu else {}
         log.info("loading %s into vLLM (%s)", model, "CPU" if on_cpu else f"{options.tensor_parallel_size} GPU")
         try:
-            self._llm = LLM(
+            self._llm = self._start(
                 model=model,
                 tensor_parallel_size=options.tensor_parallel_size,
                 max_model_len=self.max_model_len,
@@ -182,6 +165,12 @@ class VllmEngine:
         self._special = sorted(token for token in special if not OPENS.fullmatch(token) and not OPENS.fullmatch(token.replace("/", "")))
         self._tags_are_special = len(self._special) < len(special)
 
+    def _start(self, **arguments: Any) -> Any:
+        """Return vLLM with these arguments."""
+        from vllm import LLM
+
+        return LLM(**arguments)
+
     def place(self) -> dict[str, str]:
         """Return the name of the device and the dtype of the computation, to which `--dtype auto` was resolved."""
         from vllm.platforms import current_platform
@@ -189,8 +178,9 @@ class VllmEngine:
         return {"device": current_platform.get_device_name(), "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")}
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
-        """Return whether the prompt leaves room for max_tokens in the window."""
-        return len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
+        """Return whether the prompt leaves room for max_tokens in the window. A text of megabytes is not tokenised to find out."""
+        characters = sum(len(message["content"]) for message in messages)
+        return characters <= self.max_model_len * self._prompts.longest_token and len(self._prompts.ids(messages)) + max_tokens <= self.max_model_len
 
     def complete(self, requests: list[Request]) -> list[Completion]:
         """Run all requests as one batch.
@@ -199,36 +189,49 @@ class VllmEngine:
         """
         if not requests:
             return []
+        ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
+        completions = {number: self._too_long(*pair) for number, pair in enumerate(zip(requests, ids_of_requests, strict=True))}
+        numbers = [number for number, refusal in completions.items() if refusal is None]
+        prompts = [{"prompt_token_ids": ids_of_requests[number]} for number in numbers]
+        params = [self._sampling(requests[number]) for number in numbers]
+        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []
+        for number, output in zip(numbers, outputs, strict=True):
+            completions[number] = self._completion(requests[number], output)
+        return [completion for completion in completions.values() if completion is not None]
+
+    def _too_long(self, request: Request, ids: list[int]) -> Completion | None:
+        """Return the refusal of a prompt that exceeds the window, or None."""
+        if len(ids) + request.max_tokens <= self.max_model_len:
+            return None
+        return refused(request, f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} ({request.limit}) "
+                                f"within --max-model-len {self.max_model_len}")
+
+    def _sampling(self, request: Request, **more: Any) -> Any:
+        """Return vLLM's SamplingParams of a request."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        prompts, params, numbers = [], [], []
         # Otherwise the constraint would exclude the first token of every answer that the model was trained to write.
-        space = any(request.pattern for request in requests) and self._prompts.opens_with_space
-        completions: dict[int, Completion] = {}
-        ids_of_requests = in_threads(lambda request: self._prompts.ids(request.messages), requests)
-        for number, (request, ids) in enumerate(zip(requests, ids_of_requests, strict=True)):
-            if len(ids) + request.max_tokens > self.max_model_len:
-                completions[number] = refused(request, f"a prompt of {len(ids)} tokens does not leave {request.max_tokens} ({request.limit}) "
-                                                       f"within --max-model-len {self.max_model_len}")
-                continue
-            numbers.append(number)
-            prompts.append({"prompt_token_ids": ids})
-            params.append(SamplingParams(
-                n=request.n, temperature=request.temperature, top_p=request.top_p,
-                max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
-                structured_outputs=StructuredOutputsParams(regex=f" ?({request.pattern})" if space else request.pattern) if request.pattern else None,
-                stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop),
-            ))
-        outputs = self._llm.generate(prompts, params, use_tqdm=not bars_are_off()) if numbers else []
-        for number, output in zip(numbers, outputs, strict=True):
-            completions[number] = completion_of(
-                [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], requests[number],
-                prompt_tokens=len(output.prompt_token_ids or ()),
-                generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
-                opened=leaves_open(prefix_of(requests[number].messages), self._prompts.opens_reasoning),
-            )
-        return [completions[number] for number in range(len(requests))]
+        space = " ?" if request.pattern and self._prompts.opens_with_space else ""
+        return SamplingParams(
+            n=request.n, temperature=request.temperature, top_p=request.top_p,
+            max_tokens=request.max_tokens, seed=request.seed, skip_special_tokens=not self._tags_are_special,
+            structured_outputs=StructuredOutputsParams(regex=f"{space}({request.pattern})" if space else request.pattern) if request.pattern else None,
+            stop=list(request.stop), stop_token_ids=self._stop_tokens(request.stop), **more,
+        )
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        """Return the completion of a request from vLLM's finished output."""
+        return completion_of(
+            [Sample(self._readable(sample.text), sample.finish_reason) for sample in output.outputs], request,
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            generated_tokens=sum(len(sample.token_ids) for sample in output.outputs),
+            opened=self._opened(request),
+        )
+
+    def _opened(self, request: Request) -> bool:
+        """Return whether the prompt of a request ends within reasoning."""
+        return leaves_open(prefix_of(request.messages), self._prompts.opens_reasoning)
 
     def _stop_tokens(self, stop: tuple[str, ...]) -> list[int]:
         """Return the ids of the special tokens in `stop`.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.completion_cache import CompletionCache
@@ -24,8 +24,8 @@ from dynamicrag.rows.tasks import task_of_row
 from dynamicrag.stage import UserError, derive_seed, log
 
 
-def add_call_flags(parser: ArgumentParser) -> None:
-    """Add the flags of every stage in which an LLM selects documents."""
+def add_call_flags(parser: ArgumentParser, in_chunks: bool = True) -> None:
+    """Add the flags of every stage in which an LLM selects documents, with --chunk-size if it works `in_chunks`."""
     group = parser.add_argument_group("calls")
     add_prompts_flag(group)
     group.add_argument("--reranker-model", help="checkpoint that selects documents (default: the generator itself)")
@@ -44,8 +44,9 @@ def add_call_flags(parser: ArgumentParser) -> None:
              "reasoning restricts only the text after it)",
     )
     group.add_argument("--dataset", help="data set of every row; overrides the rows")
-    group.add_argument("--chunk-size", type=int, default=2000,
-                       help="questions per batch; results are written to disk after each batch")
+    if in_chunks:
+        group.add_argument("--chunk-size", type=int, default=2000,
+                           help="questions per batch; results are written to disk after each batch")
 
 
 class Window(Protocol):
@@ -84,26 +85,26 @@ def positions_of(docs: Sequence[Doc], chosen: Sequence[Doc]) -> list[int]:
     return [positions[doc["id"]] for doc in chosen]
 
 
-def load_builders(engine: EngineOptions, calls: CallOptions, both: bool = True) -> "Builders":
-    """Load the selector and the generator.
+def load_builders(engine: EngineOptions, calls: CallOptions, both: bool = True, load: Callable[[EngineOptions], Any] | None = None) -> "Builders":
+    """Load the selector and the generator, by `load` (default: load_engine).
 
     They are one model unless calls.reranker_model is given; `both=False` skips the selector. Two models in this process
     share the GPU memory that one model would get. Each is asked with the prompts of calls.prompts, or else with those
     that come with it, or else with the project's.
     """
     if not (both and calls.reranker_model):
-        builder = _load_builder(engine, calls)
+        builder = _load_builder(engine, calls, load or load_engine)
         return builder, builder
     answering = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
     choosing = replace(answering, llm_model=calls.reranker_model, template=calls.reranker_template or engine.template)
-    generator = _load_builder(answering, calls)
-    return _load_builder(choosing, calls), generator
+    generator = _load_builder(answering, calls, load or load_engine)
+    return _load_builder(choosing, calls, load or load_engine), generator
 
 
-def _load_builder(engine: EngineOptions, calls: CallOptions) -> "RequestBuilder":
+def _load_builder(engine: EngineOptions, calls: CallOptions, load: Callable[[EngineOptions], Any]) -> "RequestBuilder":
     if not engine.api_base:  # a server's model is only a name
         engine = replace(engine, llm_model=pull(resolve_model(engine.llm_model)))
-    return RequestBuilder(load_engine(engine), replace(calls, prompts=prompts_for(engine.llm_model, calls.prompts)))
+    return RequestBuilder(load(engine), replace(calls, prompts=prompts_for(engine.llm_model, calls.prompts)))
 
 
 def work_on_fitting(
@@ -148,7 +149,7 @@ class RequestBuilder:
 
     def __init__(self, engine: VllmEngine | ApiEngine, options: CallOptions):
         self._options = options
-        self.engine = engine
+        self.engine, self.dataset = engine, options.dataset
         self.prompts = Prompts(options.prompts)
         self._said_cut = False
         self._texts, self._cut_off = Counter(), Counter()  # by (flag of the limit, limit)

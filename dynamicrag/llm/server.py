@@ -74,7 +74,11 @@ class ApiEngine:
                                     "(continue_final_message): a server without this option, such as OpenAI's, starts "
                                     "a new answer after it, which may lower the scores")
             asyncio.run(self._ask_all(requests, replies))
-        answered = list(zip(requests, (reply for reply in replies if reply is not None), strict=True))
+        return self._completions(requests, [reply for reply in replies if reply is not None])
+
+    def _completions(self, requests: list[Request], replies: list[Reply | str]) -> list[Completion]:
+        """Return the completions of requests from their replies, or from the reasons why there is none."""
+        answered = list(zip(requests, replies, strict=True))
         for request, reply in answered:
             if not isinstance(reply, str) and not leaves_open(prefix_of(request.messages)):
                 self._opens_reasoning |= any(opens_itself(sample.text or "") for sample in reply[0])

@@ -1,5 +1,6 @@
 """Chat templates: choose the template of a checkpoint, and convert messages to token ids with it."""
 
+import functools
 import hashlib
 import os
 import re
@@ -55,13 +56,18 @@ class PromptTokenizer:
         self._kept: LRUCache = LRUCache(KEPT_TOKENS, getsizeof=len)
         self._lock = threading.Lock()
 
-    @property
+    @functools.cached_property
     def opens_reasoning(self) -> bool:
         """Whether every prompt ends with the tag that opens the model's reasoning."""
         *_, end = self.render(SAMPLE).rpartition(SAMPLE[1]["content"])
         return any(not end[opening.end() :].strip() for opening in OPENS.finditer(end))
 
-    @property
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The number of characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @functools.cached_property
     def opens_with_space(self) -> bool:
         """Whether a model of this template and tokenizer begins its answers with a space, as Mistral and LLaMA2 are trained.
 
@@ -105,6 +111,9 @@ class PromptTokenizer:
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Return work() of every item, in order, on all cores. Tokenizers release the GIL."""
+    items = list(items)
+    if len(items) < 2:
+        return [work(item) for item in items]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(work, items))
 

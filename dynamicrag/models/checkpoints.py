@@ -103,3 +103,18 @@ def read_json(path: str, name: str) -> Any:
         return orjson.loads(Path(file).read_bytes())
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}/{name}: not JSON ({error}); give the folder of a Hugging Face model") from error
+
+
+def model_window(model: str) -> int | None:
+    """Return the window of a model in tokens according to its config.json; None if it gives none."""
+    from transformers import PretrainedConfig
+
+    with loading(model, "a language model"):
+        config, _ = PretrainedConfig.get_config_dict(model)
+        config = {**config, **(config.get("text_config") or {})}
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+        windows = [config[name] for name in names if type(config.get(name)) is int and config[name] > 0]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if windows and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+            windows = [int((rope.get("original_max_position_embeddings") or min(windows)) * rope.get("factor", 1))]
+    return min(windows, default=None)

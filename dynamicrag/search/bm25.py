@@ -12,7 +12,7 @@ import itertools
 import re
 import shutil
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +121,7 @@ def _stop_words() -> frozenset[str]:
     return frozenset(STOPWORDS_EN)
 
 
-@cache
+@lru_cache(1 << 20)  # a server gets new words for ever
 def _stem(word: str) -> str:
     return _stemmer().stem(word)
 

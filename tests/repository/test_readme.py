@@ -21,7 +21,7 @@ FOLDERS = "scripts|recipes|configs|template|docs|dynamicrag|examples|tests|bench
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]*\w\.(?:sh|yaml|env|jinja|svg|png|py|md|json)\b")
 # Flags that no file here has: argparse's --help, vLLM's, and one that docs/security.md says does not exist.
 FOREIGN_FLAGS = {"--nodes", "--gpus-per-node", "--head", "--port", "--num-gpus", "--help", "--structured-outputs-config", "--untrusted"}
-SHELL = {"bash", "llamafactory-cli", "source", "for", "done", "cp", "pip", "pre-commit"}  # a line may begin with python or with one of these words
+SHELL = {"bash", "curl", "llamafactory-cli", "source", "for", "done", "cp", "pip", "pre-commit"}  # a line may begin with python or with one of these words
 
 
 def blocks(text: str, language: str = "bash") -> list[str]:

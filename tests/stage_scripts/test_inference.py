@@ -17,6 +17,7 @@ import sampling_dpo_trajectories
 import top_inference
 from dynamicrag.evaluation.answers import unanswered_reason
 from dynamicrag.files.jsonio import read_json
+from dynamicrag.llm.choosing import reduce_to_window
 from dynamicrag.llm.completion import Completion, Usage
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import RequestBuilder, documents_that_fit, work_on_fitting
@@ -393,7 +394,7 @@ def always_last(windows):
 
 
 def test_positions_within_a_window_become_documents_before_windows_are_merged():
-    kept = top_inference.reduce_to_window([documents(500)], 40, always_last)
+    kept = reduce_to_window([documents(500)], 40, always_last)
     assert [doc["id"] for doc in kept[0]] == [f"d{n}" for n in (*range(40, 481, 40), 500)]
 
 
@@ -502,7 +503,7 @@ def test_a_window_that_cannot_be_read_keeps_its_documents_and_a_last_one_is_an_e
 
 def test_documents_are_identified_by_id_not_by_position_or_text():
     docs = [{**doc, "text": "same", "title": f"d{n}", "id": f"d{n % 5}"} for n, doc in enumerate(documents(12))]
-    kept = top_inference.reduce_to_window([docs], 3, picks(1, 2, 3))
+    kept = reduce_to_window([docs], 3, picks(1, 2, 3))
     assert [doc["id"] for doc in kept[0]] == ["d0", "d1", "d2"]
     call = caller(choosing("[2], [1]"), top_inference)
     [row] = by_windows([question(docs=docs)], call, "--max-context-window", "5")
@@ -539,7 +540,7 @@ def test_reduction_always_ends_within_the_window_and_invents_nothing(counts, win
             selections.append(Selection(ids, rng.random() > 0.1))
         return selections
 
-    kept = top_inference.reduce_to_window(questions, window, choose)
+    kept = reduce_to_window(questions, window, choose)
     for number, (docs, rest) in enumerate(zip(questions, kept, strict=True)):
         order = list(dict.fromkeys(doc["id"] for doc in docs))
         ids = [doc["id"] for doc in rest]
@@ -559,7 +560,7 @@ def test_one_question_that_needs_more_rounds_does_not_ask_the_finished_ones_agai
         rounds.append({number for number, _ in windows})
         return picks(1, 2)(windows)
 
-    top_inference.reduce_to_window([documents(3), documents(9), documents(90)], 4, choose)
+    reduce_to_window([documents(3), documents(9), documents(90)], 4, choose)
     assert rounds[0] == {1, 2}
     assert all(some == {2} for some in rounds[2:])
 

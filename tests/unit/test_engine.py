@@ -320,6 +320,18 @@ def test_vllms_bar_is_off_if_bars_are(value, bar):
     subprocess.run([sys.executable, "-c", script], cwd=REPO, env=environment, check=True)
 
 
+def test_a_text_of_megabytes_does_not_fit_and_is_not_tokenised(tmp_path):
+    from transformers import AutoTokenizer
+
+    make_tiny_llama(tmp_path)
+    engine = object.__new__(VllmEngine)
+    engine._prompts, engine.max_model_len = PromptTokenizer(AutoTokenizer.from_pretrained(tmp_path), read_template(str(REPO / "template/llama3.jinja"))), 100
+    longest = max(engine._prompts.tokenizer.get_vocab(), key=len)
+    assert engine.fits([{"role": "user", "content": "river"}], 5) and not engine.fits([{"role": "user", "content": "river " * 100}], 5)
+    engine._prompts.ids = lambda messages: pytest.fail("it is tokenised")
+    assert not engine.fits([{"role": "user", "content": "x" * (100 * len(longest) + 1)}], 5)
+
+
 @pytest.mark.slow
 def test_the_engine_continues_a_prefix_and_ends_at_a_stop_string(tmp_path):
     """vLLM's text never has a special token, so the id of the token ends the output. A block of reasoning that the prefix opens counts as reasoning."""
