@@ -29,7 +29,8 @@ def loading(path: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as {what} ({reason}); give the folder of a Hugging Face model") from error
+        on_hub = "" if Path(path).exists() else ", or a name on the hub, and HF_TOKEN if that model is private or gated"
+        raise UserError(f"{path}: cannot be loaded as {what} ({reason}); give the folder of a Hugging Face model{on_hub}") from error
 
 
 def load_weights(auto: Any, path: str, **options: object) -> PreTrainedModel:

@@ -382,7 +382,7 @@ def test_a_model_that_the_hub_does_not_deliver_is_named(problem, model, hub, mon
     repository.gated, repository.private = problem == "gated", problem == "private"
     monkeypatch.delenv("HF_TOKEN")
     name = "me/absent" if problem == "absent" else "me/tiny"
-    with pytest.raises(UserError, match=at(name)) as error:
+    with pytest.raises(UserError, match=at(name, "HF_TOKEN")) as error:
         infer(name, "out.json")
     assert "\n" not in str(error.value)
 
