@@ -190,3 +190,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
     done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert float(done.stdout) < 50
+
+
+def test_the_first_search_keeps_nothing_but_its_bounds(rough):
+    """It once took 10 GB for 21 million vectors: bounds that were kept between freed vectors spread them over the heap."""
+    measured = """
+import resource, numpy as np
+from dynamicrag.search import exact
+exact.UNIT_VECTORS = {"cpu": 64}
+vectors, queries = np.ones((80_000, 768), np.float16), np.ones((1, 768), np.float32)
+vectors[:, 0] = np.arange(80_000) / 80_000 * 99
+exact.ExactIndex([vectors[:20_000]]).search(queries, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exact.ExactIndex([vectors]).search(queries, 1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert float(done.stdout) < 50
