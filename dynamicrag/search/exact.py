@@ -13,7 +13,7 @@ result therefore does not depend on batches, blocks, shards or the device.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -75,12 +75,13 @@ class ExactIndex:
 class _Block:
     """Up to BLOCK_VECTORS vectors; the first one has the number `offset`.
 
-    `bounds` are those of `measure` for each unit of vectors. The first search measures them.
+    `bounds` has those of `measure` for each unit of vectors, [units, 2]. The first search measures them.
     """
 
     vectors: torch.Tensor
     offset: int
-    bounds: list[torch.Tensor] = field(default_factory=list)
+    bounds: torch.Tensor  # allocated first: results between freed vectors would fragment the memory
+    measured: int = 0  # units
 
 
 class _Part:
@@ -105,7 +106,8 @@ class _Part:
             mapped = mapped.to(self.device)
         elif all(block.vectors.device.type != "cpu" for block in self.blocks):
             log.warning("%s: its memory is full; vectors from number %d on are copied to it in every pass", self.device, offset)
-        self.blocks.append(_Block(mapped, offset))
+        bounds = torch.empty(-(-len(mapped) // self.unit), 2, device=self.device)
+        self.blocks.append(_Block(mapped, offset, bounds))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -126,7 +128,7 @@ class _Part:
                         rounded = self._round(block, unit, start // self.unit + number, rough)
                         torch.mm(rounded, rough_queries, out=of_tile[number * self.unit :][: len(unit)])
                     bounds = block.bounds[start // self.unit : (start + size) // self.unit]
-                    candidates.consider(of_tile, start, torch.stack(bounds).amax(dim=0))
+                    candidates.consider(of_tile, start, bounds.amax(dim=0))
                 candidates.leave()
                 del vectors, tile, unit  # frees the memory for the next block if this one was sent to the GPU
             return candidates.scores.cpu().numpy(), candidates.positions.cpu().numpy()
@@ -134,6 +136,7 @@ class _Part:
     def _round(self, block: _Block, vectors: torch.Tensor, number: int, buffer: torch.Tensor) -> torch.Tensor:
         """Return the vectors of a unit in low precision, made in the buffer."""
         rounded = round_vectors(vectors, buffer[: len(vectors)])
-        if number == len(block.bounds):
-            block.bounds.append(measure(vectors, rounded, block.offset + number * self.unit))
+        if number == block.measured:
+            block.bounds[number] = measure(vectors, rounded, block.offset + number * self.unit)
+            block.measured += 1
         return rounded

@@ -14,6 +14,7 @@ from dynamicrag.models.device import pick_dtype
 from dynamicrag.search import candidates, exact, inner_products
 from dynamicrag.search.exact import ExactIndex
 from dynamicrag.search.inner_products import best_first
+from dynamicrag.search.rounding import MISSING
 
 
 def brute_force(vectors, queries, k):
@@ -81,6 +82,26 @@ def test_many_questions_in_small_tiles(small_tiles, monkeypatch):
     assert_exact(normal(rng, 300, 8).astype(np.float16), normal(rng, 70, 8), 5)
 
 
+def test_numbers_that_a_processor_takes_as_zero(small_tiles):
+    """Multiplied in bfloat16, the smallest numbers of float16 count as zero. They decide here, alone or behind larger ones."""
+    rng = np.random.default_rng(9)
+    vectors = rng.integers(-60, 61, (900, 24)) * 2.0**-20
+    queries = normal(rng, 6, 24)
+    assert_exact(vectors.astype(np.float16), queries, 20)
+    vectors[:, 0], queries[:, 0] = 1 + rng.integers(0, 2, 900) / 1024, 0.01
+    assert_exact(vectors.astype(np.float16), queries, 20)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_queries_of_every_size_and_scores_of_one_sign(small_tiles, sign, scale):
+    rng = np.random.default_rng(10)
+    vectors = np.abs(normal(rng, 700, 16)).astype(np.float16)
+    queries = (sign * np.abs(normal(rng, 5, 16)) * scale).astype(np.float32)
+    assert_exact(vectors, queries, 40)
+    assert_exact(np.concatenate([vectors, -vectors]), queries, 800)
+
+
 @pytest.mark.parametrize("best_at", [0, 63, 70, 900])
 @pytest.mark.parametrize("rounded", ["query", "vectors"])
 def test_the_best_where_rounding_hides_it_most(small_tiles, best_at, rounded):
@@ -89,13 +110,16 @@ def test_the_best_where_rounding_hides_it_most(small_tiles, best_at, rounded):
     pattern = np.where(np.arange(width) % 2, 1.0, -1.0)
     fine = pattern / 512  # rounding removes this from 1 + fine
     if rounded == "query":
-        query, others, best = 1 + fine, -pattern, pattern
+        # The second one is rounded like this after it was multiplied.
+        queries, others, best = np.stack([1 + pattern / 520, (1 + pattern / 520) / (MISSING / 2.0**112)]), -pattern, pattern
     else:
-        query, others, best = pattern, 1 - fine, 1 + fine
+        queries, others, best = pattern[None].repeat(2, axis=0), 1 - fine, 1 + fine
+    queries = np.append(queries, np.ones((2, 1)), axis=1).astype(np.float32)
     vectors = np.tile(np.append(others, 0.0), (1000, 1))
     vectors[best_at] = np.append(best, -1.9)
-    assert_exact(vectors.astype(np.float16), np.append(query, 1.0)[None].astype(np.float32).repeat(2, axis=0), 1)
-    assert ExactIndex([vectors.astype(np.float16)]).search(np.append(query, 1.0)[None].astype(np.float32), 1)[1] == best_at
+    for stored in (np.float16, np.float32):
+        assert_exact(vectors.astype(stored), queries, 1)
+        assert (ExactIndex([vectors.astype(stored)]).search(queries, 1)[1] == best_at).all()
 
 
 def test_ties_are_in_the_order_of_the_vectors(small_tiles):
@@ -162,6 +186,23 @@ row, query = torch.arange(60_000) % 20_000, torch.arange(60_000) % 64
 inner_products(vectors, row[:600], queries, query[:600])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 inner_products(vectors, row, queries, query)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert float(done.stdout) < 50
+
+
+def test_the_first_search_keeps_nothing_but_its_bounds(rough):
+    """It once took 10 GB for 21 million vectors: bounds that were kept between freed vectors spread them over the heap."""
+    measured = """
+import resource, numpy as np
+from dynamicrag.search import exact
+exact.UNIT_VECTORS = {"cpu": 64}
+vectors, queries = np.ones((80_000, 768), np.float16), np.ones((1, 768), np.float32)
+vectors[:, 0] = np.arange(80_000) / 80_000 * 99
+exact.ExactIndex([vectors[:20_000]]).search(queries, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exact.ExactIndex([vectors]).search(queries, 1)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
     done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
