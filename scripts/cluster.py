@@ -23,8 +23,6 @@ def connect(local_gpus: int):
         except (OSError, ValueError) as error:
             raise UserError(f"RAY_ADDRESS={address}: cannot be reached ({error}); {here}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise one line per second if another program listens there
     handler = signal.getsignal(signal.SIGTERM)
     more = {} if address else {"num_gpus": local_gpus, "include_dashboard": False}
     try:

@@ -8,7 +8,6 @@ others still finish. RAY_ADDRESS is a cluster to which this machine belongs; wit
     python scripts/launch.py --workers --gpus 1                                print how many parts the cluster runs at a time
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -64,8 +63,11 @@ def check_nodes(run, nodes: list[Node], logs: str) -> None:
         for ref, name in asked.items():
             try:
                 status, said = ray.get(ref) if ref in answered else (f"none in {CHECK_SECONDS} s", "")
+            except ray.exceptions.RayTaskError as error:
+                status, said = str(error.cause), ""
             except ray.exceptions.RayError as error:
-                status, said = str(getattr(error, "cause", error)).strip().splitlines()[-1], ""
+                stage.log.warning("%s: has just died (%s); it gets no part", name, type(error).__name__)
+                continue
             there = json.loads(said) if status == 0 else {}
             differing = [f"{what} is {there.get(what, 'missing')}, here {value}" for what, value in here.items() if there.get(what) != value]
             if status:
@@ -97,6 +99,7 @@ def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: 
         return remote.options(**options).remote(sys.executable, os.getcwd(), environment, arguments)
 
     check_nodes(run, nodes, logs)
+    nodes = usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
     places = sum(node.places for node in nodes)
     stage.log.info("%d parts, %d at a time on %d nodes; their logs are %s*.log", len(commands), min(places, len(commands)), len(nodes), logs)
     progress, tries, failed = Progress(logs, list(commands)), dict.fromkeys(commands, 0), []
@@ -153,9 +156,8 @@ def main() -> None:
         print(sum(node.places for node in usable_nodes(ray, args.gpus)))
         return
     commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where Ray prints twenty lines of log if a node dies
-        failed = run_parts(ray, commands, environment, args.logs, args.gpus)
-    sys.exit(1 if failed else 0)
+    sys.stdout = open(os.devnull, "w")  # if a node dies, Ray prints twenty lines of its log there, also at the end of this process
+    sys.exit(1 if run_parts(ray, commands, environment, args.logs, args.gpus) else 0)
 
 
 if __name__ == "__main__":
