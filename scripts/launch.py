@@ -8,7 +8,6 @@ others still finish. RAY_ADDRESS is a cluster to which this machine belongs; wit
     python scripts/launch.py --workers --gpus 1                                print how many parts the cluster runs at a time
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cluster import Node, connect, reach, usable_nodes
+from cluster import Node, connect, outcome, reach, usable_nodes
 from part import GRACE, PR_SET_PDEATHSIG, facts, prctl
 from progress import Progress
 
@@ -29,16 +28,28 @@ from dynamicrag.stage import UserError
 
 TRIES = 4  # of a part whose node, process or engine dies
 USER_ERROR = 2  # the exit status of a stage that would fail again
-CHECK_SECONDS, HEAD_SECONDS = 120, 30  # in which a node answers, and in which a head starts again; Ray itself waits for 60 s
+CHECK_SECONDS, HEAD_SECONDS = (
+    120,
+    30,
+)  # in which a node answers, and in which a head starts again; Ray itself waits for 60 s
 OF_NODE = ("CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR")  # variables that a node does not take from the driver
 
 
 def run_here(python: str, folder: str, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
     """Run scripts/part.py in `folder` of a node, with the environment of the driver. Returns exit status and stdout. Ray calls this."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ray.cancel raises it; a cluster started in the background ignores it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ray.cancel raises it; a cluster started in the background ignores it
     kept = {name: os.environ[name] for name in OF_NODE if name in os.environ}
-    process = subprocess.Popen([python, "scripts/part.py", *arguments], cwd=folder, env={**environment, **kept}, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [python, "scripts/part.py", *arguments],
+        cwd=folder,
+        env={**environment, **kept},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         while process.poll() is None:  # a cancelled task gets a KeyboardInterrupt between two looks
             time.sleep(0.1)
@@ -57,35 +68,42 @@ def check_nodes(run, nodes: list[Node], logs: str) -> None:
     marker.write_text(secrets.token_hex(8))
     try:
         here = facts(str(marker))
-        asked = {run(["facts", str(marker)], num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)): node.name
-                 for node in nodes}
+        asked = {
+            run(
+                ["facts", str(marker)],
+                num_cpus=0,
+                num_gpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            ): node.name
+            for node in nodes
+        }
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_SECONDS)
         wrong = []
         for ref, name in asked.items():
             try:
                 status, said = ray.get(ref) if ref in answered else (f"none in {CHECK_SECONDS} s", "")
+            except ray.exceptions.RayTaskError as error:
+                status, said = str(error.cause), ""
             except ray.exceptions.RayError as error:
-                status, said = str(getattr(error, "cause", error)).strip().splitlines()[-1], ""
+                stage.log.warning("%s: has just died (%s); it gets no part", name, type(error).__name__)
+                continue
             there = json.loads(said) if status == 0 else {}
-            differing = [f"{what} is {there.get(what, 'missing')}, here {value}" for what, value in here.items() if there.get(what) != value]
+            differing = [
+                f"{what} is {there.get(what, 'missing')}, here {value}"
+                for what, value in here.items()
+                if there.get(what) != value
+            ]
             if status:
                 differing = [f"scripts/part.py does not run (exit status: {status})"]
             if differing:
-                wrong.append(f"error: {name}: {'; '.join(differing)}; every node needs the same project, packages and shared folder at the same paths")
+                wrong.append(
+                    f"error: {name}: {'; '.join(differing)}; every node needs the same project, packages and shared folder at the same paths"
+                )
     finally:
         marker.unlink()
     if wrong:
         print(*wrong, sep="\n", file=sys.stderr)
         sys.exit(2)
-
-
-def outcome(ray, ref) -> tuple[int, str]:
-    """Return the exit status of a part that has ended, and why it ended."""
-    try:
-        status = ray.get(ref)[0]
-    except ray.exceptions.RayError as error:  # its node or its worker has died
-        return 1, type(error).__name__
-    return status, f"exit status {status}"
 
 
 def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: str, gpus: int) -> list[str]:
@@ -97,8 +115,15 @@ def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: 
         return remote.options(**options).remote(sys.executable, os.getcwd(), environment, arguments)
 
     check_nodes(run, nodes, logs)
+    nodes = usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
     places = sum(node.places for node in nodes)
-    stage.log.info("%d parts, %d at a time on %d nodes; their logs are %s*.log", len(commands), min(places, len(commands)), len(nodes), logs)
+    stage.log.info(
+        "%d parts, %d at a time on %d nodes; their logs are %s*.log",
+        len(commands),
+        min(places, len(commands)),
+        len(nodes),
+        logs,
+    )
     progress, tries, failed = Progress(logs, list(commands)), dict.fromkeys(commands, 0), []
 
     def start(part: str):
@@ -116,18 +141,24 @@ def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: 
                 answered = time.monotonic()
             except OSError as error:
                 if time.monotonic() - answered > HEAD_SECONDS:
-                    raise UserError(f"{head}: the head of the cluster has not answered for {HEAD_SECONDS} s ({error}); start it, and run "
-                                    "the same command again to continue") from None
+                    raise UserError(
+                        f"{head}: the head of the cluster has not answered for {HEAD_SECONDS} s ({error}); start it, and run "
+                        "the same command again to continue"
+                    ) from None
             for ref in ended:
                 status, reason = outcome(ray, ref)
                 part = running.pop(ref)
                 progress.end(part, status == 0)
                 if status not in (0, USER_ERROR) and tries[part] < TRIES:
                     usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
-                    stage.log.warning("part %s ended early (%s); it runs again, try %d of %d", part, reason, tries[part] + 1, TRIES)
+                    stage.log.warning(
+                        "part %s ended early (%s); it runs again, try %d of %d", part, reason, tries[part] + 1, TRIES
+                    )
                     running[start(part)] = part
                 elif status:
-                    progress.all.write(f"error: part {part} failed ({reason}); see its log, {logs}{part}.log", file=sys.stderr)
+                    progress.all.write(
+                        f"error: part {part} failed ({reason}); see its log, {logs}{part}.log", file=sys.stderr
+                    )
                     failed.append(part)
     except BaseException:
         for ref in running:
@@ -147,15 +178,19 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true", help="print how many parts the cluster runs at a time")
     args = parser.parse_args()
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this has ended
-    environment = {name: value for name, value in os.environ.items() if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_NODE and not name.startswith(("RAY_", "SLURM_"))
+    }
     ray = connect(args.local_gpus)  # which changes the environment
     if args.workers:
         print(sum(node.places for node in usable_nodes(ray, args.gpus)))
         return
     commands = dict(line.rstrip("\n").split("\t", 1) for line in sys.stdin)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where Ray prints twenty lines of log if a node dies
-        failed = run_parts(ray, commands, environment, args.logs, args.gpus)
-    sys.exit(1 if failed else 0)
+    # If a node dies, Ray prints twenty lines of its log to stdout, also at the end of this process.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.exit(1 if run_parts(ray, commands, environment, args.logs, args.gpus) else 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run one part on a node of a cluster, or tell what the node has. scripts/launch.py starts this on the nodes.
 
-    python scripts/part.py run LOG COMMAND           append to LOG; the part ends when the stdin of this process is closed
-    python scripts/part.py run LOG COMMAND --first   begin LOG again
-    python scripts/part.py facts SHARED_FILE         print as JSON what must be the same on every node
+python scripts/part.py run LOG COMMAND           append to LOG; the part ends when the stdin of this process is closed
+python scripts/part.py run LOG COMMAND --first   begin LOG again
+python scripts/part.py facts SHARED_FILE         print as JSON what must be the same on every node
 """
 
 import ctypes
@@ -39,7 +39,11 @@ def facts(marker: str) -> dict[str, str]:
     for path in sorted(path for pattern in CODE for path in Path().glob(pattern)):
         code.update(f"{path}\0".encode() + path.read_bytes())
     content = Path(marker).read_text() if os.path.exists(marker) else "does not exist"
-    return {f"the shared folder {os.path.dirname(marker)}": content, f"the project {os.getcwd()}": code.hexdigest()[:12], **versions()}
+    return {
+        f"the shared folder {os.path.dirname(marker)}": content,
+        f"the project {os.getcwd()}": code.hexdigest()[:12],
+        **versions(),
+    }
 
 
 def run(log: str, command: str, first: bool) -> int:
@@ -56,8 +60,14 @@ def run(log: str, command: str, first: bool) -> int:
             file.truncate(0)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         file.write(f"on {socket.gethostname()}, {f'GPUs {gpus}' if gpus else 'CPU'}: {command}\n".encode())
-        leader = subprocess.Popen(["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                                  preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+        leader = subprocess.Popen(
+            ["bash", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
     ended = os.pidfd_open(leader.pid)
     interrupted = ended not in select.select([sys.stdin, ended], [], [])[0]
     end_group(leader)

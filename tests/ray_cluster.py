@@ -51,7 +51,7 @@ def tagged(tag: str) -> dict[int, str]:
     return found
 
 
-def wait_for(happens, seconds: float = 60):
+def wait_for(happens, seconds: float = 120):
     """The value of happens() as soon as it is true."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
