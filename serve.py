@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dynamicrag.serving.app import Server
 
 KEEP_ALIVE_SECONDS = 30
+BACKLOG = 2048
 CONNECTIONS_PER_SLOT, MORE_CONNECTIONS = 4, 64
 
 
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not keys and not is_local(args.host):
             log.warning("--host %s: every client that reaches this address can use the model; give --api-key-file", args.host)
         server, http = configure(args, keys)
+        bound.listen(BACKLOG)  # before the address is logged, so that no client is too early
         host, port, *_ = bound.getsockname()
         log.info("serving %s at http://%s:%d", name_of(args.llm_model), f"[{host}]" if ":" in host else host, port)
         try:

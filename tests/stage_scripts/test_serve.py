@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import re
+import socket
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -372,6 +373,26 @@ def test_an_address_that_is_taken_is_named_before_the_model_is_loaded(tmp_path, 
         taken.listen()
         with pytest.raises(UserError, match=naming("--port", taken.getsockname()[1])):
             serve.main(["--port", str(taken.getsockname()[1])])
+
+
+def test_a_client_can_connect_when_the_address_is_logged(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.delenv("SERVE_API_KEY", raising=False)
+    connected = []
+
+    def run(sockets):
+        address = re.search(r"http://([\d.]+):(\d+)", caplog.messages[-1])
+        socket.create_connection((address[1], int(address[2])), timeout=5).close()
+        connected.append(sockets[0].getsockname()[1] == int(address[2]))
+
+    for failed in (False, True):
+        monkeypatch.setattr(serve, "configure", lambda *of, failed=failed: (SimpleNamespace(failed=failed), SimpleNamespace(run=run)))
+        if failed:
+            with pytest.raises(UserError):
+                serve.main(["--port", "0"])
+        else:
+            serve.main(["--port", "0"])
+    assert connected == [True, True]
 
 
 @pytest.mark.parametrize(("content", "keys"), [("a-key\nanother\n", [b"a-key", b"another"]), ("", None), ("schlüssel", None)])
