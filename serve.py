@@ -29,15 +29,15 @@ from dynamicrag import stage
 from dynamicrag.llm.engine import add_engine_flags
 from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.llm.requests import add_call_flags
+from dynamicrag.llm.serving.corpus import Corpus, CorpusOptions, add_corpus_flags
+from dynamicrag.llm.serving.refusals import KEY_VARIABLE, read_keys
 from dynamicrag.rows.shown import DOCUMENTS_SHOWN
-from dynamicrag.serving.corpus import Corpus, CorpusOptions, add_corpus_flags
-from dynamicrag.serving.refusals import KEY_VARIABLE, read_keys
 from dynamicrag.stage import UserError, log, options_from
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from dynamicrag.serving.app import Server
+    from dynamicrag.llm.serving.app import Server
 
 KEEP_ALIVE_SECONDS = 30
 BACKLOG = 2048
@@ -100,8 +100,8 @@ def configure(args: argparse.Namespace, keys: list[bytes]) -> tuple["Server", "u
     """Load the models and open the corpus. Return the server and its HTTP server, which does not listen yet. Raises UserError."""
     import uvicorn
 
-    from dynamicrag.serving.app import ServeOptions, Server, make_app
-    from dynamicrag.serving.engines import load_served
+    from dynamicrag.llm.serving.app import ServeOptions, Server, make_app
+    from dynamicrag.llm.serving.engines import load_served
 
     corpus = Corpus(options_from(args, CorpusOptions)) if args.passages else None
     builders = load_served(options_from(args, EngineOptions), options_from(args, CallOptions))

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 # A room may import the rooms before it, and dynamicrag.stage.
-ROOMS = ["files", "rows", "models", "search", "llm", "evaluation", "reward", "report", "serving"]
+ROOMS = ["files", "rows", "models", "search", "llm", "evaluation", "reward", "report"]
 
 
 def rooms_of_imports(path: Path) -> set[str]:

@@ -15,8 +15,8 @@ from stubs import StubEngine, select_and_answer
 
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.requests import RequestBuilder
-from dynamicrag.serving.app import ServeOptions, Server, make_app
-from dynamicrag.serving.work import current_work
+from dynamicrag.llm.serving.app import ServeOptions, Server, make_app
+from dynamicrag.llm.serving.work import current_work
 
 
 class SlowEngine(StubEngine):

@@ -10,8 +10,8 @@ import pytest
 from served import SlowEngine, served, until
 from stubs import StubEngine, select_and_answer
 
-from dynamicrag.serving import refusals
-from dynamicrag.serving.work import Slots
+from dynamicrag.llm.serving import refusals
+from dynamicrag.llm.serving.work import Slots
 from dynamicrag.stage import UserError
 
 SECRET = b"sk-canary-0123456789"

@@ -21,11 +21,11 @@ from dynamicrag.llm.completion import Request
 from dynamicrag.llm.options import CallOptions
 from dynamicrag.llm.prompts import as_text
 from dynamicrag.llm.requests import RequestBuilder
-from dynamicrag.serving.app import content_policy
-from dynamicrag.serving.corpus import Corpus, CorpusOptions
-from dynamicrag.serving.engines import ServedApi, ServedVllm, stable_text
-from dynamicrag.serving.routes import scores
-from dynamicrag.serving.work import Slots, Work
+from dynamicrag.llm.serving.app import content_policy
+from dynamicrag.llm.serving.corpus import Corpus, CorpusOptions
+from dynamicrag.llm.serving.engines import ServedApi, ServedVllm, stable_text
+from dynamicrag.llm.serving.routes import scores
+from dynamicrag.llm.serving.work import Slots, Work
 from dynamicrag.stage import UserError
 from experiments import screenshots
 

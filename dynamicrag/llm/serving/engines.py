@@ -20,8 +20,8 @@ from dynamicrag.llm.prompts import prefix_of
 from dynamicrag.llm.requests import Builders, load_builders
 from dynamicrag.llm.server import ApiEngine
 from dynamicrag.llm.server_calls import CALL_SECONDS
-from dynamicrag.serving.streams import StreamedClient
-from dynamicrag.serving.work import Work, current_work
+from dynamicrag.llm.serving.streams import StreamedClient
+from dynamicrag.llm.serving.work import Work, current_work
 from dynamicrag.stage import UserError
 
 DRAIN_SECONDS = 60  # for requests that run when the server is told to end

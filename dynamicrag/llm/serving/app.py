@@ -15,11 +15,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dynamicrag.llm.requests import Builders
-from dynamicrag.serving.corpus import Corpus
-from dynamicrag.serving.metrics import Measured, Metrics
-from dynamicrag.serving.questions import refusal_of
-from dynamicrag.serving.refusals import Body, Refusal, check_key, read_body
-from dynamicrag.serving.work import Slots, Work
+from dynamicrag.llm.serving.corpus import Corpus
+from dynamicrag.llm.serving.metrics import Measured, Metrics
+from dynamicrag.llm.serving.questions import refusal_of
+from dynamicrag.llm.serving.refusals import Body, Refusal, check_key, read_body
+from dynamicrag.llm.serving.work import Slots, Work
 
 PAGE = Path(__file__).with_name("page.html")
 WATCH_SECONDS = 1.0
@@ -112,7 +112,7 @@ class Server:
 
 def make_app(server: Server) -> Any:
     """Return the ASGI application of a server."""
-    from dynamicrag.serving.routes import make_router
+    from dynamicrag.llm.serving.routes import make_router
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

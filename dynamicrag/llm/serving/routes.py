@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dynamicrag.llm.completion import Usage, known_sum
+from dynamicrag.llm.serving import bodies
+from dynamicrag.llm.serving.app import Server
+from dynamicrag.llm.serving.questions import Choice, answer, choose, refusal_of, row_of
+from dynamicrag.llm.serving.refusals import Refusal
+from dynamicrag.llm.serving.work import Work
 from dynamicrag.rows.row import Row
-from dynamicrag.serving import bodies
-from dynamicrag.serving.app import Server
-from dynamicrag.serving.questions import Choice, answer, choose, refusal_of, row_of
-from dynamicrag.serving.refusals import Refusal
-from dynamicrag.serving.work import Work
 
 QUIET_SECONDS = 15  # after which a stream has a comment, so that no proxy closes it
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

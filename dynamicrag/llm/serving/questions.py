@@ -9,9 +9,9 @@ from dynamicrag.llm.answering import answer_from
 from dynamicrag.llm.choosing import choose_among, choose_by_windows
 from dynamicrag.llm.completion import Usage
 from dynamicrag.llm.requests import Builders, RequestBuilder, positions_of
+from dynamicrag.llm.serving.refusals import Refusal
+from dynamicrag.llm.serving.work import current_work
 from dynamicrag.rows.row import Doc, Row
-from dynamicrag.serving.refusals import Refusal
-from dynamicrag.serving.work import current_work
 from dynamicrag.stage import UserError, log
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
-from dynamicrag.serving.refusals import Refusal
+from dynamicrag.llm.serving.refusals import Refusal
 
 SMOOTHING = 0.1  # weight of the last request in the average duration
 MAX_RETRY_AFTER = 60

@@ -5,9 +5,9 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, StringConstraints, field_validator
 
+from dynamicrag.llm.serving.refusals import Refusal
 from dynamicrag.rows.row import Doc
 from dynamicrag.rows.tasks import known_task
-from dynamicrag.serving.refusals import Refusal
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 Given = str | dict[str, Any]  # a document: its text, or an object with `text`
