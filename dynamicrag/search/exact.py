@@ -3,7 +3,7 @@
 Every vector is first compared in bfloat16 if the hardware supports it, otherwise in float32. bfloat16 has the range of
 float32, so nothing overflows, and Cauchy-Schwarz bounds the rounding error of this comparison:
 
-    |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector.
+    |q.v - q'.v'| <= |q - q'| |v'| + |q| |v - v'|        q', v' the rounded query and vector.
 
 The bound gives all vectors that may be among the k best. Only these, a few per requested document, are compared again
 in float64. Scores are the float64 inner products rounded to float32; equal scores are in the order of the vectors. The

@@ -1,8 +1,8 @@
 """Low precision: rounded vectors and queries, and bounds of their rounding errors.
 
-bfloat16 has the range of float32, so nothing overflows. float16 is not converted to it: the sign and the other bits shifted by
-three places are already the number divided by 2 ** 112, without the last three bits of its fraction. This takes half of
-the time of a conversion. The rounded queries contain the factor that is missing.
+bfloat16 has the range of float32, so nothing overflows. A conversion of float16 would take twice as long as this: its bits
+after the sign, shifted by three places, are the bits of a bfloat16, the number divided by 2 ** 112 and without the last three bits
+of its fraction. The rounded queries contain the missing factor.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dynamicrag.search.inner_products import NotFiniteError
 if TYPE_CHECKING:
     import torch
 
-SHIFT, KEPT = 3, -0x7001  # the three bits after the sign are copies of it
-# The missing factor. Without its last bits a number is smaller by 0.2 % on average, and this mean is made good.
+SHIFT, KEPT = 3, -0x7001  # a shift copies the sign to the three bits after it; the mask removes them
+# The missing factor. Without their last bits numbers are smaller by 0.2 % on average; the factor corrects the mean.
 MISSING = 2.0**112 * (1 + 7 / 3072)
 SUBNORMAL = 1.1754942e-38  # the largest number that some processors take as zero
 MEASURED = 512  # vectors measured at a time on a CPU, so that they stay in its cache
