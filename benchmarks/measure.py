@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
+PAUSE = 0.1  # seconds before a measurement: a library's threads occupy their cores for a while after its work
 sys.path.insert(0, str(REPOSITORY))
 
 from dynamicrag.evaluation.tables import markdown_table  # noqa: E402
@@ -60,6 +61,7 @@ def in_turns(systems: dict[str, Callable[[], float]], rounds: int, warm_up: bool
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(rounds + warm_up):
         for name, work in systems.items():
+            time.sleep(PAUSE)
             began = time.perf_counter()
             units = work()
             if turn >= warm_up:

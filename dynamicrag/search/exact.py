@@ -3,7 +3,7 @@
 Every vector is first compared in bfloat16 if the hardware supports it, otherwise in float32. bfloat16 has the range of
 float32, so nothing overflows, and Cauchy-Schwarz bounds the rounding error of this comparison:
 
-    |q.v - q'.v'| <= |q - q'| |v| + |q'| |v - v'|        q', v' the rounded query and vector.
+    |q.v - q'.v'| <= |q - q'| |v'| + |q| |v - v'|        q', v' the rounded query and vector.
 
 The bound gives all vectors that may be among the k best. Only these, a few per requested document, are compared again
 in float64. Scores are the float64 inner products rounded to float32; equal scores are in the order of the vectors. The
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 # Vectors per matrix multiplication. They share one bound of the rounding error.
-UNIT_VECTORS = {"cpu": 2048, "cuda": 16384}
+UNIT_VECTORS = {"cpu": 4096, "cuda": 16384}
 # Maximum number of scores whose candidates are collected at a time. They fit into a CPU's cache, and keep a GPU busy.
-TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}
+TILE_SCORES = {"cpu": 1 << 23, "cuda": 1 << 28}
 # All candidates of a block are settled at its end.
 BLOCK_VECTORS = 1 << 20
 # Bytes of GPU memory that are reserved for scores and for a block that is not kept on the GPU.
@@ -63,10 +63,10 @@ class ExactIndex:
         import numpy as np
 
         k = min(k, self.count)
+        if len(self._parts) == 1:  # not in a thread, which would have a second team of OpenMP threads on the same cores
+            return self._parts[0].search(queries, k)
         with ThreadPoolExecutor(len(self._parts)) as pool:
             results = list(pool.map(lambda part: part.search(queries, k), self._parts))
-        if len(results) == 1:
-            return results[0]
         scores, positions = (np.concatenate(arrays, axis=1) for arrays in zip(*results, strict=True))
         return best_first(scores, positions, k)
 
