@@ -9,6 +9,7 @@ import itertools
 import re
 import signal
 from collections.abc import Coroutine, Iterable
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from dynamicrag.llm.completion import CLOSES, Completion, Request, leaves_open
@@ -37,7 +38,9 @@ class ServedVllm(VllmEngine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._numbers = itertools.count()
-        # Ctrl-C reaches the child process too, which would refuse the answer of a question that is being chosen for.
+        # Ctrl-C reaches the child process too, which would refuse the answer of a question that is being chosen for. The
+        # tracker of multiprocessing unblocks the signal when it starts, so it starts first.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True, shutdown_timeout=DRAIN_SECONDS))
