@@ -236,12 +236,13 @@ def build_child(args: argparse.Namespace, corpus: Path) -> None:
 
 
 def read_child(args: argparse.Namespace, corpus: Path) -> None:
+    for what in ("opened, after reading the corpus for its hash", "opened again"):
+        with Watched() as watched:
+            opened = open_passages(corpus)
+        watched.print_row(what, "")
+    rng = np.random.default_rng(0)
     for path in Path(f"{corpus}.store").iterdir():
         forget(path)
-    rng = np.random.default_rng(0)
-    with Watched() as watched:
-        opened = open_passages(corpus)
-    watched.print_row("opened", "")
     for what in ("50,000 documents at random", "the same again"):
         places = np.random.default_rng(2).integers(0, len(opened), 50_000).tolist()
         with Watched() as watched:

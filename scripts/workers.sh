@@ -206,8 +206,9 @@ end_group() {
 as_group() {
     # shellcheck disable=SC2064  # the values of now, not of the time of the signal
     trap "echo $1 >&$ended" EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM HUP
+    # A second signal, such as end_pool's after Ctrl-C, must not end the trap of EXIT.
+    trap "trap '' INT TERM HUP; exit 130" INT
+    trap "trap '' INT TERM HUP; exit 143" TERM HUP
     set -m
     "$command" "$1" &
     set +m
