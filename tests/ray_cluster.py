@@ -20,7 +20,8 @@ class RayCluster:
 
     def __init__(self, nodes: int, gpus: int = 1, within: tuple[str, ...] = ()):
         self.process = subprocess.Popen([*within, sys.executable, __file__, str(nodes), str(gpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+                                        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                                        env={**os.environ, "RAY_raylet_start_wait_time_s": "180"})
         self.address = self.process.stdout.readline().strip()
         assert self.address, "the cluster has not started"
         self.environment = {"LAUNCHER": "ray", "RAY_ADDRESS": self.address}
@@ -80,7 +81,7 @@ def main(count: int, gpus: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a cluster that was started in the background
     cluster = Cluster(initialize_head=True, connect=False, shutdown_at_exit=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=gpus, include_dashboard=False) for _ in range(count)]
-    cluster.wait_for_nodes()
+    cluster.wait_for_nodes(180)  # on a busy machine
     print(cluster.address, flush=True)
     for line in sys.stdin:
         match line.split():
