@@ -22,7 +22,10 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 parallel=(--numprocesses "$(nproc)" --dist loadfile --no-loadscope-reorder)
 case ${1:-} in
     "") set -- "${parallel[@]}" ;;
-    --fast) set -- "${parallel[@]}" -m "not slow" "${@:2}" ;;
+    --fast)
+        export KILLS=${KILLS:-1}  # kills of each stage; 3 otherwise
+        set -- "${parallel[@]}" -m "not slow" "${@:2}"
+        ;;
 esac
 status=0
 .venv/bin/python -m pytest "$@" || status=$?

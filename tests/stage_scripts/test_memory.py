@@ -73,6 +73,7 @@ def write_rows(path: Path, count: int) -> None:
     Path(f"{path}.manifest.json").write_text(json.dumps({"arguments": {}, "inputs": {}, "outputs": [str(path)], "counts": {"rows": count}}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_no_stage_needs_more_memory_for_more_rows(tmp_path, monkeypatch):
     """10,000 more rows may need 200 bytes each, which is less than their ids need in a dictionary."""
