@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then run all tests: lint, types, units, and the whole chain on tiny models with the real engine and trainer.
 #     bash scripts/test.sh                       all tests
-#     bash scripts/test.sh --fast                lint, types, and the tests that start neither an engine nor a trainer, each under 10 s
+#     bash scripts/test.sh --fast                lint, types, and the tests that start neither an engine nor a trainer, each under 4 s
 #     bash scripts/test.sh [pytest arguments]
 #     FULL=1 bash scripts/test.sh                all tests, with every malformed file on every stage instead of a few, and four families of models
 set -euo pipefail

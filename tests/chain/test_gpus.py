@@ -132,6 +132,7 @@ def test_as_many_parts_run_at_once_as_there_are_workers_each_on_its_own_gpus(sha
     assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
 
 
+@pytest.mark.slow
 def test_parts_that_are_there_are_finished_on_any_number_of_gpus(sharded, tmp_path):
     failed = sharded(8, FAILS="split_3")
     assert failed.returncode == 1 and failed.stderr.count("error: part 3 ") == failed.stderr.count("error:") == 1
@@ -152,6 +153,7 @@ def test_a_file_begun_as_a_whole_is_finished_as_a_whole(sharded, tmp_path):
     assert sharded(8).returncode == 0 and (tmp_path / "out.jsonl").stat().st_mtime_ns == made and not (tmp_path / "out.jsonl.parts").exists()
 
 
+@pytest.mark.slow
 def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
     for shards, here in {"0 1 2 3": 4, "4 5 6 7": 8}.items():
         missing = sharded(4, NUM_SHARDS="8", JOIN_ONLY="1")

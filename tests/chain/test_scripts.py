@@ -129,6 +129,7 @@ def test_answers_of_any_model_are_evaluated_and_none_of_another_set(settings, tm
     assert list(scored) == ["test_dpo_dynamic", "test_other_model_dynamic", "test_other_model_top1"]
 
 
+@pytest.mark.slow
 def test_one_worker_of_eight_fails_is_named_and_is_all_that_runs_again(settings, tmp_path):
     """reranker.py with the scores of runs, one a part: that of part 3 is missing at first."""
     docs = [{"id": "d1", "title": "", "text": "x"}, {"id": "d2", "title": "", "text": "y"}]

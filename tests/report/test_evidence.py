@@ -318,6 +318,7 @@ def test_a_difference_of_one_kind_is_of_its_questions_alone(runs, tmp_path):
     assert lines["b"][-2].startswith("+75.0 (") and lines["b"][-1].startswith("+75.0 (")
 
 
+@pytest.mark.slow
 def test_choice_and_rounds_are_means_over_seeds_where_they_are(runs, tmp_path):
     pairs = dict.fromkeys(("pairs", "margin", "k chosen", "k rejected", "only shorter", "gold in chosen", "gold in rejected"), 0.5)
     for number, folder in enumerate(runs):

@@ -261,6 +261,7 @@ def log_of(folder: Path, **last: float) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": [*steps, {**steps[0], "step": 4, **last}, {"step": 4, "train_loss": 1}]}))
 
 
+@pytest.mark.slow
 def test_everything_there_is_has_a_figure_and_a_caption_of_its_numbers(results):
     for model in ("sft", "dpo"):
         for selector in ANSWER:

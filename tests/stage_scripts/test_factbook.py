@@ -211,6 +211,7 @@ def test_excluded_questions_are_not_asked_again(folder, tmp_path):
     assert again & asked and not new & asked and len(new) == 120
 
 
+@pytest.mark.slow
 def test_large_sizes_can_be_made(folder, tmp_path):
     make(folder, tmp_path, "--train", "5000", "--reranker", "6000", "--test", "1000")
     assert [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "reranker", "test")] == [5000, 6000, 1000]

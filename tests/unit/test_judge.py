@@ -311,6 +311,7 @@ def storm(response: str) -> tuple[list, float]:
     return [*troubles, (200, json.dumps(dict(zip(CRITERIA, points, strict=True))))], sum(points) / 100
 
 
+@pytest.mark.slow
 def test_no_row_is_lost_or_scored_wrongly_in_a_storm(server, make, monkeypatch):
     monkeypatch.setattr(endpoint, "ATTEMPTS", 12)
     monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1.5)
