@@ -66,10 +66,10 @@ def usable_nodes(ray, gpus: int, without_gpu: bool = True) -> list[Node]:
     return usable
 
 
-def outcome(ray, ref) -> tuple[int, str]:
-    """Return the exit status of a part that has ended, and why it ended."""
+def outcome(ray, ref) -> tuple[int, str, str]:
+    """Return the exit status of a part that has ended, why it ended, and its node, or "" if that has died."""
     try:
-        status = ray.get(ref)[0]
+        status, _, node = ray.get(ref)
     except ray.exceptions.RayError as error:  # its node or its worker has died
-        return 1, type(error).__name__
-    return status, f"exit status {status}"
+        return 1, type(error).__name__, ""
+    return status, f"exit status {status}", node

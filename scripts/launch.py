@@ -28,11 +28,14 @@ from dynamicrag.stage import UserError
 TRIES = 4  # of a part whose node, process or engine dies
 USER_ERROR = 2  # the exit status of a stage that would fail again
 CHECK_SECONDS, HEAD_SECONDS = 120, 30  # in which a node answers, and in which a head starts again; Ray itself waits for 60 s
+NODE = "ray.io/node-id"  # the label that Ray gives every node
 OF_NODE = ("CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR")  # variables that a node does not take from the driver
 
 
-def run_here(python: str, folder: str, environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
-    """Run scripts/part.py in `folder` of a node, with the environment of the driver. Returns exit status and stdout. Ray calls this."""
+def run_here(python: str, folder: str, environment: dict[str, str], arguments: list[str]) -> tuple[int, str, str]:
+    """Run scripts/part.py in `folder` of a node, with the environment of the driver. Returns exit status, stdout and node. Ray calls this."""
+    import ray
+
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ray.cancel raises it; a cluster started in the background ignores it
     kept = {name: os.environ[name] for name in OF_NODE if name in os.environ}
     process = subprocess.Popen([python, "scripts/part.py", *arguments], cwd=folder, env={**environment, **kept}, text=True,
@@ -43,7 +46,7 @@ def run_here(python: str, folder: str, environment: dict[str, str], arguments: l
     finally:
         process.stdin.close()
         process.wait()
-    return process.returncode, process.stdout.read()
+    return process.returncode, process.stdout.read(), ray.get_runtime_context().get_node_id()
 
 
 def check_nodes(run, nodes: list[Node], logs: str) -> None:
@@ -61,7 +64,7 @@ def check_nodes(run, nodes: list[Node], logs: str) -> None:
         wrong = []
         for ref, name in asked.items():
             try:
-                status, said = ray.get(ref) if ref in answered else (f"none in {CHECK_SECONDS} s", "")
+                status, said, _ = ray.get(ref) if ref in answered else (f"none in {CHECK_SECONDS} s", "", "")
             except ray.exceptions.RayTaskError as error:
                 status, said = str(error.cause), ""
             except ray.exceptions.RayError as error:
@@ -93,10 +96,14 @@ def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: 
     places = sum(node.places for node in nodes)
     stage.log.info("%d parts, %d at a time on %d nodes; their logs are %s*.log", len(commands), min(places, len(commands)), len(nodes), logs)
     progress, tries, failed = Progress(logs, list(commands)), dict.fromkeys(commands, 0), []
+    ended_early: dict[str, set[str]] = {part: set() for part in commands}  # the nodes on which a try of the part did
 
     def start(part: str):
         tries[part] += 1
-        return run(["run", f"{logs}{part}.log", commands[part], *(["--first"] if tries[part] == 1 else [])])
+        # A broken node ends its parts at once, is free again, and would get them all.
+        elsewhere = {node.id for node in nodes} - ended_early[part]
+        avoided = {"label_selector": {NODE: f"!in({','.join(ended_early[part])})"}} if ended_early[part] and elsewhere else {}
+        return run(["run", f"{logs}{part}.log", commands[part], *(["--first"] if tries[part] == 1 else [])], **avoided)
 
     running = {start(part): part for part in commands}
     head, answered = ray.get_runtime_context().gcs_address, time.monotonic()
@@ -112,11 +119,12 @@ def run_parts(ray, commands: dict[str, str], environment: dict[str, str], logs: 
                     raise UserError(f"{head}: the head of the cluster has not answered for {HEAD_SECONDS} s ({error}); start it, and run "
                                     "the same command again to continue") from None
             for ref in ended:
-                status, reason = outcome(ray, ref)
+                status, reason, node = outcome(ray, ref)
                 part = running.pop(ref)
                 progress.end(part, status == 0)
                 if status not in (0, USER_ERROR) and tries[part] < TRIES:
-                    usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
+                    nodes = usable_nodes(ray, gpus, without_gpu="num_gpus" not in nodes[0].needs)
+                    ended_early[part] |= {node} - {""}
                     stage.log.warning("part %s ended early (%s); it runs again, try %d of %d", part, reason, tries[part] + 1, TRIES)
                     running[start(part)] = part
                 elif status:

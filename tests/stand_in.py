@@ -1,10 +1,12 @@
 """A stage that copies rows, for the tests of the scripts that divide a file: `python -m stand_in IN OUT`.
 
 If ORDERS names a folder, it copies one row at a time, appends its part and its GPUs to the file `tries` there, and obeys the other
-files: `crash_N` ends the first try of part N, `wrong_N` ends every try as wrong input does, and `hold` makes all parts wait after a row.
+files: `crash_N` ends the first try of part N, `wrong_N` ends every try as wrong input does, `broken_HOSTNAME` ends every try on that
+node, and `hold` makes all parts wait after a row.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -31,6 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     part, orders = Path(args.read).stem.removeprefix("split_"), Path(os.environ["ORDERS"]) if "ORDERS" in os.environ else None
     if orders:
+        if (orders / f"broken_{os.environ.get('HOSTNAME')}").exists():
+            sys.exit(1)
         with open(orders / "tries", "a") as file:
             print(part, os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
         if (orders / f"wrong_{part}").exists():

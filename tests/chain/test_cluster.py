@@ -92,6 +92,15 @@ def test_parts_survive_a_crash_and_the_death_of_a_node_and_only_what_is_missing_
 
 
 @pytest.mark.slow
+def test_a_node_that_ends_every_part_at_once_does_not_get_the_same_part_again(copying):
+    (copying.orders / "broken_node1").touch()
+    status, said = copying.run(PARTS_PER_GPU="2")
+    assert status == 0, said
+    assert 1 <= said.count("try 2 of ") <= 6 and "try 3 of " not in said, said
+    assert [row["id"] for row in read_jsonl(copying.output)] == [row["id"] for row in ROWS]
+
+
+@pytest.mark.slow
 def test_an_interrupted_script_leaves_nothing_on_the_nodes(copying):
     """Ctrl-C in a terminal goes to the script and to the program that has the nodes."""
     (copying.orders / "hold").touch()
