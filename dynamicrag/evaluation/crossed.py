@@ -1,4 +1,6 @@
-"""Compare two systems over seeds and questions that are both samples: crossed random effects, and Holm's correction."""
+"""Compare two systems over seeds and questions that are both samples: crossed random effects, groups of equal weight, and Holm's
+correction.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,6 +75,21 @@ def _interval(
     else:
         p = 0.0 if mean else 1.0
     return Crossed(mean, mean - half, mean + half, p, seed_variance, question_variance, rest_variance, float(df))
+
+
+def balanced(differences: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """Return cells for `crossed` that give the mean over groups of equal weight; `groups` names each question's group.
+
+    The variance between questions is that within groups, because the groups are not a sample. Therefore an effect of a
+    seed on one group is part of the seed's effect.
+    """
+    cells, names = np.asarray(differences, dtype=np.float64), np.asarray(groups)
+    within, means = np.zeros_like(cells), []
+    for group in sorted(set(groups)):
+        members = names == group
+        means.append(cells[:, members].mean(axis=1, keepdims=True))
+        within[:, members] = (cells[:, members] - means[-1]) * len(names) / members.sum()
+    return within / len(means) + np.mean(means, axis=0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from dynamicrag.evaluation.crossed import crossed, holm
+from dynamicrag.evaluation.crossed import balanced, crossed, holm
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs/evidence"
 
@@ -84,6 +84,21 @@ def test_differences_without_variance_are_their_own_interval(value, p):
 def test_another_shape_than_seeds_and_questions_is_refused(shape):
     with pytest.raises(ValueError, match=r"\["):
         crossed(np.zeros(shape))
+
+
+def test_groups_of_equal_weight_give_the_mean_of_their_means():
+    differences = np.array([[1.0, 1, 1, 5], [2, 2, 2, 6]])
+    found = crossed(balanced(differences, ["a", "a", "a", "b"]))
+    assert found.mean == pytest.approx(3.5) and found.seed_variance == pytest.approx(0.5)
+    assert (found.question_variance, found.rest_variance) == pytest.approx((0, 0))
+
+
+def test_groups_of_equal_size_change_no_mean_and_take_their_own_differences_out_of_the_variance():
+    rng, groups = np.random.default_rng(4), ["a", "b"] * 50
+    differences = rng.normal(size=(3, 100)) + np.where(np.array(groups) == "a", 2, -2)
+    plain, by_group = crossed(differences), crossed(balanced(differences, groups))
+    assert by_group.mean == pytest.approx(plain.mean)
+    assert plain.question_variance > 3 and by_group.question_variance < 0.5
 
 
 @pytest.mark.parametrize(("p_values", "expected"), [
