@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import at, naming
+from conftest import at, naming, write_jsonl
 
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.stage import UserError
@@ -209,6 +209,39 @@ def test_excluded_questions_are_not_asked_again(folder, tmp_path):
     make(folder, tmp_path / "other", "--test", "120", "--exclude", str(folder / "train.jsonl"), str(folder / "test.jsonl"))
     again, new = ({row["question"].lower() for row in read(tmp_path / name / "test.jsonl")} for name in ("open", "other"))
     assert again & asked and not new & asked and len(new) == 120
+
+
+def test_an_excluded_question_is_not_asked_in_other_words_either(folder, tmp_path):
+    """The facts of a file are excluded too, although its wording is none that would be drawn."""
+    make(folder, tmp_path / "old", "--test", "200", "--train", "10", "--reranker", "10")
+    old = read(tmp_path / "old/test.jsonl")
+    worded = write_jsonl(tmp_path / "worded.jsonl", [row | {"question": f"{row['question']} Please."} for row in old])
+    make(folder, tmp_path / "new", "--test", "300", "--train", "10", "--reranker", "10", "--exclude", str(worded))
+    new = read(tmp_path / "new/test.jsonl")
+    facts = {(row["kind"], row["rule"], *zip(row["gold_docs"], row["evidence"], strict=True)) for row in old if row["gold_docs"]}
+    assert len(new) == 300 and not facts & {(row["kind"], row["rule"], *zip(row["gold_docs"], row["evidence"], strict=True)) for row in new}
+    sums = {row["rule"] for row in old if row["rule"].startswith("arithmetic")}
+    assert sums and not sums & {row["rule"] for row in new}
+
+
+def test_the_test_questions_of_the_evidence_run_were_asked_nowhere_before(folder, tmp_path):
+    """With the sizes of configs/demo.env and the flags of experiments/evidence.sh: 900 about the same countries as the 500 before."""
+    for size in (50, 160, 500):
+        make(folder, tmp_path / f"used_{size}", "--test", str(size), "--train", "10", "--reranker", "10")
+    used = [tmp_path / f"used_{size}/test.jsonl" for size in (50, 160, 500)]
+    make(folder, tmp_path, "--test", "900", "--train", "1200", "--reranker", "3000", "--dev", "240", "--exclude", *map(str, used))
+    old = [row for path in used for row in read(path)]
+    files = {name: read(tmp_path / f"{name}.jsonl") for name in ("test", "dev", "train", "reranker")}
+    assert {name: len(rows) for name, rows in files.items()} == {"test": 900, "dev": 240, "train": 1200, "reranker": 3000}
+    assert len({row["question"].lower() for row in old}) >= 500
+    assert not {row["question"].lower() for row in old} & {row["question"].lower() for rows in files.values() for row in rows}
+    assert not {*map(questions.content, old)} & {*map(questions.content, files["test"])}
+    titles = {passage["id"]: passage["title"].rpartition(": ")[0] for passage in read(folder / "passages.jsonl")}
+    asked = {name: {titles[doc_id] for row in rows for doc_id in row["gold_docs"]} for name, rows in files.items()}
+    assert asked["test"] == {titles[doc_id] for row in old for doc_id in row["gold_docs"]}
+    assert not asked["test"] & (asked["dev"] | asked["train"] | asked["reranker"]) and not asked["dev"] & asked["train"]
+    held_out = {titles[doc_id] for row in files["reranker"] if row["held_out"] for doc_id in row["gold_docs"]}
+    assert asked["dev"] and not held_out & asked["train"]
 
 
 @pytest.mark.slow
