@@ -128,6 +128,37 @@ def test_answers_stand_in_the_documents_shown_once(folder, tmp_path, monkeypatch
             assert all(part in texts for evidence in row["evidence"] for part in evidence.split(" | "))
 
 
+def test_with_labels_of_a_reranker_a_selection_names_what_it_scores_above_a_half_best_first(folder, tmp_path, monkeypatch):
+    """The documents are the best retrieved ones; a needed one that was not retrieved is not added."""
+    known = {}
+
+    def score(pairs):
+        return [known.setdefault(pair, random.Random("\x1f".join(pair)).random()) for pair in pairs]
+
+    monkeypatch.setattr("dynamicrag.models.reranker.load_reranker", lambda path: SimpleNamespace(score=score) if path == "cross-encoder" else None)
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest, keep=warm_up.conversation: made.append((docs, rows)) or keep(docs, rows, *rest))
+    made: list = []
+    conversations = make(folder, tmp_path / "out.json", "--labels", "reranker", "--reranker", "cross-encoder", "--max_rows", "40")
+    rows, _ = warm_up.read_questions(str(folder / "train.jsonl"), str(folder / "passages.jsonl"))
+    retrieved, lengths, ordered = {row["question"]: row["docs"][:5] for row in rows}, set(), False
+    for conversation, (docs, asked) in zip(conversations, made, strict=True):
+        first = retrieved[asked[0]["question"]]
+        assert {doc["id"] for doc in docs} == {doc["id"] for doc in first}
+        for (words, output), row in zip(turns(conversation), asked, strict=True):
+            scores = [known[row["question"], f"{doc['title']} {doc['text']}".strip()] for doc in docs]
+            expected = [position for position in sorted(range(1, len(docs) + 1), key=lambda position: -scores[position - 1]) if scores[position - 1] > 0.5]
+            assert row["question"] in words and parse_ids(output, len(docs)).ids == expected
+            lengths.add(len(expected))
+            ordered |= expected != sorted(expected)
+    assert len(lengths) > 3 and ordered
+    assert any(not {*row["gold_docs"]} <= {doc["id"] for doc in row["docs"][:5]} for row in rows)
+
+
+def test_labels_of_a_reranker_need_its_folder(folder, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        make(folder, tmp_path / "out.json", "--labels", "reranker")
+
+
 def test_no_question_is_about_a_country_of_the_test(folder, warmed):
     asked = [row for rows in warmed[1] for row in rows]
     passages = {passage["id"]: passage for _, passage in read_json(folder / "passages.jsonl")}

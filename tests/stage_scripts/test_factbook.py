@@ -385,6 +385,23 @@ def test_ranking_quality_counts_what_was_not_retrieved():
     assert mrr == pytest.approx((1 + 1 / 4 + 0) / 3) and first == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(("ranked", "best", "quality"), [
+    # One passage each is needed and first: any threshold between the first and the second probabilities is right.
+    ([(["a"], [(0.9, "a"), (0.2, "b")]), (["c"], [(0.8, "c"), (0.4, "d")])], (0.4, 0.8), 1.0),
+    # Low probabilities: 0.5 would select nothing.
+    ([(["a"], [(0.30, "a"), (0.02, "b")]), (["c", "d"], [(0.2, "c"), (0.1, "d")])], (0.02, 0.1), 1.0),
+    # No passage is needed, and one that is not retrieved: selecting nothing is right for the first and worth 0 for the other.
+    ([([], [(0.7, "a")]), (["x"], [(0.6, "b")])], (0.7, 1.0), 0.5),
+    # The third document is not shown, so that its probability decides nothing.
+    ([(["a"], [(0.9, "a"), (0.6, "b"), (0.55, "a2")])], (0.6, 0.9), 1.0),
+])
+def test_the_label_of_the_cross_encoder_is_calibrated_on_selections(ranked, best, quality):
+    rows = [{"gold_docs": gold} for gold, _ in ranked]
+    docs = [[(probability, {"id": doc_id}) for probability, doc_id in found] for _, found in ranked]
+    threshold, found = trainer.best_threshold(rows, docs, 2)
+    assert best[0] <= threshold <= best[1] and found == pytest.approx(quality)
+
+
 def test_batches_hold_every_pair_once_and_are_alike_in_length():
     lengths = [random.Random(n).randrange(10, 200) for n in range(1000)]
     batches = trainer.batches_by_length(lengths, 16, random.Random(0))
