@@ -466,12 +466,24 @@ def test_every_line_of_the_documented_tables_is_what_their_files_come_to(tmp_pat
     assert [line for line in written if line not in made] == []
 
 
-def test_the_results_of_the_readme_are_lines_of_the_evidence():
-    evidence_lines = [line for line in table_after("docs/evidence.md", "| model | selector") if line["model"] == "DPO"]
-    face = table_after("README.md", "| selector")
-    assert len(face) == 4
+@pytest.mark.parametrize(("header", "of_evidence", "lines"), [("| selector", "| model | selector", 5), ("| comparison", "| comparison", 4)])
+def test_the_results_of_the_readme_are_lines_of_the_evidence(header, of_evidence, lines):
+    evidence_lines = [line for line in table_after("docs/evidence.md", of_evidence) if line.get("model", "DPO") == "DPO"]
+    face = table_after("README.md", header)
+    assert len(face) == lines
     for line in face:
         assert any(line.items() <= whole.items() for whole in evidence_lines), line
+
+
+def test_the_differences_in_the_text_are_those_of_the_table():
+    """Every interval that the pages write in brackets after a difference, such as "+1.2 (-0.2 to 2.7", is a line of the tables."""
+    page = (REPO / "docs/evidence.md").read_text()
+    compared = table_after("docs/evidence.md", "| comparison")
+    known = {line["95 %"].replace("+", "") for line in compared} | {line["95 %, kinds"].replace("+", "") for line in compared}
+    prose = page.partition("## Limits of these figures")[2].partition("## Which training")[0] + page.partition("## How much the choice")[2].partition("## The run from")[0]
+    text = "\n".join(line for line in prose.splitlines() if not line.startswith("|"))
+    written = re.findall(r"\((-?\d+\.\d) to (-?\d+\.\d)[;)]", text.replace("\n", " "))
+    assert len(written) > 8 and {f"{low} to {high}" for low, high in written} <= known
 
 
 def table_after(path: str, header: str) -> list[dict[str, str]]:
