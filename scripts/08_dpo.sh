@@ -10,7 +10,7 @@ fit_to "$DPO_RECIPE" "$POLICY" ${DPO_FLAGS:-}
 # shellcheck disable=SC2086
 ((${NODE_RANK:-0} > 0)) || python construct_dpo.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" --input_file "$WORK/training_data/${MODEL}_output_dpo.jsonl" \
     --reranker_file "$WORK/training_data/${MODEL}_reranker_dpo.json" \
-    --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" ${GROUP_BY:+--group_by "$GROUP_BY"} ${PAIR_FLAGS:-}
+    --generator_file "$WORK/training_data/${MODEL}_generator_dpo.json" ${PAIR_FLAGS:-}
 # shellcheck disable=SC2046,SC2086
 train dpo "$DPO_RECIPE" "$WORK/training_data/${MODEL}_reranker_dpo.json" "$WORK/training_data/${MODEL}_generator_dpo.json" \
     $(version_of "$POLICY") -- model_name_or_path="$POLICY" ${DPO_FLAGS:-}
