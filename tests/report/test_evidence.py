@@ -35,7 +35,7 @@ def load(folder: str, name: str):
 corpus, questions, warm_up, oracle, choice, learning_curve = (
     load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "choice", "learning_curve")
 )
-evidence, evidence_seed, evidence_systems = (load("experiments", name) for name in ("evidence", "evidence_seed", "evidence_systems"))
+evidence, evidence_seed, evidence_tables = (load("experiments", name) for name in ("evidence", "evidence_seed", "evidence_tables"))
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +428,13 @@ def test_choice_and_rounds_are_means_over_seeds_where_they_are(runs, tmp_path):
     said = tables(runs, tmp_path)
     assert re.search(r"\| SFT +\| in order +\| 50\.0 +\| 40\.0, 60\.0 .*\| 50 \(1\.0\)", said)
     assert re.search(r"\| 1 +\| 30\.5 .*\| 0\.75 ", said)
+
+
+def test_a_figure_of_a_round_that_is_not_known_is_blank():
+    """A correlation is None if all answers of a round are wrong."""
+    rounds = [{"score": 30.0, "reward": 0.5, "reward with right": None}, {"score": 40.0, "reward": 0.25, "reward with right": 0.5}]
+    [line] = evidence_tables.rounds_table([[one] for one in rounds]).splitlines()[2:]
+    assert cells(line)[:6] == ["0", "35.0", "", "0.375", "", ""]
 
 
 def test_a_result_file_that_is_missing_or_asks_other_questions_is_named(runs):
