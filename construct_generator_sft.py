@@ -1,5 +1,8 @@
 """Write the generator's SFT set: the prompt is the question with its relevant documents, the target is the gold answer.
 
+With --documents top:K, the prompt shows the first K documents instead, as in retrieval-augmented generation with a
+fixed number of documents.
+
 If a row exceeds the trainer's cutoff_len, whole documents are removed from the end. A row that still does not fit is
 left out and counted.
 
@@ -10,6 +13,7 @@ Writes   training_data/generator_sft_training.json      LLaMA-Factory rows: inst
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +32,13 @@ from dynamicrag.stage import UserError, log, options_from
 NEEDS = STAGE_KEYS["construct_generator_sft"].reads
 
 
+def documents_flag(value: str) -> str:
+    """Check the value of --documents and return it. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"labelled|top:[1-9]\d*", value):
+        raise argparse.ArgumentTypeError(f"{value}: expected labelled or top:K")
+    return value
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     files = parser.add_argument_group("files")
@@ -35,6 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--output_file", default="training_data/generator_sft_training.json", help="SFT set")
     add_prompts_flag(files)
     recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--documents", type=documents_flag, default="labelled", metavar="labelled|top:K",
+                        help="documents in the prompt: the relevant ones, or the first K whatever their labels")
     recipe.add_argument("--max_docs", type=int, default=14,
                         help="maximum number of relevant documents, best rerank score first")
     add_length_flags(parser, "recipes/llama3_8b/sft.yaml")
@@ -42,14 +55,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sft_row(row: Row, prompts: Prompts, max_docs: int) -> dict[str, Any] | None:
+def sft_row(row: Row, prompts: Prompts, max_docs: int, documents: str = "labelled") -> dict[str, Any] | None:
     """Return one SFT example. A question without relevant documents is answered without documents."""
-    return fit(row, prompts, max_docs, TrainingWindow()).row
+    return fit(row, prompts, max_docs, TrainingWindow(), documents).row
 
 
-def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow) -> Fitted:
+def fit(row: Row, prompts: Prompts, max_docs: int, window: TrainingWindow, documents: str = "labelled") -> Fitted:
     """Return one SFT example with the relevant documents that fit the window; no row if none of them fits."""
-    positions = best_first(row["docs"], row["true_id"])[:max_docs]
+    if documents == "labelled":
+        positions = best_first(row["docs"], row["true_id"])[:max_docs]
+    else:
+        positions = list(range(1, min(int(documents.removeprefix("top:")), max_docs, len(row["docs"])) + 1))
     relevant = [row["docs"][position - 1] for position in positions]
     instruction, answer = prompts.instruction(row), target_answer(row)
 
@@ -86,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     total = count_rows(args.input_file, NEEDS, skip_malformed=bool(output.reject))
     window = load_window(options_from(args, LengthOptions))
-    fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window)], total, "training rows", args.input_file)
+    fitted = window.kept(answered(), lambda row: [fit(row, prompts, args.max_docs, window, args.documents)], total, "training rows", args.input_file)
     count = output.publish(args.output_file, (result.row for result in fitted))
     if unanswered:
         log.warning("%s: %d rows have no gold answer and are not used; the first is %s", args.input_file, unanswered, first_unanswered)

@@ -23,8 +23,10 @@ step() { # TITLE COMMAND...
 
 corpus() {
     [[ -f $PASSAGES ]] || python examples/factbook/corpus.py --output_file "$PASSAGES" --max_words 30
-    [[ -f $EVAL_QUESTIONS ]] || python examples/factbook/questions.py --passages "$PASSAGES" \
-        --output_dir "$(dirname "$EVAL_QUESTIONS")" --train "$TRAIN_SIZE" --reranker "$RERANKER_SIZE" --test "$TEST_SIZE"
+    # The reranker's questions are the last file that is written. EXCLUDE is a list of files.
+    # shellcheck disable=SC2086
+    [[ -f $RERANKER_QUESTIONS ]] || python examples/factbook/questions.py --passages "$PASSAGES" --output_dir "$(dirname "$RERANKER_QUESTIONS")" \
+        --train "$TRAIN_SIZE" --reranker "$RERANKER_SIZE" --test "$TEST_SIZE" --dev "$HELD_OUT_SIZE" ${EXCLUDE:+--exclude $EXCLUDE}
 }
 models() { python examples/factbook/models.py --output_dir models; }
 cross_encoder() {
@@ -32,7 +34,8 @@ cross_encoder() {
     SEARCH_FLAGS="" NUM_SHARDS=1 SHARDS="" retrieve "$RERANKER_QUESTIONS" "$WORK/output/retrieval_reranker.jsonl"
     [[ -z ${MONOT5:-} ]] || { echo "$MONOT5: used as the reranker; none is trained" >&2; return; }
     [[ -f $RERANKER/config.json ]] || python examples/factbook/train_cross_encoder.py \
-        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --max_pairs "$RERANKER_PAIRS" --seed "$SEED"
+        --input_file "$WORK/output/retrieval_reranker.jsonl" --encoder "$RETRIEVER" --output_dir "$RERANKER" --max_pairs "$RERANKER_PAIRS" \
+        --n_docs "$N_DOCS_SHOWN" --seed "$SEED"
 }
 warm_up() {
     local name role size number=0
@@ -41,7 +44,8 @@ warm_up() {
     while read -r name role size; do
         [[ -f $WORK/training_data/factbook_$name.json ]] || python examples/factbook/warm_up.py "${PROMPT_FLAGS[@]}" "${FIT_FLAGS[@]}" \
             --passages "$PASSAGES" --n_docs "$N_DOCS_SHOWN" --input_file "$WORK/output/retrieval_reranker.jsonl" \
-            --output_file "$WORK/training_data/factbook_$name.json" --role "$role" --max_rows "$size" --seed $((SEED + number++))
+            --output_file "$WORK/training_data/factbook_$name.json" --role "$role" --max_rows "$size" --seed $((SEED + number++)) \
+            --labels "$LABELS" --reranker "$RERANKER"
     done <<<"warm_up reranker $WARM_UP_SIZE
 rehearsal reranker $REHEARSAL_SIZE
 answers generator $ANSWERS_SIZE"

@@ -4,8 +4,8 @@ answer.
 Kinds: none (arithmetic, common knowledge), one (a fact), two (a comparison), bridge (two hops), many (three or more),
 verify (a claim), long (a paragraph), ambiguous (several readings). Reads the passages of corpus.py. Writes train.jsonl
 (for the pipeline), reranker.jsonl (the same countries with other questions, to train a cross-encoder; `held_out` marks
-those of one tenth of the countries) and test.jsonl (other countries). proof.py checks every row before anything is
-written.
+those of one tenth of the countries) and test.jsonl (other countries). With --dev, dev.jsonl has questions about that
+tenth, and train.jsonl has none. proof.py checks every row before anything is written.
 
     python examples/factbook/questions.py --passages data/factbook/passages.jsonl --output_dir data/factbook
 """
@@ -152,12 +152,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output_dir", default="data/factbook",
                        help="folder of train.jsonl, reranker.jsonl and test.jsonl")
     group.add_argument("--exclude", nargs="+", default=[],
-                       metavar="FILE", help="files of questions that must not occur again")
+                       metavar="FILE", help="files of questions that must not occur again, nor in other words")
     group = parser.add_argument_group("sizes")
     group.add_argument("--train", type=int, default=500, help="number of questions for the pipeline")
     group.add_argument("--reranker", type=int, default=800, help="number of questions for training the cross-encoder")
     group.add_argument("--test", type=int, default=120,
                        help="number of questions about countries that the others never mention")
+    group.add_argument("--dev", type=int, default=0,
+                       help="number of development questions, about a tenth of the other countries, which train.jsonl then omits")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     return parser.parse_args(argv)
 
@@ -383,6 +385,13 @@ MAKERS = {"one": make_one, "two": make_two, "bridge": make_bridge, "many": make_
           "verify": make_verify, "long": make_long, "ambiguous": make_ambiguous}
 
 
+def content(row: dict) -> tuple:
+    """Return what a written question asks, independently of the wording: its kind and facts, or else its sum or its text."""
+    facts = frozenset(zip(row.get("gold_docs", ()), row.get("evidence", ()), strict=False))
+    rule = row.get("rule", "")
+    return row.get("kind"), facts or (rule if rule.startswith("arithmetic") else row["question"].lower())
+
+
 def draw(pool: Pool, size: int) -> list[dict]:
     """Return `size` new questions, with the kinds in proportion to their weights."""
     rows = []
@@ -395,11 +404,11 @@ def draw(pool: Pool, size: int) -> list[dict]:
         fruitless = 0
         while count:
             row = MAKERS[kind](pool)
-            if row is None or row["mark"] in pool.used or row["question"].lower() in pool.used:
+            if row is None or not pool.used.isdisjoint((row["mark"], row["question"].lower(), content(row))):
                 fruitless += 1
                 if fruitless > PATIENCE:
-                    raise UserError(f"--passages: give no more questions of the kind {kind!r} ({count} are missing); reduce --train, --reranker "
-                                    "or --test")
+                    raise UserError(f"--passages: give no more questions of the kind {kind!r} ({count} are missing); reduce --train, --reranker, "
+                                    "--dev or --test")
                 continue
             fruitless = 0
             pool.used.update((row.pop("mark"), row["question"].lower()))
@@ -448,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     passages = [passage for _, passage in read_json(args.passages)]
     facts = read_facts(passages)
     unique, paragraphs = find_unique(facts), find_paragraphs(passages)
-    used = {row["question"].lower() for path in args.exclude for _, row in read_json(path)}
+    used = {key for path in args.exclude for _, row in read_json(path) for key in (row["question"].lower(), content(row))}
     countries = sorted(facts)
     random.Random(derive_seed(args.seed, "countries")).shuffle(countries)
     tests = int(len(countries) * TEST_SHARE)
@@ -462,7 +471,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = int(args.reranker * HELD_OUT_SHARE)
     files = {
         "test": make("test", countries[:tests], args.test),
-        "train": make("train", countries[tests:], args.train),
+        **({"dev": make("dev", countries[tests:held_out], args.dev)} if args.dev else {}),
+        "train": make("train", countries[held_out if args.dev else tests:], args.train),
         "reranker": [row | {"held_out": True} for row in make("held_out", countries[tests:held_out], held)]
         + [row | {"held_out": False} for row in make("reranker", countries[held_out:], args.reranker - held)],
     }

@@ -3,8 +3,9 @@
 Starts from the sentence encoder of models.py. Trains on easy pairs first (a needed passage and one retrieved for
 another question), then on hard pairs (a needed passage and its neighbours in the ranking). With hard pairs alone, the
 loss does not decrease for thousands of pairs. Reads the questions of reranker.jsonl after retrieval (`docs`, best
-first, and `gold_docs`). Rows marked `held_out` are used for evaluation only. Writes a sequence-classification
-checkpoint whose sigmoid is above 0.5 for needed passages.
+first, and `gold_docs`). Rows marked `held_out` are not trained on: one half at most is used for evaluation, the others
+for calibration. Writes a sequence-classification checkpoint whose sigmoid is above 0.5 for needed passages: the bias of
+its output is shifted, so that this label selects best (mean F1) among the first --n_docs of the calibration questions.
 
     python examples/factbook/train_cross_encoder.py --input_file output/factbook/reranker_retrieval.jsonl \\
         --encoder models/minilm --output_dir models/cross-encoder
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from dynamicrag.files.jsonio import read_json
@@ -45,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max_length", type=int, default=256,
                        help="maximum tokens of a pair; the passage is cut, not the question")
     group.add_argument("--eval_rows", type=int, default=100, help="maximum number of held-out questions for evaluation")
+    group.add_argument("--n_docs", type=int, default=5, help="documents that will be shown to the LLM, for calibration")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=1, help="passes over the hard pairs")
     group.add_argument("--batch_size", type=int, default=8, help="pairs per step")
@@ -206,6 +209,38 @@ def label_quality(rows: list[dict], ranked: list[list[tuple[float, dict]]]) -> t
     return hits / max(1, said), hits / max(1, needed)
 
 
+def best_threshold(rows: list[dict], ranked: list[list[tuple[float, dict]]], n_docs: int) -> tuple[float, float]:
+    """Return the probability above which the first `n_docs` documents are selected with the highest mean F1, and this F1.
+
+    An empty selection is right (1) if a question needs no passage. Of equal thresholds, the one nearest to 0.5 is taken.
+    """
+    shown = [docs[:n_docs] for docs in ranked]
+    known = sorted({probability for docs in shown for probability, _ in docs})
+    bounds = [0.0, *((low + high) / 2 for low, high in pairwise(known)), 1.0]
+    totals = [0.0] * len(bounds)
+    for row, docs in zip(rows, shown, strict=True):
+        # Documents are best first, so that a threshold selects the first k of them.
+        needed, hits, by_k = len(row["gold_docs"]), 0, [0.0 if row["gold_docs"] else 1.0]
+        for k, (_, doc) in enumerate(docs, start=1):
+            hits += doc["id"] in row["gold_docs"]
+            by_k.append(2 * hits / (needed + k))
+        for place, bound in enumerate(bounds):
+            totals[place] += by_k[sum(probability > bound for probability, _ in docs)]
+    best = max(range(len(bounds)), key=lambda place: (totals[place], -abs(bounds[place] - 0.5)))
+    return bounds[best], totals[best] / len(rows)
+
+
+def calibrate(model, tokenizer, rows: list[dict], args) -> None:
+    """Shift the output's bias, so that a sigmoid above 0.5 is the best label for these rows."""
+    import torch
+
+    threshold, quality = best_threshold(rows, rerank(model, tokenizer, rows, args), args.n_docs)
+    threshold = min(max(threshold, 1e-4), 1 - 1e-4)
+    with torch.no_grad():
+        model.classifier.bias -= math.log(threshold / (1 - threshold))
+    log.info("calibrated on %d held-out questions: a probability of %.3f becomes 0.5 (mean F1 of the selection %.3f)", len(rows), threshold, quality)
+
+
 def save(model, tokenizer, folder: Path) -> None:
     """Write all files or none: into a temporary folder, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     # Draw the pairs
     rows = read_rows(args.input_file)
-    held_out = [row for row in rows if row["held_out"]][:args.eval_rows]
+    not_trained_on = [row for row in rows if row["held_out"]]
+    held_out = not_trained_on[:min(args.eval_rows, len(not_trained_on) // 2)]
+    for_calibration = not_trained_on[len(held_out):]
     rng = random.Random(derive_seed(args.seed, "pairs"))
     seen = [row for row in rows if not row["held_out"]]
     pairs = sample_easy_pairs(seen, int(args.easy_share * args.max_pairs), rng)
@@ -261,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     train(model, encode(tokenizer, pairs, args.max_length), [needed for _, _, needed in pairs], easy, args, rng)
     seconds = time.monotonic() - started
+    if for_calibration:
+        calibrate(model, tokenizer, for_calibration, args)
     save(model, tokenizer, folder)
     # Evaluate
     if held_out:

@@ -5,7 +5,9 @@ A large model can find the document about a question without training. A model o
 single question gives only one identifier per four hundred tokens of prompt. From such rows the model learns how many
 documents to select, but not which (docs/evidence.md). A conversation therefore shows the documents of one question in
 the reranker's prompt and continues with further questions about facts in the same documents: ten selections per prompt
-that differ only in the question. --role generator creates the same conversations with answers. If a conversation
+that differ only in the question. --role generator creates the same conversations with answers. With --labels reranker,
+the documents shown are the best retrieved ones, and a selection has the documents that the cross-encoder of --reranker
+scores above 0.5, best first: no gold label is used. If a conversation
 exceeds the trainer's cutoff_len, its last questions are removed. If its first question does not fit, it is left out.
 Both are counted.
 
@@ -20,7 +22,7 @@ import argparse
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from facts import Fact, read_facts
@@ -30,6 +32,7 @@ from dynamicrag.files.jsonio import read_json, write_json
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, as_text, training_row
 from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns
 from dynamicrag.llm.training_rows import load_window
+from dynamicrag.models.reranker import document_text
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.tasks import target_answer
 from dynamicrag.stage import ArgumentParser, UserError, derive_seed, log, options_from, run
@@ -50,6 +53,7 @@ class ConversationOptions:
     questions: int
     shuffled: float
     seed: int
+    labels: str = "gold"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,6 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("conversations")
     group.add_argument("--role", choices=["reranker", "generator"],
                        default="reranker", help="role to train: select documents, or answer from them")
+    group.add_argument("--labels", choices=["gold", "reranker"], default="gold",
+                       help="source of the selections; answers (--role generator) are always those of the questions")
+    group.add_argument("--reranker", metavar="FOLDER", help="cross-encoder of --labels reranker")
     group.add_argument("--max_rows",
                        type=int, help="number of conversations, each from another question of the input (default: all)")
     group.add_argument("--n_docs", type=int, default=5, help="number of documents shown, including all needed ones")
@@ -70,7 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--shuffled", type=float, default=0.5,
                        help="share of conversations with shuffled documents; the others keep the retriever's order")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.labels == "reranker" and args.role == "reranker" and not args.reranker:
+        parser.error("--labels reranker: needs --reranker, the folder of a cross-encoder")
+    return args
 
 
 def show(row: dict, passages: dict[str, dict], n_docs: int, rng: random.Random | None = None) -> list[dict]:
@@ -145,7 +155,10 @@ def turn(role: str, row: dict, docs: list[dict], further: bool, prompts: Prompts
     if further:
         messages[-1]["content"] = as_text(FURTHER.format(question=row["question"]))
     position = {doc["id"]: at for at, doc in enumerate(docs, start=1)}
-    return training_row(messages, output=format_ids(sorted(position[doc_id] for doc_id in row["gold_docs"]), prompts.notation))
+    selection = row.get("selection")
+    if selection is None:
+        selection = sorted(position[doc_id] for doc_id in row["gold_docs"])
+    return training_row(messages, output=format_ids(selection, prompts.notation))
 
 
 def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role: str = "reranker") -> dict:
@@ -154,16 +167,48 @@ def conversation(docs: list[dict], questions: list[dict], prompts: Prompts, role
     return {**last, "history": [[row["instruction"], row["output"]] for row in before]}
 
 
-def conversations(rows: list[dict], passages: dict[str, dict], options: ConversationOptions, prompts: Prompts) -> Iterator[dict]:
+def labelled(asked: list[tuple[list[dict], list[dict]]], score: Callable[[list[tuple[str, str]]], Iterable[float]]) -> None:
+    """Add to each question its `selection`: the positions of the documents shown that score above 0.5, best first.
+
+    `asked` are the documents and questions of each conversation. All pairs are scored in one call.
+    """
+    pairs = [(question, doc) for docs, questions in asked for question in questions for doc in docs]
+    scores = iter(score([(question["question"], document_text(doc)) for question, doc in pairs]))
+    for docs, questions in asked:
+        for question in questions:
+            judged = [(float(next(scores)), position) for position in range(1, len(docs) + 1)]
+            question["selection"] = [position for value, position in sorted(judged, key=lambda one: (-one[0], one[1])) if value > 0.5]
+
+
+def conversations(
+    rows: list[dict], passages: dict[str, dict], options: ConversationOptions, prompts: Prompts,
+    score: Callable[[list[tuple[str, str]]], Iterable[float]] | None = None,
+) -> Iterator[dict]:
+    """Yield the conversations. If `score` is given, their selections are those of this reranker."""
+    asked = all_questions(rows, passages, options)
+    if score is not None:
+        asked = list(asked)
+        labelled(asked, score)
+    for docs, questions in asked:
+        yield conversation(docs, questions, prompts, options.role)
+
+
+def all_questions(rows: list[dict], passages: dict[str, dict], options: ConversationOptions) -> Iterator[tuple[list[dict], list[dict]]]:
+    """Yield for each row the documents to show, and its question with further ones about them."""
     facts = Facts(rows, passages)
     for row in rows:
         rng = random.Random(derive_seed(options.seed, row["id"], "warm-up"))
-        docs = show(row, passages, options.n_docs, rng if rng.random() < options.shuffled else None)
+        order = rng if rng.random() < options.shuffled else None
+        if options.labels == "reranker" and options.role == "reranker":
+            docs = row["docs"][:options.n_docs]
+            docs = docs if order is None else order.sample(docs, len(docs))
+        else:
+            docs = show(row, passages, options.n_docs, order)
         shown = {doc["id"] for doc in docs}
         pool = facts.pool(shown, rng)
         claims = copy.copy(pool)  # a false claim uses a value of any other country
         claims.facts, claims.holders = facts.all, facts.holders
-        yield conversation(docs, [row, *further_questions(row, pool, claims, shown, options.questions - 1)], prompts, options.role)
+        yield docs, [dict(row), *further_questions(row, pool, claims, shown, options.questions - 1)]
 
 
 def read_questions(path: str, passages_path: str) -> tuple[list[dict], dict[str, dict]]:
@@ -189,7 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, passages = read_questions(args.input_file, args.passages)
     rows = random.Random(args.seed).sample(rows, min(args.max_rows or len(rows), len(rows)))
     window = load_window(options_from(args, LengthOptions))
-    whole = conversations(rows, passages, options_from(args, ConversationOptions), Prompts(args.prompts))
+    score = None
+    if args.labels == "reranker" and args.role == "reranker":
+        from dynamicrag.models.reranker import load_reranker
+
+        score = load_reranker(args.reranker).score
+    whole = conversations(rows, passages, options_from(args, ConversationOptions), Prompts(args.prompts), score)
     made = [fitted.row for fitted in window.kept(whole, lambda row: [window.conversation(row)], len(rows), "conversations", args.input_file)]
     write_json(args.output_file, made)
     check_columns(args.train_recipe, args.output_file)

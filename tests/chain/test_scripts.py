@@ -95,7 +95,7 @@ def test_failed_worker_is_named_with_its_log_and_fails_the_script(settings, tmp_
     ("06_sample.sh", "scripts/05_sft.sh"), ("07_reward.sh", "scripts/06_sample.sh"), ("08_dpo.sh", "scripts/07_reward.sh"),
     ("09_infer.sh", "scripts/05_sft.sh"), ("10_evaluate.sh", "scripts/09_infer.sh"), ("iterate.sh", "scripts/05_sft.sh"),
     ("infer_all.sh", "scripts/05_sft.sh"), ("11_top_n.sh", "scripts/05_sft.sh"), ("experiments/oracle.sh", "scripts/03_rerank.sh"),
-    ("experiments/ablation.sh", "scripts/demo.sh"),
+    ("experiments/ablation.sh", "scripts/demo.sh"), ("experiments/baselines.sh", "scripts/03_rerank.sh"),
 ])
 def test_missing_predecessor_is_named_with_the_script_that_makes_it(settings, tmp_path, script, maker):
     done = bash(script, settings, WORK=str(tmp_path / "run"))

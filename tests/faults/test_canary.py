@@ -67,7 +67,7 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
 NO_INPUTS = set(
     "--list --name --dry_run --limit --revision --models_dir --keep_downloads --run_name --corpus --encoder "
     "--help --seed --overwrite --on_error --dataset --num_splits --n_docs --index --nprobe --candidates --corpus_shard --questions_per_pass --normalize --pooling --query_prompt --passage_prompt --instruction --system_prompt --max_length "
-    "--batch_tokens --dtype --device --shard_id --num_shards --logits --sort --targets --labels --max_per_length --max_rows --sft_size --dpo_size --dev_size --max_docs "
+    "--batch_tokens --dtype --device --shard_id --num_shards --logits --sort --targets --labels --max_per_length --max_rows --sft_size --dpo_size --dev_size --max_docs --documents "
     "--num-samples --temperature --top-p --topn --n-docs --include-expert --permute --api-base --enable-thinking --tensor-parallel-size --max-model-len --gpu-memory-utilization "
     "--selection-temperature --selection-max-tokens --answer-max-tokens --constrain-ids --chunk-size --chunk_size --weights --reweight --answer-match --length-of --bert_layer --bert_baseline "
     "--judge-base-url --judge-model --judge-format --judge-limit --judge-concurrency --recipe --keep-mean --pairs --min-margin --max-pairs-per-question "

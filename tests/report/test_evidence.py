@@ -35,7 +35,7 @@ def load(folder: str, name: str):
 corpus, questions, warm_up, oracle, choice, learning_curve = (
     load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "choice", "learning_curve")
 )
-evidence, evidence_seed = load("experiments", "evidence"), load("experiments", "evidence_seed")
+evidence, evidence_seed, evidence_systems = (load("experiments", name) for name in ("evidence", "evidence_seed", "evidence_systems"))
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,37 @@ def test_answers_stand_in_the_documents_shown_once(folder, tmp_path, monkeypatch
             ]
             assert output == target_answer(row)
             assert all(part in texts for evidence in row["evidence"] for part in evidence.split(" | "))
+
+
+def test_with_labels_of_a_reranker_a_selection_names_what_it_scores_above_a_half_best_first(folder, tmp_path, monkeypatch):
+    """The documents are the best retrieved ones; a needed one that was not retrieved is not added."""
+    known = {}
+
+    def score(pairs):
+        return [known.setdefault(pair, random.Random("\x1f".join(pair)).random()) for pair in pairs]
+
+    monkeypatch.setattr("dynamicrag.models.reranker.load_reranker", lambda path: SimpleNamespace(score=score) if path == "cross-encoder" else None)
+    monkeypatch.setattr(warm_up, "conversation", lambda docs, rows, *rest, keep=warm_up.conversation: made.append((docs, rows)) or keep(docs, rows, *rest))
+    made: list = []
+    conversations = make(folder, tmp_path / "out.json", "--labels", "reranker", "--reranker", "cross-encoder", "--max_rows", "40")
+    rows, _ = warm_up.read_questions(str(folder / "train.jsonl"), str(folder / "passages.jsonl"))
+    retrieved, lengths, ordered = {row["question"]: row["docs"][:5] for row in rows}, set(), False
+    for conversation, (docs, asked) in zip(conversations, made, strict=True):
+        first = retrieved[asked[0]["question"]]
+        assert {doc["id"] for doc in docs} == {doc["id"] for doc in first}
+        for (words, output), row in zip(turns(conversation), asked, strict=True):
+            scores = [known[row["question"], f"{doc['title']} {doc['text']}".strip()] for doc in docs]
+            expected = [position for position in sorted(range(1, len(docs) + 1), key=lambda position: -scores[position - 1]) if scores[position - 1] > 0.5]
+            assert row["question"] in words and parse_ids(output, len(docs)).ids == expected
+            lengths.add(len(expected))
+            ordered |= expected != sorted(expected)
+    assert len(lengths) > 3 and ordered
+    assert any(not {*row["gold_docs"]} <= {doc["id"] for doc in row["docs"][:5]} for row in rows)
+
+
+def test_labels_of_a_reranker_need_its_folder(folder, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        make(folder, tmp_path / "out.json", "--labels", "reranker")
 
 
 def test_no_question_is_about_a_country_of_the_test(folder, warmed):
@@ -302,12 +333,14 @@ def tables(runs: list[Path], tmp_path: Path) -> str:
 def test_differences_are_of_the_same_questions_over_all_seeds(runs, tmp_path):
     said = tables(runs, tmp_path)
     figures = json.loads((tmp_path / "out/evidence.json").read_text())
-    assert figures["best_fixed"] == "top1"
-    against_fixed, _, against_sft, lost_by_selection, _ = figures["compared"].values()
-    assert against_fixed["difference"] == pytest.approx(100 * (14 / 16 - 2 / 8)) and against_fixed["low"] < 62.5 < against_fixed["high"]
-    assert against_sft["difference"] == pytest.approx(100 * (14 / 16 - 4 / 8))
-    assert lost_by_selection["difference"] == pytest.approx(100 * 2 / 16)
-    assert re.search(r"\| DPO +\| DynamicRAG +\| 87\.5 +\| 75\.0, 100\.0 +\| 0\.88 ", said)
+    assert (figures["best_fixed"], figures["fixed_chosen_on"], figures["labels"]) == ("top1", "test", "gold")
+    against_fixed = figures["compared"]["after DPO: DynamicRAG minus top 1"]["by_question"]
+    assert against_fixed["mean"] == pytest.approx(100 * (14 / 16 - 2 / 8)) and against_fixed["low"] < 62.5 < against_fixed["high"]
+    assert figures["compared"]["gain by DPO: DynamicRAG"]["by_question"]["mean"] == pytest.approx(100 * (14 / 16 - 4 / 8))
+    assert figures["compared"]["gain by DPO: DynamicRAG"]["seeds"] == pytest.approx([25, 50])
+    lost_by_selection = figures["compared"]["loss by selection: gold among those shown minus DynamicRAG"]["by_question"]
+    assert lost_by_selection["mean"] == pytest.approx(100 * 2 / 16)
+    assert re.search(r"\| DPO +\| DynamicRAG +\| 87\.5 +\| 87\.5 +\| 75\.0, 100\.0 +\| 0\.88 ", said)
     assert re.search(r"\| DPO +\| all gold +\| 100\.0 ", said)
 
 
@@ -316,6 +349,61 @@ def test_a_difference_of_one_kind_is_of_its_questions_alone(runs, tmp_path):
     # Kind a are questions 0, 2, 4, 6: dynamic and SFT are right in all of them, top1 in two.
     assert lines["a"][-2].startswith("+50.0 (") and lines["a"][-1].startswith("+0.0 (")
     assert lines["b"][-2].startswith("+75.0 (") and lines["b"][-1].startswith("+75.0 (")
+
+
+def test_kinds_have_equal_weight_in_their_mean_and_the_gain_by_dpo_is_compared_with_that_of_another_selector(runs, tmp_path):
+    for folder in runs:  # six questions of kind a and two of kind b; with top 1, the SFT model is right in 0 of a and 1 of b
+        results(folder, {"test_sft_top1": [0, 0, 0, 0, 0, 0, 0, 1]})
+        for path in (folder / "results").iterdir():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            write_jsonl(path, [row | {"kind": "a" if number < 6 else "b"} for number, row in enumerate(rows)])
+    said = tables(runs, tmp_path)
+    compared = json.loads((tmp_path / "out/evidence.json").read_text())["compared"]
+    # DynamicRAG in the first seed: 5 of 6 and 1 of 2; with SFT in both: 3 of 6 and 1 of 2.
+    assert compared["gain by DPO: DynamicRAG"]["by_kind"]["mean"] == pytest.approx(100 * ((5 / 6 - 3 / 6 + 0) / 2 + (3 / 6 + 1 / 2) / 2) / 2)
+    of_top1 = 2 / 8 - 1 / 8
+    assert compared["gain by DPO: DynamicRAG minus top 1"]["by_question"]["mean"] == pytest.approx(100 * (14 / 16 - 4 / 8 - of_top1))
+    assert re.search(r"\| SFT +\| top 1 +\| 12\.5 +\| 25\.0 ", said)
+
+
+def test_the_fixed_number_is_chosen_on_dev_questions_if_every_seed_answered_them(runs, tmp_path):
+    for folder in runs:
+        results(folder, {"dev_dpo_top1": [1, 0, 0], "dev_dpo_none": [1, 1, 0], "dev_sft_dynamic": [1, 1, 1]})
+    said = tables(runs, tmp_path)
+    figures = json.loads((tmp_path / "out/evidence.json").read_text())
+    assert (figures["best_fixed"], figures["fixed_chosen_on"]) == ("none", "dev") and "DynamicRAG minus none" in said
+    (runs[1] / "results/dev_dpo_none.json").unlink()
+    (runs[1] / "results/dev_dpo_top1.json").unlink()
+    tables(runs, tmp_path)
+    figures = json.loads((tmp_path / "out/evidence.json").read_text())
+    assert (figures["best_fixed"], figures["fixed_chosen_on"]) == ("top1", "test")
+
+
+def test_a_seed_keeps_the_documents_chosen_for_every_question(runs, tmp_path):
+    seed = json.loads(Path(seed_files(runs)[0]).read_text())
+    [dynamic] = [one for one in seed["systems"] if (one["model"], one["selector"], one["shown"]) == ("dpo", "dynamic", "retrieved")]
+    assert dynamic["chosen"] == [[1], [1], [1], []] * 2 and [*seed["questions"]] == [f"q{n}" for n in range(8)]
+    assert seed["dev"] == {} and seed["labels"] == "gold"
+
+
+def test_baselines_that_a_run_has_are_compared(runs, tmp_path):
+    for folder in runs:
+        results(folder, {"test_question_dpo_monot5": [1, 1, 0, 0] * 2, "test_sft_top3_top3": [1, 1, 1, 1, 0, 0, 0, 0]})
+    said = tables(runs, tmp_path)
+    compared = json.loads((tmp_path / "out/evidence.json").read_text())["compared"]
+    for name in ("after DPO: DynamicRAG minus k from the question", "DynamicRAG after DPO minus SFT with top 3"):
+        assert compared[name]["by_question"]["mean"] == pytest.approx(100 * (14 / 16 - 4 / 8))
+    assert re.search(r"\| DPO +\| k from the question +\| 50\.0 ", said) and re.search(r"\| SFT with top 3 +\| top 3 +\| 50\.0 ", said)
+
+
+def test_the_number_by_kind_takes_the_answers_of_the_fixed_numbers(runs, tmp_path):
+    """Kind none takes no document, one takes the first: two of four right with 'one', none with 'none'."""
+    for folder in runs:
+        for path in (folder / "results").iterdir():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            write_jsonl(path, [row | {"kind": "one" if number % 4 == 0 else "none"} for number, row in enumerate(rows)])
+    said = tables(runs, tmp_path)
+    assert re.search(r"\| DPO +\| k by kind of question +\| 25\.0 +\| 50\.0 +\| 25\.0, 25\.0 +\| 0\.25 +\| +\|", said)
 
 
 @pytest.mark.slow
@@ -348,6 +436,7 @@ def test_a_result_file_that_is_missing_or_asks_other_questions_is_named(runs):
     (lambda seed: seed["systems"].pop(0), at("1.json", "sft", "dynamic", "retrieved", "0.json")),
     (lambda seed: seed["questions"].update(q8="a"), at("1.json", "0.json")),
     (lambda seed: seed.pop("questions"), at("1.json", "experiments/evidence_seed.py")),
+    (lambda seed: seed.update(labels="reranker"), at("1.json", "reranker", "gold", "0.json")),
 ])
 def test_a_seed_that_cannot_stand_beside_the_first_is_named(runs, tmp_path, change, says):
     files = seed_files(runs)
@@ -393,4 +482,4 @@ def table_after(path: str, header: str) -> list[dict[str, str]]:
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip(" *") for cell in line.strip("| ").split("|")]
+    return [cell.strip(" *") for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]

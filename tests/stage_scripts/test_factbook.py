@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import at, naming
+from conftest import at, naming, write_jsonl
 
 from dynamicrag.files.jsonio import read_json
 from dynamicrag.stage import UserError
@@ -211,6 +211,39 @@ def test_excluded_questions_are_not_asked_again(folder, tmp_path):
     assert again & asked and not new & asked and len(new) == 120
 
 
+def test_an_excluded_question_is_not_asked_in_other_words_either(folder, tmp_path):
+    """The facts of a file are excluded too, although its wording is none that would be drawn."""
+    make(folder, tmp_path / "old", "--test", "200", "--train", "10", "--reranker", "10")
+    old = read(tmp_path / "old/test.jsonl")
+    worded = write_jsonl(tmp_path / "worded.jsonl", [row | {"question": f"{row['question']} Please."} for row in old])
+    make(folder, tmp_path / "new", "--test", "300", "--train", "10", "--reranker", "10", "--exclude", str(worded))
+    new = read(tmp_path / "new/test.jsonl")
+    facts = {(row["kind"], row["rule"], *zip(row["gold_docs"], row["evidence"], strict=True)) for row in old if row["gold_docs"]}
+    assert len(new) == 300 and not facts & {(row["kind"], row["rule"], *zip(row["gold_docs"], row["evidence"], strict=True)) for row in new}
+    sums = {row["rule"] for row in old if row["rule"].startswith("arithmetic")}
+    assert sums and not sums & {row["rule"] for row in new}
+
+
+def test_the_test_questions_of_the_evidence_run_were_asked_nowhere_before(folder, tmp_path):
+    """With the sizes of configs/demo.env and the flags of experiments/evidence.sh: 900 about the same countries as the 500 before."""
+    for size in (50, 160, 500):
+        make(folder, tmp_path / f"used_{size}", "--test", str(size), "--train", "10", "--reranker", "10")
+    used = [tmp_path / f"used_{size}/test.jsonl" for size in (50, 160, 500)]
+    make(folder, tmp_path, "--test", "900", "--train", "1200", "--reranker", "3000", "--dev", "240", "--exclude", *map(str, used))
+    old = [row for path in used for row in read(path)]
+    files = {name: read(tmp_path / f"{name}.jsonl") for name in ("test", "dev", "train", "reranker")}
+    assert {name: len(rows) for name, rows in files.items()} == {"test": 900, "dev": 240, "train": 1200, "reranker": 3000}
+    assert len({row["question"].lower() for row in old}) >= 500
+    assert not {row["question"].lower() for row in old} & {row["question"].lower() for rows in files.values() for row in rows}
+    assert not {*map(questions.content, old)} & {*map(questions.content, files["test"])}
+    titles = {passage["id"]: passage["title"].rpartition(": ")[0] for passage in read(folder / "passages.jsonl")}
+    asked = {name: {titles[doc_id] for row in rows for doc_id in row["gold_docs"]} for name, rows in files.items()}
+    assert asked["test"] == {titles[doc_id] for row in old for doc_id in row["gold_docs"]}
+    assert not asked["test"] & (asked["dev"] | asked["train"] | asked["reranker"]) and not asked["dev"] & asked["train"]
+    held_out = {titles[doc_id] for row in files["reranker"] if row["held_out"] for doc_id in row["gold_docs"]}
+    assert asked["dev"] and not held_out & asked["train"]
+
+
 @pytest.mark.slow
 def test_large_sizes_can_be_made(folder, tmp_path):
     make(folder, tmp_path, "--train", "5000", "--reranker", "6000", "--test", "1000")
@@ -350,6 +383,23 @@ def test_ranking_quality_counts_what_was_not_retrieved():
     rows = [retrieved(["d1"]), retrieved(["d4"]), retrieved(["absent"]), retrieved([])]
     mrr, first = trainer.ranking_quality(rows, [row["docs"] for row in rows])
     assert mrr == pytest.approx((1 + 1 / 4 + 0) / 3) and first == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("ranked", "best", "quality"), [
+    # One passage each is needed and first: any threshold between the first and the second probabilities is right.
+    ([(["a"], [(0.9, "a"), (0.2, "b")]), (["c"], [(0.8, "c"), (0.4, "d")])], (0.4, 0.8), 1.0),
+    # Low probabilities: 0.5 would select nothing.
+    ([(["a"], [(0.30, "a"), (0.02, "b")]), (["c", "d"], [(0.2, "c"), (0.1, "d")])], (0.02, 0.1), 1.0),
+    # No passage is needed, and one that is not retrieved: selecting nothing is right for the first and worth 0 for the other.
+    ([([], [(0.7, "a")]), (["x"], [(0.6, "b")])], (0.7, 1.0), 0.5),
+    # The third document is not shown, so that its probability decides nothing.
+    ([(["a"], [(0.9, "a"), (0.6, "b"), (0.55, "a2")])], (0.6, 0.9), 1.0),
+])
+def test_the_label_of_the_cross_encoder_is_calibrated_on_selections(ranked, best, quality):
+    rows = [{"gold_docs": gold} for gold, _ in ranked]
+    docs = [[(probability, {"id": doc_id}) for probability, doc_id in found] for _, found in ranked]
+    threshold, found = trainer.best_threshold(rows, docs, 2)
+    assert best[0] <= threshold <= best[1] and found == pytest.approx(quality)
 
 
 def test_batches_hold_every_pair_once_and_are_alike_in_length():

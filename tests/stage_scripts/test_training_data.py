@@ -350,6 +350,18 @@ def test_the_generator_learns_from_the_relevant_documents_best_first():
     assert "what is 1?" in example["instruction"]
 
 
+@pytest.mark.parametrize(("documents", "shown"), [("labelled", [3, 1]), ("top:2", [1, 2]), ("top:9", [1, 2, 3, 4])])
+def test_the_generator_is_shown_the_labelled_or_the_first_documents(documents, shown):
+    [example] = generator_examples([labelled(1, [0.6, 0.1, 0.9, 0.2])], "--documents", documents)
+    assert titles(example) == [str(position) for position in shown]
+
+
+@pytest.mark.parametrize("value", ["top:0", "top", "3", "gold"])
+def test_other_documents_than_labelled_or_the_first_are_refused(value):
+    with pytest.raises(SystemExit, match="2"):
+        construct_generator_sft.main(["--documents", value])
+
+
 def test_the_generator_is_shown_no_more_than_max_docs():
     [example] = generator_examples([labelled(1, [0.6, 0.1, 0.9, 0.7])], "--max_docs", "2")
     assert titles(example) == ["3", "4"]
