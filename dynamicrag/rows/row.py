@@ -88,9 +88,9 @@ STAGE_KEYS = {
             "--length-of response": ("answers", "id_lists", "responses", "response_tokens"), "--reweight": ("id_lists", "score_terms"),
         }),
     ),
-    "construct_dpo": StageKeys(
+    **dict.fromkeys(("construct_dpo", "construct_best_of_n", "construct_kto"), StageKeys(
         ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms"), computes=("docs_shown", "score_terms")
-    ),
+    )),
     "inference": StageKeys(("docs",), ("docs_shown", "id_list", "final_docs", "response", "error", "usage")),
     "top_inference": StageKeys(("docs",), ("candidates", "id_list", "final_docs", "response", "error", "usage")),
     "evaluate": StageKeys(),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import at, make_text, names, read_jsonl, write_jsonl
+from stages import row
 
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
@@ -233,6 +234,33 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     (data / "generator_sft_training.json").write_text("[1]\n")
     refused = bash("05_sft.sh", settings, **environment)
     assert refused.returncode == 2 and f"error: {folder}: " in refused.stderr
+
+
+@pytest.mark.parametrize(("recipe", "roles", "sets"), [
+    ("kto", "reranker", ["reranker_kto"]), ("best_of_n", "generator", ["generator_best_of_n"]), ("kto", "reranker generator", ["reranker_kto", "generator_kto"]),
+    ("simpo", "generator", ["generator_dpo"]),
+])
+def test_the_recipe_chooses_the_rows_and_the_roles_the_model(settings, tmp_path, recipe, roles, sets):
+    """With a stand-in for llamafactory-cli, which writes down its command line."""
+    trainer, policy, data = tmp_path / "llamafactory-cli", tmp_path / "run/DynamicRAG_smollm2_135m/sft", tmp_path / "run/training_data"
+    trainer.write_text('#!/bin/sh\necho "$@" >"$LOG"\n')
+    trainer.chmod(0o755)
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    data.mkdir()
+    write_jsonl(data / "smollm2_135m_output_dpo.jsonl", [row(n) for n in range(1, 4)])
+    done = bash("08_dpo.sh", settings, LLAMAFACTORY=str(trainer), LOG=str(tmp_path / "call"), DPO_RECIPE=recipe, ROLES=roles, PAIR_FLAGS="--pair-by set")
+    assert done.returncode == 0, done.stderr
+    call = (tmp_path / "call").read_text().split()
+    one = "" if " " in roles else f"_{roles}"
+    assert call[1] == f"recipes/smollm2_135m/{recipe}.yaml" and f"output_dir={policy.with_name('dpo')}{one}" in call and f"model_name_or_path={policy}" in call
+    assert [word for word in call if word.startswith("dataset=")] == ([f"dataset=smollm2_135m_{sets[0]}"] if one else [])
+    written = {path.stem for path in data.glob("*.json") if not path.name.endswith("manifest.json")}
+    assert {f"smollm2_135m_{name}" for name in sets} <= written and (recipe == "simpo" or len(written) == len(sets))
+    info = json.loads((tmp_path / "run/recipes/dataset_info.json").read_text())
+    assert all((tmp_path / "run/recipes" / info[f"smollm2_135m_{name}"]["file_name"]).is_file() for name in sets)
+    refused = bash("08_dpo.sh", settings, ROLES="selector")
+    assert refused.returncode == 2 and "ROLES=" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 def test_a_tracker_is_told_of_training_and_stays_offline(settings, tmp_path):
