@@ -6,14 +6,21 @@
 #     DATA=folder MODEL=folder RUN=folder bash experiments/openqa.sh
 # Every piece takes under an hour on two cores and writes one file. A piece whose file exists is not repeated, and an interrupted piece
 # continues with the same command. RUN/hours.tsv has the hours of each piece.
+# shellcheck disable=SC2153  # settings.env assigns the names in capitals
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ -x .venv/bin/python ]] || bash scripts/setup.sh
 source scripts/common.sh experiments/openqa/settings.env
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-OPENQA=experiments/openqa
 GENERATOR=$RUN/generator/model/sft
 mkdir -p "$RUN"
+
+# openqa SCRIPT FLAG...: run a script of experiments/openqa.
+openqa() {
+    local script=$1
+    shift
+    python "experiments/openqa/$script" "$@"
+}
 
 # piece NAME HOURS FILE COMMAND...: run COMMAND unless FILE, which it writes last, exists.
 piece() {
@@ -40,7 +47,7 @@ lists() {
     local group
     [[ -f $ENCODER/config.json ]] || python examples/factbook/models.py --output_dir "$(dirname "$ENCODER")"
     # shellcheck disable=SC2086  # SPLIT_FLAGS is a list of flags
-    [[ -f $RUN/questions/reranker_searched.jsonl ]] || python $OPENQA/splits.py --data "$DATA" --output_dir "$RUN/questions" --seed "$SEED" $SPLIT_FLAGS
+    [[ -f $RUN/questions/reranker_searched.jsonl ]] || openqa splits.py --data "$DATA" --output_dir "$RUN/questions" --seed "$SEED" $SPLIT_FLAGS
     for group in reranker asked; do
         python retriever.py --query "$RUN/questions/${group}_searched.jsonl" --passages "$PASSAGES" --passage_store "$RUN/passages.store" \
             --index bm25 --n_docs 20 --output_file "$RUN/questions/${group}_found.jsonl"
@@ -51,17 +58,17 @@ lists() {
         --max_pairs "$RERANKER_PAIRS" --seed "$SEED"
     python reranker.py --model_name_or_path "$RUN/cross-encoder" --input_file "$RUN/questions/asked.jsonl" --output_file "$RUN/reranked.jsonl" \
         --n_docs 20 --max_length 256 --sort
-    python $OPENQA/lists.py --input_file "$RUN/reranked.jsonl" --output_dir "$RUN/lists" --n_docs "$N_DOCS"
+    openqa lists.py --input_file "$RUN/reranked.jsonl" --output_dir "$RUN/lists" --n_docs "$N_DOCS"
 }
 
 generator() {
     local folder=$RUN/generator number prompts
-    python $OPENQA/contexts.py --input_file "$RUN/reranked.jsonl" --output_dir "$folder" --n_docs "$N_DOCS" --seed "$SEED"
+    openqa contexts.py --input_file "$RUN/reranked.jsonl" --output_dir "$folder" --n_docs "$N_DOCS" --seed "$SEED"
     fit_to sft "$BASE"
     mkdir -p "$folder/training_data"
     for number in 1 2; do
         prompts=()
-        ((number == 1)) || prompts=(--prompts "$OPENQA/wording_2.yaml")
+        ((number == 1)) || prompts=(--prompts experiments/openqa/wording_2.yaml)
         python construct_generator_sft.py "${FIT_FLAGS[@]}" "${prompts[@]}" --input_file "$folder/contexts_$number.jsonl" \
             --output_file "$folder/sft_$number.jsonl"
     done
@@ -70,12 +77,102 @@ generator() {
 }
 
 gate() {
-    python $OPENQA/gate.py --input_file "$RUN/lists/dev.jsonl" --questions "$GATE_QUESTIONS" --generator "$GENERATOR" --template "$TEMPLATE" \
-        --store "$RUN/answers/1.jsonl" --second_store "$RUN/answers/2.jsonl" --second_prompts $OPENQA/wording_2.yaml \
+    openqa gate.py --input_file "$RUN/lists/dev.jsonl" --questions "$GATE_QUESTIONS" --generator "$GENERATOR" --template "$TEMPLATE" \
+        --store "$RUN/answers/1.jsonl" --second_store "$RUN/answers/2.jsonl" --second_prompts experiments/openqa/wording_2.yaml \
         --output_file "$RUN/gate.json" --seed "$SEED"
 }
 
-# shellcheck disable=SC2153  # a setting
+
+answers() { # FLAGS of answer.py: the frozen generator's answers
+    openqa answer.py --store "$RUN/answers/1.jsonl" --generator "$GENERATOR" --template "$TEMPLATE" "$@"
+}
+
+# chosen MODEL SPLIT FOLDER NAME: the selections of MODEL for a split and their answers, FOLDER/results/SPLIT_NAME.json.
+chosen() {
+    openqa choose.py --llm-model "$1" --template "$TEMPLATE" --max-model-len 2048 --input_file "$RUN/lists/$2.jsonl" \
+        --output_file "$3/choices/$2_$4.jsonl"
+    answers --input_file "$3/choices/$2_$4.jsonl" --output_file "$3/results/$2_$4.json"
+}
+
+baselines() {
+    local split fixed=()
+    mapfile -t fixed < <(seq -f "top:%g" 1 "$N_DOCS")
+    mkdir -p "$RUN/question_k"
+    python process_training_data.py --input_file "$RUN/lists/cloning.jsonl" --sequence_file "$RUN/question_k/sequence.jsonl" \
+        --normal_file "$RUN/question_k/normal.jsonl" --n_docs "$N_DOCS" --max_rows 1
+    for split in dev test; do
+        answers --input_file "$RUN/lists/$split.jsonl" --selectors none "${fixed[@]}" monot5 adaptive gold \
+            --output_file "$RUN/results/${split}_{selector}.json"
+        python experiments/question_k.py --train_files "$RUN"/question_k/{sequence,normal}.jsonl --encoder "$ENCODER" --n_docs "$N_DOCS" \
+            --input_file "$RUN/lists/$split.jsonl" --output_file "$RUN/question_k/$split.jsonl"
+        answers --input_file "$RUN/question_k/$split.jsonl" --selectors monot5 --output_file "$RUN/question_k/${split}_{selector}.json"
+        mv "$RUN/question_k/${split}_monot5.json" "$RUN/results/${split}_question_k.json"
+    done
+}
+
+zero_shot() { chosen "$BASE" dev "$RUN" zero_shot; chosen "$BASE" test "$RUN" zero_shot; }
+
+# clone FOLDER PART LABELS BASE: train FOLDER/model/sft from BASE to write the selections that the LABELS (reranker or gold) give for PART.
+clone() {
+    local folder=$1 rows=$1/training_data
+    mkdir -p "$rows"
+    fit_to sft "$BASE"
+    python process_training_data.py --input_file "$RUN/lists/$2.jsonl" --labels "$3" --sequence_file "$rows/sequence.jsonl" \
+        --normal_file "$rows/normal.jsonl" --n_docs "$N_DOCS" --max_rows 1000000 --max_per_length 1000000
+    python reranker_sequence.py "${FIT_FLAGS[@]}" --input_file "$rows/sequence.jsonl" --output_file "$rows/reranker_bc_training.json"
+    train_in "$folder" sft reranker_bc "$rows/reranker_bc_training.json" model_name_or_path="$4" seed="$SEED"
+}
+
+samples() { # FOLDER: sampled selections of the cloned model, their answers and rewards
+    # shellcheck disable=SC2086  # SAMPLE_FLAGS is a list of flags
+    openqa choose.py --llm-model "$1/bc/model/sft" --template "$TEMPLATE" --max-model-len 2048 --input_file "$RUN/lists/rl.jsonl" \
+        --output_file "$1/sampled.jsonl" --num_samples "$SAMPLES" --seed "$SEED" ${SAMPLE_FLAGS:-}
+    answers --input_file "$1/sampled.jsonl" --output_file "$1/answered.jsonl"
+    openqa reward.py --input_file "$1/answered.jsonl" --output_file "$1/rewards.jsonl"
+}
+
+# arm NAME FOLDER: train the arm NAME from the cloned model of the seed's FOLDER. The arms on single rows are bc_plus and gold (cloning of
+# the questions of RL, with the labels of the reranker and the needed documents), best_of_n and kto; dpo trains on pairs.
+arm() {
+    local name=$1 folder=$2/$1 bc=$2/bc/model/sft rewards=$2/rewards.jsonl
+    local rows=$folder/training_data/${MODEL}_reranker_$1.json unused=$folder/training_data/${MODEL}_generator_$1.json
+    mkdir -p "$folder/training_data"
+    case $name in
+        bc_plus) clone "$folder" rl reranker "$bc"; return ;;
+        gold) clone "$folder" rl gold "$bc"; return ;;
+    esac
+    fit_to "$name" "$BASE"
+    case $name in
+        dpo) python construct_dpo.py "${FIT_FLAGS[@]}" --input_file "$rewards" --reranker_file "$rows" --generator_file "$unused" \
+            --pair-by set --min-margin 0.05 --max-reranker-pairs "$PAIRS" --seed "$SEED" ;;
+        best_of_n|kto) python "construct_$name.py" "${FIT_FLAGS[@]}" --input_file "$rewards" --roles reranker --reranker_file "$rows" --seed "$SEED" ;;
+        *) refuse "ARMS: $name is no arm; see experiments/openqa/settings.env" ;;
+    esac
+    train_in "$folder" "$name" "${MODEL}_reranker_$name" "$rows" model_name_or_path="$bc" seed="$SEED"
+}
+model_of() { # ARM: print the folder of its model within the folder of the seed
+    case $1 in bc|bc_plus|gold) echo "$1/model/sft" ;; *) echo "$1/model/$1" ;; esac
+}
+asked() { # ARM FOLDER: answer dev and test with the model of an arm
+    chosen "$2/$(model_of "$1")" dev "$2" "$1"
+    chosen "$2/$(model_of "$1")" test "$2" "$1"
+}
+
+seed() { # SEED ARM...: all pieces of one seed
+    local SEED=$1 folder=$RUN/seed_$1 name
+    shift
+    mkdir -p "$folder"
+    piece "bc_$SEED" 0.8 "$folder/$(model_of bc)/trained_on.sha256" clone "$folder/bc" cloning reranker "$BASE"
+    piece "test_bc_$SEED" 0.4 "$folder/results/test_bc.json" asked bc "$folder"
+    piece "samples_$SEED" 0.4 "$folder/rewards.jsonl" samples "$folder"
+    for name in "$@"; do
+        piece "${name}_$SEED" 0.7 "$folder/$(model_of "$name")/trained_on.sha256" arm "$name" "$folder"
+        piece "test_${name}_$SEED" 0.4 "$folder/results/test_$name.json" asked "$name" "$folder"
+    done
+}
+
+tables() { openqa tables.py --run "$RUN" --output_file "$RUN/openqa.json" --table_file "$RUN/openqa.md"; }
+
 PASSAGES=$DATA/passages.jsonl
 [[ -f $PASSAGES ]] || PASSAGES=$DATA/passages.jsonl.gz
 piece lists 0.3 "$RUN/lists/summary.json" lists
@@ -86,3 +183,13 @@ if [[ $(verdict) != go && -z ${FORCE:-} ]]; then
     echo "gate 0: the verdict is to stop, for the reasons above and in $RUN/gate.json. FORCE=1 continues." >&2
     exit 0
 fi
+
+piece baselines 0.7 "$RUN/results/test_question_k.json" baselines
+piece zero_shot 0.4 "$RUN/results/test_zero_shot.json" zero_shot
+for number in $SEEDS; do
+    # shellcheck disable=SC2086  # lists of arms
+    if [[ $number == "${SEEDS%% *}" ]]; then seed "$number" $ARMS $MORE_ARMS; else seed "$number" $ARMS; fi
+done
+rm -f "$RUN/openqa.md"  # made again with every seed and arm that there is
+piece tables 0.02 "$RUN/openqa.md" tables
+cat "$RUN/openqa.md"
