@@ -11,15 +11,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ -x .venv/bin/python ]] || bash scripts/setup.sh
 source scripts/common.sh experiments/openqa/settings.env
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 GENERATOR=$RUN/generator/model/sft
 mkdir -p "$RUN"
 
-# openqa SCRIPT FLAG...: run a script of experiments/openqa.
+# openqa SCRIPT FLAG...: run a script of experiments/openqa. Some import stages, which are in this folder.
 openqa() {
     local script=$1
     shift
-    python "experiments/openqa/$script" "$@"
+    PYTHONPATH=$PWD python "experiments/openqa/$script" "$@"
 }
 
 # piece NAME HOURS FILE COMMAND...: run COMMAND unless FILE, which it writes last, exists.

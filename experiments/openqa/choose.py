@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = partial(sample, chooser=builders[0], args=args) if args.num_samples else partial(choose, chooser=builders[0])
     output.process(read_rows(args.input_file, ("docs",)), CHUNK, work, total, "choosing")
     if args.num_samples:
-        seen = summarise_selections(({**row, "responses": []} for row in output.written()), builders[0].prompts.notation)
+        seen = summarise_selections(({**row, "responses": [""] * len(row["id_lists"])} for row in output.written()), builders[0].prompts.notation)
         log.info("%(trajectories)d selections: %(malformed)d malformed; share of None %(none_share).2f, mean k %(k_mean).2f (spread %(k_spread).2f)", seen)
     output.finish()
 

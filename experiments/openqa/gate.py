@@ -82,12 +82,12 @@ def best_sets(chosen_by: np.ndarray, fixed: int) -> np.ndarray:
 def headroom(first: np.ndarray, second: np.ndarray, prefixes: Sequence[int]) -> np.ndarray:
     """Return, per question, the score of the best set minus that of the best prefix of the list, as the mean of both directions.
 
-    `prefixes` are the columns of the first 0, 1, 2, ... documents. The best one is that of the scored wording.
+    `prefixes` are the columns of the first 0, 1, 2, ... documents. The best one is that of both wordings together.
     """
     gains = []
+    fixed = max(prefixes, key=lambda column: first[:, column].mean() + second[:, column].mean())
     for chosen_by, scored in ((first, second), (second, first)):
-        fixed = max(prefixes, key=lambda column: scored[:, column].mean())
-        chosen = best_sets(chosen_by, max(prefixes, key=lambda column: chosen_by[:, column].mean()))
+        chosen = best_sets(chosen_by, fixed)
         gains.append(scored[np.arange(len(scored)), chosen] - scored[:, fixed])
     return np.mean(gains, axis=0)
 

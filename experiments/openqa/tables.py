@@ -130,8 +130,8 @@ def figures_of(cells: Cells, questions: Questions) -> dict:
         "EM": 100 * float(cells.em.mean()), "macro EM": 100 * macro(cells.em, questions.sets),
         "documents": float(cells.k.mean()), "prompt tokens": float(cells.prompt_tokens.mean()),
         "selection F1": 100 * float(cells.selection_f1.mean()), "exact": 100 * float(cells.exact.mean()),
-        "F1 by set": {name: 100 * float(cells.f1[:, sets == name].mean()) for name in sorted(set(sets))},
-        "EM by set": {name: 100 * float(cells.em[:, sets == name].mean()) for name in sorted(set(sets))},
+        "F1 by set": {name: 100 * float(cells.f1[:, sets == name].mean()) for name in sorted(set(questions.sets))},
+        "EM by set": {name: 100 * float(cells.em[:, sets == name].mean()) for name in sorted(set(questions.sets))},
         "k by needed": {str(number): float(cells.k[:, needed == number].mean()) for number in sorted(set(questions.needed))},
     }
 

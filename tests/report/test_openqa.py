@@ -25,7 +25,7 @@ def load(name: str):
         sys.path.remove(str(REPO / "experiments/openqa"))
 
 
-splits, lists, contexts, store, gate = (load(name) for name in ("splits", "lists", "contexts", "store", "gate"))
+splits, lists, contexts, store, gate, choose, answer, reward, tables = map(load, ("splits", "lists", "contexts", "store", "gate", "choose", "answer", "reward", "tables"))
 SETS = {"nq": 0, "hotpotqa": 3, "2wikimqa": 3, "musique": 3, "svamp": 0}  # documents of their own
 SIZES = ["--dev", "8", "--dev_from_train", "2wikimqa=2,musique=1", "--test_cap", "svamp=2", "--generator", "12", "--cloning", "12", "--rl", "12"]
 
@@ -189,6 +189,7 @@ def test_the_headroom_counts_only_what_holds_under_the_other_wording():
     accident = needs_second.copy()
     accident[0] = [1, 0, 0, 0]  # another set is right under the second wording
     assert gate.headroom(needs_second, accident, PREFIXES).tolist() == [0, 0, 0]
+    assert gate.headroom(np.zeros((3, 4)), needs_second, PREFIXES).tolist() == [0, 0, 0]  # without a better set, the fixed number stays
 
 
 def test_a_set_that_is_only_as_good_as_the_fixed_number_is_not_chosen():
@@ -220,3 +221,125 @@ def test_gate_0_stops_if_the_documents_make_no_difference(engine, tmp_path, caps
     figures = run_gate(engine, tmp_path, lambda request, kind, titles: "always this")
     assert (figures["verdict"], figures["headroom"], figures["repeated share"], len(figures["reasons"])) == ("stop", 0, 0, 2)
     assert "stop" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- choices, rewards and tables
+
+
+def flags_of(folder: Path) -> list[str]:
+    return ["--store", str(folder / "answers.jsonl"), "--generator", str(folder / "model")]
+
+
+def test_the_rules_are_those_of_inference_and_are_answered_together(engine, tmp_path):
+    rows = [reranked("dev", number, [0.9, 0.6, 0.2], [3]) for number in (1, 2)]
+    for row in rows:
+        row["docs"][0]["rerank_label"] = row["docs"][2]["rerank_label"] = "true"
+    answer.main(["--input_file", str(write_jsonl(tmp_path / "dev.jsonl", rows)), "--output_file", str(tmp_path / "r/dev_{selector}.json"),
+                 "--selectors", "none", "top:2", "monot5", "adaptive", "gold", *flags_of(tmp_path)])
+    made = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "r").iterdir()}
+    assert {name: [row["id_list"] for row in rows] for name, rows in made.items()} == {
+        "dev_none": [[], []], "dev_top2": [[1, 2], [1, 2]], "dev_monot5": [[1, 3], [1, 3]], "dev_adaptive": [[1, 2], [1, 2]], "dev_gold": [[3], [3]],
+    }
+    assert made["dev_top2"] == made["dev_adaptive"] and [len(batch) for batch in engine.batches] == [2 * 4]
+    assert made["dev_gold"][0]["response"] == rows[0]["docs"][2]["title"] and made["dev_gold"][0]["final_docs"] == rows[0]["gold_docs"]
+
+
+def test_a_greedy_selection_is_answered_in_the_order_of_the_list_and_costs_both_calls(engine, tmp_path):
+    engine.reply = lambda request, kind, titles: "[3], [1]" if kind == "select" else " ".join(titles)
+    rows = [reranked("dev", number, [0.9, 0.6, 0.2], [3]) for number in (1, 2)]
+    write_jsonl(tmp_path / "dev.jsonl", rows)
+    choose.main(["--input_file", str(tmp_path / "dev.jsonl"), "--output_file", str(tmp_path / "chosen.jsonl"), "--llm-model", str(tmp_path / "model")])
+    assert [row["id_list"] for row in read_jsonl(tmp_path / "chosen.jsonl")] == [[3, 1], [3, 1]]
+    answer.main(["--input_file", str(tmp_path / "chosen.jsonl"), "--output_file", str(tmp_path / "dev.json"), *flags_of(tmp_path)])
+    first = json.loads((tmp_path / "dev.json").read_text())[0]
+    assert first["id_list"] == [1, 3] and first["response"] == " ".join(rows[0]["docs"][place]["title"] for place in (0, 2))
+    assert first["usage"] == {"calls": 2, "prompt_tokens": (100 + 3) + (100 + 2), "generated_tokens": 2}
+
+
+def test_a_selection_that_cannot_be_read_is_empty(engine, tmp_path):
+    engine.reply = lambda request, kind, titles: "prose"
+    write_jsonl(tmp_path / "dev.jsonl", [reranked("dev", 1, [0.9], [])])
+    choose.main(["--input_file", str(tmp_path / "dev.jsonl"), "--output_file", str(tmp_path / "chosen.jsonl"), "--llm-model", str(tmp_path / "model")])
+    assert [row["id_list"] for row in read_jsonl(tmp_path / "chosen.jsonl")] == [[]]
+
+
+def test_sampled_selections_are_rewarded_by_f1_and_exact_match_and_pay_for_documents(engine, tmp_path):
+    engine.reply = lambda request, kind, titles: ["[2], [1]", "[1], [2]", "None"] if kind == "select" else " ".join(titles) or "nothing"
+    row = reranked("rl", 1, [0.9, 0.6], []) | {"dataset": "hotpotqa"}
+    row["answers"] = [f"{row['docs'][0]['title']} and others"]
+    write_jsonl(tmp_path / "rl.jsonl", [row])
+    choose.main(["--input_file", str(tmp_path / "rl.jsonl"), "--output_file", str(tmp_path / "s.jsonl"), "--llm-model", str(tmp_path / "model"), "--num_samples", "3"])
+    engine.batches.clear()
+    answer.main(["--input_file", str(tmp_path / "s.jsonl"), "--output_file", str(tmp_path / "a.jsonl"), *flags_of(tmp_path)])
+    assert [len(batch) for batch in engine.batches] == [2]  # two distinct sets
+    reward.main(["--input_file", str(tmp_path / "a.jsonl"), "--output_file", str(tmp_path / "r.jsonl"), "--cost", "0.1"])
+    [made] = read_jsonl(tmp_path / "r.jsonl")
+    assert made["id_lists"] == [[2, 1], [1, 2], []] and made["responses"][0] == made["responses"][1]
+    assert made["generator_tokens"] == (102 + 1) + (100 + 1)
+    terms = made["score_terms"]
+    assert made["response_scores"] == pytest.approx([terms[0]["f1"] / 2 - 0.2, terms[1]["f1"] / 2 - 0.2, 0])
+    assert 0 < terms[0]["f1"] < 1 and terms[0]["em"] == 0 and terms[2]["length"] == 1
+
+
+def results(run: Path, name: str, split: str, right: list[int], chosen: list[int], seed: int | None = None) -> None:
+    """Write the results of a system: which questions it answers right, and how many of the documents (a, b, c) it chooses."""
+    folder = run / (f"seed_{seed}/results" if seed else "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": f"q{number}", "dataset": "nq" if number % 4 else "musique", "question": "q?", "answers": ["yes it is"], "gold_docs": ["a", "b"][: number % 3],
+             "response": "yes it is" if correct else "no", "final_docs": ["a", "b", "c"][:k], "usage": {"prompt_tokens": 100 * k}}
+            for number, (correct, k) in enumerate(zip(right, chosen, strict=True))]
+    (folder / f"{split}_{name}.json").write_text(json.dumps(rows))
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run of twelve questions. Two documents are best on dev, and one on test."""
+    ones, half = [1] * 12, [1, 0] * 6
+    for split, best in (("dev", "top2"), ("test", "top1")):
+        for k, name in enumerate(("none", "top1", "top2")):
+            results(tmp_path, name, split, ones if name == best else half, [k] * 12)
+    results(tmp_path, "question_k", "test", half, [1] * 12)
+    needed = [number % 3 for number in range(12)]
+    for seed in (1, 2):
+        results(tmp_path, "dpo", "test", [*ones[:11], seed % 2], needed, seed)
+        results(tmp_path, "bc_plus", "test", half, [2] * 12, seed)
+    results(tmp_path, "kto", "test", half, [0] * 12, 2)
+    return tmp_path
+
+
+def run_tables(run: Path) -> dict:
+    tables.main(["--run", str(run), "--output_file", str(run / "o.json"), "--table_file", str(run / "o.md")])
+    return json.loads((run / "o.json").read_text())
+
+
+def test_the_fixed_number_is_chosen_on_dev_and_the_hypotheses_are_corrected_together(finished):
+    figures = run_tables(finished)
+    assert figures["fixed"] == "top2"
+    first, second, third = figures["hypotheses"]
+    assert [(row["system"], row["minus"], row["measure"]) for row in (first, second, third)] == [
+        ("dpo", "top2", "f1"), ("dpo", "bc_plus", "f1"), ("dpo", "bc_plus", "selection_f1"),
+    ]
+    assert first["mean"] == pytest.approx(100 * (23 / 24 - 0.5)) and first["seeds"] == [1, 2]
+    assert third["mean"] == pytest.approx(100 - 100 * np.mean([lists.set_f1(["a", "b"], ["a", "b"][: number % 3]) for number in range(12)]))
+    assert all(row["holm"] >= row["p"] for row in figures["hypotheses"]) and sorted(row["holm"] for row in figures["hypotheses"])[0] > first["p"] / 2
+    assert figures["systems"]["dpo"]["exact"] == 100 and figures["systems"]["dpo"]["k by needed"] == {"0": 0, "1": 1, "2": 2}
+    assert "first 2 (chosen on dev)" in (finished / "o.md").read_text()
+
+
+def test_an_arm_of_one_seed_is_compared_with_the_same_seed_of_another(finished):
+    compared = {(row["system"], row["minus"]): row for row in run_tables(finished)["exploratory"]}
+    assert compared["kto", "bc_plus"]["seeds"] == [2] and compared["kto", "bc_plus"]["mean"] == 0
+    assert compared["kto", "top2"]["seeds"] == [2] and compared["dpo", "question_k"]["seeds"] == [1, 2]
+    assert ("dpo", "bc_plus") not in compared  # a hypothesis
+
+
+def test_macro_means_weight_the_data_sets_equally(finished):
+    cells = np.array([[1, 0, 0, 0, 1, 0, 0, 0]], dtype=float)
+    assert tables.macro(cells, ["musique", *["nq"] * 3, "musique", *["nq"] * 3]) == 0.5
+
+
+def test_results_of_other_questions_are_refused_by_name(finished):
+    path = finished / "seed_2/results/test_kto.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+    with pytest.raises(UserError, match=at(path)):
+        run_tables(finished)
