@@ -87,6 +87,20 @@ def test_the_sampling_flags_reach_the_requests():
     assert len(StubEngine.titles(request.messages)) == 4
 
 
+@pytest.mark.parametrize(("k", "shown"), [(2, 2), (9, 5)])
+def test_the_answer_from_the_fixed_list_is_no_trajectory_and_is_asked_once(k, shown):
+    rows, engine = sampled([question(1), {**question(2), "baseline_response": "of an earlier run"}], EIGHT, "--baseline-top", str(k))
+    fixed = list(range(1, shown + 1))
+    for row in rows:
+        assert (row["baseline_k"], row["baseline_response"]) == (shown, "from " + " ".join(f"d{n}" for n in fixed))
+        assert len(row["id_lists"]) == len(row["responses"]) == 6
+        assert row["usage"]["calls"] == 1 + len({*map(tuple, row["id_lists"]), tuple(fixed)})
+    assert len(engine.batches[1]) == sum(row["usage"]["calls"] - 1 for row in rows)
+    [row], _ = sampled(rows[:1], EIGHT)
+    assert "baseline_k" not in row and "baseline_response" not in row
+    assert sampling_dpo_trajectories.no_trajectory(question(), "too long", k)["baseline_response"] == ""
+
+
 # ---------------------------------------------------------------- the expert's trajectory
 
 
