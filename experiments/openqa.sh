@@ -122,36 +122,46 @@ clone() {
     train_in "$folder" sft reranker_bc "$rows/reranker_bc_training.json" model_name_or_path="$4" seed="$SEED"
 }
 
-samples() { # FOLDER: sampled selections of the cloned model, their answers and rewards
+samples() { # FOLDER: sampled selections of the cloned model, and the answers from them
     # shellcheck disable=SC2086  # SAMPLE_FLAGS is a list of flags
     openqa choose.py --llm-model "$1/bc/model/sft" --template "$TEMPLATE" --max-model-len 2048 --input_file "$RUN/lists/rl.jsonl" \
         --output_file "$1/sampled.jsonl" --num_samples "$SAMPLES" --seed "$SEED" ${SAMPLE_FLAGS:-}
     answers --input_file "$1/sampled.jsonl" --output_file "$1/answered.jsonl"
-    openqa reward.py --input_file "$1/answered.jsonl" --output_file "$1/rewards.jsonl"
+    reward f1 "$1"
 }
 
-# arm NAME FOLDER: train the arm NAME from the cloned model of the seed's FOLDER. The arms on single rows are bc_plus and gold (cloning of
-# the questions of RL, with the labels of the reranker and the needed documents), best_of_n and kto; dpo trains on pairs.
+reward() { # KIND FOLDER: the rewards of the sampled selections, FOLDER/KIND.jsonl
+    local weights=em=.48,score=.48,length=.04 more=()
+    [[ $1 != likelihood ]] || weights=likelihood=.96,length=.04 more=(--llm-model "$GENERATOR" --template "$TEMPLATE")
+    python reward_trajectories.py --input_file "$2/answered.jsonl" --output_file "$2/$1.jsonl" --metric f1 --weights "$weights" "${more[@]}"
+}
+
+# arm NAME FOLDER: train the arm NAME from the cloned model of the seed's FOLDER. bc_plus and gold clone the questions of RL, with the labels
+# of the reranker or the needed documents; the other arms train on sampled selections and their rewards.
 arm() {
-    local name=$1 folder=$2/$1 bc=$2/bc/model/sft rewards=$2/rewards.jsonl
-    local rows=$folder/training_data/${MODEL}_reranker_$1.json unused=$folder/training_data/${MODEL}_generator_$1.json
+    local name=$1 folder=$2/$1 bc=$2/bc/model/sft recipe rewards=f1 rows flags=()
+    recipe=$(recipe_of "$1")
+    rows=$folder/training_data/${MODEL}_reranker_$recipe.json
     mkdir -p "$folder/training_data"
+    fit_to "$recipe" "$BASE"
     case $name in
         bc_plus) clone "$folder" rl reranker "$bc"; return ;;
         gold) clone "$folder" rl gold "$bc"; return ;;
+        dpo|dpo_likelihood) flags=(--pair-by set --min-margin 0.05 --max-reranker-pairs "$PAIRS" --generator_file "$folder/training_data/unused.json") ;;
+        best_of_n|kto) flags=(--roles reranker) ;;
+        *) refuse "ARMS: $name is no arm; see docs/openqa.md" ;;
     esac
-    fit_to "$name" "$BASE"
-    case $name in
-        dpo) python construct_dpo.py "${FIT_FLAGS[@]}" --input_file "$rewards" --reranker_file "$rows" --generator_file "$unused" \
-            --pair-by set --min-margin 0.05 --max-reranker-pairs "$PAIRS" --seed "$SEED" ;;
-        best_of_n|kto) python "construct_$name.py" "${FIT_FLAGS[@]}" --input_file "$rewards" --roles reranker --reranker_file "$rows" --seed "$SEED" ;;
-        *) refuse "ARMS: $name is no arm; see experiments/openqa/settings.env" ;;
-    esac
-    train_in "$folder" "$name" "${MODEL}_reranker_$name" "$rows" model_name_or_path="$bc" seed="$SEED"
+    if [[ $name == dpo_likelihood ]]; then
+        rewards=likelihood
+        reward likelihood "$2"
+    fi
+    python "construct_$recipe.py" "${FIT_FLAGS[@]}" --input_file "$2/$rewards.jsonl" --reranker_file "$rows" --seed "$SEED" "${flags[@]}"
+    train_in "$folder" "$recipe" "${MODEL}_reranker_$recipe" "$rows" model_name_or_path="$bc" seed="$SEED"
 }
-model_of() { # ARM: print the folder of its model within the folder of the seed
-    case $1 in bc|bc_plus|gold) echo "$1/model/sft" ;; *) echo "$1/model/$1" ;; esac
+recipe_of() { # ARM
+    case $1 in bc|bc_plus|gold) echo sft ;; dpo*) echo dpo ;; *) echo "$1" ;; esac
 }
+model_of() { echo "$1/model/$(recipe_of "$1")"; } # ARM: its model within the folder of the seed
 asked() { # ARM FOLDER: answer dev and test with the model of an arm
     chosen "$2/$(model_of "$1")" dev "$2" "$1"
     chosen "$2/$(model_of "$1")" test "$2" "$1"
@@ -163,7 +173,7 @@ seed() { # SEED ARM...: all pieces of one seed
     mkdir -p "$folder"
     piece "bc_$SEED" 0.8 "$folder/$(model_of bc)/trained_on.sha256" clone "$folder/bc" cloning reranker "$BASE"
     piece "test_bc_$SEED" 0.4 "$folder/results/test_bc.json" asked bc "$folder"
-    piece "samples_$SEED" 0.4 "$folder/rewards.jsonl" samples "$folder"
+    piece "samples_$SEED" 0.4 "$folder/f1.jsonl.manifest.json" samples "$folder"
     for name in "$@"; do
         piece "${name}_$SEED" 0.7 "$folder/$(model_of "$name")/trained_on.sha256" arm "$name" "$folder"
         piece "test_${name}_$SEED" 0.4 "$folder/results/test_$name.json" asked "$name" "$folder"

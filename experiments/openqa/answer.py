@@ -54,15 +54,16 @@ def answer_sets(rows: list[Row], choice: Callable[[Row], Sequence[int]], store: 
 
 
 def answer_trajectories(rows: list[Row], store: AnswerStore) -> list[Row]:
-    """Return the rows with the answer of each sampled selection."""
-    pairs = [(row, tuple(sorted(set(ids)))) for row in rows for ids in row["id_lists"]]
+    """Return the rows with the answer of each sampled selection. The selections become sets, in the order of the list."""
+    sets = [[tuple(sorted(set(ids))) for ids in row["id_lists"]] for row in rows]
+    pairs = [(row, positions) for row, of_row in zip(rows, sets, strict=True) for positions in of_row]
     of_pair = {(row["id"], positions): answer for (row, positions), answer in zip(pairs, store.answers(pairs), strict=True)}
     results = []
-    for row in rows:
-        answers = [of_pair[row["id"], tuple(sorted(set(ids)))] for ids in row["id_lists"]]
-        distinct = {frozenset(ids): answer for ids, answer in zip(row["id_lists"], answers, strict=True)}.values()
+    for row, of_row in zip(rows, sets, strict=True):
+        answers = [of_pair[row["id"], positions] for positions in of_row]
+        distinct = dict(zip(of_row, answers, strict=True)).values()
         results.append({
-            **row, "responses": [answer.response for answer in answers], "response_tokens": [answer.generated_tokens for answer in answers],
+            **row, "id_lists": [list(positions) for positions in of_row], "responses": [answer.response for answer in answers], "response_tokens": [answer.generated_tokens for answer in answers],
             "generator_tokens": sum(answer.prompt_tokens + answer.generated_tokens for answer in distinct),
         })
     return results

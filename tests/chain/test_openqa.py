@@ -1,6 +1,6 @@
 """experiments/openqa.sh from the first piece to the tables: a tiny model through the real trainer and the real engine, and made-up questions.
 
-FULL=1, because it trains nine models.
+FULL=1, because it trains eleven models.
 """
 
 import json
@@ -63,7 +63,7 @@ def run(tmp_path_factory, encoder_dir, warm):
 
 def test_every_piece_wrote_its_file_and_its_hours(run):
     folder, _ = run
-    arms = {"1": ["bc_plus", "dpo", "best_of_n", "kto", "gold"], "2": ["bc_plus", "dpo"]}
+    arms = {"1": ["bc_plus", "dpo", "dpo_likelihood", "best_of_n", "kto", "gold"], "2": ["bc_plus", "dpo"]}
     of_seeds = [piece for seed, names in arms.items() for piece in
                 (f"bc_{seed}", f"test_bc_{seed}", f"samples_{seed}", *(p for name in names for p in (f"{name}_{seed}", f"test_{name}_{seed}")))]
     pieces = [line.split("\t")[0] for line in (folder / "hours.tsv").read_text().splitlines()]
@@ -74,7 +74,7 @@ def test_equal_sets_have_equal_answers_in_all_systems(run):
     folder, _ = run
     answers: dict[tuple, str] = {}
     files = [*folder.glob("results/test_*.json"), *folder.glob("seed_*/results/test_*.json")]
-    assert len(files) == 10 + 8 + 2  # none, top 1 to 4, labels, gap, question, untrained and gold; the arms
+    assert len(files) == 10 + 7 + 3  # none, top 1 to 4, labels, gap, question, untrained and gold; the arms
     for file in files:
         for row in json.loads(file.read_text()):
             key = row["id"], *sorted(row["final_docs"])
@@ -94,7 +94,7 @@ def test_the_arms_of_a_seed_begin_with_one_model_and_differ(run):
 
     folder, _ = run
     models = [folder / f"seed_1/{name.split('/')[0]}/model/{name.split('/')[1]}" for name in
-              ("bc/sft", "bc_plus/sft", "dpo/dpo", "best_of_n/best_of_n", "kto/kto", "gold/sft")]
+              ("bc/sft", "bc_plus/sft", "dpo/dpo", "dpo_likelihood/dpo", "best_of_n/best_of_n", "kto/kto", "gold/sft")]
     weights = [load_file(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float() for model in models]
     assert not any(one.equal(other) for number, one in enumerate(weights) for other in weights[:number])
     begun = {(model / "settings.txt").read_text().split("model_name_or_path=")[1].split()[0] for model in models[1:]}

@@ -25,7 +25,7 @@ def load(name: str):
         sys.path.remove(str(REPO / "experiments/openqa"))
 
 
-splits, lists, contexts, store, gate, choose, answer, reward, tables = map(load, ("splits", "lists", "contexts", "store", "gate", "choose", "answer", "reward", "tables"))
+splits, lists, contexts, store, gate, choose, answer, tables = map(load, ("splits", "lists", "contexts", "store", "gate", "choose", "answer", "tables"))
 SETS = {"nq": 0, "hotpotqa": 3, "2wikimqa": 3, "musique": 3, "svamp": 0}  # documents of their own
 SIZES = ["--dev", "8", "--dev_from_train", "2wikimqa=2,musique=1", "--test_cap", "svamp=2", "--generator", "12", "--cloning", "12", "--rl", "12"]
 
@@ -263,22 +263,18 @@ def test_a_selection_that_cannot_be_read_is_empty(engine, tmp_path):
     assert [row["id_list"] for row in read_jsonl(tmp_path / "chosen.jsonl")] == [[]]
 
 
-def test_sampled_selections_are_rewarded_by_f1_and_exact_match_and_pay_for_documents(engine, tmp_path):
+def test_sampled_selections_become_sets_that_are_answered_once(engine, tmp_path):
     engine.reply = lambda request, kind, titles: ["[2], [1]", "[1], [2]", "None"] if kind == "select" else " ".join(titles) or "nothing"
-    row = reranked("rl", 1, [0.9, 0.6], []) | {"dataset": "hotpotqa"}
-    row["answers"] = [f"{row['docs'][0]['title']} and others"]
+    row = reranked("rl", 1, [0.9, 0.6], [])
     write_jsonl(tmp_path / "rl.jsonl", [row])
     choose.main(["--input_file", str(tmp_path / "rl.jsonl"), "--output_file", str(tmp_path / "s.jsonl"), "--llm-model", str(tmp_path / "model"), "--num_samples", "3"])
     engine.batches.clear()
     answer.main(["--input_file", str(tmp_path / "s.jsonl"), "--output_file", str(tmp_path / "a.jsonl"), *flags_of(tmp_path)])
-    assert [len(batch) for batch in engine.batches] == [2]  # two distinct sets
-    reward.main(["--input_file", str(tmp_path / "a.jsonl"), "--output_file", str(tmp_path / "r.jsonl"), "--cost", "0.1"])
-    [made] = read_jsonl(tmp_path / "r.jsonl")
-    assert made["id_lists"] == [[2, 1], [1, 2], []] and made["responses"][0] == made["responses"][1]
-    assert made["generator_tokens"] == (102 + 1) + (100 + 1)
-    terms = made["score_terms"]
-    assert made["response_scores"] == pytest.approx([terms[0]["f1"] / 2 - 0.2, terms[1]["f1"] / 2 - 0.2, 0])
-    assert 0 < terms[0]["f1"] < 1 and terms[0]["em"] == 0 and terms[2]["length"] == 1
+    assert [len(batch) for batch in engine.batches] == [2]
+    [made] = read_jsonl(tmp_path / "a.jsonl")
+    assert made["id_lists"] == [[1, 2], [1, 2], []] and made["selections"] == ["[2], [1]", "[1], [2]", "None"]
+    both = " ".join(doc["title"] for doc in row["docs"])
+    assert made["responses"] == [both, both, "nothing"] and made["generator_tokens"] == (102 + 1) + (100 + 1)
 
 
 def results(run: Path, name: str, split: str, right: list[int], chosen: list[int], seed: int | None = None) -> None:
