@@ -103,6 +103,7 @@ def judge(scores: Sequence[np.ndarray], sets: Sequence[Set], args: argparse.Name
     """Return the figures and the verdict, from the scores [questions, sets] in [0, 1] of the two wordings."""
     first, second = scores
     prefixes = [number for number, chosen in enumerate(sets) if chosen == tuple(range(1, len(chosen) + 1))]
+    small = [number for number, chosen in enumerate(sets) if len(chosen) <= 2]
     shown = [number for number, chosen in enumerate(sets) if chosen]
     share, room = repeated_share(first, second), 100 * headroom(first, second, prefixes)
     reasons = []
@@ -119,6 +120,7 @@ def judge(scores: Sequence[np.ndarray], sets: Sequence[Set], args: argparse.Name
         "headroom": float(room.mean()),
         "headroom interval": interval(lambda numbers: room[numbers].mean(), len(room), args.seed),
         "headroom in hindsight": float(np.mean(hindsight)),
+        "best of up to two": [100 * float(of_wording[:, small].max(axis=1).mean()) for of_wording in scores],
         "questions with any effect": float(np.mean([(np.ptp(of_wording, axis=1) > 0).mean() for of_wording in scores])),
         "by number": {str(len(sets[column])): [100 * float(of_wording[:, column].mean()) for of_wording in scores] for column in prefixes},
         "verdict": "stop" if reasons else "go", "reasons": reasons,
@@ -139,6 +141,7 @@ def table(figures: dict) -> str:
         ["the same without the empty set", f"{figures['repeated share without none']:.2f}"],
         ["best set minus best fixed number, F1", f"{figures['headroom']:.1f} ({low_room:.1f} to {high_room:.1f})"],
         ["the same in hindsight, under one wording", f"{figures['headroom in hindsight']:.1f}"],
+        ["best set of at most two documents in hindsight, F1", " and ".join(f"{value:.1f}" for value in figures["best of up to two"])],
         ["verdict", figures["verdict"]],
     ])
 
