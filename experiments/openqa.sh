@@ -147,7 +147,7 @@ arm() {
     case $name in
         bc_plus) clone "$folder" rl reranker "$bc"; return ;;
         gold) clone "$folder" rl gold "$bc"; return ;;
-        dpo|dpo_likelihood) flags=(--pair-by set --min-margin 0.05 --max-reranker-pairs "$PAIRS" --generator_file "$folder/training_data/unused.json") ;;
+        dpo|dpo_likelihood) flags=(--pair-by set --min-margin "$MIN_MARGIN" --max-reranker-pairs "$PAIRS" --generator_file "$folder/training_data/unused.json") ;;
         best_of_n|kto) flags=(--roles reranker) ;;
         *) refuse "ARMS: $name is no arm; see docs/openqa.md" ;;
     esac

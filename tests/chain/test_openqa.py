@@ -46,7 +46,7 @@ def run(tmp_path_factory, encoder_dir, warm):
     make_tiny("qwen25_7b", folder / "model")
     environment = {
         **os.environ, **warm.environment, "DATA": str(folder / "data"), "MODEL": str(folder / "model"), "ENCODER": str(encoder_dir), "RUN": str(folder / "run"),
-        "SEEDS": "1 2", "SPLIT_FLAGS": SIZES, "RERANKER_PAIRS": "24", "N_DOCS": "4", "GATE_QUESTIONS": "4", "PAIRS": "4", "FORCE": "1",
+        "SEEDS": "1 2", "SPLIT_FLAGS": SIZES, "RERANKER_PAIRS": "24", "N_DOCS": "4", "GATE_QUESTIONS": "4", "PAIRS": "4", "MIN_MARGIN": "0.001", "FORCE": "1",
         "TRAIN_FLAGS": "max_steps=1 gradient_accumulation_steps=1 plot_loss=false", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
     }
 
