@@ -43,6 +43,7 @@ class Likelihood:
         self._builder = RequestBuilder(cast(Any, self), CallOptions(prompts=prompts_for(path, prompts)))
         self._slices = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.computed = self.prompt_tokens = 0
+        self._kept: dict[tuple[str, ...], float] = {}
 
     def fits(self, messages: Messages, max_tokens: int) -> bool:
         """Return whether the prompt leaves room for max_tokens in the window."""
@@ -54,6 +55,13 @@ class Likelihood:
         asked = [(rows[number], [rows[number]["docs"][position - 1] for position in ids]) for number, ids in sets]
         values = dict(zip(sets, self.score(asked), strict=True))
         return [[values[number, tuple(ids)] for ids in row["id_lists"]] for number, row in enumerate(rows)]
+
+    def cached(self, asked: Sequence[tuple[Row, list[Doc]]]) -> list[float]:
+        """Return score(), and compute each question with its documents in their order only once."""
+        keys = [(row["id"], *(doc["id"] for doc in docs)) for row, docs in asked]
+        missing = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in self._kept}
+        self._kept.update(zip(missing, self.score(list(missing.values())), strict=True))
+        return [self._kept[key] for key in keys]
 
     def score(self, asked: Sequence[tuple[Row, list[Doc]]]) -> list[float]:
         """Return the probability per token (geometric mean) of each row's gold answer after the prompt with its documents, in [0, 1]."""
