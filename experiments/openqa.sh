@@ -139,16 +139,17 @@ reward() { # KIND FOLDER: the rewards of the sampled selections, FOLDER/KIND.jso
 # arm NAME FOLDER: train the arm NAME from the cloned model of the seed's FOLDER. bc_plus and gold clone the questions of RL, with the labels
 # of the reranker or the needed documents; the other arms train on sampled selections and their rewards.
 arm() {
-    local name=$1 folder=$2/$1 bc=$2/bc/model/sft recipe rewards=f1 rows flags=()
+    local name=$1 folder=$2/$1 bc=$2/bc/model/sft recipe rewards=f1 rows flags=() rate=()
     recipe=$(recipe_of "$1")
     rows=$folder/training_data/${MODEL}_reranker_$recipe.json
     mkdir -p "$folder/training_data"
-    fit_to "$recipe" "$BASE"
+    [[ $name == grpo ]] || fit_to "$recipe" "$BASE"
     case $name in
         bc_plus) clone "$folder" rl reranker "$bc"; return ;;
         gold) clone "$folder" rl gold "$bc"; return ;;
-        dpo|dpo_likelihood) flags=(--pair-by set --min-margin "$MIN_MARGIN" --max-reranker-pairs "$PAIRS" --generator_file "$folder/training_data/unused.json") ;;
+        dpo|dpo_likelihood|dpo_at_*) flags=(--pair-by set --min-margin "$MIN_MARGIN" --max-reranker-pairs "$PAIRS" --generator_file "$folder/training_data/unused.json") ;;
         best_of_n|kto) flags=(--roles reranker) ;;
+        grpo) grpo "$folder" "$bc"; return ;;
         *) refuse "ARMS: $name is no arm; see docs/openqa.md" ;;
     esac
     if [[ $name == dpo_likelihood ]]; then
@@ -156,12 +157,22 @@ arm() {
         reward likelihood "$2"
     fi
     python "construct_$recipe.py" "${FIT_FLAGS[@]}" --input_file "$2/$rewards.jsonl" --reranker_file "$rows" --seed "$SEED" "${flags[@]}"
-    train_in "$folder" "$recipe" "${MODEL}_reranker_$recipe" "$rows" model_name_or_path="$bc" seed="$SEED"
+    [[ $name != dpo_at_* ]] || rate=(learning_rate="${name#dpo_at_}")
+    train_in "$folder" "$recipe" "${MODEL}_reranker_$recipe" "$rows" model_name_or_path="$bc" seed="$SEED" "${rate[@]}"
+}
+grpo() { # FOLDER MODEL: GRPO from MODEL, on as many sequences as the other arms. The same questions of dev choose the step that is kept.
+    head -n "$GRPO_DEV" "$RUN/lists/dev.jsonl" >"$1/dev.jsonl"
+    # shellcheck disable=SC2086  # GRPO_FLAGS is a list of flags
+    python grpo_selector.py --llm-model "$GENERATOR" --reranker-model "$2" --template "$TEMPLATE" --max-model-len 2048 --topn "$N_DOCS" \
+        --input_file "$RUN/lists/rl.jsonl" --dev_file "$1/dev.jsonl" --output_dir "$1/model/grpo" --metric f1 --document-cost 0.02 --seed "$SEED" $GRPO_FLAGS
 }
 recipe_of() { # ARM
     case $1 in bc|bc_plus|gold) echo sft ;; dpo*) echo dpo ;; *) echo "$1" ;; esac
 }
 model_of() { echo "$1/model/$(recipe_of "$1")"; } # ARM: its model within the folder of the seed
+finished_by() { # ARM: the file that its training writes last
+    case $1 in grpo) echo "$(model_of grpo)/grpo.jsonl.manifest.json" ;; *) echo "$(model_of "$1")/trained_on.sha256" ;; esac
+}
 asked() { # ARM FOLDER: answer dev and test with the model of an arm
     chosen "$2/$(model_of "$1")" dev "$2" "$1"
     chosen "$2/$(model_of "$1")" test "$2" "$1"
@@ -171,11 +182,11 @@ seed() { # SEED ARM...: all pieces of one seed
     local SEED=$1 folder=$RUN/seed_$1 name
     shift
     mkdir -p "$folder"
-    piece "bc_$SEED" 0.8 "$folder/$(model_of bc)/trained_on.sha256" clone "$folder/bc" cloning reranker "$BASE"
+    piece "bc_$SEED" 0.8 "$folder/$(finished_by bc)" clone "$folder/bc" cloning reranker "$BASE"
     piece "test_bc_$SEED" 0.4 "$folder/results/test_bc.json" asked bc "$folder"
     piece "samples_$SEED" 0.4 "$folder/f1.jsonl.manifest.json" samples "$folder"
     for name in "$@"; do
-        piece "${name}_$SEED" 0.7 "$folder/$(model_of "$name")/trained_on.sha256" arm "$name" "$folder"
+        piece "${name}_$SEED" 0.7 "$folder/$(finished_by "$name")" arm "$name" "$folder"
         piece "test_${name}_$SEED" 0.4 "$folder/results/test_$name.json" asked "$name" "$folder"
     done
 }

@@ -1,6 +1,6 @@
 """experiments/openqa.sh from the first piece to the tables: a tiny model through the real trainer and the real engine, and made-up questions.
 
-FULL=1, because it trains eleven models.
+FULL=1, because it trains twelve models.
 """
 
 import json
@@ -47,6 +47,7 @@ def run(tmp_path_factory, encoder_dir, warm):
     environment = {
         **os.environ, **warm.environment, "DATA": str(folder / "data"), "MODEL": str(folder / "model"), "ENCODER": str(encoder_dir), "RUN": str(folder / "run"),
         "SEEDS": "1 2", "SPLIT_FLAGS": SIZES, "RERANKER_PAIRS": "24", "N_DOCS": "4", "GATE_QUESTIONS": "4", "PAIRS": "4", "MIN_MARGIN": "0.001", "FORCE": "1",
+        "GRPO_DEV": "3", "GRPO_FLAGS": "--num-samples 2 --questions_per_step 2 --rows_per_pass 4 --max_steps 1 --lora_rank 8",
         "TRAIN_FLAGS": "max_steps=1 gradient_accumulation_steps=1 plot_loss=false", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
     }
 
@@ -63,7 +64,7 @@ def run(tmp_path_factory, encoder_dir, warm):
 
 def test_every_piece_wrote_its_file_and_its_hours(run):
     folder, _ = run
-    arms = {"1": ["bc_plus", "dpo", "dpo_likelihood", "best_of_n", "kto", "gold"], "2": ["bc_plus", "dpo"]}
+    arms = {"1": ["bc_plus", "dpo", "dpo_likelihood", "best_of_n", "grpo", "kto", "gold"], "2": ["bc_plus", "dpo"]}
     of_seeds = [piece for seed, names in arms.items() for piece in
                 (f"bc_{seed}", f"test_bc_{seed}", f"samples_{seed}", *(p for name in names for p in (f"{name}_{seed}", f"test_{name}_{seed}")))]
     pieces = [line.split("\t")[0] for line in (folder / "hours.tsv").read_text().splitlines()]
@@ -74,7 +75,7 @@ def test_equal_sets_have_equal_answers_in_all_systems(run):
     folder, _ = run
     answers: dict[tuple, str] = {}
     files = [*folder.glob("results/test_*.json"), *folder.glob("seed_*/results/test_*.json")]
-    assert len(files) == 10 + 7 + 3  # none, top 1 to 4, labels, gap, question, untrained and gold; the arms
+    assert len(files) == 10 + 8 + 3  # none, top 1 to 4, labels, gap, question, untrained and gold; the arms
     for file in files:
         for row in json.loads(file.read_text()):
             key = row["id"], *sorted(row["final_docs"])
