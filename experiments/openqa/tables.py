@@ -28,6 +28,8 @@ from dynamicrag.evaluation.crossed import balanced, crossed, holm
 from dynamicrag.evaluation.metrics import score_row
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.files.atomic import atomic_writer
+from dynamicrag.files.jsonio import read_json
+from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.rows.records import read_rows
 from dynamicrag.stage import UserError, log
 
@@ -37,6 +39,7 @@ NAMES = {
     "bc": "cloning", "bc_plus": "more cloning", "dpo": "DPO, F1 reward", "dpo_likelihood": "DPO, likelihood reward", "best_of_n": "best of n",
     "grpo": "GRPO", "kto": "KTO", "gold_sft": "cloning of the needed documents",
 }
+ARMS = {"gold": "gold_sft"}  # arms whose name is that of a system without seeds
 FIXED = re.compile(r"none|top\d+")
 
 
@@ -77,7 +80,7 @@ def files_of(run: Path, split: str) -> dict[str, list[Path]]:
     files = {path.stem.removeprefix(f"{split}_"): [path] for path in sorted(run.glob(f"results/{split}_*.json"))}
     for path in sorted(run.glob(f"seed_*/results/{split}_*.json"), key=lambda path: int(path.parts[-3].removeprefix("seed_"))):
         name = path.stem.removeprefix(f"{split}_")
-        files.setdefault({"gold": "gold_sft"}.get(name, name), []).append(path)
+        files.setdefault(ARMS.get(name, name), []).append(path)
     return {name: files[name] for name in sorted(files, key=lambda name: (list(NAMES).index(name) if name in NAMES else len(NAMES), name))}
 
 
@@ -173,6 +176,27 @@ def comparisons(systems: dict[str, Cells], fixed: str, sets: Sequence[str]) -> d
     return compared
 
 
+def trainings(run: Path) -> list[dict]:
+    """Return, per seed and arm, the rows and sequences that were trained on, and the tokens that the generator read and wrote for them."""
+    found = []
+    for folder in sorted(run.glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_"))):
+        answered = folder / "answered.jsonl"
+        samples = sum(row["generator_tokens"] for _, row in read_json(answered)) if answered.is_file() else 0
+        scored = (read_manifest(folder / "likelihood.jsonl") or {}).get("counts", {}).get("likelihood_tokens", 0)
+        for rows_file in sorted(folder.glob("*/training_data/*reranker*.json")):
+            arm, rows = rows_file.parts[-3], [row for _, row in read_json(rows_file)]
+            rewarded = not rows_file.name.startswith("reranker_bc")
+            tokens = (scored if "likelihood" in arm else samples) if rewarded else 0
+            found.append({"seed": folder.name.removeprefix("seed_"), "arm": arm, "rows": len(rows), "sequences": sum(2 if "chosen" in row else 1 for row in rows),
+                          "generator tokens": tokens})
+        if manifest := read_manifest(folder / "grpo/model/grpo/grpo.jsonl"):
+            counts = manifest["counts"]
+            groups = counts["groups"] - counts["left_out"]
+            found.append({"seed": folder.name.removeprefix("seed_"), "arm": "grpo", "rows": groups, "sequences": groups * manifest["arguments"]["num_samples"],
+                          "generator tokens": (counts["generator_prompt_tokens"] or 0) + (counts["generator_generated_tokens"] or 0)})
+    return found
+
+
 def tables(figures: dict) -> str:
     """Return the tables in Markdown."""
     systems, fixed = figures["systems"], figures["fixed"]
@@ -195,6 +219,9 @@ def tables(figures: dict) -> str:
                  f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})", f"{row['macro']:+.2f}", *(f"{row[column]:.3f}" for column in columns)]
                 for row in figures[kind]]
         parts.append(markdown_table([kind, "difference", "of", "seeds", "points", "macro", *("p, corrected" if column == "holm" else column for column in columns)], rows))
+    columns = ["arm", "seed", "rows", "sequences", "generator tokens"]
+    parts.append(markdown_table(["trained", *columns[1:]], [[label(ARMS.get(row["arm"], row["arm"])), *(str(row[column]) for column in columns[1:])]
+                                                            for row in figures["trainings"]]))
     return "\n\n".join(parts)
 
 
@@ -209,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {
         "fixed": fixed, "dev F1": {name: 100 * float(cells.f1.mean()) for name, cells in dev.items()},
         "systems": {name: figures_of(cells, questions) for name, cells in systems.items()},
-        **comparisons(systems, fixed, questions.sets),
+        **comparisons(systems, fixed, questions.sets), "trainings": trainings(run),
         "questions": dict(zip(questions.ids, questions.sets, strict=True)),
         "cells": {name: {"f1": cells.f1.round(4).tolist(), "em": cells.em.tolist(), "documents": cells.documents} for name, cells in systems.items()},
     }

@@ -88,6 +88,9 @@ def test_the_tables_have_every_system_and_both_hypotheses(run):
     assert figures["systems"]["dpo"]["seeds"] == [1, 2] and figures["systems"]["kto"]["seeds"] == [1]
     assert [(row["name"], row["measure"]) for row in figures["hypotheses"]] == [("H1", "f1"), ("H2", "f1"), ("H2", "selection_f1")]
     assert len(figures["questions"]) == 18
+    trained = {(row["arm"], row["seed"]): row for row in figures["trainings"]}
+    assert len(trained) == 8 + 3 and all(row["rows"] > 0 for (arm, _), row in trained.items() if arm != "grpo")
+    assert trained["dpo", "1"]["sequences"] == 2 * trained["dpo", "1"]["rows"] and trained["dpo", "1"]["generator tokens"] > 0
 
 
 def test_the_arms_of_a_seed_begin_with_one_model_and_differ(run):

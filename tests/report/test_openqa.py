@@ -329,6 +329,17 @@ def test_an_arm_of_one_seed_is_compared_with_the_same_seed_of_another(finished):
     assert ("dpo", "bc_plus") not in compared  # a hypothesis
 
 
+def test_the_cost_of_each_training_is_told(finished):
+    folder = finished / "seed_1"
+    write_jsonl(folder / "answered.jsonl", [{"generator_tokens": 30}, {"generator_tokens": 12}])
+    for arm, name, rows in (("bc_plus", "reranker_bc_training", [{"output": "[1]"}] * 4), ("dpo", "m_reranker_dpo", [{"chosen": "[1]", "rejected": "None"}] * 3)):
+        (folder / arm / "training_data").mkdir(parents=True)
+        (folder / arm / f"training_data/{name}.json").write_text(json.dumps(rows))
+    assert run_tables(finished)["trainings"] == [
+        {"seed": "1", "arm": "bc_plus", "rows": 4, "sequences": 4, "generator tokens": 0}, {"seed": "1", "arm": "dpo", "rows": 3, "sequences": 6, "generator tokens": 42},
+    ]
+
+
 def test_macro_means_weight_the_data_sets_equally(finished):
     cells = np.array([[1, 0, 0, 0, 1, 0, 0, 0]], dtype=float)
     assert tables.macro(cells, ["musique", *["nq"] * 3, "musique", *["nq"] * 3]) == 0.5
