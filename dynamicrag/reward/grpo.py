@@ -155,7 +155,8 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
         loss_type=options.loss_type, learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1, disable_dropout=True, bf16=on_gpu and torch.cuda.is_bf16_supported(), use_cpu=not on_gpu, gradient_checkpointing=on_gpu,
         logging_steps=1, report_to="none", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=2, eval_strategy="steps" if dev else "no",
-        eval_steps=options.eval_steps, eval_on_start=bool(dev), load_best_model_at_end=bool(dev), metric_for_best_model="eval_score", greater_is_better=True,
+        eval_steps=options.eval_steps, eval_on_start=bool(dev) and last_checkpoint(folder) is None, load_best_model_at_end=bool(dev), metric_for_best_model="eval_score", greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # how long the score has not risen
     )
     tokenizer = policy.prompts.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -200,7 +200,6 @@ def weights(folder: Path) -> dict:
 @pytest.mark.slow
 def test_an_interrupted_training_continues_to_the_same_model_and_pays_for_no_answer_twice(server, selector, monkeypatch):
     """From a start to the finished model; then again, interrupted in the third of four steps."""
-    monkeypatch.setattr(grpo_selector, "score_question", lambda *given: score_question(*given))
     train(server, selector, "--output_dir", "whole")
     [counts, summary] = (read_manifest("whole/grpo.jsonl")[key] for key in ("counts", "summary"))
     assert max(server.asked.values()) == 1 and counts["answers"] == len(server.asked) > 8
@@ -242,11 +241,14 @@ def test_the_best_model_is_kept_or_the_one_at_the_start(server, selector, monkey
 
     def scored(rows, chooser, generator, args, real=grpo_selector.score_by_answers):
         values = real(rows, chooser, generator, args)
-        return [value._replace(score=given[0]) for value in values] if rows[0]["id"] == "q100" and (given.append(given.pop(0)) or True) else values
+        if rows[0]["id"] != "q100":
+            return values
+        score = given.pop(0)
+        return [value._replace(score=score) for value in values]
 
     monkeypatch.setattr(grpo_selector, "score_by_answers", scored)
     for scores, best in (([0.1, 0.9, 0.2], 2), ([0.5, 0.5, 0.4], 0)):
-        given[:] = [scores[-1], *scores[:-1]]
+        given[:] = scores
         train(server, selector, "--overwrite", "--lora_rank", "4", "--output_dir", f"best_{best}")
         summary = read_manifest(f"best_{best}/grpo.jsonl")["summary"]
         assert (summary["start_score"], summary["best_score"], summary["best_step"]) == (scores[0], max(scores), best)
