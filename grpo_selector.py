@@ -81,6 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.num_samples - 1, args.questions_per_step, args.rows_per_pass, args.eval_steps, args.patience, args.max_steps or 1) < 1 or args.lora_rank < 0:
         parser.error("--num-samples must be at least 2, --lora_rank at least 0, and the other numbers at least 1")
+    if args.max_steps is None and not args.epochs > 0:
+        parser.error("--epochs must be above 0")
     if args.questions_per_step * args.num_samples % args.rows_per_pass or not args.temperature > 0 or not args.beta > 0:
         parser.error("--rows_per_pass must divide --questions_per_step times --num-samples; --temperature and --beta must be above 0")
     if args.api_base and (args.reward == "likelihood" or not args.reranker_model):
