@@ -15,6 +15,7 @@ Writes   DynamicRAG_llama3_8b/grpo_reranker/         the trained selector, an or
 """
 
 import argparse
+import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,12 +39,12 @@ from dynamicrag.reward.grpo import Groups, GrpoOptions, Score, Scored, last_chec
 from dynamicrag.reward.preferences import worth_learning_from
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
-from dynamicrag.rows.row import Row
+from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, log, options_from
 from inference import answer_rows
 
-NEEDS = ("docs", "answers")
+NEEDS = STAGE_KEYS["grpo_selector"].reads
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,6 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.num_samples - 1, args.questions_per_step, args.rows_per_pass, args.eval_steps, args.patience, args.max_steps or 1) < 1 or args.lora_rank < 0:
         parser.error("--num-samples must be at least 2, --lora_rank at least 0, and the other numbers at least 1")
+    if args.max_steps is None and not args.epochs > 0:
+        parser.error("--epochs must be above 0")
     if args.questions_per_step * args.num_samples % args.rows_per_pass or not args.temperature > 0 or not args.beta > 0:
         parser.error("--rows_per_pass must divide --questions_per_step times --num-samples; --temperature and --beta must be above 0")
     if args.api_base and (args.reward == "likelihood" or not args.reranker_model):
@@ -155,6 +158,8 @@ def save(trainer: Any, folder: Path, start: str, unchanged: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     engine, calls, options = (options_from(args, kind) for kind in (EngineOptions, CallOptions, GrpoOptions))
+    if missing := [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{missing[0]}: is not installed, but trains the selector; install it with: pip install 'dynamicrag[grpo]'")
     folder = Path(args.output_dir)
     start = resolve_model(args.reranker_model or args.llm_model)
     inputs = [args.input_file, *filter(None, [args.dev_file]), *dict.fromkeys([*engine_inputs(engine, calls), *([start] if Path(start).is_dir() else [])])]

@@ -115,6 +115,7 @@ ROW_STAGES = tuple(name for name, stage in STAGES.items() if stage.kind != HUB a
 LLM_STAGES = of_kind(ENGINE)
 SCORERS = of_kind(SCORES)  # they always rewrite their output and use every row, so they have neither --on_error nor --overwrite
 TOOLS = ("publish", "serve")  # scripts at the root that are no stages: they write no rows, and the chain does not run them
+TRAINERS = ("grpo_selector",)  # read rows and write a model; test_grpo.py runs them
 CONTINUING = of_kind(ROWS, MODEL, ENGINE)  # a second start of them goes on from what the first one left
 
 

@@ -26,8 +26,8 @@ class PolicyEngine:
     `unwrapped` opens the model for generation, without the wrappers of a distributed training. The trainer sets it.
     """
 
-    def __init__(self, prompts: PromptTokenizer, max_model_len: int, seed: int = 0):
-        self.prompts, self.max_model_len, self._seed = prompts, max_model_len, seed
+    def __init__(self, prompts: PromptTokenizer, max_model_len: int):
+        self.prompts, self.max_model_len = prompts, max_model_len
         self.unwrapped: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
         self.end = int(prompts.tokenizer.eos_token_id)
         self._compiler: Any = None
@@ -68,10 +68,11 @@ class PolicyEngine:
                 model.train(training)
 
     def _sampled(self, model: PreTrainedModel, request: Request) -> list[list[int]]:
-        """Sample one request: its prompt is computed once, then continued `n` times."""
+        """Sample one request with its own seed: its prompt is computed once, then continued `n` times."""
         import torch
         from transformers import DynamicCache, GenerationConfig
 
+        torch.manual_seed(request.seed)
         prompt = torch.tensor([self.prompts.ids(request.messages)], device=model.device)
         cache = DynamicCache(config=model.config)
         model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -8,12 +8,14 @@ the project's own prompts and constraints, and scores the model on held-out ques
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from dynamicrag.llm.completion import Completion, Request
 from dynamicrag.llm.policy import PolicyEngine
 from dynamicrag.llm.requests import RequestBuilder
 from dynamicrag.rows.row import Row
+from dynamicrag.stage import derive_seed
 
 
 class Scored(NamedTuple):
@@ -81,10 +84,14 @@ class Groups:
         }
         self._chooser, self._policy, self._score, self._options = chooser, policy, score, options
 
-    def rollout(self, ids: list[str], _trainer: object) -> dict[str, list | None]:
-        """Sample the selections of questions, each of which is in `ids` once per sample (TRL's rollout function)."""
-        questions = list(dict.fromkeys(ids))
-        samples = dict(zip(questions, self._policy.sample([self._requests[row_id] for row_id in questions]), strict=True))
+    def rollout(self, ids: list[str], trainer: Any) -> dict[str, list | None]:
+        """Sample the selections of questions, each of which is in `ids` once per sample (TRL's rollout function).
+
+        The seeds follow from the question and the step, so that an interrupted training continues with the same samples.
+        """
+        step, questions = trainer.state.global_step, list(dict.fromkeys(ids))
+        requests = [self._requests[row_id] for row_id in questions]
+        samples = dict(zip(questions, self._policy.sample([replace(request, seed=derive_seed(request.seed, step)) for request in requests]), strict=True))
         taken: Counter[str] = Counter()
         completions = []
         for row_id in ids:
@@ -111,6 +118,20 @@ class Groups:
         log_metric("score", sum(sample.score for sample in scored) / len(scored))
         log_metric("documents", sum(sample.documents or 0 for sample in scored) / len(scored))
         return rewards
+
+
+def schedule(ids: Sequence[str], options: GrpoOptions) -> list[str]:
+    """Return the questions in the order of training: each epoch in another order, without the rest that fills no step.
+
+    The order is made here, because TRL's sampler begins with that of the first epoch when a training continues.
+    """
+    order: list[str] = []
+    for epoch in range(math.ceil(options.epochs)):
+        shuffled = random.Random(derive_seed(options.seed, "epoch", epoch)).sample(list(ids), len(ids))
+        share = min(1.0, options.epochs - epoch)
+        steps = max(1, round(share * len(ids)) // options.questions_per_step)
+        order += shuffled[: steps * options.questions_per_step]
+    return order
 
 
 def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngine, dev: Callable[[], list[Scored]] | None, options: GrpoOptions, folder: Path) -> Any:
@@ -148,18 +169,21 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
             """Write no card: publish.py does."""
 
     on_gpu = torch.cuda.is_available()
+    order = schedule(ids, options)
+    steps = len(order) // options.questions_per_step
     passes = options.questions_per_step * options.num_samples // options.rows_per_pass
     config = GRPOConfig(
         output_dir=str(folder), seed=options.seed, num_generations=options.num_samples, num_generations_eval=1, temperature=options.temperature,
         per_device_train_batch_size=options.rows_per_pass, per_device_eval_batch_size=1, gradient_accumulation_steps=passes, beta=options.beta,
-        loss_type=options.loss_type, learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1, disable_dropout=True, bf16=on_gpu and torch.cuda.is_bf16_supported(), use_cpu=not on_gpu, gradient_checkpointing=on_gpu,
+        loss_type=options.loss_type, learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, num_train_epochs=1,
+        shuffle_dataset=False, max_steps=min(steps, options.max_steps or steps), disable_dropout=True, bf16=on_gpu and torch.cuda.is_bf16_supported(), use_cpu=not on_gpu, gradient_checkpointing=on_gpu,
         logging_steps=1, report_to="none", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=2, eval_strategy="steps" if dev else "no",
-        eval_steps=options.eval_steps, eval_on_start=bool(dev), load_best_model_at_end=bool(dev), metric_for_best_model="eval_score", greater_is_better=True,
+        eval_steps=options.eval_steps, eval_on_start=bool(dev) and last_checkpoint(folder) is None, load_best_model_at_end=bool(dev), metric_for_best_model="eval_score", greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # how long the score has not risen
     )
     tokenizer = policy.prompts.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    questions = Dataset.from_dict({"prompt": ids})
+    questions = Dataset.from_dict({"prompt": order})
     trainer = SelectorTrainer(
         model=model, reward_funcs=groups.reward, rollout_func=groups.rollout, args=config, train_dataset=questions, eval_dataset=questions if dev else None,
         processing_class=tokenizer, peft_config=_adapter(options), callbacks=[EarlyStoppingCallback(options.patience)] if dev else [],

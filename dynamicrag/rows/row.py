@@ -93,6 +93,7 @@ STAGE_KEYS = {
     **dict.fromkeys(("construct_dpo", "construct_best_of_n", "construct_kto"), StageKeys(
         ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms"), computes=("docs_shown", "score_terms")
     )),
+    "grpo_selector": StageKeys(("docs", "answers")),
     "inference": StageKeys(("docs",), ("docs_shown", "id_list", "final_docs", "response", "error", "usage")),
     "top_inference": StageKeys(("docs",), ("candidates", "id_list", "final_docs", "response", "error", "usage")),
     "evaluate": StageKeys(),
