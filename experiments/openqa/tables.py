@@ -184,6 +184,8 @@ def trainings(run: Path) -> list[dict]:
         samples = sum(row["generator_tokens"] for _, row in read_json(answered)) if answered.is_file() else 0
         scored = (read_manifest(folder / "likelihood.jsonl") or {}).get("counts", {}).get("likelihood_tokens", 0)
         for rows_file in sorted(folder.glob("*/training_data/*reranker*.json")):
+            if rows_file.name.endswith(".manifest.json"):
+                continue
             arm, rows = rows_file.parts[-3], [row for _, row in read_json(rows_file)]
             rewarded = not rows_file.name.startswith("reranker_bc")
             tokens = (scored if "likelihood" in arm else samples) if rewarded else 0

@@ -335,6 +335,7 @@ def test_the_cost_of_each_training_is_told(finished):
     for arm, name, rows in (("bc_plus", "reranker_bc_training", [{"output": "[1]"}] * 4), ("dpo", "m_reranker_dpo", [{"chosen": "[1]", "rejected": "None"}] * 3)):
         (folder / arm / "training_data").mkdir(parents=True)
         (folder / arm / f"training_data/{name}.json").write_text(json.dumps(rows))
+        (folder / arm / f"training_data/{name}.json.manifest.json").write_text("{\n}")
     assert run_tables(finished)["trainings"] == [
         {"seed": "1", "arm": "bc_plus", "rows": 4, "sequences": 4, "generator tokens": 0}, {"seed": "1", "arm": "dpo", "rows": 3, "sequences": 6, "generator tokens": 42},
     ]
