@@ -156,8 +156,8 @@ def differences(first: Cells, second: Cells, measure: str) -> tuple[list[int], n
 def comparisons(systems: dict[str, Cells], fixed: str, sets: Sequence[str]) -> dict[str, list[dict]]:
     """Return the differences: the hypotheses, with Holm's correction, and the exploratory ones."""
     tests = [("H1", "dpo", fixed, "f1"), ("H2", "dpo", "bc_plus", "f1"), ("H2", "dpo", "bc_plus", "selection_f1")]
-    others = [("", arm, other, "f1") for arm in systems if arm in NAMES and not FIXED.fullmatch(arm)
-              for other in (fixed, "question_k", "bc", "bc_plus") if other != arm]
+    others = [("", arm, other, "f1") for arm, cells in systems.items() if not FIXED.fullmatch(arm)
+              for other in ((fixed, "question_k", "bc_plus") if cells.seeds else (fixed,)) if other != arm]
     compared: dict[str, list[dict]] = {"hypotheses": [], "exploratory": []}
     for name, arm, other, measure in (*tests, *others):
         if arm not in systems or other not in systems or (not name and (arm, other, measure) in [test[1:] for test in tests]):

@@ -48,7 +48,7 @@ def run(tmp_path_factory, encoder_dir, warm):
         **os.environ, **warm.environment, "DATA": str(folder / "data"), "MODEL": str(folder / "model"), "ENCODER": str(encoder_dir), "RUN": str(folder / "run"),
         "SEEDS": "1 2", "SPLIT_FLAGS": SIZES, "RERANKER_PAIRS": "24", "N_DOCS": "4", "GATE_QUESTIONS": "4", "PAIRS": "4", "MIN_MARGIN": "0.001", "FORCE": "1",
         "GRPO_DEV": "3", "GRPO_FLAGS": "--num-samples 2 --questions_per_step 2 --rows_per_pass 4 --max_steps 1 --lora_rank 8",
-        "TRAIN_FLAGS": "max_steps=1 gradient_accumulation_steps=1 plot_loss=false", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        "TRAIN_FLAGS": "max_steps=2 learning_rate=1e-3 gradient_accumulation_steps=1 plot_loss=false", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
     }
 
     def again(**more: str) -> subprocess.CompletedProcess:
