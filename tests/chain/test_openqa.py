@@ -98,11 +98,13 @@ def test_the_arms_of_a_seed_begin_with_one_model_and_differ(run):
 
     folder, _ = run
     models = [folder / f"seed_1/{name.split('/')[0]}/model/{name.split('/')[1]}" for name in
-              ("bc/sft", "bc_plus/sft", "dpo/dpo", "dpo_likelihood/dpo", "best_of_n/best_of_n", "kto/kto", "gold/sft")]
+              ("bc/sft", "bc_plus/sft", "dpo/dpo", "best_of_n/best_of_n", "kto/kto", "gold/sft")]
     weights = [load_file(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float() for model in models]
     assert not any(one.equal(other) for number, one in enumerate(weights) for other in weights[:number])
     begun = {(model / "settings.txt").read_text().split("model_name_or_path=")[1].split()[0] for model in models[1:]}
     assert begun == {str(models[0])}
+    for name, term in (("f1", "score"), ("likelihood", "likelihood")):
+        assert all(term in terms for row in read_jsonl(folder / f"seed_1/{name}.jsonl") for terms in row["score_terms"])
 
 
 def test_a_finished_run_does_nothing_and_a_lost_answer_is_generated_again(run):
