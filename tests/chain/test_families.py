@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_tokenizers import FAMILIES, OWN_TEMPLATES, TRAIN_PYTHON, facts_of, save_tokenizer
+from chat_tokenizers import FAMILIES, KINDS, TRAIN_PYTHON, facts_of, make_tiny
 from conftest import write_jsonl
 from stages import REPO
 
@@ -24,14 +24,6 @@ from dynamicrag.llm.prompts import Prompts, training_row
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
-KINDS = {  # model type, and what sets its architecture apart
-    "llama31_8b": ("llama", {"rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }}),
-    "mistral_7b": ("mistral", {"sliding_window": None, "head_dim": 32}),
-    "qwen25_7b": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    "qwen3_8b": ("qwen3", {"head_dim": 32}),
-}
 ON_CPU = {
     "deepspeed": None, "use_cpu": True, "preprocessing_num_workers": None, "disable_gradient_checkpointing": True, "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 4, "num_train_epochs": 30, "warmup_steps": 2, "logging_steps": 1, "plot_loss": False, "save_strategy": "no",
@@ -49,24 +41,6 @@ ROWS = [
     for n in range(1, 7)
 ]
 CHOSEN, ANSWER = "[2]", "the Nile"
-
-
-def make_tiny(model: str, folder: Path) -> None:
-    """A model of width 64 with two layers of its family's kind, with the tokenizer and the chat template of its form."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    save_tokenizer(model, folder)
-    if own := OWN_TEMPLATES.get(model):
-        (folder / "chat_template.jinja").write_text(own)
-    tokenizer, (kind, more) = AutoTokenizer.from_pretrained(folder), KINDS[model]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=0.2,  # so that an adapter alone, beside fixed embeddings, can learn an answer
-        max_position_embeddings=32768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def write_sets(folder: Path) -> None:

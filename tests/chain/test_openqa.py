@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import make_tiny
 from conftest import make_text, read_jsonl, write_jsonl
 from stages import REPO
-from test_families import make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
