@@ -20,13 +20,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from dynamicrag import stage
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.llm.recipe import LengthOptions, add_length_flags, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
-from dynamicrag.reward.pair_figures import Taught, figures, say_what_they_teach
+from dynamicrag.reward.pair_figures import TargetLengths, Taught, figures, say_what_they_teach
 from dynamicrag.reward.preferences import PAIRS, capped, distinct, generator_pair, reranker_pairs, worth_learning_from
 from dynamicrag.reward.terms import correctness
 from dynamicrag.rows.identifiers import format_ids
@@ -73,16 +74,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pairs of a question's distinct trajectories: best-worst; all; or top-bottom:M, each of the M best with each "
         "of the M worst",
     )
-    pairs.add_argument(
-        "--pair-by", choices=["order", "set"], default="order",
-        help="order: trajectories with the same documents in another order are distinct; set: they are equal, so that no "
-        "pair differs in the order only",
-    )
+    pairs.add_argument("--pair-by", choices=["set", "order"],
+                       help="set: the same documents in another order are equal, so that no pair differs in the order "
+                            "only; order: they are distinct (default: set, or order with --recipe published)")
     pairs.add_argument("--min-margin", type=float, default=0.0, help="minimum difference in reward of a reranker pair")
     pairs.add_argument("--max-pairs-per-question", type=int, help="maximum number of reranker pairs per question; the widest margins are kept")
     pairs.add_argument("--generator-chosen", choices=["gold", "best"], default="gold", help="chosen answer: the gold answer, or the best sampled one")
     pairs.add_argument("--max-reranker-pairs", type=int, help="maximum number of reranker pairs, drawn at random (default: all)")
     pairs.add_argument("--max-generator-pairs", type=int, help="maximum number of generator pairs, drawn at random (default: all)")
+    pairs.add_argument("--group_by", default="dataset", help="key of the rows by which pairs and target lengths are reported")
     add_length_flags(parser, "recipes/llama3_8b/dpo.yaml")
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
@@ -92,9 +92,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     caps = (args.max_pairs_per_question, args.max_reranker_pairs, args.max_generator_pairs)
     if not args.min_margin >= 0 or any(cap is not None and cap < 1 for cap in caps):
         parser.error("--min-margin must be at least 0, and each --max-... at least 1")
-    if args.recipe == "published" and (args.pairs, args.min_margin, args.generator_chosen) != ("best-worst", 0.0, "gold"):
-        parser.error("--recipe published uses best against worst, no margin and the gold answer; omit --pairs, "
-                     "--min-margin and --generator-chosen")
+    published = args.recipe == "published"
+    args.pair_by = args.pair_by or ("order" if published else "set")
+    if published and (args.pairs, args.pair_by, args.min_margin, args.generator_chosen) != ("best-worst", "order", 0.0, "gold"):
+        parser.error("--recipe published uses best against worst by order, no margin and the gold answer; omit --pairs, "
+                     "--pair-by, --min-margin and --generator-chosen")
     return args
 
 
@@ -124,7 +126,7 @@ def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
 
 
 def fit_pair(
-    build: Callable[[Sequence[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, float]
+    build: Callable[[Sequence[Doc]], Messages], docs: list[Doc], named: int, targets: tuple[str, str], window: TrainingWindow, about: dict[str, Any]
 ) -> Fitted:
     """Return a pair with the documents that fit together with the longer of `targets`; no row if document `named` is removed."""
     shown = window.documents(build, docs, *targets)
@@ -144,12 +146,12 @@ def reranker_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, wind
     for pair in reranker_pairs(row, args.pairs, args.min_margin, args.max_pairs_per_question, args.pair_by):
         chosen, rejected = row["id_lists"][pair.chosen], row["id_lists"][pair.rejected]
         targets, named = (format_ids(chosen, prompts.notation), format_ids(rejected, prompts.notation)), max([*chosen, *rejected], default=0)
-        pairs.append(fit_pair(build, docs, named, targets, window, figures(row, pair, args.input_file)))
+        pairs.append(fit_pair(build, docs, named, targets, window, figures(row, pair, args.input_file) | {"group": str(row.get(args.group_by) or "")}))
     return pairs
 
 
 def generator_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, window: TrainingWindow) -> list[Fitted]:
-    """Return the generator pair of a question, if there is one. It has no figures."""
+    """Return the generator pair of a question, if there is one. It has no figures but its group."""
     pair = generator_pair(row, args.generator_chosen, args.recipe == "published")
     if not pair:
         return []
@@ -160,13 +162,13 @@ def generator_pairs_of(row: Row, prompts: Prompts, args: argparse.Namespace, win
     def build(some: Sequence[Doc]) -> Messages:
         return prompts.generator(row["question"], some, instruction, positions[: len(some)])
 
-    return [fit_pair(build, docs, 0, (chosen, rejected), window, {})]
+    return [fit_pair(build, docs, 0, (chosen, rejected), window, {"group": str(row.get(args.group_by) or "")})]
 
 
 def training_rows(
     pairs_of: Callable[..., list[Fitted]], rows: Iterable[Row], prompts: Prompts, args: argparse.Namespace,
     window: TrainingWindow | None = None, total: int | None = None,
-) -> Iterator[tuple[dict[str, str], Mapping[str, float]]]:
+) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
     """Yield the training row and the figures of every pair that fits the window."""
     window = window or TrainingWindow()
     work = partial(pairs_of, prompts=prompts, args=args, window=window)
@@ -233,11 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "kinds; sample at a higher --temperature or from more questions, or relax --min-margin and --keep-mean"
             )
     # Write both sets
-    taught, sizes = Taught(), Counter()
+    taught, lengths = Taught(), TargetLengths()
 
     def noted(pairs: Iterable[tuple[dict, dict]], role: str) -> Iterator[dict]:
         for row, about in pairs:
-            sizes[role] += about["target size"]
+            lengths.add(role, about["group"], about["target size"])
             if role == "reranker":
                 taught.add(about)
             yield row
@@ -246,11 +248,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_generator = output.publish(args.generator_file, noted(capped(generator(window), args.max_generator_pairs, args.seed), "generator"))
     # Say what they teach
     summary = taught.summary()
-    say_what_they_teach(summary, {"reranker": of_reranker, "generator": of_generator}, sizes, window.unit)
+    say_what_they_teach(summary, lengths, window.unit)
     for path in (args.reranker_file, args.generator_file):
         check_columns(args.train_recipe, path)
-    targets = {f"{role}_target_{window.unit}": sizes[role] for role in ("reranker", "generator")}
-    output.finish(summary, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
+    targets = {f"{role}_target_{window.unit}": lengths.of_role(role).length for role in ("reranker", "generator")}
+    output.finish({**summary, "groups": lengths.summary()}, questions=count, kept=len(differing), reranker_pairs=of_reranker, generator_pairs=of_generator, **targets, **window.counts())
 
 
 if __name__ == "__main__":

@@ -137,9 +137,8 @@ def dense_searches(
     """
     import numpy as np
 
-    from dynamicrag.search.index import open_index
-    from dynamicrag.search.inner_products import NotFiniteError
-    from dynamicrag.search.shards import check_shards, name_of, open_shards, part_of, shard_bounds
+    from dynamicrag.search.index import open_index, search_corpus
+    from dynamicrag.search.shards import check_shards, open_shards, part_of, shard_bounds
 
     # Check the shards against encoder and corpus, then encode the questions
     shards, options = open_shards(shard_paths), stage.options_from(args, QuestionOptions)
@@ -164,11 +163,7 @@ def dense_searches(
 
         def search(questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
             vectors = np.load(queries, mmap_mode="r")[[number for number, _ in questions]]
-            try:
-                scores, positions = index.search(np.array(vectors), args.n_docs)
-            except NotFiniteError as error:
-                raise stage.UserError(f"{name_of(shards, error.position)} is not finite; embed this shard again") from error
-            return scores, np.where(positions >= 0, positions + corpus.start if isinstance(corpus, range) else corpus[positions], -1)
+            return search_corpus(index, shards, corpus, np.array(vectors), args.n_docs)
 
         return search
 

@@ -83,6 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--num-samples must be at least 1, --temperature at least 0, and --top-p above 0 and at most 1")
     if args.temperature == 0 and args.num_samples > 1 and not args.permute:
         parser.error("--temperature 0 samples the same selection every time; give --num-samples 1 or --permute")
+    if args.temperature > 2:
+        parser.error(f"--temperature {args.temperature}: the engine samples at most at 2; give a lower one")
     return args
 
 

@@ -8,8 +8,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -115,15 +117,18 @@ def _tree(pid: int) -> list[int]:
 def run_watched(commands: list[list[str]]) -> tuple[dict[str, float], float]:
     """Run commands in parallel. Returns the peak of each kind of memory, summed over all of them (GB), and the seconds."""
     began = time.perf_counter()
-    running = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) for command in commands]
-    peak = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
-    while any(process.poll() is None for process in running):
-        now = memory_of([process.pid for process in running])
-        peak = {name: max(peak[name], now[name]) for name in peak}
-        time.sleep(0.1)
-    for process in running:
-        if process.returncode:
-            sys.exit(process.stderr.read().decode())
+    with ExitStack() as opened:  # files, because a pipe that nobody reads would fill up
+        logs = [opened.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        running = [subprocess.Popen(command, cwd=REPOSITORY, stderr=log) for command, log in zip(commands, logs, strict=True)]
+        peak = {"proportional": 0.0, "resident": 0.0, "anonymous": 0.0}
+        while any(process.poll() is None for process in running):
+            now = memory_of([process.pid for process in running])
+            peak = {name: max(peak[name], now[name]) for name in peak}
+            time.sleep(0.1)
+        for process, log in zip(running, logs, strict=True):
+            if process.returncode:
+                log.seek(0)
+                sys.exit(log.read().decode())
     return peak, time.perf_counter() - began
 
 

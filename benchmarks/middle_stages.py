@@ -119,11 +119,13 @@ def measured(command: list[str], folder: Path, size: int) -> dict[str, float]:
     """
     environment = {**os.environ, "PYTHONPATH": str(measure.REPOSITORY), "XDG_CACHE_HOME": str(folder / "cache")}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(command, cwd=measure.REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = measure.watch_peak(process)
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        sys.exit(process.stderr.read().decode()[-2000:])
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up with progress
+        process = subprocess.Popen(command, cwd=measure.REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        peak = measure.watch_peak(process)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            log.seek(0)
+            sys.exit(log.read().decode()[-2000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     shutil.rmtree(folder / "cache", ignore_errors=True)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Answer the demo's test questions with two baselines of the evidence run.
+# Answer the demo's test questions with two baselines of the evidence run, and its development questions with every fixed number of
+# documents, so that the best fixed number is not chosen on the test questions.
 #     bash experiments/baselines.sh configs/demo.env
 # - k from the question alone: the SFT and the DPO model answer from the reranker's first k documents, with k predicted from the
 #   embedding of the question. No document is read for the choice. The prediction is trained on the labelled training questions.
@@ -17,6 +18,10 @@ for model in sft dpo; do
     [[ ! -f $MODEL_DIR/$model/config.json ]] || \
         infer "$MODEL_DIR/$model" "$WORK/results/{input}_${model}_{selector}.json" monot5 "$N_DOCS_SHOWN" "$question"
 done
+
+if [[ -f $WORK/eval_data/dev.jsonl && -f $MODEL_DIR/dpo/config.json ]]; then
+    infer "$MODEL_DIR/dpo" "$WORK/results/{input}_dpo_{selector}.json" "none top:1 top:2 top:3 all" "$N_DOCS_SHOWN" "$WORK/eval_data/dev.jsonl"
+fi
 
 # shellcheck disable=SC2086
 fit_to "$SFT_RECIPE" "${CHAT_MODEL:-$BASE_MODEL}" ${SFT_FLAGS:-}

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices, rounds = [seed["choice"] for seed in seeds], [seed["rounds"] for seed in seeds]
     text = "\n\n".join([
         f"{len(kinds)} questions, seeds: {len(seeds)}, labels for training: {seeds[0]['labels']}. Scores are each kind's own metric, 0 to 100. "
-        f"The best fixed number, {NAMES['retrieved', best]}, was chosen on the {decided_by} questions.",
+        f"The best fixed number, {NAMES['retrieved', best]}, was chosen on the {decided_by} questions. Intervals describe new questions "
+        f"{'and models of new seeds' if len(seeds) > 1 else 'for this one model'}.",
         system_table(systems),
         f"Differences, by question and seed:\n\n{difference_table(compared)}",
         f"By kind: score, and documents used in brackets:\n\n{kind_table(systems, best, kinds)}",

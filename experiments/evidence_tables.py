@@ -156,5 +156,5 @@ def rounds_table(rounds: list[list[dict]]) -> str:
     """Return a table of the rewards and pairs of the rounds of scripts/iterate.sh; one list of rounds per seed."""
     lines = []
     for number, of_round in enumerate(zip(*rounds, strict=False)):  # the shortest list determines the number
-        lines.append([str(number), *(form.format(mean(of_round, key)) if key in of_round[0] else "" for key, (_, form) in ROUND_COLUMNS.items())])
+        lines.append([str(number), *(mean_or_blank(of_round, key, form) if key in of_round[0] else "" for key, (_, form) in ROUND_COLUMNS.items())])
     return markdown_table(["round", *(heading for heading, _ in ROUND_COLUMNS.values())], lines)

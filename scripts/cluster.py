@@ -14,9 +14,7 @@ def connect(local_gpus: int):
     try:
         import ray
     except ImportError:
-        raise UserError(
-            f"LAUNCHER=ray: the package ray is not installed; install it with: {sys.executable} -m pip install 'ray>=2.60'"
-        ) from None
+        raise UserError(f"LAUNCHER=ray: the package ray is not installed; install it with: {sys.executable} -m pip install 'ray>=2.60'") from None
     address = os.environ.get("RAY_ADDRESS")
     here = "give HOST:PORT of the head of a running cluster, to which this machine belongs (ray start --address=HOST:PORT)"
     if address and address != "auto":
@@ -62,22 +60,16 @@ def usable_nodes(ray, gpus: int, without_gpu: bool = True) -> list[Node]:
     else:
         found = [(node, int(resources.get("CPU", 0) > 0)) for node, resources in alive]
         needs = {"num_cpus": min((resources["CPU"] for _, resources in alive if resources.get("CPU")), default=1)}
-    usable = [
-        Node(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", places, needs)
-        for node, places in found
-        if places
-    ]
+    usable = [Node(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", places, needs) for node, places in found if places]
     if not usable:
-        raise UserError(
-            f"GPUS_PER_SHARD={gpus}: no node of the cluster has as many GPUs, and the largest has {most}; set a lower number, or add a node"
-        )
+        raise UserError(f"GPUS_PER_SHARD={gpus}: no node of the cluster has as many GPUs, and the largest has {most}; set a lower number, or add a node")
     return usable
 
 
-def outcome(ray, ref) -> tuple[int, str]:
-    """Return the exit status of a part that has ended, and why it ended."""
+def outcome(ray, ref) -> tuple[int, str, str]:
+    """Return the exit status of a part that has ended, why it ended, and its node, or "" if that has died."""
     try:
-        status = ray.get(ref)[0]
+        status, _, node = ray.get(ref)
     except ray.exceptions.RayError as error:  # its node or its worker has died
-        return 1, type(error).__name__
-    return status, f"exit status {status}"
+        return 1, type(error).__name__, ""
+    return status, f"exit status {status}", node

@@ -74,6 +74,8 @@ if ((ROUNDS == 1)); then
 else
     step "$ROUNDS rounds of sampling, rewards and preference optimisation" rounds
 fi
+# Development questions were reranked for the rounds; only the test questions are answered with every selector.
+((HELD_OUT_SIZE == 0)) || export EVAL_QUESTIONS=$WORK/questions/test.jsonl
 step "inference with every selector (vLLM)" bash scripts/09_infer.sh "$CONFIG"
 step "evaluation" bash scripts/10_evaluate.sh "$CONFIG"
 step "more documents than fit in a window" bash scripts/11_top_n.sh "$CONFIG"

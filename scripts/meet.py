@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "llamafactory")
 LONGEST = 1 << 20  # bytes of a message
@@ -31,8 +31,9 @@ LONGEST = 1 << 20  # bytes of a message
 SEEN_WITHIN = 120
 
 
-def refuse(message: str) -> None:
-    sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+def refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def last_checkpoint(folder: Path) -> str:

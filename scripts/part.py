@@ -32,18 +32,13 @@ def prctl(option: int, value: int) -> None:
 
 def facts(marker: str) -> dict[str, str]:
     """What must be the same on every node: the shared folder, the project and the packages."""
-    sys.path.insert(0, os.getcwd())
     from dynamicrag.rows.manifest import versions
 
     code = hashlib.sha256()
     for path in sorted(path for pattern in CODE for path in Path().glob(pattern)):
         code.update(f"{path}\0".encode() + path.read_bytes())
     content = Path(marker).read_text() if os.path.exists(marker) else "does not exist"
-    return {
-        f"the shared folder {os.path.dirname(marker)}": content,
-        f"the project {os.getcwd()}": code.hexdigest()[:12],
-        **versions(),
-    }
+    return {f"the shared folder {os.path.dirname(marker)}": content, f"the project {os.getcwd()}": code.hexdigest()[:12], **versions()}
 
 
 def run(log: str, command: str, first: bool) -> int:
@@ -60,14 +55,8 @@ def run(log: str, command: str, first: bool) -> int:
             file.truncate(0)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         file.write(f"on {socket.gethostname()}, {f'GPUs {gpus}' if gpus else 'CPU'}: {command}\n".encode())
-        leader = subprocess.Popen(
-            ["bash", "-c", command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
-        )
+        leader = subprocess.Popen(["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                                  preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
     ended = os.pidfd_open(leader.pid)
     interrupted = ended not in select.select([sys.stdin, ended], [], [])[0]
     end_group(leader)

@@ -83,24 +83,28 @@ new_parts() {
 }
 launch() { CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${GPUS[*]}") python scripts/launch.py --gpus "$GPUS_PER_SHARD" --local_gpus "${#GPUS[@]}" "$@"; }
 
+# made_or_new MADE FOLDER NAME: print MADE, the number of NAME in FOLDER that an earlier run made, or else new_parts. With SHARDS, which
+# numbers the parts of all machines, MADE must be NUM_SHARDS.
+made_or_new() {
+    [[ -z $SHARDS || ${1:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
+        refuse "$2: an earlier run made $1 $3; give NUM_SHARDS=$1, and SHARDS from 0 to $(($1 - 1))"
+    if [[ -n $1 ]]; then echo "$1"; else new_parts; fi
+}
+
 # parts_of OUTPUT FOLDER: print the number of parts into which the input of OUTPUT is divided: as many as an earlier run made in
 # FOLDER, or 1 if an earlier run started OUTPUT undivided, otherwise new_parts.
 parts_of() {
     local made
     made=$(made_with num_splits "$2"/split_0.json{,.partial}.manifest.json)
     if [[ -z $made ]] && started "$1" && ! grep -qs '"stage": "aggregate"' "$1.manifest.json"; then made=1; fi
-    [[ -z $SHARDS || ${made:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
-        refuse "$2: an earlier run made $made parts; give NUM_SHARDS=$made, and SHARDS from 0 to $((made - 1))"
-    if [[ -n $made ]]; then echo "$made"; else new_parts; fi
+    made_or_new "$made" "$2" parts
 }
 
 # embedding_shards: print the number of shards that the embeddings have or will have.
 embedding_shards() {
     local made
     made=$(made_with num_shards "$EMBEDDINGS"/passages_*.manifest.json)
-    [[ -z $SHARDS || ${made:-$NUM_SHARDS} == "$NUM_SHARDS" ]] || \
-        refuse "$EMBEDDINGS: an earlier run made $made shards; give NUM_SHARDS=$made, and SHARDS from 0 to $((made - 1))"
-    if [[ -n $made ]]; then echo "$made"; else new_parts; fi
+    made_or_new "$made" "$EMBEDDINGS" shards
 }
 
 # only_join FILE...: return whether JOIN_ONLY is set. If it is, exits with an error that names those of the files that are not finished.

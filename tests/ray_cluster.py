@@ -80,7 +80,7 @@ def main(count: int, gpus: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a cluster that was started in the background
     cluster = Cluster(initialize_head=True, connect=False, shutdown_at_exit=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=gpus, include_dashboard=False) for _ in range(count)]
+    nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=gpus, include_dashboard=False, env_vars={"HOSTNAME": f"node{n}"}) for n in range(count)]
     cluster.wait_for_nodes(180)  # on a busy machine
     print(cluster.address, flush=True)
     for line in sys.stdin:

@@ -88,7 +88,9 @@ def balanced(differences: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     for group in sorted(set(groups)):
         members = names == group
         means.append(cells[:, members].mean(axis=1, keepdims=True))
-        within[:, members] = (cells[:, members] - means[-1]) * len(names) / members.sum()
+        count = int(members.sum())
+        lost = (count / (count - 1)) ** 0.5 if count > 1 else 1.0  # one degree of freedom per group
+        within[:, members] = (cells[:, members] - means[-1]) * lost * len(names) / count
     return within / len(means) + np.mean(means, axis=0)
 
 

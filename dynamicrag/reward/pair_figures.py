@@ -5,6 +5,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from dynamicrag.evaluation.means import Mean
 from dynamicrag.evaluation.tables import markdown_table
@@ -77,12 +78,55 @@ def summary_table(summary: dict[str, dict[str, float | None]]) -> str:
     return markdown_table(["", "pairs", *FIGURES], [[name, *cells] for name, cells in shown.items()])
 
 
-def say_what_they_teach(summary: dict, pairs: dict[str, int], sizes: Counter, unit: str) -> None:
+class Targets(NamedTuple):
+    """A number of pairs, and the length of their chosen and rejected targets together."""
+
+    pairs: int = 0
+    length: int = 0
+
+
+class TargetLengths:
+    """The number of pairs and the length of their targets, by role and group of the question.
+
+    The loss of DPO sums over the tokens of a target, so that long answers weigh more than identifiers.
+    """
+
+    def __init__(self):
+        self._found: dict[tuple[str, str], Targets] = {}
+
+    def add(self, role: str, group: str, length: int) -> None:
+        """Add one pair."""
+        pairs, total = self._found.get((role, group), Targets())
+        self._found[role, group] = Targets(pairs + 1, total + length)
+
+    def of_role(self, role: str) -> Targets:
+        """Return the sums over the groups of a role."""
+        found = [targets for (of, _), targets in self._found.items() if of == role]
+        return Targets(sum(one.pairs for one in found), sum(one.length for one in found))
+
+    def summary(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return {role: {group: {"pairs", "target length"}}}."""
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for (role, group), targets in sorted(self._found.items()):
+            found.setdefault(role, {})[group] = {"pairs": targets.pairs, "target length": targets.length}
+        return found
+
+    def table(self, unit: str) -> str:
+        """Return a table with one line per role, and one per group of a role that has several."""
+        lines, whole = [], sum(targets.length for targets in self._found.values()) or 1
+        for role, groups in self.summary().items():
+            several = [(group or "(none)", self._found[role, group]) for group in groups] if len(groups) > 1 else []
+            lines += [
+                [name, group, f"{pairs:,}", f"{length:,}", f"{100 * length / whole:.1f}", f"{length / max(pairs, 1):.1f}"]
+                for name, group, (pairs, length) in [(role, "all", self.of_role(role)), *(("", *one) for one in several)]
+            ]
+        return markdown_table(["", "group", "pairs", f"target {unit}", "share, %", "per pair"], lines)
+
+
+def say_what_they_teach(summary: dict, lengths: TargetLengths, unit: str) -> None:
     """Log the figures of the pairs, and a warning if they mainly teach short selections."""
     log.info("reranker pairs by margin, means and shares:\n%s", summary_table(summary))
-    whole = sum(sizes.values()) or 1
-    roles = [[role, f"{count:,}", f"{sizes[role]:,}", f"{100 * sizes[role] / whole:.1f}", f"{sizes[role] / max(count, 1):.1f}"] for role, count in pairs.items()]
-    log.info("pairs by role, with the length of both targets:\n%s", markdown_table(["", "pairs", f"target {unit}", "share, %", "per pair"], roles))
+    log.info("pairs by role and group, with the length of both targets:\n%s", lengths.table(unit))
     every = summary["all"]
     if every["same documents"]:
         log.info("reranker pairs: %.0f %% differ only in the order of the documents; --pair-by set avoids such pairs",

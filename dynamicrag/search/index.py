@@ -13,7 +13,7 @@ from dynamicrag.files.locks import exclusive
 from dynamicrag.models.device import devices_of
 from dynamicrag.rows.manifest import fingerprint, is_content
 from dynamicrag.search.exact import ExactIndex
-from dynamicrag.search.inner_products import rescore
+from dynamicrag.search.inner_products import NotFiniteError, rescore
 from dynamicrag.search.shards import Shard, name_of
 from dynamicrag.stage import UserError, log
 
@@ -52,6 +52,19 @@ class FaissIndex:
         except RuntimeError as error:
             raise UserError(f"--n_docs: the index cannot return {wanted} documents ({_reason(error)}); give a smaller number") from error
         return rescore(self.vectors, queries, positions, k)
+
+
+def search_corpus(
+    index: ExactIndex | FaissIndex, shards: list[Shard], corpus: np.ndarray | range, vectors: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Like ExactIndex.search, with positions in the corpus, as check_shards gives them. Raises UserError naming a vector that is not finite."""
+    import numpy as np
+
+    try:
+        scores, positions = index.search(vectors, k)
+    except NotFiniteError as error:
+        raise UserError(f"{name_of(shards, error.position)} is not finite; embed this shard again") from error
+    return scores, np.where(positions >= 0, positions + corpus.start if isinstance(corpus, range) else corpus[positions], -1)
 
 
 def open_index(

@@ -17,41 +17,9 @@ from conftest import make_text, names, read_jsonl, write_jsonl
 from freeze_server import Server
 from machines import table
 from ray_cluster import TAG, RayCluster, locked_files, tagged, wait_for
+from stand_in import ROWS
 
 REPO = Path(__file__).parents[2]
-# A stage that copies rows. In the folder ORDERS, `crash_N` ends the first try of part N, `wrong_N` ends every try as wrong input
-# does, and `hold` makes all parts wait after their first row until it is removed.
-STAND_IN = """
-import os, sys, time
-from pathlib import Path
-from dynamicrag import stage
-from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import read_rows
-
-def main():
-    parser = stage.ArgumentParser("")
-    parser.add_argument("read")
-    parser.add_argument("written")
-    stage.add_common_flags(parser)
-    args = parser.parse_args()
-    part, orders = Path(args.read).stem.removeprefix("split_"), Path(os.environ["ORDERS"])
-    with open(orders / "tries", "a") as file:
-        print(part, os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
-    if (orders / f"wrong_{part}").exists():
-        raise stage.UserError("the input is wrong")
-    output = Output(vars(args), [args.written], [args.read])
-    if not output.finished:
-        for chunk in output.chunks(read_rows(args.read), 1):
-            output.write(chunk)
-            if (orders / f"crash_{part}").exists():
-                (orders / f"crash_{part}").unlink()
-                os._exit(1)
-            while (orders / "hold").exists():
-                time.sleep(0.05)
-        output.finish()
-
-stage.run(main)
-"""
 
 
 class Copying:
@@ -60,10 +28,9 @@ class Copying:
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.orders, self.output = folder, folder / "orders", folder / "out.jsonl"
         self.orders.mkdir()
-        (folder / "stand_in.py").write_text(STAND_IN)
-        write_jsonl(folder / "in.jsonl", [{"id": f"q{n}", "question": "what?", "docs": [{"id": "d1", "title": "", "text": "x"}]} for n in range(16)])
+        write_jsonl(folder / "in.jsonl", ROWS)
         self.tag = uuid.uuid4().hex
-        self.environment = {**environment, TAG: self.tag, "ORDERS": str(self.orders), "PYTHONPATH": f"{folder}:{REPO}"}
+        self.environment = {**environment, TAG: self.tag, "ORDERS": str(self.orders), "PYTHONPATH": f"{REPO}/tests:{REPO}"}
 
     def start(self, **more: str) -> subprocess.Popen:
         command = f"source scripts/common.sh; sharded {self.folder}/in.jsonl {self.output} python -m stand_in '{{in}}' '{{out}}'"
@@ -121,7 +88,16 @@ def test_parts_survive_a_crash_and_the_death_of_a_node_and_only_what_is_missing_
     assert status == 0, said
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert {gpus for _, gpus in copying.tries()} == {"0"} and len(copying.tries()) == 6
-    assert [row["id"] for row in read_jsonl(copying.output)] == [f"q{n}" for n in range(16)]
+    assert [row["id"] for row in read_jsonl(copying.output)] == [row["id"] for row in ROWS]
+
+
+@pytest.mark.slow
+def test_a_node_that_ends_every_part_at_once_does_not_get_the_same_part_again(copying):
+    (copying.orders / "broken_node1").touch()
+    status, said = copying.run(PARTS_PER_GPU="2")
+    assert status == 0, said
+    assert 1 <= said.count("try 2 of ") <= 6 and "try 3 of " not in said, said
+    assert [row["id"] for row in read_jsonl(copying.output)] == [row["id"] for row in ROWS]
 
 
 @pytest.mark.slow

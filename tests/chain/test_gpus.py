@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_llama, names, read_jsonl, write_jsonl
 from machines import program, table
+from stand_in import ROWS
 
 REPO = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models")
@@ -70,8 +71,7 @@ def test_numbers_that_do_not_fit_the_machine_are_refused(machine, wrong):
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    docs = [{"id": "d1", "title": "", "text": "x"}]
-    return write_jsonl(tmp_path / "in.jsonl", [{"id": f"q{n}", "question": "what?", "docs": docs} for n in range(16)])
+    return write_jsonl(tmp_path / "in.jsonl", ROWS)
 
 
 # A stage of a moment that notes which GPU it has, and how many others run beside it.
@@ -87,37 +87,15 @@ work() { # PART OUTPUT
     python -m stand_in "$1" "$2"
 }
 """
-STAND_IN = """
-import sys
-import time
-from dynamicrag import stage
-from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import read_rows
-
-def main():
-    parser = stage.ArgumentParser("")
-    parser.add_argument("read")
-    parser.add_argument("written")
-    stage.add_common_flags(parser)
-    args = parser.parse_args()
-    output = Output(vars(args), [args.written], [args.read])
-    if not output.finished:
-        for chunk in output.chunks(read_rows(args.read), 100):
-            output.write(chunk)
-        output.finish()
-
-stage.run(main)
-"""
 
 
 @pytest.fixture
 def sharded(machine, questions, tmp_path):
     """sharded(gpus) runs the stage on the parts of the questions."""
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "logs").mkdir()
 
     def run(gpus: int | None, **environment) -> subprocess.CompletedProcess:
-        environment = machine(gpus, LOGS=str(tmp_path / "logs"), PYTHONPATH=f"{tmp_path}:{REPO}", **environment)
+        environment = machine(gpus, LOGS=str(tmp_path / "logs"), PYTHONPATH=f"{REPO}/tests:{REPO}", **environment)
         return bash(f"{WORK} sharded {questions} {tmp_path}/out.jsonl work '{{in}}' '{{out}}'", environment)
 
     return run
@@ -129,7 +107,7 @@ def test_as_many_parts_run_at_once_as_there_are_workers_each_on_its_own_gpus(sha
     beside = [path.read_text().split() for path in (tmp_path / "logs").glob("*.beside")]
     assert len(beside) == 8 and max(map(len, beside)) == 4
     assert all(len(set(gpus)) == len(gpus) for gpus in beside), "two parts on one GPU"
-    assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
+    assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [row["id"] for row in ROWS]
 
 
 @pytest.mark.slow
@@ -167,7 +145,7 @@ def test_machines_share_the_parts_and_one_puts_them_together(sharded, tmp_path):
         log.unlink()
     assert sharded(4, NUM_SHARDS="8", JOIN_ONLY="1", SHARDS="1").returncode == 2
     done = sharded(4, JOIN_ONLY="1")
-    assert done.returncode == 0 and [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [f"q{n}" for n in range(16)]
+    assert done.returncode == 0 and [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == [row["id"] for row in ROWS]
     assert not list((tmp_path / "logs").iterdir()), "a part was made again"
     assert sharded(4).returncode == 0
 

@@ -165,6 +165,64 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+def setting_of_the_demo(*names: str, **environment: str) -> list[str]:
+    command = "set -euo pipefail; source configs/demo.env; printf '%s\\n' " + " ".join(f'"${name}"' for name in names)
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, env={**plain, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("labels", "expert"), [({}, True), ({"LABELS": "gold"}, True), ({"LABELS": "reranker"}, False)])
+def test_the_gold_selection_is_a_sample_only_with_gold_labels(labels, expert):
+    clone, sample = setting_of_the_demo("EXPERT_FLAGS", "SAMPLE_FLAGS", **labels)
+    assert f"--labels {labels.get('LABELS', 'gold')} " in clone and ("--include-expert" in sample) == expert and "--seed 42" in sample
+
+
+def test_a_size_of_the_demo_can_be_set_and_held_out_questions_replace_dev_questions():
+    assert setting_of_the_demo("TEST_SIZE", "TRAIN_SIZE", TEST_SIZE="7") == ["7", "300"]
+    work = {"WORK": "w", "DEMO_SIZE": "standard"}
+    names = ("EVAL_QUESTIONS", "DEV_QUESTIONS", "SPLIT_FLAGS")
+    assert setting_of_the_demo(*names[::2], **work) == ["w/questions/test.jsonl", "--sft_size 500 --dpo_size 300 --dev_size 60 --seed 42"]
+    assert setting_of_the_demo(*names, **work, HELD_OUT_SIZE="9") == [
+        "w/questions/test.jsonl w/questions/dev.jsonl", "w/eval_data/dev.jsonl", "--sft_size 500 --dpo_size 300 --dev_size 0 --seed 42",
+    ]
+
+
+def test_the_evidence_run_asks_new_questions_and_repeats_no_finished_seed(tmp_path):
+    """With stand-ins for the scripts that it starts, each of which writes its environment, and for Python, which writes its arguments."""
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(REPO / "experiments/evidence.sh", tmp_path / "experiments")
+    log = tmp_path / "log"
+    for name in ("scripts/demo.sh", "experiments/baselines.sh", "experiments/oracle.sh", ".venv/bin/python"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f'#!/bin/bash\necho "{name} $* | $LABELS $DEMO_SIZE $HELD_OUT_SIZE $SEED | ${{EVAL_QUESTIONS:-}} |$EXCLUDE" >>{log}\n'
+            'previous=""; for word; do\n'
+            '  case $previous in --output_file) mkdir -p "$(dirname "$word")"; echo {} >"$word";; esac\n'
+            '  case $previous in --output_dir) mkdir -p "$word"; touch "$word/reranker.jsonl";; esac\n'
+            '  previous=$word; done\n'
+        )
+        path.chmod(0o755)
+
+    def run(**environment: str) -> list[str]:
+        log.write_text("")
+        plain = {key: value for key, value in os.environ.items() if key not in ("LABELS", "EVIDENCE", "SEEDS")}
+        subprocess.run(["bash", "experiments/evidence.sh"], cwd=tmp_path, env={**plain, **environment}, check=True, capture_output=True)
+        return log.read_text().splitlines()
+
+    calls = run(SEEDS="1 2")
+    used = "".join(f" runs/evidence_reranker/used_{size}/test.jsonl" for size in (50, 160, 500))
+    assert [call for call in calls if call.startswith("scripts/demo.sh")] == [f"scripts/demo.sh  | reranker evidence 240 {seed} |  |{used}" for seed in (1, 2)]
+    assert f"experiments/oracle.sh configs/demo.env | reranker evidence 240 1 | runs/evidence_reranker/seed_1/questions/test.jsonl |{used}" in calls
+    assert sum("evidence_seed.py" in call and "--labels reranker" in call for call in calls) == 2 and "seed_1.json runs/evidence_reranker/seed_2.json" in calls[-1]
+    (tmp_path / "runs/evidence_reranker/seed_2.json").unlink()
+    again = run(SEEDS="1 2")
+    assert [call.split(" | ")[1] for call in again if call.startswith("scripts/demo.sh")] == ["reranker evidence 240 2"]
+    assert not any("questions.py" in call for call in again)
+    assert any("--labels gold --output_file runs/evidence_gold/seed_1.json" in call for call in run(SEEDS="1", LABELS="gold"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_stops_at_the_first_error(script):
     text = script.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ def load(folder: str, name: str):
 corpus, questions, warm_up, oracle, choice, learning_curve = (
     load("examples/factbook", name) for name in ("corpus", "questions", "warm_up", "oracle", "choice", "learning_curve")
 )
-evidence, evidence_seed, evidence_systems = (load("experiments", name) for name in ("evidence", "evidence_seed", "evidence_systems"))
+evidence, evidence_seed, evidence_tables = (load("experiments", name) for name in ("evidence", "evidence_seed", "evidence_tables"))
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +379,13 @@ def test_the_fixed_number_is_chosen_on_dev_questions_if_every_seed_answered_them
     assert (figures["best_fixed"], figures["fixed_chosen_on"]) == ("top1", "test")
 
 
+def test_one_seed_has_intervals_over_questions(runs, tmp_path):
+    tables(runs[:1], tmp_path)
+    found = json.loads((tmp_path / "out/evidence.json").read_text())["compared"]["gain by DPO: DynamicRAG"]["by_question"]
+    assert found["seed_variance"] is None and found["df"] == 7
+    assert found["mean"] == pytest.approx(25) and found["low"] < 25 < found["high"]
+
+
 def test_a_seed_keeps_the_documents_chosen_for_every_question(runs, tmp_path):
     seed = json.loads(Path(seed_files(runs)[0]).read_text())
     [dynamic] = [one for one in seed["systems"] if (one["model"], one["selector"], one["shown"]) == ("dpo", "dynamic", "retrieved")]
@@ -421,6 +428,13 @@ def test_choice_and_rounds_are_means_over_seeds_where_they_are(runs, tmp_path):
     said = tables(runs, tmp_path)
     assert re.search(r"\| SFT +\| in order +\| 50\.0 +\| 40\.0, 60\.0 .*\| 50 \(1\.0\)", said)
     assert re.search(r"\| 1 +\| 30\.5 .*\| 0\.75 ", said)
+
+
+def test_a_figure_of_a_round_that_is_not_known_is_blank():
+    """A correlation is None if all answers of a round are wrong."""
+    rounds = [{"score": 30.0, "reward": 0.5, "reward with right": None}, {"score": 40.0, "reward": 0.25, "reward with right": 0.5}]
+    [line] = evidence_tables.rounds_table([[one] for one in rounds]).splitlines()[2:]
+    assert cells(line)[:6] == ["0", "35.0", "", "0.375", "", ""]
 
 
 def test_a_result_file_that_is_missing_or_asks_other_questions_is_named(runs):
@@ -466,12 +480,24 @@ def test_every_line_of_the_documented_tables_is_what_their_files_come_to(tmp_pat
     assert [line for line in written if line not in made] == []
 
 
-def test_the_results_of_the_readme_are_lines_of_the_evidence():
-    evidence_lines = [line for line in table_after("docs/evidence.md", "| model | selector") if line["model"] == "DPO"]
-    face = table_after("README.md", "| selector")
-    assert len(face) == 4
+@pytest.mark.parametrize(("header", "of_evidence", "lines"), [("| selector", "| model | selector", 5), ("| comparison", "| comparison", 4)])
+def test_the_results_of_the_readme_are_lines_of_the_evidence(header, of_evidence, lines):
+    evidence_lines = [line for line in table_after("docs/evidence.md", of_evidence) if line.get("model", "DPO") == "DPO"]
+    face = table_after("README.md", header)
+    assert len(face) == lines
     for line in face:
         assert any(line.items() <= whole.items() for whole in evidence_lines), line
+
+
+def test_the_differences_in_the_text_are_those_of_the_table():
+    """Every interval that the pages write in brackets after a difference, such as "+1.2 (-0.2 to 2.7", is a line of the tables."""
+    page = (REPO / "docs/evidence.md").read_text()
+    compared = table_after("docs/evidence.md", "| comparison")
+    known = {line["95 %"].replace("+", "") for line in compared} | {line["95 %, kinds"].replace("+", "") for line in compared}
+    prose = page.partition("## Limits of these figures")[2].partition("## Which training")[0] + page.partition("## How much the choice")[2].partition("## The run from")[0]
+    text = "\n".join(line for line in prose.splitlines() if not line.startswith("|"))
+    written = re.findall(r"\((-?\d+\.\d) to (-?\d+\.\d)[;)]", text.replace("\n", " "))
+    assert len(written) > 8 and {f"{low} to {high}" for low, high in written} <= known
 
 
 def table_after(path: str, header: str) -> list[dict[str, str]]:

@@ -293,7 +293,7 @@ def test_the_report_says_what_the_pairs_teach(caplog):
         "pairs": 3, "margin": (0.6 + 0.08 + 0.8) / 3, "k chosen": 1, "k rejected": 4 / 3, "None": 1 / 3, "shorter": 2 / 3,
         "equally right": 1 / 3, "only shorter": 0, "same documents": 0, "gold in chosen": 1 / 2, "gold in rejected": 0,
     })
-    assert {line: summary[line]["pairs"] for line in summary} == {"all": 3, "0.05 to 0.10": 1, "0.40 to 1.00": 2}
+    assert {line: summary[line]["pairs"] for line in summary if line != "groups"} == {"all": 3, "0.05 to 0.10": 1, "0.40 to 1.00": 2}
     assert summary["0.05 to 0.10"]["gold in chosen"] == 0
     assert "| 0.40 to 1.00 | 2 " in caplog.text
     make([{**row, "gold_docs": []} for row in rows])
@@ -312,12 +312,37 @@ def test_the_same_documents_in_another_order_are_a_pair_only_by_order(by, pairs,
     assert same == (by == "order") and ("--pair-by set" in caplog.text) == (by == "order")
 
 
+@pytest.mark.parametrize(("flags", "rejected"), [((), "[3]"), (("--recipe", "published"), "[2], [1]"), (("--pair-by", "order"), "[2], [1]")])
+def test_pairs_are_by_set_unless_the_recipe_is_the_published_one(flags, rejected):
+    rows = [make_row(REORDERED[:3], n) for n in range(1, 7)]
+    reranker_set, _ = make(rows, *flags)
+    assert {(pair["chosen"], pair["rejected"]) for pair in reranker_set} == {("[1], [2]", rejected)}
+
+
+def test_the_published_recipe_pairs_by_order_only():
+    with pytest.raises(SystemExit, match="2"):
+        construct_dpo.main(["--recipe", "published", "--pair-by", "set"])
+
+
 @given(trajectories=st.lists(trajectory, max_size=8), which=st.sampled_from(["best-worst", "all", "top-bottom:2"]))
 def test_no_pair_by_set_is_of_equal_sets(trajectories, which):
     row = make_row([(ids, response, reward, float(response == "gold 1")) for ids, response, reward in trajectories])
     pairs = reranker_pairs(row, which, 0.0, by="set")
     sets = [(frozenset(row["id_lists"][pair.chosen]), frozenset(row["id_lists"][pair.rejected])) for pair in pairs]
     assert all(chosen != rejected for chosen, rejected in sets) and len(set(sets)) == len(sets)
+
+
+def test_pairs_and_the_length_of_their_targets_are_reported_by_role_and_group(caplog):
+    caplog.set_level("INFO")
+    rows = [make_row([RIGHT, WORSE], 1, kind="one"), make_row([([1, 2], "gold 2", 0.9, 1.0), ([3], "worse", 0.1, 0.0)], 2, kind="two"),
+            make_row([([1, 3], "gold 3", 0.9, 1.0), ([3], "worse", 0.1, 0.0)], 3, kind="two")]
+    make(rows, "--group_by", "kind")
+    groups = read_manifest("training_data/llama3_8b_reranker_dpo.json")["summary"]["groups"]
+    assert groups["reranker"] == {
+        "one": {"pairs": 1, "target length": len("[1]" "[4]")}, "two": {"pairs": 2, "target length": len("[1], [2]" "[3]" "[1], [3]" "[3]")},
+    }
+    assert groups["generator"]["two"] == {"pairs": 2, "target length": len("gold 2" "worse" "gold 3" "worse")}
+    assert re.search(r"\| +\| two +\| 2 +\| 22 +\|", caplog.text) and re.search(r"\| reranker +\| all +\| 3 +\|", caplog.text)
 
 
 def test_the_length_of_the_targets_is_reported_by_role():

@@ -163,7 +163,7 @@ def test_the_expert_of_published_labels_is_in_the_order_of_the_documents(caplog)
     assert sampling_dpo_trajectories.expert_selection(rows[0], 3) == [1, 3]
 
 
-@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--temperature", "0"], ["--top-p", "0"], ["--top-p", "1.1"]])
+@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--temperature", "2.1"], ["--temperature", "0"], ["--top-p", "0"], ["--top-p", "1.1"]])
 def test_sampling_that_makes_no_sense_is_refused(flags):
     with pytest.raises(SystemExit):
         sampling_dpo_trajectories.parse_args(flags)

@@ -93,6 +93,15 @@ def test_groups_of_equal_weight_give_the_mean_of_their_means():
     assert (found.question_variance, found.rest_variance) == pytest.approx((0, 0))
 
 
+def test_the_variance_of_a_mean_of_groups_is_that_within_groups():
+    """Of groups with 20 and 60 questions: a quarter of the sum of the variances of both means."""
+    rng = np.random.default_rng(5)
+    groups = [rng.normal(0, 1, 20), rng.normal(9, 3, 60)]
+    found = crossed(balanced(np.concatenate(groups)[None], ["a"] * 20 + ["b"] * 60))
+    expected = sum(group.var(ddof=1) / len(group) for group in groups) / 4
+    assert found.rest_variance / 80 == pytest.approx(expected * 80 / 79)
+
+
 def test_groups_of_equal_size_change_no_mean_and_take_their_own_differences_out_of_the_variance():
     rng, groups = np.random.default_rng(4), ["a", "b"] * 50
     differences = rng.normal(size=(3, 100)) + np.where(np.array(groups) == "a", 2, -2)

@@ -94,10 +94,9 @@ def _bm25_search(store: PassageStore) -> Search:
 
 
 def _dense_search(options: CorpusOptions, store: PassageStore) -> Search:
-    import numpy as np
 
     from dynamicrag.models.encoder import Encoder
-    from dynamicrag.search.index import open_index
+    from dynamicrag.search.index import open_index, search_corpus
     from dynamicrag.search.shards import check_shards, find_shards, open_shards
 
     paths, device = find_shards(options.passages_embeddings), pick_device(options.encoder_device)
@@ -107,8 +106,4 @@ def _dense_search(options: CorpusOptions, store: PassageStore) -> Search:
     corpus = check_shards(shards, encoder.hidden_size, store, options.encoder)
     index = open_index(shards, options.index, options.index_path, device, options.seed, "0/1", options.nprobe, options.candidates)
 
-    def search(question: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, positions = index.search(encoder.encode([question], None), count)
-        return scores, np.where(positions >= 0, positions + corpus.start if isinstance(corpus, range) else corpus[positions], -1)
-
-    return search
+    return lambda question, count: search_corpus(index, shards, corpus, encoder.encode([question], None), count)
