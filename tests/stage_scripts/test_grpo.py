@@ -262,6 +262,15 @@ def test_the_best_model_is_kept_or_the_one_at_the_start(server, selector, monkey
     assert logged(caplog, "best_0") == 1
 
 
+@pytest.mark.slow
+def test_the_likelihood_of_the_gold_answer_is_a_reward_without_decoding(server, selector):
+    grpo_selector.main([*FLAGS.split(), "--llm-model", str(selector), "--template", TEMPLATE, "--reward", "likelihood", "--max_steps", "1"])
+    counts = read_manifest("out/grpo.jsonl")["counts"]
+    assert server.asked == {} and counts["steps"] == 1 and 0 < counts["likelihoods"] <= 12 and counts["generator_generated_tokens"] == 0
+    [step] = [row for row in read_jsonl("out/grpo.jsonl") if "left_out" in row]
+    assert step["left_out"] < 3 and 0 < step["reward"] < 1
+
+
 @pytest.mark.parametrize(("flags", "key"), [
     ("--rows_per_pass 5", "--rows-per-pass"), ("--beta 0", "--beta"), ("--num-samples 1", "--num-samples"), ("--reward likelihood", "--reward"), ("--patience 0", "--patience"),
 ])
