@@ -120,7 +120,10 @@ def test_equal_requests_are_answered_once_in_this_run_and_in_the_next(tmp_path):
     engine = StubEngine(lambda request, kind, titles: " ".join(titles))
     row = make_rows(1)[0]
     builder = RequestBuilder(FrozenEngine(engine, tmp_path / "answers", "m"), CallOptions())
-    asked = [builder.answer(row, docs) for docs in (row["docs"][:1], row["docs"][:2], row["docs"][:1], row["docs"][1::-1])]
+    sets = (row["docs"][:1], row["docs"][:2], row["docs"][:1], row["docs"][1::-1])
+    in_order = RequestBuilder(engine, CallOptions(answer_order="retrieval"))
+    assert in_order.answer(row, sets[3]) == in_order.answer(row, sets[1]) == builder.answer(row, sets[1]) != builder.answer(row, sets[3])
+    asked = [builder.answer(row, docs) for docs in sets]
     first = builder.ask(asked)
     assert [len(batch) for batch in engine.batches] == [3] and first[0] == first[2]
     again = FrozenEngine(StubEngine(), tmp_path / "answers", "m")
