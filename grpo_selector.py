@@ -148,7 +148,7 @@ def save(trainer: Any, folder: Path, start: str, unchanged: bool) -> None:
     from dynamicrag.models.checkpoints import NO_CODE
 
     dtype = AutoConfig.from_pretrained(start, **NO_CODE).dtype
-    model = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **NO_CODE) if unchanged else trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **NO_CODE) if unchanged else trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     (model.to(dtype) if dtype else model).save_pretrained(folder)
@@ -157,7 +157,7 @@ def save(trainer: Any, folder: Path, start: str, unchanged: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    engine, calls, options = (options_from(args, kind) for kind in (EngineOptions, CallOptions, GrpoOptions))
+    engine, calls, options = options_from(args, EngineOptions), options_from(args, CallOptions), options_from(args, GrpoOptions)
     if missing := [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]:
         raise UserError(f"{missing[0]}: is not installed, but trains the selector; install it with: pip install 'dynamicrag[grpo]'")
     folder = Path(args.output_dir)

@@ -145,8 +145,9 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
 
     with warnings.catch_warnings():  # TRL names the versions of vLLM that it knows, but does not use vLLM here
         warnings.simplefilter("ignore")
-        from trl import GRPOConfig, GRPOTrainer
         from trl.models.utils import unwrap_model_for_generation
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
     from transformers import EarlyStoppingCallback
 
     logging.getLogger("trl").setLevel(logging.ERROR)  # it prints a whole prompt for every group that is left out
@@ -155,7 +156,7 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
         """GRPO whose evaluation is the greedy selection on held-out questions."""
 
         def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
-            assert dev
+            assert dev and self.model
             scored, training = dev(), self.model.training
             means = {"score": statistics.fmean(sample.score for sample in scored), "documents": statistics.fmean(sample.documents or 0 for sample in scored)}
             metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
