@@ -286,6 +286,10 @@ def test_flags_without_sense_are_refused(flags, key, capsys):
 def test_too_few_questions_are_named_before_a_model_is_loaded(server, selector):
     with pytest.raises(UserError, match=at("train.jsonl", 6)):
         train(server, selector, "--questions_per_step", "9")
+    rewarded = [{**row, "score_terms": [{"em": float(n == 3)}, {"em": 0.0}]} for n, row in enumerate(make_rows(6))]
+    write_jsonl(Path("train.jsonl"), rewarded)
+    with pytest.raises(UserError, match=at("train.jsonl", 1)):
+        train(server, selector, "--keep-mean", "0.01,0.99")
     write_jsonl(Path("train.jsonl"), [{**row, "answers": None} for row in make_rows(6)])
     with pytest.raises(UserError, match=at("train.jsonl:1: key 'answers'")):
         train(server, selector)
