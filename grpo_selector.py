@@ -103,7 +103,7 @@ def load_score(engine: EngineOptions, calls: CallOptions, output: Path, args: ar
         from dynamicrag.models.device import pick_device
         from dynamicrag.reward.likelihood import Likelihood
 
-        likelihood = Likelihood(engine.llm_model, engine.template, calls.prompts, pick_device("auto"))
+        likelihood = Likelihood(engine.llm_model, engine.template, calls.prompts, pick_device("auto"), calls.answer_order)
 
         def by_likelihood(rows: Sequence[Row], chooser: RequestBuilder) -> list[Scored]:
             shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
@@ -148,7 +148,7 @@ def save(trainer: Any, folder: Path, start: str, unchanged: bool) -> None:
     from dynamicrag.models.checkpoints import NO_CODE
 
     dtype = AutoConfig.from_pretrained(start, **NO_CODE).dtype
-    model = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **NO_CODE) if unchanged else trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **NO_CODE) if unchanged else trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     (model.to(dtype) if dtype else model).save_pretrained(folder)
@@ -157,7 +157,7 @@ def save(trainer: Any, folder: Path, start: str, unchanged: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    engine, calls, options = (options_from(args, kind) for kind in (EngineOptions, CallOptions, GrpoOptions))
+    engine, calls, options = options_from(args, EngineOptions), options_from(args, CallOptions), options_from(args, GrpoOptions)
     if missing := [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]:
         raise UserError(f"{missing[0]}: is not installed, but trains the selector; install it with: pip install 'dynamicrag[grpo]'")
     folder = Path(args.output_dir)
@@ -193,10 +193,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "or on more questions", args.output_dir)
     save(trainer, folder, start, unchanged)
     steps = [entry for entry in history if "left_out" in entry]
+    groups_sampled, left_out = len(steps) * args.questions_per_step, round(sum(entry["left_out"] for entry in steps))
+    if left_out > groups_sampled / 2:
+        log.warning("%s: %d of %d groups taught nothing, because all their answers were right or all were wrong; give rewarded rows with --keep-mean, "
+                    "more --num-samples, or a graded --metric", args.input_file, left_out, groups_sampled)
     output.append(map(dump_line, history))
     output.rows = len(history)
     summary = {"start_score": scores.get(0), "best_score": max(scores.values(), default=None), "best_step": max(scores, key=lambda step: (scores[step], -step), default=None)}
-    output.finish(summary, steps=trainer.state.global_step, groups=len(steps) * args.questions_per_step, left_out=round(sum(entry["left_out"] for entry in steps)),
+    output.finish(summary, steps=trainer.state.global_step, groups=groups_sampled, left_out=left_out,
                   selector_tokens=int(trainer.state.num_input_tokens_seen), **costs())
     shutil.rmtree(checkpoints, ignore_errors=True)
     (folder / "answers.partial.completions.jsonl").unlink(missing_ok=True)

@@ -61,6 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     terms.add_argument("--metric", choices=METRIC_NAMES, help="metric of the terms score and gain (default: that of each data set)")
     terms.add_argument("--llm-model", help="frozen generator of the likelihood term: checkpoint folder, training output or hub name")
     terms.add_argument("--template", default=AUTO, help="chat template of that generator: a file, or auto for its own")
+    terms.add_argument("--answer-order", choices=["selection", "retrieval"], default="selection", help="order of the documents in that generator's prompt")
     terms.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder or a hub name")
     terms.add_argument("--bert_layer", type=int,
                        help="layer of the encoder (default: bert-score's choice for a known model, otherwise the last)")
@@ -226,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from dynamicrag.reward.likelihood import Likelihood
 
         output.record(**place(args.device, "auto"))
-        likelihood = Likelihood(args.llm_model, args.template, args.prompts, pick_device(args.device))
+        likelihood = Likelihood(args.llm_model, args.template, args.prompts, pick_device(args.device), args.answer_order)
     prompts = Prompts(args.prompts)
 
     def reward(rows: list[Row]) -> list[Row]:

@@ -61,12 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=int, default=8, help="trajectories per question")
-    sampling.add_argument("--temperature", type=float, default=1.0,
-                          help="temperature of the selections; answers are greedy")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="temperature of the selections; answers are greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus of the selections")
     sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
-    sampling.add_argument("--include-expert",
-                          action="store_true", help="add the expert's selection (true_id) as a trajectory")
+    sampling.add_argument("--include-expert", action="store_true", help="add the expert's selection (true_id) as a trajectory")
     sampling.add_argument(
         "--permute", action="store_true",
         help="shuffle the documents for each sample; this costs one prefill per sample; `selections` stay as the "
@@ -143,6 +141,10 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
     """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
     chooser, generator = builders
     notation = chooser.prompts.notation
+
+    def key(ids: Sequence[int]) -> tuple[int, ...]:  # of selections that have the same answer
+        return tuple(sorted(ids) if args.answer_order == "retrieval" else ids)
+
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     # Sample the selections of all questions in one batch
     jobs = [
@@ -181,29 +183,29 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
         baseline = list(range(1, min(args.baseline_top or 0, len(docs)) + 1))
         results[-1] = with_baseline(results[-1], len(baseline) if args.baseline_top else None)
         for ids in [*(ids for _, ids in trajectories), *([baseline] if args.baseline_top else [])]:
-            if (row["id"], tuple(ids)) not in distinct:
-                distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
+            if (row["id"], key(ids)) not in distinct:
+                distinct[row["id"], key(ids)] = row, [docs[position - 1] for position in ids]
 
     # Answer every distinct selection in one batch
     requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
     answers = dict(zip(distinct, generator.ask(requests), strict=True))
     # Leave out trajectories without an answer
     for result in results:
-        mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
+        mine = {key(ids): answers[result["id"], key(ids)] for ids in result["id_lists"]}
         if args.baseline_top:
             baseline = tuple(range(1, result["baseline_k"] + 1))
             mine |= {baseline: answers[result["id"], baseline]}
             result["baseline_response"] = mine[baseline].texts[0]  # "" if it cannot be read, as evaluate.py scores it
         for completion in mine.values():
             result["usage"].add(completion)
-        readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[tuple(ids)].reason("answer")]
+        readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[key(ids)].reason("answer")]
         if lost := len(result["id_lists"]) - len(readable):
-            why = next(filter(None, (mine[tuple(ids)].reason("answer") for ids in result["id_lists"])))
+            why = next(filter(None, (mine[key(ids)].reason("answer") for ids in result["id_lists"])))
             log.warning("row %s: %d trajectories are left out: %s", result["id"], lost, why)
-        for key in ("id_lists", "from_expert", "selections"):
-            result[key] = [result[key][n] for n in readable]
-        result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
-        tokens = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
+        for name in ("id_lists", "from_expert", "selections"):
+            result[name] = [result[name][n] for n in readable]
+        result["responses"] = [mine[key(ids)].texts[0] for ids in result["id_lists"]]
+        tokens = [mine[key(ids)].generated_tokens for ids in result["id_lists"]]
         result.pop("response_tokens", None)  # from an earlier run
         # Omitted if the server does not report tokens, because 0 would give the best length reward
         if None not in tokens:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dynamicrag.llm.completion import Completion, Request, Sample, completion_of, refused
 from dynamicrag.llm.templates import PromptTokenizer
 from dynamicrag.models.chat_templates import Messages
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class PolicyEngine:
@@ -28,7 +25,7 @@ class PolicyEngine:
 
     def __init__(self, prompts: PromptTokenizer, max_model_len: int):
         self.prompts, self.max_model_len = prompts, max_model_len
-        self.unwrapped: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
+        self.unwrapped: Callable[[], AbstractContextManager[Any]] | None = None
         self.end = int(prompts.tokenizer.eos_token_id)
         self._compiler: Any = None
 
@@ -54,7 +51,7 @@ class PolicyEngine:
             return [self._sampled(model, request) if self.fits(request.messages, request.max_tokens) else [] for request in requests]
 
     @contextlib.contextmanager
-    def _generating(self) -> Iterator[PreTrainedModel]:
+    def _generating(self) -> Iterator[Any]:
         """Open the model in evaluation mode, without gradients, and restore its mode."""
         import torch
 
@@ -67,7 +64,7 @@ class PolicyEngine:
             finally:
                 model.train(training)
 
-    def _sampled(self, model: PreTrainedModel, request: Request) -> list[list[int]]:
+    def _sampled(self, model: Any, request: Request) -> list[list[int]]:
         """Sample one request with its own seed: its prompt is computed once, then continued `n` times."""
         import torch
         from transformers import DynamicCache, GenerationConfig
@@ -88,7 +85,7 @@ class PolicyEngine:
         )
         return [until(ids, self.end) for ids in whole[:, prompt.shape[1] :].tolist()]
 
-    def _constraint(self, model: PreTrainedModel, pattern: str | None) -> list:
+    def _constraint(self, model: Any, pattern: str | None) -> list:
         """Return the processors that exclude every token that does not continue a text of the pattern."""
         if not pattern:
             return []

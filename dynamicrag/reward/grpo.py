@@ -78,11 +78,12 @@ class Groups:
     """The questions that are trained on, and the reward of the selections sampled for them."""
 
     def __init__(self, rows: Sequence[Row], shown: Sequence[list], chooser: RequestBuilder, policy: PolicyEngine, score: Score, options: GrpoOptions):
-        self._rows = {row["id"]: row for row in rows}
-        self._requests = {
-            row["id"]: chooser.select(row, docs, "sample", n=options.num_samples, temperature=options.temperature) for row, docs in zip(rows, shown, strict=True)
-        }
+        self._rows = {row["id"]: (row, docs) for row, docs in zip(rows, shown, strict=True)}
         self._chooser, self._policy, self._score, self._options = chooser, policy, score, options
+
+    def _request(self, row_id: str) -> Request:
+        row, docs = self._rows[row_id]
+        return self._chooser.select(row, docs, "sample", n=self._options.num_samples, temperature=self._options.temperature)
 
     def rollout(self, ids: list[str], trainer: Any) -> dict[str, list | None]:
         """Sample the selections of questions, each of which is in `ids` once per sample (TRL's rollout function).
@@ -90,14 +91,14 @@ class Groups:
         The seeds follow from the question and the step, so that an interrupted training continues with the same samples.
         """
         step, questions = trainer.state.global_step, list(dict.fromkeys(ids))
-        requests = [self._requests[row_id] for row_id in questions]
-        samples = dict(zip(questions, self._policy.sample([replace(request, seed=derive_seed(request.seed, step)) for request in requests]), strict=True))
+        requests = {row_id: self._request(row_id) for row_id in questions}
+        samples = dict(zip(questions, self._policy.sample([replace(request, seed=derive_seed(request.seed, step)) for request in requests.values()]), strict=True))
         taken: Counter[str] = Counter()
         completions = []
         for row_id in ids:
             completions.append(samples[row_id][taken[row_id] % self._options.num_samples])
             taken[row_id] += 1
-        prompts = [self._policy.prompts.ids(self._requests[row_id].messages) for row_id in ids]
+        prompts = [self._policy.prompts.ids(requests[row_id].messages) for row_id in ids]
         return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": None}
 
     def reward(self, prompts: list[str], completion_ids: list[list[int]], log_metric: Callable[[str, float], None] = lambda *_: None, **_: object) -> list[float | None]:
@@ -106,8 +107,8 @@ class Groups:
         All samples of a group whose scores are equal, because all answers are right or all are wrong, have none: they would
         only teach the number of documents.
         """
-        completions = [self._policy.completion(self._requests[row_id], [ids]) for row_id, ids in zip(prompts, completion_ids, strict=True)]
-        scored = self._score([self._rows[row_id] for row_id in prompts], replaying(self._chooser, completions))
+        completions = [self._policy.completion(self._request(row_id), [ids]) for row_id, ids in zip(prompts, completion_ids, strict=True)]
+        scored = self._score([self._rows[row_id][0] for row_id in prompts], replaying(self._chooser, completions))
         n, rewards, left_out = self._options.num_samples, [], 0
         for start in range(0, len(scored), n):
             group = scored[start : start + n]
@@ -145,8 +146,9 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
 
     with warnings.catch_warnings():  # TRL names the versions of vLLM that it knows, but does not use vLLM here
         warnings.simplefilter("ignore")
-        from trl import GRPOConfig, GRPOTrainer
         from trl.models.utils import unwrap_model_for_generation
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
     from transformers import EarlyStoppingCallback
 
     logging.getLogger("trl").setLevel(logging.ERROR)  # it prints a whole prompt for every group that is left out
@@ -155,7 +157,7 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
         """GRPO whose evaluation is the greedy selection on held-out questions."""
 
         def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
-            assert dev
+            assert dev and self.model
             scored, training = dev(), self.model.training
             means = {"score": statistics.fmean(sample.score for sample in scored), "documents": statistics.fmean(sample.documents or 0 for sample in scored)}
             metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Likelihood:
     """A generator that scores the gold answers of rows. It asks as inference does, and answers nothing."""
 
-    def __init__(self, model: str, template: str, prompts: str | None, device: str, batch_tokens: int | None = None):
+    def __init__(self, model: str, template: str, prompts: str | None, device: str, answer_order: str = "selection", batch_tokens: int | None = None):
         """Raises UserError if the model cannot be loaded or the template does not belong to it."""
         from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ class Likelihood:
             self._model = ready(load_weights(AutoModelForCausalLM, path, dtype=pick_dtype("auto", device)), device)
             check_tokenizer(self._prompts.tokenizer, self._model)
         self._device, self._budget = device, batch_tokens or default_batch_tokens(device)
-        self._builder = RequestBuilder(cast(Any, self), CallOptions(prompts=prompts_for(path, prompts)))
+        self._builder = RequestBuilder(cast(Any, self), CallOptions(prompts=prompts_for(path, prompts), answer_order=answer_order))
         self._slices = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.computed = self.prompt_tokens = 0
         self._kept: dict[tuple[str, ...], float] = {}

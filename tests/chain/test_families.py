@@ -44,21 +44,25 @@ CHOSEN, ANSWER = "[2]", "the Nile"
 
 
 def write_sets(folder: Path) -> None:
-    prompts, sets = Prompts(), {"reranker_bc_training": [], "generator_sft_training": [], "reranker_dpo": [], "generator_dpo": []}
+    prompts, sets = Prompts(), {"reranker_bc_training": [], "generator_sft_training": [], "reranker_dpo": [], "generator_dpo": [], "reranker_kto": [], "generator_kto": [],
+                             "reranker_best_of_n": [], "generator_best_of_n": []}
     for row in ROWS:
         choosing, answering = prompts.reranker(row["question"], row["docs"]), prompts.generator(row["question"], row["docs"][1:2], prompts.instruction(row))
         sets["reranker_bc_training"].append(training_row(choosing, output=CHOSEN))
         sets["generator_sft_training"].append(training_row(answering, output=ANSWER))
         sets["reranker_dpo"].append(training_row(choosing, chosen=CHOSEN, rejected="[1], [3]"))
         sets["generator_dpo"].append(training_row(answering, chosen=ANSWER, rejected="None of the documents"))
+        for role, prompt, right, wrong in (("reranker", choosing, CHOSEN, "[1], [3]"), ("generator", answering, ANSWER, "None of the documents")):
+            sets[f"{role}_best_of_n"].append(training_row(prompt, output=right))
+            sets[f"{role}_kto"] += [{**training_row(prompt, output=output), "kto_tag": output == right} for output in (right, wrong)]
     for name, rows in sets.items():
-        for prefix in [f"{model}_" for model in FAMILIES] if name.endswith("dpo") else [""]:
+        for prefix in [f"{model}_" for model in FAMILIES] if name.endswith(("dpo", "kto", "best_of_n")) else [""]:
             (folder / f"{prefix}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with base/MODEL, full/MODEL, DynamicRAG_MODEL/sft (of a merged adapter), .../dpo and .../dpo_lora of every family."""
+    """A folder with base/MODEL, full/MODEL, DynamicRAG_MODEL/sft (of a merged adapter), .../dpo and .../dpo_lora, kto, kto_lora and best_of_n of every family."""
     folder = tmp_path_factory.mktemp("families")
     for name in ("recipes", "training_data"):
         (folder / name).mkdir()
@@ -84,6 +88,9 @@ def trained(tmp_path_factory) -> Path:
         train("sft_lora", base, sft, learning_rate=0.01)
         train("dpo", sft, sft.with_name("dpo"), num_train_epochs=2, learning_rate=0.0001)
         train("dpo_lora", sft, sft.with_name("dpo_lora"), num_train_epochs=2, learning_rate=0.001)
+        train("kto_lora", sft, sft.with_name("kto_lora"), num_train_epochs=2, learning_rate=0.001)
+        train("kto", sft, sft.with_name("kto"), num_train_epochs=2, learning_rate=0.0001)
+        train("best_of_n", sft, sft.with_name("best_of_n"), num_train_epochs=2, learning_rate=0.0001)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
@@ -103,11 +110,11 @@ def test_full_training_lora_and_dpo_change_the_weights_and_lower_the_loss(traine
     from safetensors.torch import load_file
 
     run = trained / f"DynamicRAG_{model}"
-    folders = {"base": trained / "base" / model, "full": trained / "full" / model, **{name: run / name for name in ("sft", "dpo", "dpo_lora")}}
+    folders = {"base": trained / "base" / model, "full": trained / "full" / model, **{name: run / name for name in ("sft", "dpo", "dpo_lora", "kto", "kto_lora", "best_of_n")}}
     weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
     assert len({frozenset(of) for of in weights.values()}) == 1, "a merged model is an ordinary checkpoint"
     changed = "model.layers.0.mlp.up_proj.weight"
-    for before, after in (("base", "full"), ("base", "sft"), ("sft", "dpo"), ("sft", "dpo_lora")):
+    for before, after in (("base", "full"), ("base", "sft"), *(("sft", trained_from_it) for trained_from_it in ("dpo", "dpo_lora", "kto", "kto_lora", "best_of_n"))):
         assert not torch.equal(weights[before][changed].bfloat16(), weights[after][changed].bfloat16()), after
     kind, _ = KINDS[model]
     assert {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders.values()} == {kind}

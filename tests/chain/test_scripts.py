@@ -394,6 +394,15 @@ def test_the_best_round_is_the_earliest_of_the_highest_score(rounds_module, tmp_
         assert [cell.strip() for cell in lines[3].split("|")][9:12] == ["0.500", "0.250", "7"]
 
 
+@pytest.mark.parametrize("kind", ["best_of_n", "kto"])
+def test_a_round_of_another_trainer_has_no_figures_of_pairs(rounds_module, tmp_path, kind):
+    for number in (0, 1):
+        make_round(tmp_path, number, 30.0 + number, unfinished="training_data/m_reranker_dpo.json")
+    (tmp_path / f"1/training_data/m_reranker_{kind}.json.manifest.json").write_text(json.dumps({"counts": {"reranker_rows": 3}}))
+    rounds_module.main(["--rounds_dir", str(tmp_path), "--last", "1", "--model", "m"])
+    assert [cell.strip() for cell in (tmp_path / "rounds.md").read_text().splitlines()[3].split("|")][9:12] == ["0.500", "0.250", ""]
+
+
 def test_a_round_sampled_in_shards_is_summarised_from_its_rows(rounds_module, tmp_path):
     make_round(tmp_path, 0, 1.0)
     make_round(tmp_path, 1, 2.0)

@@ -120,7 +120,10 @@ def test_equal_requests_are_answered_once_in_this_run_and_in_the_next(tmp_path):
     engine = StubEngine(lambda request, kind, titles: " ".join(titles))
     row = make_rows(1)[0]
     builder = RequestBuilder(FrozenEngine(engine, tmp_path / "answers", "m"), CallOptions())
-    asked = [builder.answer(row, docs) for docs in (row["docs"][:1], row["docs"][:2], row["docs"][:1], row["docs"][1::-1])]
+    sets = (row["docs"][:1], row["docs"][:2], row["docs"][:1], row["docs"][1::-1])
+    in_order = RequestBuilder(engine, CallOptions(answer_order="retrieval"))
+    assert in_order.answer(row, sets[3]) == in_order.answer(row, sets[1]) == builder.answer(row, sets[1]) != builder.answer(row, sets[3])
+    asked = [builder.answer(row, docs) for docs in sets]
     first = builder.ask(asked)
     assert [len(batch) for batch in engine.batches] == [3] and first[0] == first[2]
     again = FrozenEngine(StubEngine(), tmp_path / "answers", "m")
@@ -262,6 +265,15 @@ def test_the_best_model_is_kept_or_the_one_at_the_start(server, selector, monkey
     assert logged(caplog, "best_0") == 1
 
 
+@pytest.mark.slow
+def test_the_likelihood_of_the_gold_answer_is_a_reward_without_decoding(server, selector):
+    grpo_selector.main([*FLAGS.split(), "--llm-model", str(selector), "--template", TEMPLATE, "--reward", "likelihood", "--max_steps", "1"])
+    counts = read_manifest("out/grpo.jsonl")["counts"]
+    assert server.asked == {} and counts["steps"] == 1 and 0 < counts["likelihoods"] <= 12 and counts["generator_generated_tokens"] == 0
+    [step] = [row for row in read_jsonl("out/grpo.jsonl") if "left_out" in row]
+    assert step["left_out"] < 3 and 0 < step["reward"] < 1
+
+
 @pytest.mark.parametrize(("flags", "key"), [
     ("--rows_per_pass 5", "--rows-per-pass"), ("--beta 0", "--beta"), ("--num-samples 1", "--num-samples"), ("--reward likelihood", "--reward"), ("--patience 0", "--patience"),
 ])
@@ -274,6 +286,10 @@ def test_flags_without_sense_are_refused(flags, key, capsys):
 def test_too_few_questions_are_named_before_a_model_is_loaded(server, selector):
     with pytest.raises(UserError, match=at("train.jsonl", 6)):
         train(server, selector, "--questions_per_step", "9")
+    rewarded = [{**row, "score_terms": [{"em": float(n == 3)}, {"em": 0.0}]} for n, row in enumerate(make_rows(6))]
+    write_jsonl(Path("train.jsonl"), rewarded)
+    with pytest.raises(UserError, match=at("train.jsonl", 1)):
+        train(server, selector, "--keep-mean", "0.01,0.99")
     write_jsonl(Path("train.jsonl"), [{**row, "answers": None} for row in make_rows(6)])
     with pytest.raises(UserError, match=at("train.jsonl:1: key 'answers'")):
         train(server, selector)

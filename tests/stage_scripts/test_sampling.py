@@ -24,8 +24,8 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError, options_from
 
 
-def caller(reply) -> RequestBuilder:
-    return RequestBuilder(StubEngine(reply), options_from(sampling_dpo_trajectories.parse_args([]), CallOptions))
+def caller(reply, *flags: str) -> RequestBuilder:
+    return RequestBuilder(StubEngine(reply), options_from(sampling_dpo_trajectories.parse_args(list(flags)), CallOptions))
 
 
 def read(path: str) -> list[dict]:
@@ -34,7 +34,7 @@ def read(path: str) -> list[dict]:
 
 def sampled(rows, texts, *flags: str):
     """The sampled rows and the engine. The n selections of each row are the first n of `texts`."""
-    call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles))
+    call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles), *flags)
     args = sampling_dpo_trajectories.parse_args(list(flags))
     return sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args), call.engine
 
@@ -62,6 +62,13 @@ def test_all_samples_share_a_prompt_and_every_distinct_selection_is_answered_onc
     assert {(request.n, request.temperature) for request in answers} == {(1, 0.0)}
     assert len({request.seed for request in answers}) == 8
     assert rows[0]["usage"] == {"calls": 5, "prompt_tokens": 105 + 102 + 102 + 100 + 101, "generated_tokens": 8 + 4}
+
+
+def test_a_set_has_one_answer_if_documents_are_shown_as_retrieved():
+    [row], engine = sampled([question()], EIGHT, "--answer-order", "retrieval")
+    assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]], "selections stay as sampled"
+    assert len(engine.batches[1]) == 3 == row["usage"]["calls"] - 1
+    assert row["responses"] == ["from d1 d2"] * 3 + ["from ", "from d1 d2", "from d3"]
 
 
 def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
