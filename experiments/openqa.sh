@@ -164,7 +164,7 @@ grpo() { # FOLDER MODEL: GRPO from MODEL, on as many sequences as the other arms
     head -n "$GRPO_DEV" "$RUN/lists/dev.jsonl" >"$1/dev.jsonl"
     # shellcheck disable=SC2086  # GRPO_FLAGS is a list of flags
     python grpo_selector.py --llm-model "$GENERATOR" --reranker-model "$2" --template "$TEMPLATE" --max-model-len 2048 --topn "$N_DOCS" \
-        --input_file "$RUN/lists/rl.jsonl" --dev_file "$1/dev.jsonl" --output_dir "$1/model/grpo" --metric f1 --document-cost 0.02 --seed "$SEED" $GRPO_FLAGS
+        --input_file "$RUN/lists/rl.jsonl" --dev_file "$1/dev.jsonl" --output_dir "$1/model/grpo" --metric f1 --document-cost 0.02 --answer-order retrieval --seed "$SEED" $GRPO_FLAGS
 }
 recipe_of() { # ARM
     case $1 in bc|bc_plus|gold) echo sft ;; dpo*) echo dpo ;; *) echo "$1" ;; esac
