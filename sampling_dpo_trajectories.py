@@ -77,12 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.baseline_top is not None and args.baseline_top < 1:
         parser.error("--baseline-top must be at least 1")
-    if args.num_samples < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--num-samples must be at least 1, --temperature at least 0, and --top-p above 0 and at most 1")
+    if args.num_samples < 1 or not 0 <= args.temperature <= 2 or not 0 < args.top_p <= 1:  # vLLM samples at most at 2
+        parser.error("--num-samples must be at least 1, --temperature from 0 to 2, and --top-p above 0 and at most 1")
     if args.temperature == 0 and args.num_samples > 1 and not args.permute:
         parser.error("--temperature 0 samples the same selection every time; give --num-samples 1 or --permute")
-    if args.temperature > 2:
-        parser.error(f"--temperature {args.temperature}: the engine samples at most at 2; give a lower one")
     return args
 
 
