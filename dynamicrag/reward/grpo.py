@@ -167,6 +167,15 @@ def make_trainer(model: Any, groups: Groups, ids: list[str], policy: PolicyEngin
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **more: Any) -> Any:
+            """Return the loss of the samples that have an advantage: no pass is spent on groups that are left out."""
+            kept = inputs["advantages"] != 0
+            if not kept.any():
+                return 0.0 * next(weights for weights in model.parameters() if weights.requires_grad).sum()
+            some = {key: value[kept] if torch.is_tensor(value) and value.shape[:1] == kept.shape else value for key, value in inputs.items()}
+            # DAPO divides by the tokens of the whole step, the others by the samples that they are given
+            return super().compute_loss(model, some, *given, **more) * (1.0 if self.loss_type == "dapo" else float(kept.float().mean()))
+
         def create_model_card(self, *_: object, **__: object) -> None:
             """Write no card: publish.py does."""
 

@@ -266,6 +266,39 @@ def test_the_best_model_is_kept_or_the_one_at_the_start(server, selector, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_no_pass_is_spent_on_groups_that_are_left_out(server, selector, monkeypatch, loss):
+    """No answer to the first four questions is right. The gradient is that of all rows: at the start, KL is zero."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    rows = [{**row, "answers": ["Amazon"]} if n < 4 else row for n, row in enumerate(make_rows(6))]
+    write_jsonl(Path("train.jsonl"), rows)
+    passed, real = [], GRPOTrainer._compute_loss
+
+    def counted(self, model, inputs):
+        passed.append(inputs["advantages"].tolist())
+        return real(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", counted)
+    flags = ["--questions_per_step", "6", "--rows_per_pass", "8", "--max_steps", "1", "--loss_type", loss]
+    train(server, selector, *flags, "--output_dir", "some")
+    left_out = read_manifest("some/grpo.jsonl")["counts"]["left_out"]
+    assert 4 <= left_out < 6 and all(advantage for of_pass in passed for advantage in of_pass) and 0 < sum(map(len, passed)) <= 4 * (6 - left_out)
+
+    def passes_all(*given, make=grpo_selector.make_trainer):
+        trainer = make(*given)
+        del type(trainer).compute_loss
+        return trainer
+
+    monkeypatch.setattr(grpo_selector, "make_trainer", passes_all)
+    passed.clear()
+    train(server, selector, *flags, "--output_dir", "all")
+    assert sum(map(len, passed)) == 24
+    [one, other] = ([row for row in read_jsonl(f"{folder}/grpo.jsonl") if "grad_norm" in row] for folder in ("some", "all"))
+    assert one[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=1e-4) and one[0]["grad_norm"] > 0
+
+
+@pytest.mark.slow
 def test_the_likelihood_of_the_gold_answer_is_a_reward_without_decoding(server, selector):
     grpo_selector.main([*FLAGS.split(), "--llm-model", str(selector), "--template", TEMPLATE, "--reward", "likelihood", "--max_steps", "1"])
     counts = read_manifest("out/grpo.jsonl")["counts"]
