@@ -139,7 +139,7 @@ reward() { # KIND FOLDER: the rewards of the sampled selections, FOLDER/KIND.jso
 # arm NAME FOLDER: train the arm NAME from the cloned model of the seed's FOLDER. bc_plus and gold clone the questions of RL, with the labels
 # of the reranker or the needed documents; the other arms train on sampled selections and their rewards.
 arm() {
-    local name=$1 folder=$2/$1 bc=$2/bc/model/sft recipe rewards=f1 rows flags=() rate=()
+    local name=$1 folder=$2/$1 bc=$2/bc/model/sft recipe rewards=f1 rows flags=() more=()
     recipe=$(recipe_of "$1")
     rows=$folder/training_data/${MODEL}_reranker_$recipe.json
     mkdir -p "$folder/training_data"
@@ -157,14 +157,16 @@ arm() {
         reward likelihood "$2"
     fi
     python "construct_$recipe.py" "${FIT_FLAGS[@]}" --input_file "$2/$rewards.jsonl" --reranker_file "$rows" --seed "$SEED" "${flags[@]}"
-    [[ $name != dpo_at_* ]] || rate=(learning_rate="${name#dpo_at_}")
-    train_in "$folder" "$recipe" "${MODEL}_reranker_$recipe" "$rows" model_name_or_path="$bc" seed="$SEED" "${rate[@]}"
+    [[ $name != dpo_at_* ]] || more=(learning_rate="${name#dpo_at_}")
+    [[ $name != kto ]] || more=(max_samples=$((2 * PAIRS)))  # as many sequences as the pairs have
+    train_in "$folder" "$recipe" "${MODEL}_reranker_$recipe" "$rows" model_name_or_path="$bc" seed="$SEED" "${more[@]}"
 }
 grpo() { # FOLDER MODEL: GRPO from MODEL, on as many sequences as the other arms. The same questions of dev choose the step that is kept.
     head -n "$GRPO_DEV" "$RUN/lists/dev.jsonl" >"$1/dev.jsonl"
     # shellcheck disable=SC2086  # GRPO_FLAGS is a list of flags
     python grpo_selector.py --llm-model "$GENERATOR" --reranker-model "$2" --template "$TEMPLATE" --max-model-len 2048 --topn "$N_DOCS" \
-        --input_file "$RUN/lists/rl.jsonl" --dev_file "$1/dev.jsonl" --output_dir "$1/model/grpo" --metric f1 --document-cost 0.02 --answer-order retrieval --seed "$SEED" $GRPO_FLAGS
+        --input_file "$RUN/lists/rl.jsonl" --dev_file "$1/dev.jsonl" --output_dir "$1/model/grpo" --metric f1 --document-cost 0.02 \
+        --answer-order retrieval --seed "$SEED" $GRPO_FLAGS
 }
 recipe_of() { # ARM
     case $1 in bc|bc_plus|gold) echo sft ;; dpo*) echo dpo ;; *) echo "$1" ;; esac

@@ -187,6 +187,8 @@ def trainings(run: Path) -> list[dict]:
             if rows_file.name.endswith(".manifest.json"):
                 continue
             arm, rows = rows_file.parts[-3], [row for _, row in read_json(rows_file)]
+            settings = "".join(path.read_text(encoding="utf-8") for path in folder.glob(f"{arm}/model/*/settings.txt"))
+            rows = rows[: int(limit[1])] if (limit := re.search(r"max_samples=(\d+)", settings)) else rows
             rewarded = not rows_file.name.startswith("reranker_bc")
             tokens = (scored if "likelihood" in arm else samples) if rewarded else 0
             found.append({"seed": folder.name.removeprefix("seed_"), "arm": arm, "rows": len(rows), "sequences": sum(2 if "chosen" in row else 1 for row in rows),

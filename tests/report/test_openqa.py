@@ -336,8 +336,10 @@ def test_the_cost_of_each_training_is_told(finished):
         (folder / arm / "training_data").mkdir(parents=True)
         (folder / arm / f"training_data/{name}.json").write_text(json.dumps(rows))
         (folder / arm / f"training_data/{name}.json.manifest.json").write_text("{\n}")
+    (folder / "dpo/model/dpo").mkdir(parents=True)
+    (folder / "dpo/model/dpo/settings.txt").write_text("recipes/m/dpo.yaml dataset=m max_samples=2 seed=1\n")
     assert run_tables(finished)["trainings"] == [
-        {"seed": "1", "arm": "bc_plus", "rows": 4, "sequences": 4, "generator tokens": 0}, {"seed": "1", "arm": "dpo", "rows": 3, "sequences": 6, "generator tokens": 42},
+        {"seed": "1", "arm": "bc_plus", "rows": 4, "sequences": 4, "generator tokens": 0}, {"seed": "1", "arm": "dpo", "rows": 2, "sequences": 4, "generator tokens": 42},
     ]
 
 
