@@ -4,6 +4,10 @@ The reward is a weighted mean of five terms in [0, 1]: exact match, BERTScore, R
 judge. Each distinct (question, answer) is scored once. Without a judge, the other weights are rescaled. The terms are
 stored: --reweight combines the terms of an earlier run with other --weights, in seconds and without a model.
 
+Four more terms are computed only if --weights names them: score (the data set's metric), gain (over a fixed list, see
+--baseline-top of sampling_dpo_trajectories.py), likelihood (of the gold answer under --llm-model, without decoding), and
+boundary, which weights a question by the share of right answers. dynamicrag/reward/terms.py defines them.
+
 Reads    results/training_data_dpo_sampling.json         rows with answers, id_lists and responses
 Writes   training_data/llama3_8b_output_dpo.jsonl        + response_scores, score_terms
 
@@ -17,14 +21,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dynamicrag import stage
-from dynamicrag.evaluation.metrics import rouge_l
+from dynamicrag.evaluation.metrics import METRIC_NAMES, rouge_l
 from dynamicrag.evaluation.tables import markdown_table
+from dynamicrag.llm.engine import resolve_model
 from dynamicrag.llm.prompts import Prompts, add_prompts_flag
+from dynamicrag.llm.templates import AUTO
 from dynamicrag.models.device import DEVICES, device_flag, place
 from dynamicrag.reward.bertscore import BertScore
 from dynamicrag.reward.judge import MAX_REPLIES, REPLY_FORMATS, Judge
 from dynamicrag.reward.moments import Moments
-from dynamicrag.reward.terms import ANSWER_MATCHES, combine, correctness, length_term, parse_weights
+from dynamicrag.reward.terms import ANSWER_MATCHES, READS, combine, correctness, length_term, parse_weights, with_scores
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import count_rows, read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Row
@@ -47,14 +53,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     reward.add_argument("--reweight", action="store_true",
                         help="combine the score_terms of the input, without computing any term")
     terms = parser.add_argument_group("terms")
-    terms.add_argument(
-        "--answer-match", choices=ANSWER_MATCHES, default="exact",
-                                                          help="em term: equality, or containment (for long answers)"
-    )
+    terms.add_argument("--answer-match", choices=ANSWER_MATCHES, default="exact", help="em term: equality, or containment (for long answers)")
     terms.add_argument(
         "--length-of", choices=["documents", "response"], default="documents",
         help="length term: 1/(1 + documents chosen), or 1/(1 + tokens of the response)",
     )
+    terms.add_argument("--metric", choices=METRIC_NAMES, help="metric of the terms score and gain (default: that of each data set)")
+    terms.add_argument("--llm-model", help="frozen generator of the likelihood term: checkpoint folder, training output or hub name")
+    terms.add_argument("--template", default=AUTO, help="chat template of that generator: a file, or auto for its own")
+    terms.add_argument("--answer-order", choices=["selection", "retrieval"], default="selection", help="order of the documents in that generator's prompt")
     terms.add_argument("--bert_model", default="roberta-large", help="encoder of BERTScore: a folder or a hub name")
     terms.add_argument("--bert_layer", type=int,
                        help="layer of the encoder (default: bert-score's choice for a known model, otherwise the last)")
@@ -84,6 +91,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.reweight and (args.judge_model or args.answer_match != "exact" or args.length_of != "documents"):
         parser.error("--reweight uses stored terms; omit --judge-model, --answer-match and --length-of, which compute "
                      "terms")
+    if not args.reweight and parse_weights(args.weights).get("likelihood") and not args.llm_model:
+        parser.error("--weights likelihood=...: needs the frozen generator; give it as --llm-model")
     return args
 
 
@@ -190,8 +199,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Check all rows before the long work
     flag = "--reweight" if args.reweight else f"--length-of {args.length_of}"
     needs = KEYS.reads_with.get(flag, KEYS.reads)
-    encoder = [args.bert_model] if not args.reweight and Path(args.bert_model).is_dir() else []
-    output = Output(vars(args), [args.output_file], [args.input_file, *encoder, *filter(None, [args.prompts])])
+    models = []
+    if not args.reweight:
+        needs = tuple(dict.fromkeys([*needs, *(key for term, weight in weights.items() if weight for key in READS.get(term, ()))]))
+        models = [args.bert_model, *([resolve_model(args.llm_model)] if weights.get("likelihood") else [])]
+    files = [*(model for model in models if Path(model).is_dir()), *filter(None, [args.prompts, args.template if args.template != AUTO else None])]
+    output = Output(vars(args), [args.output_file], [args.input_file, *files])
     if output.finished:
         return
     total = count_rows(args.input_file, needs, skip_malformed=bool(output.reject))
@@ -201,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if weights.get("judge") and not judged:
         log.warning("--judge-base-url: there is no judge; the weights of the other terms are rescaled to a sum of one")
     # What computes the terms
-    bert = judge = None
+    bert = judge = likelihood = None
     if args.judge_model:
         judge = Judge(args.judge_base_url, args.judge_model, args.judge_cache, args.judge_concurrency, args.judge_limit, args.judge_format)
     if weights.get("bert") and not args.reweight:
@@ -209,13 +222,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         output.record(**place(args.device))
         bert = BertScore(args.bert_model, args.bert_layer, pick_device(args.device), args.bert_baseline)
+    if weights.get("likelihood") and not args.reweight:
+        from dynamicrag.models.device import pick_device
+        from dynamicrag.reward.likelihood import Likelihood
+
+        output.record(**place(args.device, "auto"))
+        likelihood = Likelihood(args.llm_model, args.template, args.prompts, pick_device(args.device), args.answer_order)
     prompts = Prompts(args.prompts)
 
     def reward(rows: list[Row]) -> list[Row]:
         if args.reweight:
             return [rewarded(row, row["score_terms"], weights) for row in rows]
         terms = terms_of_answers(rows, bert, judge, prompts, args.answer_match)
-        return [rewarded(row, with_length(row, of_row, args.length_of), weights) for row, of_row in zip(rows, terms, strict=True)]
+        terms = [with_scores(row, with_length(row, of_row, args.length_of), weights, args.metric) for row, of_row in zip(rows, terms, strict=True)]
+        if likelihood:
+            terms = [[{**term, "likelihood": value} for term, value in zip(*pair, strict=True)] for pair in zip(terms, likelihood.of_trajectories(rows), strict=True)]
+        return [rewarded(row, of_row, weights) for row, of_row in zip(rows, terms, strict=True)]
 
     # Reward
     try:
@@ -229,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trajectories, summary = summarise(output.written())
     log.info("rewards, and the correlation of each term with correctness (em) and with k:\n%s", summary_table(summary))
     usage = judge.usage.counts() if judge else {}
-    output.finish(summary, trajectories=trajectories, **{f"judge_{name}": value for name, value in usage.items()})
+    scored = {"likelihoods": likelihood.computed, "likelihood_tokens": likelihood.prompt_tokens} if likelihood else {}
+    output.finish(summary, trajectories=trajectories, **scored, **{f"judge_{name}": value for name, value in usage.items()})
 
 
 if __name__ == "__main__":

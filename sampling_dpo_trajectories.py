@@ -3,11 +3,13 @@
 All selections of a chunk of questions are sampled in one engine call; the samples of a question share the prefill of
 their prompt. A second call answers every distinct selection once, greedily. --include-expert adds the expert's
 selection (true_id, from the reranker or the gold documents) as one more trajectory. --permute shows the documents of
-each sample in another order, so that positions carry no information.
+each sample in another order, so that positions carry no information. --baseline-top K also answers from the first K
+documents; this answer is no trajectory, but the baseline of the gain term (reward_trajectories.py).
 
 Reads    training_data/training_data_dpo.jsonl           rows with docs (and true_id, for --include-expert)
 Writes   results/training_data_dpo_sampling.json         + id_lists, responses, response_tokens, from_expert, selections
-                                                           (as written), invalid_selections, docs_shown, usage
+                                                           (as written), invalid_selections, docs_shown, usage; with
+                                                           --baseline-top also baseline_k, baseline_response
 
     python sampling_dpo_trajectories.py --template template/llama3.jinja --llm-model DynamicRAG_llama3_8b \\
         --input-jsonl training_data/training_data_dpo.jsonl --output-json results/training_data_dpo_sampling.json
@@ -44,6 +46,7 @@ from dynamicrag.rows.shown import DOCUMENTS_HELP, DOCUMENTS_SHOWN, check_shown
 from dynamicrag.stage import UserError, derive_seed, log, options_from
 
 KEYS = STAGE_KEYS["sampling_dpo_trajectories"]
+BASELINE = ("baseline_k", "baseline_response")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,27 +61,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=int, default=8, help="trajectories per question")
-    sampling.add_argument("--temperature", type=float, default=1.0,
-                          help="temperature of the selections; answers are greedy")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="temperature of the selections; answers are greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus of the selections")
     sampling.add_argument("--topn", "--n-docs", dest="topn", type=int, default=DOCUMENTS_SHOWN, help=DOCUMENTS_HELP)
-    sampling.add_argument("--include-expert",
-                          action="store_true", help="add the expert's selection (true_id) as a trajectory")
+    sampling.add_argument("--include-expert", action="store_true", help="add the expert's selection (true_id) as a trajectory")
     sampling.add_argument(
         "--permute", action="store_true",
         help="shuffle the documents for each sample; this costs one prefill per sample; `selections` stay as the "
              "model wrote them, `id_lists` refer to the order of docs",
     )
+    sampling.add_argument("--baseline-top", type=int, metavar="K", help="also answer from the first K documents, for the gain term")
     add_engine_flags(parser)
     add_call_flags(parser)
     stage.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.num_samples < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--num-samples must be at least 1, --temperature at least 0, and --top-p above 0 and at most 1")
+    if args.baseline_top is not None and args.baseline_top < 1:
+        parser.error("--baseline-top must be at least 1")
+    if args.num_samples < 1 or not 0 <= args.temperature <= 2 or not 0 < args.top_p <= 1:  # vLLM samples at most at 2
+        parser.error("--num-samples must be at least 1, --temperature from 0 to 2, and --top-p above 0 and at most 1")
     if args.temperature == 0 and args.num_samples > 1 and not args.permute:
         parser.error("--temperature 0 samples the same selection every time; give --num-samples 1 or --permute")
-    if args.temperature > 2:
-        parser.error(f"--temperature {args.temperature}: the engine samples at most at 2; give a lower one")
     return args
 
 
@@ -137,6 +139,10 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
     """Return the rows with their trajectories. A trajectory whose selection or answer cannot be read is left out."""
     chooser, generator = builders
     notation = chooser.prompts.notation
+
+    def key(ids: Sequence[int]) -> tuple[int, ...]:  # of selections that have the same answer
+        return tuple(sorted(ids) if args.answer_order == "retrieval" else ids)
+
     shown = in_threads(lambda row: chooser.shown(row["question"], row["docs"][: args.topn]), rows)
     # Sample the selections of all questions in one batch
     jobs = [
@@ -172,26 +178,32 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
             "invalid_selections": invalid,
             "usage": usage,
         })
-        for _, ids in trajectories:
-            if (row["id"], tuple(ids)) not in distinct:
-                distinct[row["id"], tuple(ids)] = row, [docs[position - 1] for position in ids]
+        baseline = list(range(1, min(args.baseline_top or 0, len(docs)) + 1))
+        results[-1] = with_baseline(results[-1], len(baseline) if args.baseline_top else None)
+        for ids in [*(ids for _, ids in trajectories), *([baseline] if args.baseline_top else [])]:
+            if (row["id"], key(ids)) not in distinct:
+                distinct[row["id"], key(ids)] = row, [docs[position - 1] for position in ids]
 
     # Answer every distinct selection in one batch
     requests = in_threads(lambda pair: generator.answer(*pair), distinct.values())
     answers = dict(zip(distinct, generator.ask(requests), strict=True))
     # Leave out trajectories without an answer
     for result in results:
-        mine = {tuple(ids): answers[result["id"], tuple(ids)] for ids in result["id_lists"]}
+        mine = {key(ids): answers[result["id"], key(ids)] for ids in result["id_lists"]}
+        if args.baseline_top:
+            baseline = tuple(range(1, result["baseline_k"] + 1))
+            mine |= {baseline: answers[result["id"], baseline]}
+            result["baseline_response"] = mine[baseline].texts[0]  # "" if it cannot be read, as evaluate.py scores it
         for completion in mine.values():
             result["usage"].add(completion)
-        readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[tuple(ids)].reason("answer")]
+        readable = [n for n, ids in enumerate(result["id_lists"]) if not mine[key(ids)].reason("answer")]
         if lost := len(result["id_lists"]) - len(readable):
-            why = next(filter(None, (completion.reason("answer") for completion in mine.values())))
+            why = next(filter(None, (mine[key(ids)].reason("answer") for ids in result["id_lists"])))
             log.warning("row %s: %d trajectories are left out: %s", result["id"], lost, why)
-        for key in ("id_lists", "from_expert", "selections"):
-            result[key] = [result[key][n] for n in readable]
-        result["responses"] = [mine[tuple(ids)].texts[0] for ids in result["id_lists"]]
-        tokens = [mine[tuple(ids)].generated_tokens for ids in result["id_lists"]]
+        for name in ("id_lists", "from_expert", "selections"):
+            result[name] = [result[name][n] for n in readable]
+        result["responses"] = [mine[key(ids)].texts[0] for ids in result["id_lists"]]
+        tokens = [mine[key(ids)].generated_tokens for ids in result["id_lists"]]
         result.pop("response_tokens", None)  # from an earlier run
         # Omitted if the server does not report tokens, because 0 would give the best length reward
         if None not in tokens:
@@ -200,10 +212,17 @@ def sample_trajectories(rows: list[Row], builders: Builders, args: argparse.Name
     return cast(list[Row], results)
 
 
-def no_trajectory(row: Row, reason: str) -> Row:
+def with_baseline(row: dict[str, Any], k: int | None) -> dict[str, Any]:
+    """Return the row with an empty answer from the first `k` documents; None removes the answer of an earlier run."""
+    kept = {key: value for key, value in row.items() if key not in BASELINE}
+    return kept if k is None else {**kept, "baseline_k": k, "baseline_response": ""}
+
+
+def no_trajectory(row: Row, reason: str, baseline_top: int | None = None) -> Row:
     """Return a row without trajectories, because its question does not fit the window."""
     log.warning("row %s: %s", row["id"], reason)
-    return cast(Row, {**row, "docs_shown": 0, **{key: [] for key in KEYS.writes if key not in ("docs_shown", "usage")}, "usage": vars(Usage())})
+    lists = {key: [] for key in KEYS.writes if key not in ("docs_shown", "usage", *BASELINE)}
+    return cast(Row, with_baseline({**row, "docs_shown": 0, **lists, "usage": vars(Usage())}, 0 if baseline_top else None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample = partial(sample_trajectories, builders=builders, args=args)
 
     def work(chunk: list[Row]) -> list[Row]:
-        return work_on_fitting(chunk, builders, sample, no_trajectory)
+        return work_on_fitting(chunk, builders, sample, partial(no_trajectory, baseline_top=args.baseline_top))
 
     with asking(builders, args.output_json, args.overwrite):
         output.process(rows, args.chunk_size, work, total, "sampling")

@@ -38,11 +38,16 @@ PROMPT_FLAGS=()
 # shellcheck disable=SC2034  # the scripts that source this file use it
 [[ -z ${PROMPTS:-} ]] || PROMPT_FLAGS=(--prompts "$PROMPTS")
 MODEL_DIR=$WORK/DynamicRAG_$MODEL
-# POLICY samples the trajectories, and DPO starts from it. The recipes are files of recipes/$MODEL: sft, sft_lora or sft_qlora for
-# SFT; dpo, dpo_ftx, simpo, dpo_lora or dpo_qlora for DPO.
+# POLICY samples the trajectories, and the training from them starts from it. The recipes are files of recipes/$MODEL: sft, sft_lora or
+# sft_qlora for SFT; dpo, dpo_ftx, simpo, dpo_lora, dpo_qlora, best_of_n, best_of_n_lora, kto or kto_lora for training from trajectories.
 POLICY=${POLICY:-$MODEL_DIR/sft}
 SFT_RECIPE=${SFT_RECIPE:-sft}
 DPO_RECIPE=${DPO_RECIPE:-dpo}
+# ROLES=reranker or ROLES=generator trains a model for one role only. Its folder is sft_reranker, dpo_generator, ...
+ROLES=${ROLES:-reranker generator}
+[[ $ROLES == @(reranker|generator|"reranker generator") ]] || refuse "ROLES=\"$ROLES\": expected reranker, generator, or \"reranker generator\""
+# shellcheck disable=SC2034  # the scripts that source this file use it
+OF_ROLES=$([[ $ROLES == *" "* ]] || echo "_$ROLES")
 
 # The evaluation sets, as SET=FILE. EVAL_QUESTIONS are files of questions, for which documents are retrieved; the rows of EVAL_FILES
 # already have documents. A set has the name of its file, and the files of its results begin with this name.

@@ -17,6 +17,8 @@ DEV_QUESTIONS=${DEV_QUESTIONS:-$WORK/training_data/training_data_dev.jsonl}
     "SPLIT_FLAGS=\"--dev_size N\", move $WORK/training_data away and run scripts/04_training_data.sh again"
 [[ -z $SHARDS ]] || refuse "SHARDS=\"$SHARDS\": rounds run on one machine only; unset SHARDS, or run the numbered scripts"
 
+[[ -z $OF_ROLES ]] || refuse "ROLES=\"$ROLES\": every round trains one model for both roles; unset ROLES, or run the numbered scripts"
+
 BASE=$(realpath "$WORK")
 BEST=$MODEL_DIR/best
 SEED=${SEED:-42}

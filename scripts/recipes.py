@@ -2,8 +2,8 @@
 
 Reads    recipes/models/NAME.yaml       the facts; docs/pipeline.md describes them (Base models)
          recipes/recipe.yaml.jinja      the form of a recipe
-Writes   recipes/NAME/*.yaml            full training, LoRA and QLoRA, each SFT and DPO
-         recipes/dataset_info.json      entries of the model's preference pairs
+Writes   recipes/NAME/*.yaml            full training, LoRA and QLoRA, each SFT and DPO; full training and LoRA of best-of-n and KTO
+         recipes/dataset_info.json      entries of the sets that are made from the model's trajectories
          configs/NAME.env               only if it is not there: a settings file is yours to edit
 
     python scripts/recipes.py qwen3_8b
@@ -70,7 +70,7 @@ def recipe_text(name: str, model: Model, recipe: str, tokens: int) -> str:
         loader=jinja2.FileSystemLoader(HERE / "recipes"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("recipe.yaml.jinja").render(
-        **asdict(model), **asdict(kind), name=name, recipe=recipe, tokens=tokens, rank=RANK, room=ROOM[kind.card], disk=disk,
+        **asdict(model), **asdict(kind), data=kind.data, name=name, recipe=recipe, tokens=tokens, rank=RANK, room=ROOM[kind.card], disk=disk,
         parts=memory_of(shape, recipe, tokens), total=total_of(shape, recipe, tokens), whole=total_of(shape, recipe, model.window),
         half=total_of(shape, recipe, tokens, GPUS // 2),
     )
@@ -88,11 +88,13 @@ def settings_text(name: str, model: Model) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_pairs(info: dict, name: str) -> dict:
-    """Return a dataset_info.json with the entries of a model's preference pairs."""
-    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected", "system": "system"}
-    return info | {f"{name}_{role}_dpo": {"file_name": f"../training_data/{name}_{role}_dpo.json", "ranking": True, "columns": columns}
-                   for role in ("reranker", "generator")}
+def with_sets(info: dict, name: str) -> dict:
+    """Return a dataset_info.json with the entries of the sets that are made from a model's trajectories."""
+    pair = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected", "system": "system"}
+    single = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+    kinds = {"dpo": {"ranking": True, "columns": pair}, "best_of_n": {"columns": single}, "kto": {"columns": {**single, "kto_tag": "kto_tag"}}}
+    return info | {f"{name}_{role}_{kind}": {"file_name": f"../training_data/{name}_{role}_{kind}.json", **entry}
+                   for kind, entry in kinds.items() for role in ("reranker", "generator")}
 
 
 def info_text(info: dict) -> str:
@@ -123,7 +125,7 @@ def main(argv=None) -> None:
                 continue
             write(path, recipe_text(name, model, recipe, tokens))
         info = recipes / "dataset_info.json"
-        write(info, info_text(with_pairs(json.loads(info.read_text(encoding="utf-8")), name)))
+        write(info, info_text(with_sets(json.loads(info.read_text(encoding="utf-8")), name)))
         settings = args.project_dir / f"configs/{name}.env"
         if not settings.exists():
             write(settings, settings_text(name, model))

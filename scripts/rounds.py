@@ -44,10 +44,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_round(folder: Path, model: str) -> dict[str, dict]:
     """Return the summaries of a round's stages. Raises UserError if one has not finished."""
+    made = (folder / f"training_data/{model}_reranker_{kind}.json" for kind in ("best_of_n", "kto"))  # of other trainers, without figures of pairs
     outputs = {
         "sampling": folder / "results/training_data_dpo_sampling.json",
         "reward": folder / f"training_data/{model}_output_dpo.jsonl",
-        "pairs": folder / f"training_data/{model}_reranker_dpo.json",
+        "pairs": next((path for path in made if read_manifest(path)), folder / f"training_data/{model}_reranker_dpo.json"),
     }
     found = {}
     for name, path in outputs.items() if folder.name != "0" else ():
@@ -55,7 +56,7 @@ def read_round(folder: Path, model: str) -> dict[str, dict]:
         if manifest is None:
             raise UserError(f"{path}: is not finished; run scripts/iterate.sh again")
         # Sharded sampling has no summary
-        found[name] = manifest.get("summary") or summarise_selections(read_rows(path))
+        found[name] = manifest.get("summary") or (summarise_selections(read_rows(path)) if name == "sampling" else {})
     metrics = folder / "results/dev.metrics.json"
     if not metrics.is_file():
             raise UserError(f"{metrics}: does not exist; run scripts/iterate.sh again")

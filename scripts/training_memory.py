@@ -13,13 +13,19 @@ WINDOWS = {80: (8, 7, 6, 5, 4), 24: (8, 4, 2, 1)}
 
 @dataclass(frozen=True)
 class Kind:
-    """A recipe: its stage, whether it trains an adapter, the bits of a quantised weight, and the card it is for."""
+    """A recipe: its stage, its data sets, whether it trains an adapter, the bits of a quantised weight, and the card it is for."""
 
-    stage: str
+    stage: str  # of LLaMA-Factory
     title: str
     card: int = 80  # GB
     adapter: bool = False
     bits: int | None = None
+    rewarded: str = ""  # the kind of its data sets, if a stage makes them from rewarded trajectories and it is not that of `stage`
+
+    @property
+    def data(self) -> str:
+        """The kind of its data sets: sft, which trains the base model; or dpo, best_of_n or kto, which train the SFT model."""
+        return self.rewarded or self.stage
 
 
 KINDS = {
@@ -27,8 +33,12 @@ KINDS = {
     "dpo": Kind("dpo", "Preference optimisation of reranker and generator from the SFT model"),
     "dpo_ftx": Kind("dpo", "DPO plus the SFT loss on the chosen side"),
     "simpo": Kind("dpo", "SimPO instead of DPO"),
+    "best_of_n": Kind("sft", "SFT of reranker and generator on the best of the sampled trajectories, from the SFT model", rewarded="best_of_n"),
+    "kto": Kind("kto", "KTO of reranker and generator on single outputs instead of pairs, from the SFT model"),
     "sft_lora": Kind("sft", "Behaviour cloning with LoRA", adapter=True),
     "dpo_lora": Kind("dpo", "Preference optimisation with LoRA, from the SFT model (merged, if also LoRA)", adapter=True),
+    "best_of_n_lora": Kind("sft", "SFT with LoRA on the best of the sampled trajectories, from the SFT model (merged, if also LoRA)", adapter=True, rewarded="best_of_n"),
+    "kto_lora": Kind("kto", "KTO with LoRA, from the SFT model (merged, if also LoRA)", adapter=True),
     "sft_qlora": Kind("sft", "Behaviour cloning with LoRA on 4-bit weights", 24, True, 4),
     "dpo_qlora": Kind("dpo", "Preference optimisation with LoRA on 4-bit weights, from the SFT model (merged, if also LoRA)", 24, True, 4),
 }
@@ -76,12 +86,12 @@ def memory_of(shape: Shape, recipe: str, tokens: int, gpus: int = GPUS) -> list[
 
     Weights and gradients take 2 bytes per parameter, the optimizer 12 (float32: weights and two moments). With gradient
     checkpointing each layer keeps its input, and one layer at a time is computed again, after the logits are freed. A
-    logit takes 12 bytes (bfloat16 and float32, of value and gradient), and 20 if a reference is compared with (measured:
-    docs/scale.md).
+    logit takes 12 bytes (bfloat16 and float32, of value and gradient), and 20 if a reference is compared with (measured
+    for DPO: docs/scale.md; assumed for KTO, which computes two rows at a time).
     """
     kind = KINDS[recipe]
-    compared = kind.stage == "dpo" and recipe != "simpo"
-    rows = tokens * (2 if kind.stage == "dpo" else 1)
+    compared = kind.stage in ("dpo", "kto") and recipe != "simpo"
+    rows = tokens * (1 if kind.stage == "sft" else 2)
     parameters = shape.linear + shape.embedding
     parts = {}
     if not kind.adapter:

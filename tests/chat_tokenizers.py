@@ -1,4 +1,4 @@
-"""Tokenizers for each chat template, and the Python environment of LLaMA-Factory."""
+"""Tokenizers and tiny models of each family of chat template, and the Python environment of LLaMA-Factory."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,16 @@ OWN_TEMPLATES = {
     ),
     "qwen25_7b": CHATML + "{% endif %}",
     "qwen3_8b": CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+}
+
+
+KINDS = {  # model type, and what sets its architecture apart
+    "llama31_8b": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }}),
+    "mistral_7b": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "qwen25_7b": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    "qwen3_8b": ("qwen3", {"head_dim": 32}),
 }
 
 
@@ -107,3 +117,21 @@ CASES = {
     "llama2": "llama2", "llama3": "llama3", "mistral": "mistral", "mistral_v1": "mistral", "smollm2": "smollm2",
     "smollm2_real": "smollm2", **{model: facts_of(model)["template"] for model in FAMILIES},
 }
+
+
+def make_tiny(model: str, folder: Path) -> None:
+    """A model of width 64 with two layers of its family's kind, with the tokenizer and the chat template of its form."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    save_tokenizer(model, folder)
+    if own := OWN_TEMPLATES.get(model):
+        (folder / "chat_template.jinja").write_text(own)
+    tokenizer, (kind, more) = AutoTokenizer.from_pretrained(folder), KINDS[model]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.2,  # so that an adapter alone, beside fixed embeddings, can learn an answer
+        max_position_embeddings=32768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)

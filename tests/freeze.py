@@ -95,6 +95,8 @@ COMMANDS = {
     "pairs all": f"{PAIRS} --cutoff_len 2000 --pairs all --pair-by set --min-margin 0.05 --max-pairs-per-question 3 --max-reranker-pairs 9 --generator-chosen best --reranker_file training_data/all_reranker.json --generator_file training_data/all_generator.json",
     "pairs top bottom": f"{PAIRS} --cutoff_len 2000 --pairs top-bottom:2 --keep-mean .01,.9 --reranker_file training_data/top_reranker.json --generator_file training_data/top_generator.json",
     "pairs published": f"{PAIRS} --cutoff_len 2000 --recipe published --reranker_file training_data/published_reranker.json --generator_file training_data/published_generator.json",
+    "best of n": "construct_best_of_n.py --train_recipe recipes/sft.yaml --cutoff_len 2000 --input_file training_data/rewarded.jsonl --reranker_file training_data/best_reranker.json --generator_file training_data/best_generator.json",
+    "kto": "construct_kto.py --train_recipe recipes/sft.yaml --cutoff_len 2000 --input_file training_data/rewarded.jsonl --reranker_file training_data/kto_reranker.json --generator_file training_data/kto_generator.json",
     "answer": f"{ANSWER} --selector dynamic none all top:2 monot5 adaptive pointwise gold --output-json results/{{{{input}}}}_{{{{selector}}}}.json",
     "answer unconstrained": f"{ANSWER} --constrain-ids off --selection-temperature 0.5 --topn 5 --llm-model models/sft --output-json results/test_unconstrained.json",
     "answer in other words": f"{ANSWER} --prompts data/prompts.yaml --reranker-model models/other --answer-max-tokens 30 --output-json results/test_words.jsonl",

@@ -88,6 +88,11 @@ STAGES = {stage.name: stage for stage in (
           inputs={"--input_file": "", **PROMPTS, "--judge-cache": "--judge-model m --weights judge=1,em=1 --judge-base-url http://127.0.0.1:9/v1"}),
     Stage("construct_dpo", ROWS, "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json",
           reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}),
+    Stage("construct_best_of_n", ROWS, "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json",
+          reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}),
+    # An untrained model is never right, so that no answer is desirable.
+    Stage("construct_kto", ROWS, "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json",
+          reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}, tiny="--roles reranker"),
     # An untrained model answers with noise up to the limit: 8 tokens of it are enough.
     Stage("inference", ENGINE, f"--input-json {{rows}} --output-json {{out}}/answered.json {LLM}",
           light="--constrain-ids off", full=LLM_CHUNKS, reads="reranked.jsonl", inputs=LLM_INPUTS, tiny="--answer-max-tokens 8"),
@@ -110,6 +115,7 @@ ROW_STAGES = tuple(name for name, stage in STAGES.items() if stage.kind != HUB a
 LLM_STAGES = of_kind(ENGINE)
 SCORERS = of_kind(SCORES)  # they always rewrite their output and use every row, so they have neither --on_error nor --overwrite
 TOOLS = ("publish", "serve")  # scripts at the root that are no stages: they write no rows, and the chain does not run them
+TRAINERS = ("grpo_selector",)  # read rows and write a model; test_grpo.py runs them
 CONTINUING = of_kind(ROWS, MODEL, ENGINE)  # a second start of them goes on from what the first one left
 
 

@@ -5,6 +5,7 @@ Rows are written in chunks, and a chunk needs several calls per question. Each r
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
 
@@ -40,6 +41,12 @@ class CompletionCache:
             self._file.write(line + b"\n")
         if self._replies is not None:
             self._replies[key] = reply
+
+    def all(self) -> Iterable[Reply]:
+        """Return every reply, those of an interrupted run too."""
+        if self._replies is None:
+            self._replies = self._read()
+        return self._replies.values()
 
     def remove(self) -> None:
         if self._file is not None:

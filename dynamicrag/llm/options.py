@@ -31,6 +31,7 @@ class CallOptions:
     selection_max_tokens: int = 100
     answer_max_tokens: int | None = None  # None: that of the row's data set
     constrain_ids: str = "on"  # or "off"
+    answer_order: str = "selection"  # or "retrieval"
     dataset: str | None = None
     chunk_size: int = 2000
     seed: int = 42

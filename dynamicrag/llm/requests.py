@@ -43,6 +43,8 @@ def add_call_flags(parser: ArgumentParser, in_chunks: bool = True) -> None:
         help="restrict selections to None or identifiers of the documents shown (a server that separates a model's "
              "reasoning restricts only the text after it)",
     )
+    group.add_argument("--answer-order", choices=["selection", "retrieval"], default="selection",
+                       help="order of the documents for the answer: as selected, or as retrieved, so that a set of documents has one answer")
     group.add_argument("--dataset", help="data set of every row; overrides the rows")
     if in_chunks:
         group.add_argument("--chunk-size", type=int, default=2000,
@@ -221,11 +223,13 @@ class RequestBuilder:
         )
 
     def answer(self, row: Row, docs: Sequence[Doc]) -> Request:
-        """Return the request to answer from `docs`, with greedy decoding."""
+        """Return the request to answer from `docs`, with greedy decoding. They are shown in their order, or in that of retrieval."""
         task = task_of_row(row)
         max_tokens = self._options.answer_max_tokens or task.max_tokens
 
         numbers = positions_of(row["docs"], docs)
+        if self._options.answer_order == "retrieval":
+            docs, numbers = [doc for _, doc in sorted(zip(numbers, docs, strict=True), key=lambda pair: pair[0])], sorted(numbers)
 
         def build(some: Sequence[Doc]) -> Messages:
             return self.prompts.generator(row["question"], some, self.prompts.instruction(row), numbers[: len(some)])

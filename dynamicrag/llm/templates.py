@@ -108,6 +108,16 @@ class PromptTokenizer:
                     self._kept[key] = cached
         return cached.tolist()
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """Return the tokens with which a model is trained to write an answer, without those that end its turn."""
+        sample, answer = SAMPLE[1:] if self._fold_system else SAMPLE, as_text(answer)
+        prompt = self.render(sample)
+        whole = self.tokenizer.apply_chat_template(
+            [*sample, {"role": "assistant", "content": answer}], chat_template=self.chat_template, tokenize=False, **self._options
+        )
+        written = whole[len(prompt) :] if whole.startswith(prompt) else answer
+        return self.tokenizer.encode(written[: written.find(answer) + len(answer)], add_special_tokens=False)
+
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Return work() of every item, in order, on all cores. Tokenizers release the GIL."""

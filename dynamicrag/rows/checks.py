@@ -19,6 +19,8 @@ def check_written(row: Mapping, needs: tuple[str, ...]) -> None:
             raise RowError(key, "contains no gold answer")
         if key == "docs_shown" and (type(row[key]) is not int or not 0 <= row[key] <= (documents or 0)):
             raise RowError(key, f"expected an integer from 0 to {documents}, found {kind_of(row[key])}")
+        if key == "baseline_response" and not isinstance(row[key], str):
+            raise RowError(key, f"expected a string, found {kind_of(row[key])}")
         if key in POSITION_KEYS:
             # A sequence names labelled documents only
             labelled = key == "sequence" and {"true_id", "false_id"} <= {*needs}

@@ -47,6 +47,8 @@ class Row(TypedDict, total=False):
     response_tokens: Required[list[int]]
     from_expert: Required[list[bool]]
     invalid_selections: Required[list[str]]
+    baseline_k: Required[int]
+    baseline_response: Required[str]
     response_scores: Required[list[float]]
     score_terms: Required[list[dict[str, float]]]
     candidates: list[str]
@@ -79,7 +81,7 @@ STAGE_KEYS = {
     "construct_generator_sft": StageKeys(("docs", "true_id")),
     "sampling_dpo_trajectories": StageKeys(
         ("docs",),
-        ("docs_shown", "id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections", "usage"),
+        ("docs_shown", "id_lists", "responses", "response_tokens", "from_expert", "selections", "invalid_selections", "baseline_k", "baseline_response", "usage"),
         reads_with=MappingProxyType({"--include-expert": ("docs", "true_id")}),
     ),
     "reward_trajectories": StageKeys(
@@ -88,9 +90,10 @@ STAGE_KEYS = {
             "--length-of response": ("answers", "id_lists", "responses", "response_tokens"), "--reweight": ("id_lists", "score_terms"),
         }),
     ),
-    "construct_dpo": StageKeys(
+    **dict.fromkeys(("construct_dpo", "construct_best_of_n", "construct_kto"), StageKeys(
         ("docs", "docs_shown", "answers", "id_lists", "responses", "response_scores", "score_terms"), computes=("docs_shown", "score_terms")
-    ),
+    )),
+    "grpo_selector": StageKeys(("docs", "answers")),
     "inference": StageKeys(("docs",), ("docs_shown", "id_list", "final_docs", "response", "error", "usage")),
     "top_inference": StageKeys(("docs",), ("candidates", "id_list", "final_docs", "response", "error", "usage")),
     "evaluate": StageKeys(),

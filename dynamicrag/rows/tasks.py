@@ -50,6 +50,7 @@ TASKS: dict[str, Task] = {
     "2wikimqa": Task(SHORT, "em", 32, ("2wikimultihopqa", "2wikimultihop", "2wiki"), ("2wikimqa_", "2wikimultihopqa_"), YES_NO),
     "musique": Task(SHORT, "f1", 32, ("musique_ans",), ("musique_",)),
     "bamboogle": Task(SHORT, "em", 32, (), ("bamboogle_",)),
+    "svamp": Task(SHORT, "em", 16, (), ("svamp_",)),
     "popqa": Task(SHORT, "match", 32, ("popqa_longtail", "popqa_longtail_w_gs"), ("popqa_",)),
     "fever": Task(VERIFY, "accuracy", 8, (), ("fever_",)),
     "arc": Task(CHOICE, "accuracy", 8, ("arc_challenge", "arc_c", "ai2_arc", "arc_challenge_processed"), ("arc_",)),

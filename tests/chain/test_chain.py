@@ -19,7 +19,8 @@ TRAIN_ON_CPU = (
 ADDED = {
     **{f"python {stage.name}.py": stage.tiny for stage in STAGES.values()},
     "llamafactory-cli train recipes/llama3_8b/sft.yaml": f"model_name_or_path=models/tiny-llama {TRAIN_ON_CPU}",
-    "llamafactory-cli train recipes/llama3_8b/dpo.yaml": TRAIN_ON_CPU,
+    **{f"llamafactory-cli train recipes/llama3_8b/{recipe}.yaml": TRAIN_ON_CPU for recipe in ("dpo", "best_of_n")},
+    "llamafactory-cli train recipes/llama3_8b/kto.yaml": f"dataset=llama3_8b_reranker_kto {TRAIN_ON_CPU}",
 }
 
 
@@ -84,20 +85,21 @@ def test_every_stage_wrote_its_rows(chain):
 
 
 @pytest.mark.slow
-def test_training_wrote_an_sft_model_and_a_dpo_model_that_differ(chain):
+def test_every_trainer_wrote_a_model_that_differs_from_the_one_it_began_with(chain):
     from safetensors.torch import load_file
 
-    stages = ["models/tiny-llama", "DynamicRAG_llama3_8b/sft", "DynamicRAG_llama3_8b/dpo"]
-    weights = [load_file(chain / stage / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] for stage in stages]
-    assert not weights[0].float().equal(weights[1].float())
-    assert not weights[1].float().equal(weights[2].float())
+    stages = ["models/tiny-llama", *(f"DynamicRAG_llama3_8b/{stage}" for stage in ("sft", "dpo", "best_of_n", "kto"))]
+    base, sft, *trained = [load_file(chain / stage / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float() for stage in stages]
+    assert not base.equal(sft)
+    for number, weights in enumerate(trained):
+        assert not any(weights.equal(other) for other in (sft, *trained[:number])), stages[number + 2]
 
 
 @pytest.mark.slow
 def test_trainer_read_the_prompt_and_the_system_prompt(chain):
     """The columns of dataset_info.json exist in what the stages write, for SFT and for DPO alike."""
     info = json.loads((chain / "recipes/dataset_info.json").read_text())
-    for name in ("reranker_bc", "generator_sft", "llama3_8b_reranker_dpo", "llama3_8b_generator_dpo"):
+    for name in ("reranker_bc", "generator_sft", "llama3_8b_reranker_kto", *(f"llama3_8b_{role}_{kind}" for role in ("reranker", "generator") for kind in ("dpo", "best_of_n"))):
         rows = json.loads((chain / "recipes" / info[name]["file_name"]).read_text())
         assert rows
         for row in rows:
@@ -179,7 +181,7 @@ for recipe in sys.argv[1:]:
 @pytest.mark.slow
 def test_every_recipe_is_one_the_trainer_reads(warm):
     recipes = sorted([*(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models"), *(REPO / "examples/train_full").glob("*.yaml")])
-    assert len(recipes) == 5 + 6 * 8 + 2
+    assert len(recipes) == 7 + 6 * 12 + 2
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     command = [warm.trainer_python, "-c", READ_RECIPES, *recipes]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_tokenizers import FAMILIES, OWN_TEMPLATES, TRAIN_PYTHON, facts_of, save_tokenizer
+from chat_tokenizers import FAMILIES, KINDS, TRAIN_PYTHON, facts_of, make_tiny
 from conftest import write_jsonl
 from stages import REPO
 
@@ -24,14 +24,6 @@ from dynamicrag.llm.prompts import Prompts, training_row
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
-KINDS = {  # model type, and what sets its architecture apart
-    "llama31_8b": ("llama", {"rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }}),
-    "mistral_7b": ("mistral", {"sliding_window": None, "head_dim": 32}),
-    "qwen25_7b": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    "qwen3_8b": ("qwen3", {"head_dim": 32}),
-}
 ON_CPU = {
     "deepspeed": None, "use_cpu": True, "preprocessing_num_workers": None, "disable_gradient_checkpointing": True, "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 4, "num_train_epochs": 30, "warmup_steps": 2, "logging_steps": 1, "plot_loss": False, "save_strategy": "no",
@@ -51,40 +43,26 @@ ROWS = [
 CHOSEN, ANSWER = "[2]", "the Nile"
 
 
-def make_tiny(model: str, folder: Path) -> None:
-    """A model of width 64 with two layers of its family's kind, with the tokenizer and the chat template of its form."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    save_tokenizer(model, folder)
-    if own := OWN_TEMPLATES.get(model):
-        (folder / "chat_template.jinja").write_text(own)
-    tokenizer, (kind, more) = AutoTokenizer.from_pretrained(folder), KINDS[model]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=0.2,  # so that an adapter alone, beside fixed embeddings, can learn an answer
-        max_position_embeddings=32768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
 def write_sets(folder: Path) -> None:
-    prompts, sets = Prompts(), {"reranker_bc_training": [], "generator_sft_training": [], "reranker_dpo": [], "generator_dpo": []}
+    prompts, sets = Prompts(), {"reranker_bc_training": [], "generator_sft_training": [], "reranker_dpo": [], "generator_dpo": [], "reranker_kto": [], "generator_kto": [],
+                             "reranker_best_of_n": [], "generator_best_of_n": []}
     for row in ROWS:
         choosing, answering = prompts.reranker(row["question"], row["docs"]), prompts.generator(row["question"], row["docs"][1:2], prompts.instruction(row))
         sets["reranker_bc_training"].append(training_row(choosing, output=CHOSEN))
         sets["generator_sft_training"].append(training_row(answering, output=ANSWER))
         sets["reranker_dpo"].append(training_row(choosing, chosen=CHOSEN, rejected="[1], [3]"))
         sets["generator_dpo"].append(training_row(answering, chosen=ANSWER, rejected="None of the documents"))
+        for role, prompt, right, wrong in (("reranker", choosing, CHOSEN, "[1], [3]"), ("generator", answering, ANSWER, "None of the documents")):
+            sets[f"{role}_best_of_n"].append(training_row(prompt, output=right))
+            sets[f"{role}_kto"] += [{**training_row(prompt, output=output), "kto_tag": output == right} for output in (right, wrong)]
     for name, rows in sets.items():
-        for prefix in [f"{model}_" for model in FAMILIES] if name.endswith("dpo") else [""]:
+        for prefix in [f"{model}_" for model in FAMILIES] if name.endswith(("dpo", "kto", "best_of_n")) else [""]:
             (folder / f"{prefix}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with base/MODEL, full/MODEL, DynamicRAG_MODEL/sft (of a merged adapter), .../dpo and .../dpo_lora of every family."""
+    """A folder with base/MODEL, full/MODEL, DynamicRAG_MODEL/sft (of a merged adapter), .../dpo and .../dpo_lora, kto, kto_lora and best_of_n of every family."""
     folder = tmp_path_factory.mktemp("families")
     for name in ("recipes", "training_data"):
         (folder / name).mkdir()
@@ -110,6 +88,9 @@ def trained(tmp_path_factory) -> Path:
         train("sft_lora", base, sft, learning_rate=0.01)
         train("dpo", sft, sft.with_name("dpo"), num_train_epochs=2, learning_rate=0.0001)
         train("dpo_lora", sft, sft.with_name("dpo_lora"), num_train_epochs=2, learning_rate=0.001)
+        train("kto_lora", sft, sft.with_name("kto_lora"), num_train_epochs=2, learning_rate=0.001)
+        train("kto", sft, sft.with_name("kto"), num_train_epochs=2, learning_rate=0.0001)
+        train("best_of_n", sft, sft.with_name("best_of_n"), num_train_epochs=2, learning_rate=0.0001)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
@@ -129,11 +110,11 @@ def test_full_training_lora_and_dpo_change_the_weights_and_lower_the_loss(traine
     from safetensors.torch import load_file
 
     run = trained / f"DynamicRAG_{model}"
-    folders = {"base": trained / "base" / model, "full": trained / "full" / model, **{name: run / name for name in ("sft", "dpo", "dpo_lora")}}
+    folders = {"base": trained / "base" / model, "full": trained / "full" / model, **{name: run / name for name in ("sft", "dpo", "dpo_lora", "kto", "kto_lora", "best_of_n")}}
     weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
     assert len({frozenset(of) for of in weights.values()}) == 1, "a merged model is an ordinary checkpoint"
     changed = "model.layers.0.mlp.up_proj.weight"
-    for before, after in (("base", "full"), ("base", "sft"), ("sft", "dpo"), ("sft", "dpo_lora")):
+    for before, after in (("base", "full"), ("base", "sft"), *(("sft", trained_from_it) for trained_from_it in ("dpo", "dpo_lora", "kto", "kto_lora", "best_of_n"))):
         assert not torch.equal(weights[before][changed].bfloat16(), weights[after][changed].bfloat16()), after
     kind, _ = KINDS[model]
     assert {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders.values()} == {kind}

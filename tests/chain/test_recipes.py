@@ -64,7 +64,8 @@ def test_a_settings_file_that_is_there_is_kept_and_so_are_other_data_sets(recipe
     (project / "recipes/dataset_info.json").write_text('{"mine": {"file_name": "x.json"}}')
     recipes.main(["qwen3_8b", "--project_dir", str(project)])
     assert (project / "configs/qwen3_8b.env").read_text() == "MINE=1\n"
-    assert list(json.loads((project / "recipes/dataset_info.json").read_text())) == ["mine", "qwen3_8b_reranker_dpo", "qwen3_8b_generator_dpo"]
+    made = [f"qwen3_8b_{role}_{kind}" for kind in ("dpo", "best_of_n", "kto") for role in ("reranker", "generator")]
+    assert list(json.loads((project / "recipes/dataset_info.json").read_text())) == ["mine", *made]
     assert {path.name for path in (project / "recipes").iterdir()} == {"models", "qwen3_8b", "dataset_info.json"}
 
 
@@ -92,6 +93,8 @@ def test_memory_is_that_of_the_figures_in_the_recipes(recipes):
     assert sizes == [15.0, 1.9, 2.0, 4.0, 39.1, 1.0]  # 16 and 2 bytes x 8.03e9 / 8, 2 x 1.05e9, 2 x 2 x 8192 x 32 x 4096, 20 x 2 x 8192 x 128,256
     sizes = [round(size, 1) for _, size in recipes.memory_of(shape, "sft_qlora", 4096)]
     assert sizes == [5.3, 0.6, 1.0, 5.9, 1.0]  # 0.516 x 6.98e9 + 2 x 1.05e9, 16 x 41.9e6, 2 x 4096 x 32 x 4096, 12 x 4096 x 128,256
+    assert recipes.total_of(shape, "kto", 8192) == recipes.total_of(shape, "dpo", 8192), "two rows at a time, and a reference"
+    assert recipes.total_of(shape, "best_of_n", 8192) == recipes.total_of(shape, "sft", 8192)
     assert recipes.total_of(shape, "simpo", 8192) < recipes.total_of(shape, "dpo", 8192) < recipes.total_of(shape, "dpo", 8192, 4)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import at, make_text, names, read_jsonl, write_jsonl
+from stages import row
 
 from dynamicrag.rows.tasks import derive_dataset, name_of_file
 from dynamicrag.stage import UserError
@@ -293,6 +294,33 @@ def test_training_is_done_once_continues_and_refuses_other_data(settings, tmp_pa
     assert refused.returncode == 2 and f"error: {folder}: " in refused.stderr
 
 
+@pytest.mark.parametrize(("recipe", "roles", "sets"), [
+    ("kto", "reranker", ["reranker_kto"]), ("best_of_n", "generator", ["generator_best_of_n"]), ("kto", "reranker generator", ["reranker_kto", "generator_kto"]),
+    ("simpo", "generator", ["generator_dpo"]),
+])
+def test_the_recipe_chooses_the_rows_and_the_roles_the_model(settings, tmp_path, recipe, roles, sets):
+    """With a stand-in for llamafactory-cli, which writes down its command line."""
+    trainer, policy, data = tmp_path / "llamafactory-cli", tmp_path / "run/DynamicRAG_smollm2_135m/sft", tmp_path / "run/training_data"
+    trainer.write_text('#!/bin/sh\necho "$@" >"$LOG"\n')
+    trainer.chmod(0o755)
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    data.mkdir()
+    write_jsonl(data / "smollm2_135m_output_dpo.jsonl", [row(n) for n in range(1, 4)])
+    done = bash("08_dpo.sh", settings, LLAMAFACTORY=str(trainer), LOG=str(tmp_path / "call"), DPO_RECIPE=recipe, ROLES=roles, PAIR_FLAGS="--pair-by set")
+    assert done.returncode == 0, done.stderr
+    call = (tmp_path / "call").read_text().split()
+    one = "" if " " in roles else f"_{roles}"
+    assert call[1] == f"recipes/smollm2_135m/{recipe}.yaml" and f"output_dir={policy.with_name('dpo')}{one}" in call and f"model_name_or_path={policy}" in call
+    assert [word for word in call if word.startswith("dataset=")] == ([f"dataset=smollm2_135m_{sets[0]}"] if one else [])
+    written = {path.stem for path in data.glob("*.json") if not path.name.endswith("manifest.json")}
+    assert {f"smollm2_135m_{name}" for name in sets} <= written and (recipe == "simpo" or len(written) == len(sets))
+    info = json.loads((tmp_path / "run/recipes/dataset_info.json").read_text())
+    assert all((tmp_path / "run/recipes" / info[f"smollm2_135m_{name}"]["file_name"]).is_file() for name in sets)
+    refused = bash("08_dpo.sh", settings, ROLES="selector")
+    assert refused.returncode == 2 and "ROLES=" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 def test_a_tracker_is_told_of_training_and_stays_offline(settings, tmp_path):
     """With a stand-in for llamafactory-cli, and one for the Python beside it, which has the package or not."""
     data = tmp_path / "run/training_data"
@@ -364,6 +392,15 @@ def test_the_best_round_is_the_earliest_of_the_highest_score(rounds_module, tmp_
     assert figures["best"] == best and [one["dev"]["score"] for one in figures["rounds"]] == scores
     if len(scores) > 1:
         assert [cell.strip() for cell in lines[3].split("|")][9:12] == ["0.500", "0.250", "7"]
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "kto"])
+def test_a_round_of_another_trainer_has_no_figures_of_pairs(rounds_module, tmp_path, kind):
+    for number in (0, 1):
+        make_round(tmp_path, number, 30.0 + number, unfinished="training_data/m_reranker_dpo.json")
+    (tmp_path / f"1/training_data/m_reranker_{kind}.json.manifest.json").write_text(json.dumps({"counts": {"reranker_rows": 3}}))
+    rounds_module.main(["--rounds_dir", str(tmp_path), "--last", "1", "--model", "m"])
+    assert [cell.strip() for cell in (tmp_path / "rounds.md").read_text().splitlines()[3].split("|")][9:12] == ["0.500", "0.250", ""]
 
 
 def test_a_round_sampled_in_shards_is_summarised_from_its_rows(rounds_module, tmp_path):

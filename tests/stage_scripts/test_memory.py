@@ -35,6 +35,8 @@ STAGES = {
     "construct_generator_sft": "--input_file {rows} --output_file {out}/generator_sft_training.json --tokenizer none",
     "reward_trajectories": "--input_file {rows} --output_file {out}/rewarded.jsonl --weights em=.5,rouge=.5 --chunk_size 100",
     "construct_dpo": "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json --tokenizer none",
+    "construct_best_of_n": "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json --tokenizer none",
+    "construct_kto": "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json --tokenizer none",
     "evaluate": "--results_file {rows} --eval_file {rows} --metric match --output_file {out}/metrics.json",
 }
 # Each stage runs in a fork of one process that has imported them all. VmHWM is the peak of the fork alone.

@@ -24,8 +24,8 @@ from dynamicrag.rows.manifest import read_manifest
 from dynamicrag.stage import UserError, options_from
 
 
-def caller(reply) -> RequestBuilder:
-    return RequestBuilder(StubEngine(reply), options_from(sampling_dpo_trajectories.parse_args([]), CallOptions))
+def caller(reply, *flags: str) -> RequestBuilder:
+    return RequestBuilder(StubEngine(reply), options_from(sampling_dpo_trajectories.parse_args(list(flags)), CallOptions))
 
 
 def read(path: str) -> list[dict]:
@@ -34,7 +34,7 @@ def read(path: str) -> list[dict]:
 
 def sampled(rows, texts, *flags: str):
     """The sampled rows and the engine. The n selections of each row are the first n of `texts`."""
-    call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles))
+    call = caller(lambda request, kind, titles: texts[: request.n] if kind == "select" else "from " + " ".join(titles), *flags)
     args = sampling_dpo_trajectories.parse_args(list(flags))
     return sampling_dpo_trajectories.sample_trajectories(rows, (call, call), args), call.engine
 
@@ -64,6 +64,13 @@ def test_all_samples_share_a_prompt_and_every_distinct_selection_is_answered_onc
     assert rows[0]["usage"] == {"calls": 5, "prompt_tokens": 105 + 102 + 102 + 100 + 101, "generated_tokens": 8 + 4}
 
 
+def test_a_set_has_one_answer_if_documents_are_shown_as_retrieved():
+    [row], engine = sampled([question()], EIGHT, "--answer-order", "retrieval")
+    assert row["id_lists"] == [[1, 2], [2, 1], [1, 2], [], [2, 1], [3]], "selections stay as sampled"
+    assert len(engine.batches[1]) == 3 == row["usage"]["calls"] - 1
+    assert row["responses"] == ["from d1 d2"] * 3 + ["from ", "from d1 d2", "from d3"]
+
+
 def test_a_question_without_any_readable_trajectory_is_kept_and_empty():
     [row, other], _ = sampled([question(1), question(2)], ["prose"] * 8)
     assert row["id_lists"] == row["responses"] == row["selections"] == row["response_tokens"] == row["from_expert"] == []
@@ -85,6 +92,20 @@ def test_the_sampling_flags_reach_the_requests():
     [request], _ = engine.batches
     assert (request.n, request.temperature, request.top_p) == (3, 0.7, 0.9)
     assert len(StubEngine.titles(request.messages)) == 4
+
+
+@pytest.mark.parametrize(("k", "shown"), [(2, 2), (9, 5)])
+def test_the_answer_from_the_fixed_list_is_no_trajectory_and_is_asked_once(k, shown):
+    rows, engine = sampled([question(1), {**question(2), "baseline_response": "of an earlier run"}], EIGHT, "--baseline-top", str(k))
+    fixed = list(range(1, shown + 1))
+    for row in rows:
+        assert (row["baseline_k"], row["baseline_response"]) == (shown, "from " + " ".join(f"d{n}" for n in fixed))
+        assert len(row["id_lists"]) == len(row["responses"]) == 6
+        assert row["usage"]["calls"] == 1 + len({*map(tuple, row["id_lists"]), tuple(fixed)})
+    assert len(engine.batches[1]) == sum(row["usage"]["calls"] - 1 for row in rows)
+    [row], _ = sampled(rows[:1], EIGHT)
+    assert "baseline_k" not in row and "baseline_response" not in row
+    assert sampling_dpo_trajectories.no_trajectory(question(), "too long", k)["baseline_response"] == ""
 
 
 # ---------------------------------------------------------------- the expert's trajectory

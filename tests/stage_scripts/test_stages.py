@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 from conftest import names
 from running import refused
-from stages import ALONE, DOCS, LLM_STAGES, MODEL, REPO, SCORERS, STAGES, TOOLS, flags_of, of_kind, page_commands, row
+from stages import (
+    ALONE,
+    DOCS,
+    LLM_STAGES,
+    MODEL,
+    REPO,
+    SCORERS,
+    STAGES,
+    TOOLS,
+    TRAINERS,
+    flags_of,
+    of_kind,
+    page_commands,
+    row,
+)
 
 from dynamicrag.llm.options import CallOptions, EngineOptions
 from dynamicrag.stage import options_from
@@ -40,7 +54,7 @@ def run(name: str, *flags: str, cwd: Path | None = None) -> subprocess.Completed
 
 
 def test_every_script_at_the_root_is_registered():
-    assert sorted([*STAGES, *TOOLS]) == sorted(path.stem for path in REPO.glob("*.py"))
+    assert sorted([*STAGES, *TOOLS, *TRAINERS]) == sorted(path.stem for path in REPO.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -60,7 +74,7 @@ def test_every_stage_has_a_command_that_the_chain_runs():
     assert {command.split()[1] for command in page_commands() if command.startswith("python ")} == {f"{name}.py" for name in STAGES}
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TOOLS])
+@pytest.mark.parametrize("name", [*STAGES, *TOOLS, *TRAINERS])
 def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_path):
     seconds = []
     for _ in range(2):
@@ -71,14 +85,14 @@ def test_help_answers_within_a_second_and_says_what_the_stage_is_for(name, tmp_p
             break
     assert done.returncode == 0
     assert f"python {name}.py" in done.stdout, "one command to copy"
-    assert ("--seed" in done.stdout) == (name in STAGES)
+    assert ("--seed" in done.stdout) == (name not in TOOLS)
     for flag in ("--overwrite", "--on-error"):
-        assert (flag in done.stdout) == (name in STAGES and name not in SCORERS)
+        assert (flag in done.stdout) == (name not in (*TOOLS, *SCORERS))
     assert min(seconds) < 1
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TOOLS])
+@pytest.mark.parametrize("name", [*STAGES, *TOOLS, *TRAINERS])
 def test_help_says_at_most_one_default_a_flag_and_none_that_is_no_value(name, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_args(["--help"])
@@ -93,7 +107,7 @@ def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
         "import importlib, json, sys\n"
         f"sys.path.insert(0, {str(REPO)!r})\n"
         "found = {}\n"
-        f"for name in {[*STAGES, *TOOLS]!r}:\n"
+        f"for name in {[*STAGES, *TOOLS, *TRAINERS]!r}:\n"
         "    module = importlib.import_module(name)\n"
         f"    found[name] = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
         "    assert callable(module.main) and callable(module.parse_args), name\n"
@@ -102,7 +116,7 @@ def test_importing_a_stage_imports_nothing_heavy_and_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {name: [] for name in (*STAGES, *TOOLS)}
+    assert json.loads(done.stdout) == {name: [] for name in (*STAGES, *TOOLS, *TRAINERS)}
     assert not list(tmp_path.iterdir())
 
 

@@ -113,7 +113,7 @@ def test_every_data_set_has_a_metric_there_is_and_an_instruction():
         *((name, "nq", "em") for name in ("nq_open", "NQ", "NQ-open", "natural_questions", "Natural Questions", "NaturalQuestions")),
         *((name, "triviaqa", "em") for name in ("TriviaQA", "trivia_qa", "TRIVIAQA")), *((name, "hotpotqa", "em") for name in ("HotpotQA", "hotpot_qa")),
         *((name, "2wikimqa", "em") for name in ("2wikimultihopqa", "2WikiMultihopQA", "2wikimqa", "2WikiMQA")), ("PopQA", "popqa", "match"), ("FEVER", "fever", "accuracy"),
-        ("MuSiQue", "musique", "f1"), ("Bamboogle", "bamboogle", "em"), *((name, "webq", "em") for name in ("WebQ", "webquestions", "web_questions", "WebQuestions")),
+        ("MuSiQue", "musique", "f1"), ("Bamboogle", "bamboogle", "em"), ("SVAMP", "svamp", "em"), *((name, "webq", "em") for name in ("WebQ", "webquestions", "web_questions", "WebQuestions")),
         *((name, None, "em") for name in ("batch_3", "research", "nq_dev", "my_nq", "nq2", "trivia_night", "", "narc")),
     ],
 )

@@ -1,0 +1,93 @@
+"""Write SFT rows from the best of a question's trajectories (best-of-n, also called rejection sampling or RAFT).
+
+Reranker: the prompt is the question with its documents, the target is the selection with the highest reward; of several,
+the one with the fewest documents, then the first. Generator: the prompt is the question with the documents of this
+selection, the target is the gold answer (or the trajectory's own, --generator-chosen best). Questions whose rewards do
+not differ are left out, because they say nothing about the choice (--keep-equal keeps them). If a row exceeds the
+trainer's cutoff_len, whole documents are removed from the end. A row that names a removed document, or still does not
+fit, is left out and counted.
+
+Reads    training_data/llama3_8b_output_dpo.jsonl              rows with id_lists, responses, response_scores, score_terms
+Writes   training_data/llama3_8b_reranker_best_of_n.json       LLaMA-Factory rows: instruction, input, output, system
+         training_data/llama3_8b_generator_best_of_n.json      likewise
+
+    python construct_best_of_n.py
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from construct_dpo import bounds, check_docs_shown, complete, warn_of_defaults
+from dynamicrag import stage
+from dynamicrag.llm.prompts import add_prompts_flag
+from dynamicrag.llm.recipe import LengthOptions, add_length_flags
+from dynamicrag.llm.training_rows import load_window
+from dynamicrag.reward.preferences import worth_learning_from
+from dynamicrag.reward.single_rows import (
+    Single,
+    add_role_flags,
+    best_trajectory,
+    output_of,
+    say_rows,
+    write_single_rows,
+)
+from dynamicrag.rows.records import read_rows
+from dynamicrag.rows.row import STAGE_KEYS, Row
+from dynamicrag.rows.tasks import target_answer
+from dynamicrag.stage import options_from
+
+NEEDS = STAGE_KEYS["construct_best_of_n"].reads
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = stage.ArgumentParser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
+    add_role_flags(files, "best_of_n")
+    add_prompts_flag(files)
+    questions = parser.add_argument_group("questions")
+    questions.add_argument("--keep-equal", action="store_true", help="use questions whose rewards do not differ, too")
+    questions.add_argument(
+        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0),
+        help="use only questions whose trajectories have a mean correctness (em) in this range, such as 0.01,0.99",
+    )
+    questions.add_argument("--generator-chosen", choices=["gold", "best"], default="gold", help="target of the generator: the gold answer, or the best trajectory's")
+    add_length_flags(parser, "recipes/llama3_8b/best_of_n.yaml")
+    stage.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def best_of(row: Row, role: str, keep_equal: bool = False, generator_chosen: str = "gold") -> list[Single]:
+    """Return the best trajectory of a row as a training example; none if the rewards do not differ or the target is empty."""
+    if not keep_equal and len(set(row["response_scores"])) < 2:
+        return []
+    best = best_trajectory(row)
+    answer = target_answer(row) if generator_chosen == "gold" else row["responses"][best]
+    return [Single(row["id_lists"][best], answer)] if role == "reranker" or answer.strip() else []
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    output = output_of(args)
+    if output.finished:
+        return
+    window, defaults, questions = load_window(options_from(args, LengthOptions)), Counter(), Counter()
+
+    # Read once for the counts and the malformed rows, then once per role
+    def read(reject, defaults: Counter) -> Iterator[Row]:
+        rows = read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults))
+        return (row for row in check_docs_shown(rows, args.input_file) if worth_learning_from(row, args.keep_mean))
+
+    for row in read(output.reject, defaults):
+        questions["kept"] += 1
+        questions["differing"] += len(set(row["response_scores"])) > 1
+    warn_of_defaults(defaults, args.input_file)
+    singles = partial(best_of, keep_equal=args.keep_equal, generator_chosen=args.generator_chosen)
+    counts, sizes = write_single_rows(args, output, lambda: read(output.ignore, Counter()), singles, window)
+    output.finish(**questions, **say_rows(args, counts, sizes, window))
+
+
+if __name__ == "__main__":
+    stage.run(main)
