@@ -15,28 +15,16 @@ Writes   training_data/llama3_8b_reranker_best_of_n.json       LLaMA-Factory row
 """
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from construct_dpo import bounds, check_docs_shown, complete, warn_of_defaults
 from dynamicrag import stage
 from dynamicrag.llm.prompts import add_prompts_flag
-from dynamicrag.llm.recipe import LengthOptions, add_length_flags
-from dynamicrag.llm.training_rows import load_window
-from dynamicrag.reward.preferences import worth_learning_from
-from dynamicrag.reward.single_rows import (
-    Single,
-    add_role_flags,
-    best_trajectory,
-    output_of,
-    say_rows,
-    write_single_rows,
-)
-from dynamicrag.rows.records import read_rows
+from dynamicrag.llm.recipe import add_length_flags
+from dynamicrag.reward.single_rows import Single, add_role_flags, best_trajectory, make_single_rows
+from dynamicrag.reward.trajectories import add_keep_mean_flag
 from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.rows.tasks import target_answer
-from dynamicrag.stage import options_from
 
 NEEDS = STAGE_KEYS["construct_best_of_n"].reads
 
@@ -49,10 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_prompts_flag(files)
     questions = parser.add_argument_group("questions")
     questions.add_argument("--keep-equal", action="store_true", help="use questions whose rewards do not differ, too")
-    questions.add_argument(
-        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0),
-        help="use only questions whose trajectories have a mean correctness (em) in this range, such as 0.01,0.99",
-    )
+    add_keep_mean_flag(questions)
     questions.add_argument("--generator-chosen", choices=["gold", "best"], default="gold", help="target of the generator: the gold answer, or the best trajectory's")
     add_length_flags(parser, "recipes/llama3_8b/best_of_n.yaml")
     stage.add_common_flags(parser)
@@ -70,23 +55,7 @@ def best_of(row: Row, role: str, keep_equal: bool = False, generator_chosen: str
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    output = output_of(args)
-    if output.finished:
-        return
-    window, defaults, questions = load_window(options_from(args, LengthOptions)), Counter(), Counter()
-
-    # Read once for the counts and the malformed rows, then once per role
-    def read(reject, defaults: Counter) -> Iterator[Row]:
-        rows = read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults))
-        return (row for row in check_docs_shown(rows, args.input_file) if worth_learning_from(row, args.keep_mean))
-
-    for row in read(output.reject, defaults):
-        questions["kept"] += 1
-        questions["differing"] += len(set(row["response_scores"])) > 1
-    warn_of_defaults(defaults, args.input_file)
-    singles = partial(best_of, keep_equal=args.keep_equal, generator_chosen=args.generator_chosen)
-    counts, sizes = write_single_rows(args, output, lambda: read(output.ignore, Counter()), singles, window)
-    output.finish(**questions, **say_rows(args, counts, sizes, window))
+    make_single_rows(args, NEEDS, partial(best_of, keep_equal=args.keep_equal, generator_chosen=args.generator_chosen))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Writes   training_data/llama3_8b_reranker_dpo.json       LLaMA-Factory rows: ins
 
 import argparse
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,29 +28,16 @@ from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
 from dynamicrag.reward.pair_figures import TargetLengths, Taught, figures, say_what_they_teach
 from dynamicrag.reward.preferences import PAIRS, capped, distinct, generator_pair, reranker_pairs, worth_learning_from
-from dynamicrag.reward.terms import correctness
+from dynamicrag.reward.trajectories import add_keep_mean_flag, read_trajectories, warn_of_defaults
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
-from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Doc, Row
-from dynamicrag.rows.shown import labelled_documents
-from dynamicrag.stage import UserError, log, options_from
+from dynamicrag.stage import UserError, options_from
 
 PUBLISHED_QUESTIONS = 50_000
 PUBLISHED_GENERATOR_QUESTIONS = 10_000
 GENERATOR_SHARE = 5  # in a smaller data set, one fifth of the questions give generator pairs
 NEEDS = STAGE_KEYS["construct_dpo"].reads
-
-
-def bounds(text: str) -> tuple[float, float]:
-    """Parse LO,HI with 0 <= LO <= HI <= 1. Raises ArgumentTypeError."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = math.nan, math.nan
-    if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"expected LO,HI with 0 <= LO <= HI <= 1, such as 0.01,0.99, found {text!r}")
-    return low, high
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,11 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_prompts_flag(files)
     questions = parser.add_argument_group("questions")
     questions.add_argument("--recipe", choices=["default", "published"], default="default", help="see above")
-    questions.add_argument(
-        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0),
-        help="use only questions whose trajectories have a mean correctness (em) in this range, such as 0.01,0.99: "
-        "constant success or failure says nothing about the documents",
-    )
+    add_keep_mean_flag(questions)
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument(
         "--pairs", default="best-worst",
@@ -98,31 +80,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--recipe published uses best against worst by order, no margin and the gold answer; omit --pairs, "
                      "--pair-by, --min-margin and --generator-chosen")
     return args
-
-
-def complete(row: Row, defaults: Counter) -> None:
-    """Add docs_shown and score_terms if a row of another tool lacks them, and count the rows in `defaults`."""
-    if row.get("docs_shown") is None and "docs" in row:
-        row["docs_shown"] = min(len(row["docs"]), labelled_documents(row) or len(row["docs"]))
-        defaults["docs_shown"] += 1
-    responses, answers = row.get("responses"), row.get("answers") or []
-    readable = isinstance(responses, list) and all(isinstance(response, str) for response in responses)
-    if row.get("score_terms") is None and readable and any(map(str.strip, answers)):
-        row["score_terms"] = [{"em": correctness(response, row, "exact")} for response in responses]
-        defaults["score_terms"] += 1
-
-
-def check_docs_shown(rows: Iterable[Row], path: str) -> Iterator[Row]:
-    """Yield the rows. Raises UserError if sampling showed more documents of a row than were labelled."""
-    for row in rows:
-        labelled = labelled_documents(row)
-        if labelled is not None and row["docs_shown"] > labelled:
-            raise UserError(
-                f"{path}: row {row['id']}: docs_shown is {row['docs_shown']}, but process_training_data.py labelled "
-                f"{labelled} documents; sample again with --topn {labelled}, or label again with --n_docs "
-                f"{row['docs_shown']}"
-            )
-        yield row
 
 
 def fit_pair(
@@ -181,17 +138,6 @@ reranker_rows = partial(training_rows, reranker_pairs_of)
 generator_rows = partial(training_rows, generator_pairs_of)
 
 
-def warn_of_defaults(defaults: Counter, path: str) -> None:
-    """Log the values used for keys that rows of other tools lack."""
-    taken = {
-        "docs_shown": "the labelled documents, or else all documents, are used",
-        "score_terms": "em is computed from answers and responses, and no other term is available",
-    }
-    for key, what in taken.items():
-        if defaults[key]:
-            log.warning("%s: %d rows have no %s: %s", path, defaults[key], key, what)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     inputs = [args.input_file, *filter(None, [args.prompts]), *resolve_length_flags(args)]
@@ -203,10 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     count, differing = 0, bytearray()  # for each question used, whether its rewards differ
 
     # Read once: which questions are used, and which set each belongs to
-    def read(reject, defaults: Counter) -> Iterator[Row]:
-        return check_docs_shown(read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults)), args.input_file)
-
-    for row in read(output.reject, defaults):
+    for row in read_trajectories(args.input_file, NEEDS, output.reject, defaults):
         count += 1
         if worth_learning_from(row, args.keep_mean):
             differing.append(len(set(row["response_scores"])) > 1)
@@ -218,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         In the published recipe, each belongs to one set and only if its rewards differ.
         """
-        kept = (row for row in read(output.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
+        kept = (row for row in read_trajectories(args.input_file, NEEDS, output.ignore, Counter()) if worth_learning_from(row, args.keep_mean))
         return kept if args.recipe == "default" else itertools.islice(itertools.compress(kept, differing), start, stop)
 
     def generator(window: TrainingWindow) -> Iterator[tuple[dict, Mapping]]:

@@ -17,20 +17,15 @@ Writes   training_data/llama3_8b_reranker_kto.json       LLaMA-Factory rows: ins
 
 import argparse
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from construct_dpo import bounds, check_docs_shown, complete, warn_of_defaults
 from dynamicrag import stage
 from dynamicrag.llm.prompts import add_prompts_flag
-from dynamicrag.llm.recipe import LengthOptions, add_length_flags
-from dynamicrag.llm.training_rows import load_window
-from dynamicrag.reward.preferences import worth_learning_from
-from dynamicrag.reward.single_rows import Single, add_role_flags, output_of, say_rows, write_single_rows
-from dynamicrag.rows.records import read_rows
+from dynamicrag.llm.recipe import add_length_flags
+from dynamicrag.reward.single_rows import Single, add_role_flags, make_single_rows
+from dynamicrag.reward.trajectories import add_keep_mean_flag
 from dynamicrag.rows.row import STAGE_KEYS, Row
-from dynamicrag.stage import options_from
 
 NEEDS = STAGE_KEYS["construct_kto"].reads
 EQUAL = 1e-9  # rewards that differ by less are the mean of the question, apart from rounding
@@ -43,10 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_role_flags(files, "kto")
     add_prompts_flag(files)
     questions = parser.add_argument_group("questions")
-    questions.add_argument(
-        "--keep-mean", metavar="LO,HI", type=bounds, default=(0.0, 1.0),
-        help="use only questions whose trajectories have a mean correctness (em) in this range, such as 0.01,0.99",
-    )
+    add_keep_mean_flag(questions)
     questions.add_argument("--min-distance", type=float, default=0.0, help="minimum distance from the question's mean, of reward or correctness")
     add_length_flags(parser, "recipes/llama3_8b/kto.yaml")
     stage.add_common_flags(parser)
@@ -76,24 +68,8 @@ def tagged(row: Row, role: str, min_distance: float = 0.0) -> list[Single]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    output = output_of(args)
-    if output.finished:
-        return
-    window, defaults, questions = load_window(options_from(args, LengthOptions)), Counter(), Counter()
-
-    # Read once for the counts and the malformed rows, then once per role
-    def read(reject, defaults: Counter) -> Iterator[Row]:
-        rows = read_rows(args.input_file, NEEDS, reject=reject, complete=partial(complete, defaults=defaults))
-        return (row for row in check_docs_shown(rows, args.input_file) if worth_learning_from(row, args.keep_mean))
-
-    for row in read(output.reject, defaults):
-        questions["kept"] += 1
-        questions["differing"] += len(set(row["response_scores"])) > 1
-    warn_of_defaults(defaults, args.input_file)
     # The trainer estimates KL from each output under the prompt before it, which must be another question's
-    singles = partial(tagged, min_distance=args.min_distance)
-    counts, sizes = write_single_rows(args, output, lambda: read(output.ignore, Counter()), singles, window, mixed=True)
-    output.finish(**questions, **say_rows(args, counts, sizes, window))
+    make_single_rows(args, NEEDS, partial(tagged, min_distance=args.min_distance), mixed=True)
 
 
 if __name__ == "__main__":

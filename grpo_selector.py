@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from construct_dpo import bounds
 from dynamicrag import stage
 from dynamicrag.evaluation.answers import score_question
 from dynamicrag.evaluation.metrics import METRIC_NAMES
@@ -37,6 +36,7 @@ from dynamicrag.llm.requests import RequestBuilder, add_call_flags, load_builder
 from dynamicrag.llm.templates import in_threads, load_prompts
 from dynamicrag.reward.grpo import Groups, GrpoOptions, Score, Scored, last_checkpoint, make_trainer
 from dynamicrag.reward.preferences import worth_learning_from
+from dynamicrag.reward.trajectories import bounds
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.records import read_rows
 from dynamicrag.rows.row import STAGE_KEYS, Row

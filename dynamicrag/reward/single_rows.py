@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 from dynamicrag.evaluation.tables import markdown_table
 from dynamicrag.llm.prompts import Prompts, training_row
-from dynamicrag.llm.recipe import check_columns, resolve_length_flags
-from dynamicrag.llm.training_rows import Fitted, TrainingWindow
+from dynamicrag.llm.recipe import LengthOptions, check_columns, resolve_length_flags
+from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
+from dynamicrag.reward.preferences import worth_learning_from
+from dynamicrag.reward.trajectories import read_trajectories, warn_of_defaults
 from dynamicrag.rows.identifiers import format_ids
 from dynamicrag.rows.output import Output
 from dynamicrag.rows.row import Doc, Row
 from dynamicrag.rows.seen import Seen
-from dynamicrag.stage import UserError, log
+from dynamicrag.stage import UserError, log, options_from
 
 ROLES = ("reranker", "generator")
 QUESTIONS_PER_BLOCK = 256  # whose rows are interleaved
@@ -106,13 +108,32 @@ def interleaved(rows: Iterable[Fitted], questions: int = QUESTIONS_PER_BLOCK) ->
         yield from filter(None, itertools.chain.from_iterable(itertools.zip_longest(*block)))
 
 
-def write_single_rows(
-    args: Namespace, output: Output, read: Callable[[], Iterable[Row]], singles: Singles, window: TrainingWindow, mixed: bool = False
-) -> tuple[Counter, Counter]:
-    """Write the file of each role. Returns the numbers of rows and the sizes of their targets, by role.
+def make_single_rows(args: Namespace, needs: tuple[str, ...], singles: Singles, mixed: bool = False) -> None:
+    """Make the sets of a stage from its rewarded trajectories. With `mixed`, rows of one question are not neighbours.
 
-    With `mixed`, rows of one question are not neighbours. Raises UserError, before anything is written, if a role has no row.
+    Raises UserError, before anything is written, if a role has no row.
     """
+    output = output_of(args)
+    if output.finished:
+        return
+    window, defaults, questions = load_window(options_from(args, LengthOptions)), Counter(), Counter()
+
+    # Read once for the counts and the malformed rows, then once per role
+    def read(reject: Callable | None, defaults: Counter) -> Iterator[Row]:
+        return (row for row in read_trajectories(args.input_file, needs, reject, defaults) if worth_learning_from(row, args.keep_mean))
+
+    for row in read(output.reject, defaults):
+        questions["kept"] += 1
+        questions["differing"] += len(set(row["response_scores"])) > 1
+    warn_of_defaults(defaults, args.input_file)
+    counts, sizes = write_single_rows(args, output, lambda: read(output.ignore, Counter()), singles, window, mixed)
+    output.finish(**questions, **say_rows(args, counts, sizes, window))
+
+
+def write_single_rows(
+    args: Namespace, output: Output, read: Callable[[], Iterable[Row]], singles: Singles, window: TrainingWindow, mixed: bool
+) -> tuple[Counter, Counter]:
+    """Write the file of each role. Returns the numbers of rows and the sizes of their targets, by role. Raises UserError like make_single_rows."""
     prompts = Prompts(args.prompts)
 
     def rows(role: str, window: TrainingWindow) -> Iterator[Fitted]:
