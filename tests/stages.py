@@ -84,7 +84,10 @@ STAGES = {stage.name: stage for stage in (
           light="--num-samples 2", full=LLM_CHUNKS, reads="normal.jsonl", inputs=LLM_INPUTS, tiny="--num-samples 4"),
     Stage("reward_trajectories", MODEL, "--input_file {rows} --output_file {out}/rewarded.jsonl",
           light="--weights em=.5,rouge=.5", full="--bert_model {good}/encoder --device cpu --chunk_size 7",
-          reads="sampled.json", full_inputs={"--bert_model": "--weights bert=1"}, tiny="--bert_model models/retriever",
+          reads="sampled.json", full_inputs={
+              "--bert_model": "--weights bert=1", "--llm-model": "--weights likelihood=1 --template {good}/chat.jinja",
+              "--template": "--weights likelihood=1 --llm-model {good}/model"},
+          tiny="--bert_model models/retriever",
           inputs={"--input_file": "", **PROMPTS, "--judge-cache": "--judge-model m --weights judge=1,em=1 --judge-base-url http://127.0.0.1:9/v1"}),
     Stage("construct_dpo", ROWS, "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json",
           reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}),
@@ -92,7 +95,7 @@ STAGES = {stage.name: stage for stage in (
           reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}),
     # An untrained model is never right, so that no answer is desirable.
     Stage("construct_kto", ROWS, "--input_file {rows} --reranker_file {out}/reranker.json --generator_file {out}/generator.json",
-          reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}, tiny="--roles reranker"),
+          reads="rewarded.jsonl", inputs={"--input_file": "", **PROMPTS, **LENGTHS}, full="--roles reranker", tiny="--roles reranker"),
     # An untrained model answers with noise up to the limit: 8 tokens of it are enough.
     Stage("inference", ENGINE, f"--input-json {{rows}} --output-json {{out}}/answered.json {LLM}",
           light="--constrain-ids off", full=LLM_CHUNKS, reads="reranked.jsonl", inputs=LLM_INPUTS, tiny="--answer-max-tokens 8"),

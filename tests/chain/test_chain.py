@@ -181,7 +181,7 @@ for recipe in sys.argv[1:]:
 @pytest.mark.slow
 def test_every_recipe_is_one_the_trainer_reads(warm):
     recipes = sorted([*(path for path in (REPO / "recipes").glob("*/*.yaml") if path.parent.name != "models"), *(REPO / "examples/train_full").glob("*.yaml")])
-    assert len(recipes) == 7 + 6 * 12 + 2
+    assert len(recipes) == 7 + 4 + 6 * 12 + 2
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     command = [warm.trainer_python, "-c", READ_RECIPES, *recipes]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)

@@ -71,7 +71,7 @@ NO_INPUTS = set(
     "--num-samples --temperature --top-p --topn --n-docs --include-expert --permute --api-base --enable-thinking --tensor-parallel-size --max-model-len --gpu-memory-utilization "
     "--selection-temperature --selection-max-tokens --answer-max-tokens --constrain-ids --chunk-size --chunk_size --weights --reweight --answer-match --length-of --bert_layer --bert_baseline "
     "--judge-base-url --judge-model --judge-format --judge-limit --judge-concurrency --recipe --keep-mean --pairs --min-margin --max-pairs-per-question "
-    "--generator-chosen --max-reranker-pairs --max-generator-pairs --selector --max-context-window --order --metric --entity_support --compare --group_by --stage --k "
+    "--answer-order --baseline-top --keep-equal --roles --min-distance --generator-chosen --max-reranker-pairs --max-generator-pairs --selector --max-context-window --order --metric --entity_support --compare --group_by --stage --k "
     "--cutoff_len --pair-by --output_dir --output_file --sequence_file --normal_file --sft_file --dpo_file --dev_file --output-json --output-jsonl --remain-output-json --reranker_file "
     "--generator_file --table_file --run_file --input-jsonl".split()
 )
