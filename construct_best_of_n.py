@@ -9,7 +9,7 @@ fit, is left out and counted.
 
 Reads    training_data/llama3_8b_output_dpo.jsonl              rows with id_lists, responses, response_scores, score_terms
 Writes   training_data/llama3_8b_reranker_best_of_n.json       LLaMA-Factory rows: instruction, input, output, system
-         training_data/llama3_8b_generator_best_of_n.json      likewise
+         training_data/llama3_8b_generator_best_of_n.json      the same for the generator
 
     python construct_best_of_n.py
 """
@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.llm.prompts import add_prompts_flag
 from dynamicrag.llm.recipe import add_length_flags
-from dynamicrag.reward.single_rows import Single, add_role_flags, best_trajectory, make_single_rows
+from dynamicrag.reward.single_rows import Single, add_file_flags, best_trajectory, make_single_rows
 from dynamicrag.reward.trajectories import add_keep_mean_flag
 from dynamicrag.rows.row import STAGE_KEYS, Row
 from dynamicrag.rows.tasks import target_answer
@@ -31,10 +30,7 @@ NEEDS = STAGE_KEYS["construct_best_of_n"].reads
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
-    add_role_flags(files, "best_of_n")
-    add_prompts_flag(files)
+    add_file_flags(parser, "best_of_n")
     questions = parser.add_argument_group("questions")
     questions.add_argument("--keep-equal", action="store_true", help="use questions whose rewards do not differ, too")
     add_keep_mean_flag(questions)

@@ -10,7 +10,7 @@ end. A row that names a removed document, or still does not fit, is left out and
 
 Reads    training_data/llama3_8b_output_dpo.jsonl        rows with id_lists, responses, response_scores, score_terms
 Writes   training_data/llama3_8b_reranker_kto.json       LLaMA-Factory rows: instruction, input, output, system, kto_tag
-         training_data/llama3_8b_generator_kto.json      likewise
+         training_data/llama3_8b_generator_kto.json      the same for the generator
 
     python construct_kto.py
 """
@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dynamicrag import stage
-from dynamicrag.llm.prompts import add_prompts_flag
 from dynamicrag.llm.recipe import add_length_flags
-from dynamicrag.reward.single_rows import Single, add_role_flags, make_single_rows
+from dynamicrag.reward.single_rows import Single, add_file_flags, make_single_rows
 from dynamicrag.reward.trajectories import add_keep_mean_flag
 from dynamicrag.rows.row import STAGE_KEYS, Row
 
@@ -33,10 +32,7 @@ EQUAL = 1e-9  # rewards that differ by less are the mean of the question, apart 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
-    add_role_flags(files, "kto")
-    add_prompts_flag(files)
+    add_file_flags(parser, "kto")
     questions = parser.add_argument_group("questions")
     add_keep_mean_flag(questions)
     questions.add_argument("--min-distance", type=float, default=0.0, help="minimum distance from the question's mean, of reward or correctness")

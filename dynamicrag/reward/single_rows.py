@@ -5,7 +5,7 @@ writes one set per role: the reranker's, whose output is a selection, and the ge
 """
 
 import itertools
-from argparse import Namespace, _ArgumentGroup
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dynamicrag.evaluation.tables import markdown_table
-from dynamicrag.llm.prompts import Prompts, training_row
+from dynamicrag.llm.prompts import Prompts, add_prompts_flag, training_row
 from dynamicrag.llm.recipe import LengthOptions, check_columns, resolve_length_flags
 from dynamicrag.llm.training_rows import Fitted, TrainingWindow, load_window
 from dynamicrag.models.chat_templates import Messages
@@ -42,11 +42,14 @@ class Single(NamedTuple):
 Singles = Callable[[Row, str], list[Single]]  # of a row and a role
 
 
-def add_role_flags(group: _ArgumentGroup, kind: str) -> None:
-    """Add --roles and the output files of a set called `kind`."""
+def add_file_flags(parser: ArgumentParser, kind: str) -> None:
+    """Add the input, the prompts, --roles, and the output files of a set called `kind`."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--input_file", default="training_data/llama3_8b_output_dpo.jsonl", help="rewarded trajectories")
     group.add_argument("--reranker_file", default=f"training_data/llama3_8b_reranker_{kind}.json", help="rows of the reranker")
     group.add_argument("--generator_file", default=f"training_data/llama3_8b_generator_{kind}.json", help="rows of the generator")
     group.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="roles to write rows for; the file of another role is not written")
+    add_prompts_flag(group)
 
 
 def output_of(args: Namespace) -> Output:

@@ -89,7 +89,7 @@ def gain_term(score: float, baseline: float) -> float:
 
 
 def boundary_term(right: float) -> float:
-    """Return 1 if the share BOUNDARY of a question's trajectories is right, and less the further `right` is from it; 0 for 0 and 1."""
+    """Return 1 if `right`, the share of right trajectories, is BOUNDARY. The value falls with the distance, to 0 if all or none are right."""
     return right / BOUNDARY if right <= BOUNDARY else (1 - right) / (1 - BOUNDARY)
 
 
