@@ -88,17 +88,21 @@ tracking() {
 }
 
 # hold LOCK FOLDER: lock FOLDER until file 9 is closed, or until this process and all that it starts have ended. Exits with an error if
-# another process trains it, or if nothing can be locked: two machines must not train one folder.
+# another process trains it, or if nothing can be locked: two machines must not train one folder. The programs of a killed training hold
+# the lock while the kernel frees their memory: hold waits for them, for ENDING_SECONDS (30).
 hold() {
-    local status=0 holder=""
+    local status=0 holder="" ended=0
     exec 9>>"$1"
     flock --nonblock --conflict-exit-code 75 9 2>/dev/null || status=$?
+    if ((status == 75)); then
+        read -r holder <"$1" || true
+        [[ ! $holder =~ ^process\ ([0-9]+)\ of\ $HOSTNAME, ]] || kill -0 "${BASH_REMATCH[1]}" 2>/dev/null || ended=1
+        ((!ended)) || { status=0; flock --timeout "${ENDING_SECONDS:-30}" --conflict-exit-code 75 9 || status=$?; }
+    fi
     case $status in
         0) echo "process $$ of $HOSTNAME, since $(date "+%F %T")," >"$1" ;;
         75)
-            read -r holder <"$1" || true
-            [[ ! $holder =~ ^process\ ([0-9]+)\ of\ $HOSTNAME, ]] || kill -0 "${BASH_REMATCH[1]}" 2>/dev/null || \
-                refuse "$2: $holder has ended, but a program that it started has not; end that program (fuser $1)"
+            ((!ended)) || refuse "$2: $holder has ended, but a program that it started has not; end that program (fuser $1)"
             refuse "$2: $holder is training it; wait until that process has ended, or end it (the locks of a lost machine end when its file" \
                 "server notices that)" ;;
         127) refuse "flock: this command does not exist, and two runs could train $2 at the same time without it; install util-linux" ;;

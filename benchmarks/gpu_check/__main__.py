@@ -115,9 +115,10 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Return whether a process exists that is not a zombie: a zombie holds nothing any more."""
+    """Return whether a process exists that is not a zombie. A zombie holds nothing any more, unless one of its threads still ends."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return not ended or len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
 

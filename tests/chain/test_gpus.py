@@ -465,6 +465,22 @@ def test_a_second_start_of_a_training_is_told_who_is_at_it(training, machine, tm
     assert training(8, "sft")["--nproc-per-node"] == "8" and (folder / "sft/trained_on.sha256").exists()
 
 
+@pytest.mark.parametrize(("seconds", "waits"), [("20", True), ("0", False)])
+def test_a_start_waits_for_the_ending_programs_of_a_killed_training(training, machine, tmp_path, seconds, waits):
+    folder = tmp_path / "run/DynamicRAG_llama3_8b"
+    folder.mkdir(parents=True)
+    killed = subprocess.Popen(["bash", "-c", f"source scripts/common.sh; hold {folder}/sft.0.lock {folder}/sft; sleep 3 & echo $!; kill -9 $$"], cwd=REPO,
+                              env=machine(8), stdout=subprocess.PIPE, text=True)
+    program_left = int(killed.stdout.readline())
+    assert killed.wait(10) == -9
+    started = training(8, "sft", ENDING_SECONDS=seconds)
+    if waits:
+        assert started["--nproc-per-node"] == "8"
+    else:
+        assert isinstance(started, str) and names(started, killed.pid, "sft.0.lock")
+        os.kill(program_left, signal.SIGKILL)
+
+
 def test_training_without_locks_is_refused(training, tmp_path):
     program(tmp_path / "bin/flock", "exit 71")  # as for ENOSYS, of Lustre without -o flock
     refused = training(8, "sft")
