@@ -52,8 +52,7 @@ lists() {
             --index bm25 --n_docs 20 --output_file "$RUN/questions/${group}_found.jsonl"
         cat "$RUN/questions/${group}_own.jsonl" "$RUN/questions/${group}_found.jsonl" >"$RUN/questions/$group.jsonl"
     done
-    cat "$RUN/questions/reranker.jsonl" "$RUN/questions/asked.jsonl" >"$RUN/questions/all.jsonl"
-    python examples/factbook/train_cross_encoder.py --input_file "$RUN/questions/all.jsonl" --encoder "$ENCODER" --output_dir "$RUN/cross-encoder" \
+    python examples/factbook/train_cross_encoder.py --input_file "$RUN/questions/reranker.jsonl" --encoder "$ENCODER" --output_dir "$RUN/cross-encoder" \
         --max_pairs "$RERANKER_PAIRS" --seed "$SEED" --threads "$(nproc)"
     python reranker.py --model_name_or_path "$RUN/cross-encoder" --input_file "$RUN/questions/asked.jsonl" --output_file "$RUN/reranked.jsonl" \
         --n_docs 20 --max_length 256 --sort

@@ -3,11 +3,11 @@
 The test set is openmix's, with fewer arithmetic questions (--test_cap), because they need no document. The dev set takes
 questions of openmix's dev set in the proportions of the test set, and those of --dev_from_train from openmix's train set.
 The remaining train questions give disjoint parts for the generator, for cloning and for RL, each with the same shares
-(SHARES). All other train questions train the reranker.
+(SHARES). All other train questions train the reranker, except --reranker_held_out of them, which calibrate and evaluate it.
 
 Reads    DATA/{train,dev,test}.jsonl, or .jsonl.gz           rows with answers, gold_docs, dataset, and docs in some data sets
-Writes   OUTPUT_DIR/{asked,reranker}_{own,searched}.jsonl     + part, held_out. reranker: the part that trains the reranker; asked:
-                                                             all other parts; own: rows with docs; searched: rows that need a search
+Writes   OUTPUT_DIR/{asked,reranker}_{own,searched}.jsonl     + part, held_out. reranker: the part of the reranker; asked: all
+                                                             other parts; own: rows with docs; searched: rows that need a search
 
     .venv/bin/python experiments/openqa/splits.py --data data/openmix --output_dir runs/openqa/questions
 """
@@ -50,6 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sizes.add_argument("--generator", type=int, default=600, help="questions that train the generator")
     sizes.add_argument("--cloning", type=int, default=600, help="questions for behaviour cloning")
     sizes.add_argument("--rl", type=int, default=400, help="questions for reinforcement learning")
+    sizes.add_argument("--reranker_held_out", type=int, default=200, help="questions of the reranker's part that do not train it")
     stage.add_seed_flag(parser)
     return parser.parse_args(argv)
 
@@ -118,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = divide(*(read_set(folder, name) for name in ("train", "dev", "test")), args)
     files: dict[str, list[dict]] = {f"{part}_{source}": [] for part in ("asked", "reranker") for source in ("own", "searched")}
     for part, rows in parts.items():
-        for row in rows:
+        for number, row in enumerate(rows):
             file = f"{'reranker' if part == 'reranker' else 'asked'}_{'own' if row.get('docs') else 'searched'}"
-            files[file].append({**row, "part": part, "held_out": part != "reranker"})
+            files[file].append({**row, "part": part, "held_out": part != "reranker" or number < args.reranker_held_out})
         counts = Counter(row["dataset"] for row in rows)
         log.info("%s: %d questions: %s", part, len(rows), ", ".join(f"{name} {counts[name]}" for name in sorted(counts)))
     for file, rows in files.items():

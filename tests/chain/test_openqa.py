@@ -16,7 +16,7 @@ from stages import REPO
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 SETS = {"nq": 0, "hotpotqa": 5, "2wikimqa": 5, "musique": 5, "svamp": 0}  # documents of their own
-SIZES = "--dev 8 --dev_from_train 2wikimqa=2,musique=1 --test_cap svamp=2 --generator 12 --cloning 12 --rl 12"
+SIZES = "--dev 8 --dev_from_train 2wikimqa=2,musique=1 --test_cap svamp=2 --generator 12 --cloning 12 --rl 12 --reranker_held_out 20"
 
 
 def write_data(folder: Path) -> None:

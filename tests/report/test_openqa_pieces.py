@@ -27,7 +27,8 @@ def load(name: str):
 
 splits, lists, contexts, store, gate, choose, answer, tables = map(load, ("splits", "lists", "contexts", "store", "gate", "choose", "answer", "tables"))
 SETS = {"nq": 0, "hotpotqa": 3, "2wikimqa": 3, "musique": 3, "svamp": 0}  # documents of their own
-SIZES = ["--dev", "8", "--dev_from_train", "2wikimqa=2,musique=1", "--test_cap", "svamp=2", "--generator", "12", "--cloning", "12", "--rl", "12"]
+SIZES = ["--dev", "8", "--dev_from_train", "2wikimqa=2,musique=1", "--test_cap", "svamp=2", "--generator", "12", "--cloning", "12", "--rl", "12",
+         "--reranker_held_out", "20"]
 
 
 def row_of(dataset: str, number: int, name: str) -> dict:
@@ -50,7 +51,7 @@ def divided(data: Path, output: Path, *flags: str) -> dict[str, list[dict]]:
     parts: dict[str, list[dict]] = {}
     for path in output.iterdir():
         for row in read_jsonl(path):
-            assert row["held_out"] == (row["part"] != "reranker") == path.name.startswith("asked_")
+            assert (row["part"] != "reranker") == path.name.startswith("asked_")
             assert bool(row.get("docs")) == path.name.endswith("_own.jsonl")
             parts.setdefault(row["part"], []).append(row)
     return parts
@@ -64,6 +65,8 @@ def test_the_parts_are_disjoint_and_have_the_sizes_asked_for(data, tmp_path):
     ids = [row["id"] for rows in parts.values() for row in rows]
     assert len(ids) == len(set(ids))
     assert {part: len(rows) for part, rows in parts.items()} == {"dev": 8, "test": 18, "generator": 12, "cloning": 12, "rl": 12, "reranker": 61}
+    assert {part: sum(row["held_out"] for row in rows) for part, rows in parts.items()} == {
+        "dev": 8, "test": 18, "generator": 12, "cloning": 12, "rl": 12, "reranker": 20}
     assert Counter(row["dataset"] for row in parts["test"]) == {"nq": 4, "hotpotqa": 4, "2wikimqa": 4, "musique": 4, "svamp": 2}
     assert Counter(row["dataset"] for row in parts["rl"]) == {"nq": 6, "hotpotqa": 3, "2wikimqa": 2, "svamp": 1}
     of_dev = Counter((row["dataset"], row["id"].split("_")[1]) for row in parts["dev"])
