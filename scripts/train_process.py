@@ -10,9 +10,13 @@ Writes: what it writes
 - A process ends if torchrun is killed, which starts it in a session of its own, so that no shell would end it.
 - A process ends if another machine has been silent for `--seconds`. A machine that is lost closes no connection, and NCCL and gloo wait
   for `ddp_timeout`, which is years, because the first machine may prepare data for hours.
+- A process whose training is finished ends with status 0. DeepSpeed keeps groups of processes, and in one of eight runs with gloo their
+  threads abort the interpreter when it frees them ("terminate called without an active exception"). torchrun would then stop the
+  others, which may still write the model.
 """
 
 import argparse
+import atexit
 import ctypes
 import os
 import signal
@@ -88,6 +92,10 @@ def main() -> None:
     ended.set()
     if beats.ident:
         beats.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

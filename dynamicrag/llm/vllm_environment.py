@@ -53,4 +53,6 @@ def prepare_vllm(ranks: int = 1) -> bool:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(os.sched_getaffinity(0), ranks))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # oneDNN compiles a kernel of about 0.5 MB for every number of tokens in a batch and every shape of weights, and keeps 1024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     return True

@@ -77,17 +77,22 @@ def run_all(commands: list[list[str]], folder: Path, environments: list[dict], l
                 except ProcessLookupError:
                     pass
                 process.wait()
-    assert statuses == [0] * len(running), log.read_text()[-6000:]
+    said = log.read_text()
+    # torchrun's own report is long and last; the reason is above it
+    reasons = [line for line in said.splitlines() if any(word in line for word in ("Error", "error:", "terminate called", "what():", "Fatal", "Aborted"))]
+    assert statuses == [0] * len(running), "\n".join([*reasons[-20:], said[-3000:]])
 
 
 def train(folder: Path, stage: str, output: str, *settings: str, processes: int = 1, **variables: str) -> Path:
-    """The output folder of `llamafactory-cli train`; every step takes two rows."""
-    command = [
-        "llamafactory-cli", "train", f"recipes/llama3_8b/{stage}.yaml", *SETTINGS, f"dataset={DATA[stage]}",
-        f"output_dir={output}", f"gradient_accumulation_steps={2 // processes}", *settings,
-    ]
+    """The output folder of a training that is started as scripts/training.sh starts it; every step takes two rows."""
+    command = ["llamafactory-cli", "train"]
     if processes > 1:
-        variables |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
+        command = ["torchrun", "--nnodes", "1", "--nproc-per-node", str(processes), "--standalone", "--local-addr", "127.0.0.1",
+                   f"{REPO}/scripts/train_process.py", "--seconds", "600"]
+    command += [
+        f"recipes/llama3_8b/{stage}.yaml", *SETTINGS, f"dataset={DATA[stage]}", f"output_dir={output}", f"gradient_accumulation_steps={2 // processes}",
+        *settings,
+    ]
     run_all([command], folder, [{**ENVIRONMENT, **variables}], folder / f"{output}.log")
     return folder / output
 
