@@ -185,16 +185,18 @@ def encode(tokenizer, pairs: list[Pair], max_length: int) -> dict:
 def rerank(model, tokenizer, rows: list[dict], args) -> list[list[tuple[float, dict]]]:
     """Return (probability, document) pairs for every row, best first."""
     import torch
+    from tqdm import tqdm
 
     pairs = [(row["question"], document_text(doc), False) for row in rows for doc in row["docs"]]
     encoded = encode(tokenizer, pairs, args.max_length)
     order = sorted(range(len(pairs)), key=lambda i: len(encoded["input_ids"][i]))
     scores = [0.0] * len(pairs)
-    with torch.inference_mode():
+    with torch.inference_mode(), tqdm(total=len(order), unit="pair", desc="held-out questions", mininterval=2) as progress:
         for at in range(0, len(order), 64):
             batch = order[at:at + 64]
             for i, value in zip(batch, score(model, encoded, batch, args).sigmoid().tolist(), strict=True):
                 scores[i] = value
+            progress.update(len(batch))
     remaining = iter(scores)
     return [sorted(((next(remaining), doc) for doc in row["docs"]), key=lambda pair: -pair[0]) for row in rows]
 
