@@ -356,3 +356,15 @@ def test_results_of_other_questions_are_refused_by_name(finished):
     path.write_text(json.dumps(json.loads(path.read_text())[1:]))
     with pytest.raises(UserError, match=at(path)):
         run_tables(finished)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_shows_the_figures_of_gate_0():
+    figures = json.loads((REPO / "docs/evidence/openqa/gate.json").read_text())
+    page = (REPO / "docs/openqa.md").read_text()
+    assert gate.table(figures) in page and figures["verdict"] == "go"
+    of_test = json.loads((REPO / "docs/evidence/openqa/lists.json").read_text())["parts"]["test"]["all"]
+    assert f"needed documents of {100 * of_test['all needed in list']:.0f} % of the test questions" in page
+    assert f"its first document is needed in {100 * of_test['first is needed']:.0f} %" in page
