@@ -1,7 +1,7 @@
 """Measure speed and peak memory of LLaMA-Factory on a CPU for two implementations of attention and three ways to free memory.
 
 Every combination trains on the same rows. The combinations take turns, --repeats times, and the best time and the
-largest memory of each count. If there is no GPU, scripts/training.sh keeps freed blocks of up to 128 MiB and gives larger
+largest memory of each count. If there is no GPU, scripts/training.sh keeps freed blocks of up to 256 MiB and gives larger
 blocks back. The recipes of the small model set `flash_attn: disabled`.
 
 Reads    runs/demo_default/training_data/factbook_warm_up.json     LLaMA-Factory rows in Alpaca's format
@@ -9,7 +9,7 @@ Writes   standard output                                           a table of ra
 
     python benchmarks/training.py
     python benchmarks/training.py --model models/qwen2.5-coder-0.5b --recipe recipes/qwen25_coder_05b/sft.yaml \\
-        --data runs/openqa/generator/training_data/generator_sft_training.json --attention sdpa
+        --data runs/openqa/generator/training_data/generator_sft_training.json --dataset generator_sft --attention sdpa --rows 64
 """
 
 import argparse
@@ -38,6 +38,7 @@ MEMORY = {"given back": {}, "large blocks given back": {"GLIBC_TUNABLES": CHOSEN
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage.ArgumentParser(__doc__)
     parser.add_argument("--data", default="runs/demo_default/training_data/factbook_warm_up.json", help="rows to train on")
+    parser.add_argument("--dataset", default="factbook_warm_up", help="name of --data in recipes/dataset_info.json")
     parser.add_argument("--model", default="models/smollm2-135m", help="checkpoint to start from")
     parser.add_argument("--recipe", default="recipes/smollm2_135m/warm_up.yaml", help="recipe; its data set and folders are replaced")
     parser.add_argument("--trainer", default=".venv-train/bin/llamafactory-cli", help="LLaMA-Factory")
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measured(attention: str, memory: dict[str, str], folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Return LLaMA-Factory's train_runtime in seconds, which excludes its start and reading the data, and its peak memory in GiB."""
     settings = yaml.safe_load(Path(args.recipe).read_text()) | {
-        "model_name_or_path": args.model, "dataset_dir": str(folder), "dataset": "factbook_warm_up", "output_dir": str(folder / "model"),
+        "model_name_or_path": args.model, "dataset_dir": str(folder), "dataset": args.dataset, "output_dir": str(folder / "model"),
         "overwrite_output_dir": True, "flash_attn": attention, "max_samples": args.rows, "plot_loss": False,
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
@@ -71,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     taken: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        info = json.loads((ROOT / "recipes/dataset_info.json").read_text())["factbook_warm_up"] | {"file_name": str(Path(args.data).resolve())}
-        (folder / "dataset_info.json").write_text(json.dumps({"factbook_warm_up": info}))
+        info = json.loads((ROOT / "recipes/dataset_info.json").read_text())[args.dataset] | {"file_name": str(Path(args.data).resolve())}
+        (folder / "dataset_info.json").write_text(json.dumps({args.dataset: info}))
         for _ in range(args.repeats):
             for way in product(args.attention, MEMORY):
                 taken.setdefault(way, []).append(measured(ATTENTION[way[0]], MEMORY[way[1]], folder, args))

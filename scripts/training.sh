@@ -267,8 +267,8 @@ start_training() {
         local -x PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}
     else
         # Returning memory to the system and requesting it again takes a fifth of the training time. These settings keep freed blocks of
-        # up to 128 MiB, in huge pages. Larger blocks have another size for every row, and would leave gaps (benchmarks/training.py).
-        local -x GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=68719476736}
+        # up to 256 MiB, in huge pages. Larger blocks have another size for every row, and would leave gaps (benchmarks/training.py).
+        local -x GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=68719476736}
     fi
     if ((TORCHRUN)); then
         command=("$(dirname "$LLAMAFACTORY")/torchrun" --nnodes "$nodes" --nproc-per-node $((PROCESSES / nodes)))
