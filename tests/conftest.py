@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,8 @@ from warm import Warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; the programs that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Each worker and its processes get cores of their own: threads of two processes that share cores wait for each other.
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
